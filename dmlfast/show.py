@@ -41,9 +41,9 @@ def show_neighbours(
         gridspec_kw=dict(width_ratios=[1.15]+[1]*k), layout='constrained')
     for r,(row,i) in enumerate(zip(axs, queries)):
         _draw_image(row[0], image(int(i)), labels[int(i)] if titles else '')
+        row[0].set_ylabel('query', fontsize=8, color='gray')
         for c,(ax,j) in enumerate(zip(row[1:], neighbours[r])):
             ok = labels[int(i)]==gallery_labels[int(j)]
             _draw_image(ax, gallery(int(j)), gallery_labels[int(j)] if titles else '', right if ok else wrong, '✓' if ok else '✗')
             if scores is not None: ax.set_xlabel(f'{scores[r][c]:.2f}', fontsize=8, labelpad=2)
-    fig.text(0.005, 0.5, 'queries', rotation=90, va='center', fontsize=8, color='gray')
     return fig
