@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/datasets.html.md"""
 __all__ = ['splits', 'NamedImage', 'bad_images', 'MetricDataset', 'glyph_chars', 'glyphs']
 
 # %% ../nbs/api/11_datasets.ipynb #705e9798
-import shutil, tempfile, unicodedata
+import random, shutil, tempfile, unicodedata, warnings
 import numpy as np, pandas as pd
 from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
@@ -30,7 +30,7 @@ class NamedImage(PILImage):
         except FileNotFoundError: raise ValueError(f"There is no image {str(fn)!r}.") from None
         except (OSError, SyntaxError, Image.DecompressionBombError) as e:
             if not isinstance(fn, (str,Path)): raise
-            raise ValueError(f"The image {str(fn)!r} cannot be read ({e}): mend or remove it, or leave such images out with `skip_bad=True`.") from None
+            raise ValueError(f"The image {str(fn)!r} cannot be read ({e}): mend or remove it, or leave such images out with `bad='skip'`.") from None
 
 # %% ../nbs/api/11_datasets.ipynb #3172041b
 def bad_images(
@@ -98,13 +98,24 @@ def _class_splits(classes, test_pct, val_pct, seed):
     return dict(zip(classes, ['train']*n_train + ['val']*n_val + ['test']*n_test))
 
 # %% ../nbs/api/11_datasets.ipynb #29ba97ef
+def _without_bad(fns, bad):
+    "`fns` without those that cannot be read, or a `ValueError` that names them"
+    if bad not in ('raise','skip'): raise ValueError(f"`bad` is 'raise', 'skip' or None; got {bad!r}.")
+    found = set(bad_images(fns))
+    if not found: return fns
+    said = f"{len(found)} of {len(fns)} images cannot be read: {_some(str(o) for o in sorted(found))}."
+    if bad=='raise': raise ValueError(f"{said} Mend or remove them, or leave them out with `bad='skip'`.")
+    warnings.warn(f'{said} They are left out.')
+    return fns.filter(lambda o: o not in found)
+
+# %% ../nbs/api/11_datasets.ipynb #e0e05c89
 @patch(cls_method=True)
 def from_folder(cls:MetricDataset,
     path, # Folder that holds a folder for each class
     test_pct:float=0.5, # Share of the classes for test
     val_pct:float=0.2, # Share of the other classes for validation
     seed:int=None, # Draw the classes with this seed; none: by label order, the last ones for test
-    skip_bad:bool=False, # Read every image beforehand and leave out those that cannot be read?
+    bad:str=None, # Read every image beforehand, and `'raise'` or `'skip'` where one cannot be read; none: not looked for
     **kwargs
 ):
     "Data set from a folder with a folder of images for each class; raises `ValueError` where there is none or only one"
@@ -112,9 +123,7 @@ def from_folder(cls:MetricDataset,
     if not path.is_dir(): raise ValueError(f"There is no folder {str(path)!r}.")
     fns = get_image_files(path).sorted()
     if not fns: raise ValueError(f"There are no images in {str(path)!r}: it should hold a folder for each class.")
-    if skip_bad and (bad := set(bad_images(fns))):
-        warn(f"{len(bad)} of {len(fns)} images cannot be read and are left out: {_some(str(o) for o in sorted(bad))}.")
-        fns = fns.filter(lambda o: o not in bad)
+    if bad: fns = _without_bad(fns, bad)
     labels = fns.map(parent_label)
     classes = _sorted(labels)
     if len(classes)<2:
@@ -267,4 +276,6 @@ def glyphs(
         except OSError: # another process may have been first
             if not path.exists(): raise
         finally: shutil.rmtree(tmp, ignore_errors=True)
-    return MetricDataset.from_folder(path, seed=seed, name='glyphs', size=None, flip=False)
+    ds = MetricDataset.from_folder(path, seed=seed, name='glyphs', size=None, flip=False)
+    ds.df['label'] = [chr(int(o, 16)) for o in ds.df.label]
+    return ds
