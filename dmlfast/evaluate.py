@@ -32,7 +32,10 @@ class RetrievalMetrics(Callback):
 
     def reset(self): self.embs,self.labels,self.scores = [],[],{}
     def value(self, name): return self.scores.get(name, float('nan'))
-    def due(self): return (self.epoch+1)%self.every==0 or self.epoch==self.n_epoch-1
+    def due(self):
+        "Is this epoch scored? The last one always is"
+        epoch = getattr(self.learn, 'epoch', 0)
+        return (epoch+1)%self.every==0 or epoch>=getattr(self.learn, 'n_epoch', 1)-1
 
 # %% ../nbs/api/31_evaluate.ipynb #fc7bc03c
 @patch
@@ -50,7 +53,7 @@ def before_validate(self:RetrievalMetrics):
 @patch
 def after_batch(self:RetrievalMetrics):
     "Keep the embeddings of the batch, on the CPU in float32"
-    if not self.yb: return
+    if not self.yb or not self.due(): return
     self.embs.append(self.pred.detach().float().cpu())
     self.labels.append(self.yb[0].detach().cpu())
 

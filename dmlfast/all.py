@@ -1,0 +1,10 @@
+"What `from dmlfast.all import *` gives: the public names of every room"
+from .geometry import *
+from .losses import *
+from .data import *
+from .datasets import *
+from .models import *
+from .retrieval import *
+from .evaluate import *
+from .show import *
+from .learner import *

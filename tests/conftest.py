@@ -1,0 +1,35 @@
+"What several tests share: data that is drawn once, and a small learner"
+import matplotlib
+matplotlib.use('agg')
+import pytest
+
+@pytest.fixture(scope='session')
+def glyph_dir(tmp_path_factory):
+    "A folder with the images of `glyphs`, 24 pixels to a side"
+    from dmlfast.datasets import glyphs
+    return glyphs(tmp_path_factory.mktemp('data'), size=24).path
+
+@pytest.fixture(scope='session')
+def few(glyph_dir):
+    "Images of every twelfth glyph, a `MetricDataset`"
+    from dmlfast.datasets import MetricDataset
+    df = MetricDataset.from_folder(glyph_dir, seed=0).df
+    return MetricDataset(df[df.label.isin(sorted(set(df.label))[::12])], glyph_dir, 'few glyphs', size=None, flip=False)
+
+@pytest.fixture
+def make_learner(few, tmp_path):
+    "Function that makes a small learner on `few`"
+    from fastai.torch_core import set_seed
+    from dmlfast.all import TripletLoss, metric_learner
+    def _make(loss=None, seed=0, bs=32, **kwargs):
+        set_seed(seed)
+        dls = few.dataloaders(bs=bs, per_class=4, seed=seed, num_workers=0)
+        learn = metric_learner(dls, 'test_resnet', loss or TripletLoss(), **{**dict(emb_sz=16, pretrained=False, path=tmp_path), **kwargs})
+        learn.remove_cbs([o for o in learn.cbs if type(o).__name__=='ProgressCallback'])
+        learn.logger = lambda *a: None
+        return learn
+    return _make
+
+def pytest_pycollect_makeitem(collector, name, obj):
+    "`from fastai.vision.all import *` brings functions called `test_...`, which are no tests"
+    if callable(obj) and hasattr(collector, 'obj') and getattr(obj, '__module__', None)!=getattr(collector.obj, '__name__', None): return []

@@ -1,0 +1,23 @@
+"What `from dmlfast.all import *` gives, and what a module costs to import"
+import builtins, subprocess, sys
+
+def _public(module):
+    ns = {}
+    exec(f'from {module} import *', ns)
+    return {k for k in ns if not k.startswith('__')}
+
+def test_nothing_is_shadowed():
+    ours = _public('dmlfast.all')
+    assert not ours & set(dir(builtins))
+    theirs = _public('fastai.vision.all')
+    import fastai.vision.all as fv
+    import dmlfast.all as da
+    assert not [o for o in ours & theirs if getattr(fv, o) is not getattr(da, o)]
+
+def test_names_are_there():
+    assert {'metric_learner', 'DRTripletLoss', 'BalancedDL', 'ClassBlock', 'ClassSplitter', 'RetrievalMetrics', 'MetricDataset', 'glyphs',
+        'Embedder', 'neighbours', 'evaluate_retrieval', 'show_neighbours'} <= _public('dmlfast.all')
+
+def test_lower_rooms_do_without_fastai():
+    code = "import sys, dmlfast.losses, dmlfast.models, dmlfast.retrieval, dmlfast.show; sys.exit('fastai' in sys.modules)"
+    assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code]).returncode==0

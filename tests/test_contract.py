@@ -1,0 +1,31 @@
+"What a user writes, as the design promises it; this file grows and is never weakened"
+from fastai.vision.all import *
+from dmlfast.all import *
+
+columns = ['epoch','train_loss','valid_loss','recall@1','recall@2','recall@4','recall@8','map@r','time']
+
+def test_a_named_data_set(glyph_dir, tmp_path):
+    set_seed(0)
+    dls   = glyphs(glyph_dir.parent, size=24).dataloaders(bs=128, per_class=16, num_workers=0)   # class-disjoint train and valid
+    learn = metric_learner(dls, 'test_resnet', DRTripletLoss(margin=0.28, gamma=0.49), emb_sz=128, pretrained=False, path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2)
+    assert list(learn.recorder.metric_names)==columns
+    assert all(0<=o<=1 for o in learn.recorder.values[-1][2:])
+    seen,unseen = ({f.parent.name for f in o.dataset.items} for o in dls)
+    assert seen and unseen and not seen & unseen
+    with learn.no_bar():
+        assert learn.show_results(max_n=2, k=3).axes
+        res = learn.evaluate('test')
+    assert res['recall@1']>0.05 # chance is below 0.005
+    assert dls.source.summary().loc['test'].images==len(res.labels)
+
+def test_from_parts(glyph_dir, tmp_path):
+    dblock = DataBlock(blocks=(ImageBlock, ClassBlock), get_items=get_image_files, get_y=parent_label,
+                       splitter=ClassSplitter(parent_label, valid_pct=0.5), item_tfms=RandomResizedCrop(24), batch_tfms=aug_transforms())
+    dls    = dblock.dataloaders(glyph_dir, bs=128, dl_type=BalancedDL, per_class=4, num_workers=0)
+    x,y = dls.one_batch()
+    assert x.shape==(128,3,24,24) and (y.view(32,4)==y.view(32,4)[:,:1]).all()
+    learn = metric_learner(dls, 'test_resnet', DRTripletLoss(), pretrained=False, path=tmp_path)
+    x,y = dls.valid.one_batch()
+    assert (y>=dls.n_train_classes).all()
+    assert torch.allclose(learn.model.cpu()(x.cpu()).norm(dim=1), torch.ones(len(x)), atol=1e-5)

@@ -1,0 +1,101 @@
+"Splits, labels and balanced batches: the rule of an epoch on any data, workers, and faults"
+import math
+import numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
+from fastai.vision.all import *
+from dmlfast.all import *
+
+@given(counts=st.lists(st.integers(1, 12), min_size=2, max_size=15), per_class=st.integers(1, 5), p=st.integers(1, 6), seed=st.integers(0, 2**31), epoch=st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_an_epoch(counts, per_class, p, seed, epoch):
+    p = min(p, len(counts))
+    labels = np.random.RandomState(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    s = BalancedSampler(labels, p*per_class, per_class, seed)
+    idxs = s.idxs(epoch)
+    assert len(idxs)==len(s)==max(len(labels)//(p*per_class), math.ceil(len(counts)/p))
+    groups = idxs.reshape(len(s), p, per_class)
+    assert (labels[groups]==labels[groups][...,:1]).all()
+    assert all(len(set(b))==p for b in labels[groups][...,0])
+    assert all(len(set(g))==min(per_class, counts[labels[g[0]]]) for g in groups.reshape(-1, per_class))
+    assert set(labels[idxs.ravel()])==set(range(len(counts)))
+    assert (idxs==BalancedSampler(labels, p*per_class, per_class, seed).idxs(epoch)).all()
+
+@given(counts=st.lists(st.integers(1, 30), min_size=3, max_size=8), per_class=st.integers(1, 4), seed=st.integers(0, 99), start=st.integers(0, 3))
+@settings(max_examples=30, deadline=None)
+def test_every_image_is_seen(counts, per_class, seed, start):
+    "The rule as stated: any `2*ceil(n/K)-1` draws in a row show all `n` images of a class, wherever they begin"
+    labels = np.repeat(np.arange(len(counts)), counts)
+    s = BalancedSampler(labels, 2*per_class, per_class, seed)
+    draws = len(s)//math.ceil(len(counts)/2) # of each class in an epoch, at the least
+    passes = math.ceil((2*math.ceil(max(counts)/per_class)-1)/draws)
+    seen = {i for e in range(start, start+passes) for i in s.idxs(e).ravel()}
+    assert seen==set(range(len(labels)))
+
+def test_epochs_differ_and_seeds_differ():
+    labels = np.repeat(np.arange(20), 10)
+    s,t = BalancedSampler(labels, 16, 4, 0),BalancedSampler(labels, 16, 4, 1)
+    assert (s.idxs(0)!=s.idxs(1)).any() and (s.idxs(0)!=t.idxs(0)).any()
+
+def test_classes_are_drawn_alike():
+    "Neither rare nor frequent classes are drawn more often than others: over many passes within a tenth"
+    labels = np.repeat(np.arange(9), [2,2,2,30,30,30,5,5,5])
+    s = BalancedSampler(labels, 16, 4, 0)
+    n = np.bincount(np.concatenate([s.classes(e).ravel() for e in range(300)]))
+    assert n.max()/n.min()<1.1
+
+def _dls(labels, **kwargs):
+    dblock = DataBlock(blocks=(TransformBlock, ClassBlock), get_y=lambda i: labels[i], splitter=ClassSplitter(lambda i: labels[i], n_valid=1))
+    return dblock.dataloaders(L(range(len(labels))), dl_type=BalancedDL, num_workers=0, **kwargs)
+
+def test_faults_come_before_the_first_batch():
+    for kwargs,said in [(dict(bs=6, per_class=4), 'bs=6 and per_class=4'), (dict(bs=64, per_class=4), 'needs 16 classes and there are 3: take bs=12')]:
+        with pytest.raises(ValueError, match=said): _dls([0,0,0,0,1,1,1,1,2,2,2,2,3], **kwargs)
+    with pytest.raises(ValueError, match='All 4 items are of one class'): _dls([0,0,0,0,1,1], bs=4, per_class=4)
+    with pytest.raises(ValueError, match='pass them as `labels`'): BalancedDL(list(range(8)), bs=4, per_class=2, shuffle=True)
+
+def test_labels_of_any_dataset():
+    dl = BalancedDL(list(range(8)), bs=4, per_class=2, shuffle=True, labels=[0,0,1,1,2,2,3,3], num_workers=0)
+    for b in dl: assert len({int(o)//2 for o in b})==2
+
+def test_workers_do_not_change_the_order(glyph_dir):
+    block = DataBlock(blocks=(ImageBlock, ClassBlock), get_items=get_image_files, get_y=parent_label, splitter=ClassSplitter(parent_label, n_valid=400))
+    ys = [[y.tolist() for _,y in block.dataloaders(glyph_dir, bs=32, dl_type=BalancedDL, per_class=8, seed=3, num_workers=n).train] for n in (0,2)]
+    assert ys[0]==ys[1]
+
+def test_get_preds_sees_each_training_item_once(make_learner):
+    learn = make_learner()
+    embs,y = learn.get_preds(ds_idx=0)
+    assert y.tolist()==[int(o) for o in learn.dls.train_ds.tls[1]]
+    assert len(embs)==len(learn.dls.train_ds)
+
+def test_peeking_moves_nothing(few):
+    a,b = (few.dataloaders(bs=16, per_class=4, seed=1, num_workers=0).train for _ in range(2))
+    b.one_batch(); b.one_batch()
+    assert [y.tolist() for _,y in a]==[y.tolist() for _,y in b]
+    assert a.epoch==b.epoch==1
+
+def test_labels_in_a_frame():
+    df = pd.DataFrame(dict(path=list('abcd'), label=['x','x','y','y']))
+    assert ClassSplitter('label')(df)==([0,1],[2,3])
+    assert ClassSplitter(lambda r: r.label)(df)==([0,1],[2,3])
+
+def test_a_corrupt_image_is_named(few, tmp_path):
+    for c in sorted(set(few.df.label))[:4]:
+        for f in few.items().filter(lambda o: o.parent.name==c)[:4]:
+            (tmp_path/c).mkdir(exist_ok=True)
+            (tmp_path/c/f.name).write_bytes(f.read_bytes())
+    bad = get_image_files(tmp_path).sorted()[2] # a training image
+    bad.write_bytes(bad.read_bytes()[:150])
+    with pytest.raises(ValueError, match=f"cannot be read: '{bad}'"): MetricDataset.from_folder(tmp_path, bad='raise')
+    dls = MetricDataset.from_folder(tmp_path, val_pct=0, test_pct=0.5, size=None, flip=False).dataloaders(bs=4, per_class=2, valid='test', num_workers=0)
+    with pytest.raises(ValueError, match=f"The image '{bad}' cannot be read"): [o for o in dls.train for _ in range(2)]
+    with pytest.warns(UserWarning, match='1 of 16 images cannot be read'): assert len(MetricDataset.from_folder(tmp_path, bad='skip'))==15
+
+def test_glyphs_have_no_twins(glyph_dir):
+    "No two classes are the same drawing in every face: their pixels in one face differ"
+    from PIL import Image
+    chars = glyph_chars()
+    assert len(set(chars))==len(chars)
+    lookalikes = ['AΑА','OΟО','oοо','eе','µμ','ëё','ΓГ']
+    assert all(sum(c in chars for c in s)==1 for s in lookalikes)
+    assert 430<=len(chars)<=470 and len(get_image_files(glyph_dir))>6500

@@ -1,0 +1,125 @@
+"What fastai users do with a learner, with a loss that has weights"
+import numpy as np, pytest, torch
+from fastai.vision.all import *
+from dmlfast.all import *
+
+class Centres(MetricLoss):
+    "Squared distance to a learned centre of each training class, and no value for unseen classes"
+    lr_mult = 100.
+    def setup(self, n_classes=None, emb_sz=None):
+        self.centres = nn.Parameter(torch.zeros(n_classes, emb_sz))
+        return self
+    def compute(self, embs, labels):
+        if labels.max()>=len(self.centres): return embs.sum()*float('nan')
+        return (embs-self.centres[labels]).pow(2).sum(1).mean()
+
+class StepRatios(Callback):
+    "How far the centres move in each step, for each unit of their gradient and of the group's rate"
+    def before_step(self):
+        self.old = self.model.loss_func.centres.detach().clone()
+        self.grad = self.model.loss_func.centres.grad.clone()
+    def after_batch(self):
+        if self.training: self.ratios = getattr(self, 'ratios', []) + [((self.old-self.model.loss_func.centres).norm()/self.grad.norm()/self.opt.hypers[-1]['lr']).item()]
+
+def _run(learn, how):
+    if how=='fit': learn.fit(2, slice(1e-4, 1e-3))
+    elif how=='fit_one_cycle': learn.fit_one_cycle(2, slice(1e-4, 1e-3))
+    elif how=='fine_tune': learn.fine_tune(1, 1e-3)
+    else: learn.lr_find(num_it=12, stop_div=False, show_plot=False)
+
+@pytest.mark.parametrize('opt', ['sgd', 'torch', 'lookahead'])
+@pytest.mark.parametrize('how', ['fit','fit_one_cycle','fine_tune','lr_find'])
+def test_lr_mult_survives(make_learner, how, opt):
+    "In every step the centres go a hundred times as far as plain gradient descent at their group's rate would take them"
+    funcs = dict(sgd=partial(SGD, mom=0.), torch=partial(OptimWrapper, opt=torch.optim.SGD), lookahead=lambda p, lr: Lookahead(SGD(p, lr, mom=0.), k=10**6))
+    learn = make_learner(Centres(), opt_func=funcs[opt], moms=(0.,0.,0.), cbs=StepRatios())
+    if opt=='torch' and how!='fit': pytest.skip('PyTorch SGD has no momentum to schedule')
+    _run(learn, how)
+    assert len(learn.step_ratios.ratios)>=12
+    assert np.allclose(learn.step_ratios.ratios, 100, rtol=2e-2)
+
+def test_groups_and_freezing(make_learner):
+    learn = make_learner(Centres())
+    body,rest = learn.splitter(learn.model)
+    assert any(p is learn.loss_func.centres for p in rest)
+    learn.freeze()
+    before = [p.detach().clone() for p in body]
+    convs = [p.ndim==4 for p in body]
+    learn.fit(1, 1e-2)
+    assert all((a==b).all() for a,b,conv in zip(before, body, convs) if conv)
+    assert (learn.loss_func.centres!=0).any()
+    learn.unfreeze()
+    learn.fit(1, 1e-2)
+    assert any((a!=b).any() for a,b,conv in zip(before, body, convs) if conv)
+
+def test_trackers_and_loggers(make_learner, tmp_path):
+    learn = make_learner()
+    learn.fit_one_cycle(3, 3e-3, cbs=[SaveModelCallback(monitor='recall@1'), EarlyStoppingCallback(monitor='map@r', patience=9), CSVLogger(fname=tmp_path/'log.csv')])
+    log = pd.read_csv(tmp_path/'log.csv')
+    assert list(log.columns[3:-1])==['recall@1','recall@2','recall@4','recall@8','map@r']
+    assert np.allclose(learn.evaluate()['recall@1'], log['recall@1'].max())
+
+def test_validate_and_lr_find_leave_columns(make_learner):
+    learn = make_learner()
+    learn.lr_find(num_it=8, show_plot=False)
+    res = learn.validate()
+    assert len(res)==6 and 0<=res[1]<=1
+    assert not learn.retrieval_metrics.embs and not learn.metrics
+
+def test_metrics_by_name(make_learner):
+    learn = make_learner(metrics=['recall@1','mrr'])
+    learn.fit(1, 1e-3)
+    assert list(learn.recorder.metric_names[3:5])==['recall@1','mrr']
+    assert learn.evaluate(metrics=['mrr'])['mrr']==pytest.approx(learn.recorder.values[-1][3], abs=1e-6)
+
+def test_scored_every_other_epoch(make_learner):
+    learn = make_learner(cbs=RetrievalMetrics(every=2))
+    learn.fit(4, 3e-3)
+    r1 = [o[2] for o in learn.recorder.values]
+    assert np.isnan(r1[0]) and r1[2]==r1[1] and not np.isnan(r1[3])
+
+def test_export(make_learner, tmp_path):
+    learn = make_learner(Centres())
+    learn.fit(1, 1e-3)
+    learn.export()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        other = load_learner(tmp_path/'export.pkl')
+    assert other.loss_func is other.model.loss_func
+    assert (other.loss_func.centres==learn.loss_func.centres.cpu()).all()
+    fns = learn.dls.source.items('test')[:5]
+    dl = other.dls.test_dl(fns)
+    assert torch.allclose(other.get_preds(dl=dl)[0], learn.embed(learn.dls.test_dl(fns))[0].cpu(), atol=1e-6)
+    assert 'embs' not in vars(other.retrieval_metrics) or not other.retrieval_metrics.embs
+
+def test_evaluate_leaves_the_recorder_alone(make_learner):
+    learn = make_learner(cbs=SaveModelCallback(monitor='recall@1'))
+    learn.fit(2, 3e-3)
+    saved,values = learn.save_model.last_saved_path.read_bytes(),list(learn.recorder.values)
+    learn.evaluate(); learn.evaluate('test'); learn.embed()
+    assert learn.recorder.values==values and learn.save_model.last_saved_path.read_bytes()==saved
+    with pytest.raises(ValueError, match="has no split 'vale'; its splits are train, val, test"): learn.evaluate('vale')
+
+def test_the_same_seed_gives_the_same_numbers(make_learner):
+    runs = []
+    for seed in (0,0,1):
+        learn = make_learner(seed=seed)
+        learn.fit_one_cycle(1, 3e-3)
+        runs.append(learn.recorder.values[-1])
+    assert runs[0]==runs[1]!=runs[2]
+
+def test_any_callable_is_a_loss(make_learner):
+    from pytorch_metric_learning.losses import ProxyAnchorLoss
+    learn = make_learner(ProxyAnchorLoss(num_classes=24, embedding_size=16))
+    assert any(p is learn.loss_func.proxies for p in learn.splitter(learn.model)[1])
+    old = learn.loss_func.proxies.detach().clone()
+    learn.fit(1, 1e-3)
+    assert (learn.loss_func.proxies.cpu()!=old).any()
+    learn = make_learner(lambda embs, labels: embs.sum()*0)
+    learn.fit(1, 1e-3)
+
+def test_wrong_arguments_are_named(few):
+    dls = few.dataloaders(bs=8, per_class=4, num_workers=0)
+    with pytest.raises(ValueError, match="no model 'resnet_10t'; the nearest names are 'resnet10t'"): metric_learner(dls, 'resnet_10t', pretrained=False)
+    with pytest.raises(ValueError, match="1 or more; got 0"): metric_learner(dls, 'test_resnet', emb_sz=0, pretrained=False)
+    with pytest.raises(ValueError, match="no file of weights"): metric_learner(dls, 'test_resnet', weights='nowhere.safetensors')
