@@ -99,19 +99,18 @@ def triplet_terms(
 )->tuple[Tensor,Tensor,Tensor]: # Hinges summed per anchor `(n,)`, how many are positive, gradient of their (weighted) sum by `d2`
     "The hinges of all triplets and their gradient with respect to the squared distances"
     n,g = len(d2),gamma/2
-    dist = d2.to(dtype, copy=True)
-    rsq = safe_rsqrt(dist)
-    if not squared: dist = dist.sqrt_()
     y = labels.unique(return_inverse=True)[1].to(dtype)
-    dist.add_(torch.eq(y[:,None], y, out=torch.empty_like(dist)), alpha=1e30) # the own class is out of reach
-    total,active,gd2 = d2.new_zeros(n),d2.new_zeros(()),torch.zeros_like(dist)
+    total,active,gd2 = d2.new_zeros(n),d2.new_zeros(()),torch.zeros_like(d2)
     for a,p in _anchor_blocks(labels, 2**24 if d2.is_cuda else 2**17):
-        ap,r = d2[a[:,None],p],rsq.index_select(0, a)
-        t = safe_rsqrt(ap).to(dtype)
-        h = ((ap if squared else ap.sqrt()).to(dtype)+margin)[...,None] - dist.index_select(0, a)[:,None]
+        an = d2.index_select(0, a)
+        ap,r = an.gather(1, p),safe_rsqrt(an)
+        t = safe_rsqrt(ap)
+        dist = torch.eq(y[a,None], y, out=r.new_empty(r.shape, dtype=dtype)).mul_(1e30) # the own class is out of reach
+        dist.add_(an if squared else an*r)
+        h = ((ap if squared else ap*t)+margin).to(dtype)[...,None] - dist[:,None]
         if gamma:
             c = d2.index_select(0, p.flatten()).view(*p.shape, n).sub_(ap[...,None])
-            c = torch.sub(d2.index_select(0, a)[:,None], c, out=c).to(dtype).mul_(r[:,None]).mul_(t[...,None]*g)
+            c = torch.sub(an[:,None], c, out=c).mul_(r[:,None]).to(dtype).mul_((t*g).to(dtype)[...,None])
             h.sub_(c)
         total[a] = h.relu_().sum(-1).sum(1, dtype=d2.dtype)
         k = h.sign_()
@@ -121,12 +120,12 @@ def triplet_terms(
         gap,gan = k.sum(-1),k.sum(1).neg_()
         if not squared: gap,gan = gap*t/2,gan*r/2
         if gamma:
-            kc,tr = c.mul_(k),k.mul_(t[...,None]*g)
-            gan.addcmul_(kc.sum(1), r*r, value=.5).addcmul_(tr.sum(1), r, value=-1)
-            tr.mul_(r[:,None])
+            kc = c.mul_(k)
+            tr = k.mul_((t*g).to(dtype)[...,None]).to(d2.dtype).mul_(r[:,None])
+            gan = gan - tr.sum(1) + kc.sum(1)*r*r/2
             gap = gap - tr.sum(-1) + kc.sum(-1)*t*t/2
             gd2.index_add_(0, p.flatten(), tr.view(-1, n))
-        gd2.index_add_(0, a, gan)
+        gd2.index_add_(0, a, gan.to(d2.dtype))
         gd2[a[:,None],p] += gap
     return total,active,gd2
 
