@@ -57,3 +57,23 @@ def test_blocks_do_not_matter(monkeypatch):
     monkeypatch.setattr(m, '_anchor_blocks', lambda y,sz: blocks(y, 1))
     got = value_grad(DRTripletLoss(), f, y)
     for g,w in zip(got,want): torch.testing.assert_close(g, w)
+
+SPREADS = [1.,1e-1,1e-2,1e-3,1e-4]
+
+def spread_batch(spread, n=64, per=4, d=32, seed=0):
+    "Unit rows whose classes are `spread` wide, as float32 can hold them"
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(n)//per
+    mu = normalize(torch.randn(n//per, d, generator=g, dtype=f64), dim=1)
+    return normalize(mu[y]+spread*torch.randn(n, d, generator=g, dtype=f64)/d**.5, dim=1).float(),y
+
+def grad_error(loss, f, y):
+    "Relative error of a float32 gradient against float64 on the same numbers"
+    g32,g64 = (value_grad(loss.to(o), f.to(o), y)[1].double() for o in (torch.float32,f64))
+    return ((g32-g64).norm()/g64.norm()).item()
+
+@pytest.mark.parametrize('spread', SPREADS)
+@pytest.mark.parametrize('squared', [True,False])
+@pytest.mark.parametrize('reduction', ['active','mean'])
+def test_triplet_gradient_of_tight_classes(spread, squared, reduction):
+    assert grad_error(DRTripletLoss(margin=4.5, squared=squared, reduction=reduction), *spread_batch(spread))<1e-5
