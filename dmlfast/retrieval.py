@@ -18,8 +18,7 @@ def _embeddings(x, name='embs'):
     x = torch.as_tensor(x).detach().as_subclass(Tensor)
     if x.ndim!=2 or not x.numel(): raise ValueError(f'{name} must be a matrix with at least one row and one column, not {tuple(x.shape)}')
     x = x.float().contiguous()
-    lo,hi = x.aminmax(dim=1)
-    bad = (~(lo.isfinite() & hi.isfinite())).nonzero()[:,0].tolist()
+    bad = (~(x.amin(1).isfinite() & x.amax(1).isfinite())).nonzero()[:,0].tolist()
     if bad: raise ValueError(f'{len(bad)} of {len(x)} rows of {name} are not finite: rows {str(bad[:10])[1:-1]}{", ..." if len(bad)>10 else ""}')
     return x
 
@@ -34,8 +33,9 @@ def _labels(y, n, name='labels', device=None):
 # %% ../nbs/api/30_retrieval.ipynb #b8c59de5
 def _unit(x):
     "Rows of `x` at unit length; a row of zeros stays"
-    x = x/x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    return x.div_(x.norm(dim=1, keepdim=True).clamp(min=1))
+    big = torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True)).clamp_(min=torch.finfo(x.dtype).tiny)
+    x = x/big
+    return x.div_(x.norm(dim=1, keepdim=True).clamp_(min=1))
 
 # %% ../nbs/api/30_retrieval.ipynb #e2ec1fdc
 def _prepare(query, gallery, metric):
@@ -58,10 +58,10 @@ def _prepare(query, gallery, metric):
 # %% ../nbs/api/30_retrieval.ipynb #47069b77
 def _twins(x):
     "Index of the first row of `x` equal to each row; None if all rows differ"
-    sums,inv,cnt = (x+0.).view(torch.int32).sum(1, dtype=torch.int64).unique(return_inverse=True, return_counts=True)
+    sums,inv,cnt = x.view(torch.int64 if x.shape[1]%2==0 else torch.int32).sum(1).unique(return_inverse=True, return_counts=True)
     if len(sums)==len(x): return None
     cand = (cnt[inv]>1).nonzero()[:,0]
-    inv = (x[cand]+0.).unique(dim=0, return_inverse=True)[1]
+    inv = x[cand].view(torch.int32).unique(dim=0, return_inverse=True)[1]
     first = torch.full_like(cand, len(x)).scatter_reduce_(0, inv, cand, 'amin')
     res = torch.arange(len(x), device=x.device)
     res[cand] = first[inv]
@@ -84,7 +84,7 @@ class _Scores:
         self.q,self.g,self.bias,self.scale = _prepare(query, gallery, metric)
         self.metric,self.self_idx,self.ignore,self.n = metric,self_idx,ignore,len(gallery)
         self.block = block or max(1, min(len(query), 2**25//self.n))
-        self.buf = self.g.new_empty(self.block, self.n)
+        self.buf,self.qbuf = self.g.new_empty(self.block, self.n),self.q.new_empty(self.block, self.q.shape[1])
         twins = _twins(self.g)
         self.twins = None if twins is None else twins.unique(return_inverse=True)
         if self.twins: self.g,self.bias = self.g[self.twins[0]], None if self.bias is None else self.bias[self.twins[0]]
@@ -93,7 +93,7 @@ class _Scores:
         "Scores of queries `rows`, `(len(rows),n)`"
         s = self.buf[:len(rows)]
         out = s if self.twins is None else None
-        q = self.q[rows]
+        q = torch.index_select(self.q, 0, rows, out=self.qbuf[:len(rows)])
         u = torch.mm(q, self.g.T, out=out) if self.bias is None else torch.addmm(self.bias, q, self.g.T, out=out)
         if self.twins: torch.index_select(u, 1, self.twins[1], out=s)
         return self.mask_(s, rows)
