@@ -34,12 +34,11 @@ def _sentence(e):
 
 # %% ../nbs/api/90_cli.ipynb #99357991
 def _kwargs(s):
-    "`'a=1,b=same'` as a dictionary"
-    from ast import literal_eval
-    def _value(v):
-        try: return literal_eval(v)
-        except (ValueError, SyntaxError): return v
-    return {k:_value(v) for k,v in (o.split('=', 1) for o in s.split(','))} if s else {}
+    "`'a=(1,2), b=same'` as a dictionary"
+    import ast
+    try: call = ast.parse(f'f({s or ""})', mode='eval').body
+    except SyntaxError: raise ValueError(f"Arguments are given as name=value,name=value; got {s!r}.") from None
+    return {o.arg: o.value.id if isinstance(o.value, ast.Name) else ast.literal_eval(o.value) for o in call.keywords}
 
 # %% ../nbs/api/90_cli.ipynb #b2e83303
 def demo_data(
@@ -75,10 +74,11 @@ def run_demo(
     def _scores(res): return {o:res[o] for o in names}
     rows = {'raw pixels': _scores(evaluate_retrieval(*_raw_pixels(dls.valid), metrics=names))}
     own = data is not None
+    model_kwargs = _kwargs(arch_args) if own or arch or arch_args else dict(channels=(32,64,128,256)) # a resnet10t of half the width
     learn = metric_learner(dls, arch or ('mobilenetv2_050' if own else 'resnet10t'), DRTripletLoss(margin=0.2, gamma=0.3), emb_sz=emb_sz, pretrained=own,
-        weights=weights, model_kwargs=_kwargs(arch_args), train_bn=not own)
+        weights=weights, model_kwargs=model_kwargs)
     rows['untrained'] = _scores(learn.evaluate(metrics=names))
-    learn.fit_one_cycle(epochs or (8 if own else 12), lr or (3e-4 if own else 3e-3))
+    learn.fit_one_cycle(epochs or (8 if own else 15), lr or (3e-4 if own else 6e-3))
     rows['trained'] = _scores(learn.evaluate(metrics=names))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def dmlfast_demo(
     weights:str=None, # File of the body's weights (.safetensors or .pth); timm's for a folder if not given
     arch_args:str=None, # Arguments of the timm model, such as pad_type=same
     epochs:int=None, # Passes over the training images
-    lr:float=None, # Highest learning rate
+    lr:float=None, # Highest learning rate of the one-cycle schedule
     size:int=None, # Pixels to a side
     bs:int=None, # Images in a batch
     per_class:int=None, # Images of one class in a batch

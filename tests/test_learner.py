@@ -109,12 +109,6 @@ def test_the_same_seed_gives_the_same_numbers(make_learner):
     assert runs[0]==runs[1]!=runs[2]
 
 def test_any_callable_is_a_loss(make_learner):
-    from pytorch_metric_learning.losses import ProxyAnchorLoss
-    learn = make_learner(ProxyAnchorLoss(num_classes=24, embedding_size=16))
-    assert any(p is learn.loss_func.proxies for p in learn.splitter(learn.model)[1])
-    old = learn.loss_func.proxies.detach().clone()
-    learn.fit(1, 1e-3)
-    assert (learn.loss_func.proxies.cpu()!=old).any()
     learn = make_learner(lambda embs, labels: embs.sum()*0)
     learn.fit(1, 1e-3)
 
