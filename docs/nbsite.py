@@ -56,15 +56,20 @@ def build_pages(dest):
     shutil.rmtree(dest, ignore_errors=True)
     nbs = [Path(f) for f in nbglob(root)]
     names = {f.name: page(f, root) for f in nbs}
+    done,ids = {},set()
     for f in nbs:
-        nb,out = read_nb(f),page(f, root)
+        done[f] = nb = read_nb(f)
         SiteFilter()(nb)
+        for c in nb.cells: c.source = re.sub(r'^\(([^()]+)\)=$', lambda m: '' if m[1] in ids else ids.add(m[1]) or m[0], c.source, flags=re.M)
+    def symbol(m): return f'[{m[1]}](#{m[2]})' if m[2] in ids else m[1] # a private name has no card to go to
+    for f in nbs:
+        nb,out = done[f],page(f, root)
         if f.stem=='index' and f.parent==root: nb.cells.append(toctree(nbs, root))
         for c in nb.cells:
             c.metadata.pop('execution', None)
             c.source = re.sub(r'^#\| .*\n?', '', c.source, flags=re.M) if c.cell_type=='code' else c.source
             if c.cell_type!='markdown': continue
-            c.source = re.sub(rf'\]\({re.escape(base)}[^)#]*(#[^)]+)\)', r'](\1)', c.source)  # symbols: the targets `card` makes
+            c.source = re.sub(rf'\[(`[^`]+`)\]\({re.escape(base)}[^)#]*#([^)]+)\)', symbol, c.source) # symbols: the targets `card` makes
             c.source = re.sub(r'\]\(([^():]*?)([^/()\s:]+\.ipynb)', lambda m: f']({m[1]}{names.get(m[2], Path(m[2])).name}', c.source)
         nb.metadata = dict(kernelspec=dict(display_name='python3', language='python', name='python3'), language_info=dict(name='python'))
         (dest/out).parent.mkdir(parents=True, exist_ok=True)
