@@ -304,9 +304,10 @@ class MarginLoss(MetricLoss):
         idx = call_miner(self.miner, embs, labels, d2) if self.miner else all_triplets(labels)
         a,dp,a2,dn = shifted_pairs(idx, d2, labels, self.gamma)
         rows,bad = known_labels(self, labels, len(self.betas)) if self.seen_only else (labels*0,labels<labels)
-        beta = self.betas.to(d2.dtype)[rows].masked_fill(bad, math.nan)
+        beta = self.betas.to(d2.dtype)[rows]
         hinges = torch.cat([(self.margin+dp-beta[a]).relu(), (self.margin-dn+beta[a2]).relu()]).to(embs.dtype)
-        return reduce_terms(hinges, torch.cat([a,a2]), len(embs), self.reduction) + self.nu*self.betas.sum().to(embs.dtype)
+        res = reduce_terms(hinges, torch.cat([a,a2]), len(embs), self.reduction) + self.nu*self.betas.sum().to(embs.dtype)
+        return res.masked_fill(bad if self.reduction=='none' else bad.any(), math.nan)
 
 # %% ../nbs/api/02_losses.ipynb #cd36c7fd
 class NPairLoss(MetricLoss):
@@ -433,27 +434,28 @@ class ProxyLoss(MetricLoss):
         if embs.shape[1]!=self.emb_sz: raise ValueError(f'{name} has proxies of length {self.emb_sz}, not {embs.shape[1]} as the embeddings')
         labels,bad = known_labels(self, labels, self.n_classes)
         proxies = self.proxies.to(embs.dtype)
-        if self.normalize_proxies: proxies = F.normalize(proxies, dim=1)
-        return self.compare(embs, proxies, labels, bad)
+        own = proxies[labels].to(wide_dtype(embs))
+        if self.normalize_proxies: proxies,own = F.normalize(proxies, dim=1),F.normalize(own, dim=1)
+        return self.compare(embs, proxies, (own-embs).to(embs.dtype), labels, bad)
 
-    def compare(self, embs, proxies, labels, bad):
-        "What a subclass defines: the loss of embeddings against proxies, nan where `bad`"
+    def compare(self, embs, proxies, v, labels, bad):
+        "What a subclass defines: the loss of embeddings against proxies, nan where `bad`; `v` leads to the own proxy"
         raise NotImplementedError
 
 # %% ../nbs/api/02_losses.ipynb #741761ff
 def proxy_dists(
     embs:Tensor, # Embeddings, `(n,d)`
     proxies:Tensor, # Proxies, `(c,d)`
+    v:Tensor, # Own proxies less embeddings, `(n,d)`
     labels:Tensor, # Row of each embedding's own proxy, `(n,)` int64
     cos:bool=True, # Compute the cosines?
 )->tuple[Tensor,Tensor|None]: # Squared distances and direction cosines, `(n,c)` each; the cosine with the own proxy is 0
     "Squared distances to all proxies, and the direction cosines of the other proxies with respect to the own one"
-    v,own = proxies[labels]-embs,labels[:,None]
-    vv = v.pow(2).sum(1, keepdim=True)
+    vv,own = v.pow(2).sum(1, keepdim=True),labels[:,None]
     d2 = torch.addmm(embs.pow(2).sum(1, keepdim=True)+proxies.pow(2).sum(1), embs, proxies.T, alpha=-2).clamp(min=0).scatter(1, own, vv)
     if not cos: return d2,None
     vv = vv*(vv>torch.finfo(vv.dtype).eps**2)
-    c = torch.addmm(-(v*embs).sum(1, keepdim=True), v, proxies.T)*safe_rsqrt(vv)*safe_rsqrt(d2)
+    c = torch.addmm(-(v*embs).sum(1, keepdim=True), v, proxies.T)*safe_rsqrt(vv)*d2.clamp(min=4*torch.finfo(d2.dtype).eps).rsqrt()
     return d2,c.scatter(1, own, 0)
 
 # %% ../nbs/api/02_losses.ipynb #b35c17d2
@@ -473,8 +475,8 @@ class ProxyNCALoss(ProxyLoss):
         super().__init__(n_classes, emb_sz, gamma, lr_mult, reduction, normalize_proxies)
         self.squared,self.scale,self.include_positive = squared,scale,include_positive
 
-    def compare(self, embs, proxies, labels, bad):
-        d,c = proxy_dists(embs, proxies, labels, bool(self.gamma))
+    def compare(self, embs, proxies, v, labels, bad):
+        d,c = proxy_dists(embs, proxies, v, labels, bool(self.gamma))
         if not self.squared: d = safe_sqrt(d)
         if self.gamma: d = d+self.gamma*c
         logits,own = -self.scale*d,labels[:,None]
@@ -503,11 +505,11 @@ class ProxyAnchorLoss(ProxyLoss):
         super().__init__(n_classes, emb_sz, gamma, lr_mult)
         self.margin,self.alpha = margin,alpha
 
-    def compare(self, embs, proxies, labels, bad):
+    def compare(self, embs, proxies, v, labels, bad):
         s = embs@proxies.T
         own = labels[:,None]==torch.arange(self.n_classes, device=labels.device)
         pos,neg = self.alpha*(self.margin-s),self.alpha*(self.margin+s)
-        if self.gamma: neg = neg-self.alpha*self.gamma*proxy_dists(embs, proxies, labels)[1]
+        if self.gamma: neg = neg-self.alpha*self.gamma*proxy_dists(embs, proxies, v, labels)[1]
         if self.reduction=='none':
             values = F.softplus(pos.gather(1, labels[:,None])[:,0]) + F.softplus(neg).masked_fill(own, 0).mean(1)
             return values.masked_fill(bad, math.nan)
