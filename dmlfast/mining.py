@@ -77,9 +77,8 @@ def pair_negatives(
 )->Tensor: # Negatives, `(t,)` int64
     "A random negative for each anchor"
     order = labels.argsort(stable=True)
-    _,inv,size = labels.unique(return_inverse=True, return_counts=True)
-    inv = inv[a]
-    end,m = size.cumsum(0)[inv],size[inv]
+    cls,size = class_index(labels)
+    end,m = cls.bincount().cumsum(0)[cls[a]],size[a]
     r = torch.rand(len(a), device=a.device, dtype=wide_dtype(a))
     return order[(end+(r*(len(labels)-m)).long())%len(labels)]
 
@@ -192,20 +191,23 @@ def similarities(
     d2:Tensor, # Their squared distances, `(n,n)`
 )->Tensor: # Dot products, `(n,n)`, of the dtype of `d2`
     "Dot products from squared distances, so that one Gram matrix serves both"
-    sq = embs.to(d2.dtype).pow(2).sum(1)
-    return (sq[:,None]+sq-d2)/2
+    sq = embs.to(d2.dtype).pow(2).sum(1)/2
+    return torch.sub(sq[:,None]+sq, d2, alpha=.5)
 
 # %% ../nbs/api/01_mining.ipynb #da4a55b0
 def ms_masks(
-    sim:Tensor, # Similarities, `(n,n)`
+    sim:Tensor, # Similarities, `(n,n)` float
     labels:Tensor, # Class of each row, `(n,)` integer
     eps:float=.1, # Slack, a similarity
-)->tuple[Tensor,Tensor]: # Positives and negatives of each row to learn from, two `(n,n)` bool masks
+)->tuple[Tensor,Tensor]: # Positives and negatives of each row to learn from, two `(n,n)` masks of 0 and 1, of the dtype of `sim`
     "Informative pairs in the sense of the multi-similarity loss"
-    pos,neg = label_masks(labels)
-    least = sim.masked_fill(~pos, float('inf')).amin(1, keepdim=True)
-    most = sim.masked_fill(~neg, -float('inf')).amax(1, keepdim=True)
-    return pos&(sim-eps<most),neg&(sim+eps>least)
+    pos,neg = label_masks(labels, sim.dtype)
+    far = 1e30 # beyond any similarity
+    least = torch.add(sim, pos-1, alpha=-far).amin(1, keepdim=True)
+    most = torch.add(sim, neg-1, alpha=far).amax(1, keepdim=True)
+    hard_pos,hard_neg = torch.empty_like(pos),torch.empty_like(neg)
+    torch.lt(sim, (most+eps).expand_as(sim), out=hard_pos), torch.gt(sim, (least-eps).expand_as(sim), out=hard_neg)
+    return hard_pos.mul_(pos),hard_neg.mul_(neg)
 
 # %% ../nbs/api/01_mining.ipynb #bd62b4f0
 class MultiSimilarityMiner(Miner):
