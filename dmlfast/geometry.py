@@ -63,16 +63,17 @@ class _SqDist(torch.autograd.Function):
         tol = max(torch.finfo(x.dtype).eps**2, 16*torch.finfo(w.dtype).eps)/2
         tol = torch.add(sq[:,None], sq).mul_(tol)
         d2.mul_(torch.gt(d2, tol, out=tol))
-        ctx.save_for_backward(x, d2)
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(w, d2)
         return d2
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        x,d2 = ctx.saved_tensors
+        w,d2 = ctx.saved_tensors
         r = (g+g.T).mul_(d2.sign())
         r.diagonal().sub_(r.sum(1))
-        return (r@x.to(g.dtype)).mul_(-2).to(x.dtype)
+        return (r@w).mul_(-2).to(ctx.dtype)
 
 # %% ../nbs/api/00_geometry.ipynb #b89bead4
 def sqdist(
@@ -82,11 +83,26 @@ def sqdist(
     return _SqDist.apply(embs)
 
 # %% ../nbs/api/00_geometry.ipynb #610c218f
+class _SafeRsqrt(torch.autograd.Function):
+    "Reciprocal square root, 0 at 0, with a gradient of 0 there"
+    @staticmethod
+    def forward(ctx, x):
+        r = x.rsqrt().nan_to_num_(posinf=0)
+        ctx.save_for_backward(r)
+        return r
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        r, = ctx.saved_tensors
+        return (r*r).mul_(r).mul_(g).mul_(-.5)
+
+# %% ../nbs/api/00_geometry.ipynb #932bf024
 def safe_rsqrt(
     x:Tensor, # Any shape, non-negative
 )->Tensor: # `1/sqrt(x)`, 0 where `x` is 0
     "Reciprocal square root, with value and gradient 0 at 0"
-    return x.clamp(min=torch.finfo(x.dtype).tiny).rsqrt()*x.sign()
+    return _SafeRsqrt.apply(x) if torch.is_grad_enabled() and x.requires_grad else x.rsqrt().nan_to_num_(posinf=0)
 
 # %% ../nbs/api/00_geometry.ipynb #f2b99f30
 def safe_sqrt(

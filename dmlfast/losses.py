@@ -125,7 +125,7 @@ def triplet_terms(
         ap,r = an.gather(1, p),safe_rsqrt(an)
         t = safe_rsqrt(ap)
         dist = torch.eq(y[a,None], y, out=r.new_empty(r.shape, dtype=dtype)).mul_(1e30) # the own class is out of reach
-        dist.add_(an if squared else an*r)
+        dist.add_((an if squared else an*r).to(dtype))
         h = ((ap if squared else ap*t)+margin).to(dtype)[...,None] - dist[:,None]
         if gamma:
             c = d2.index_select(0, p.flatten()).view(*p.shape, n).sub_(ap[...,None])
@@ -136,15 +136,15 @@ def triplet_terms(
         active += k.sum(-1).sum(dtype=d2.dtype)
         if not grad: continue
         if weight is not None: k.mul_(weight[a,None,None])
-        gap,gan = k.sum(-1),k.sum(1).neg_()
-        if not squared: gap,gan = gap*t/2,gan*r/2
+        gap,gan = k.sum(-1).to(d2.dtype),k.sum(1).to(d2.dtype).neg_()
+        if not squared: gap.mul_(t/2), gan.mul_(r).div_(2)
         if gamma:
             kc = c.mul_(k)
             tr = k.mul_((t*g).to(dtype)[...,None]).to(d2.dtype).mul_(r[:,None])
-            gan = gan - tr.sum(1) + kc.sum(1)*r*r/2
-            gap = gap - tr.sum(-1) + kc.sum(-1)*t*t/2
+            gan.sub_(tr.sum(1)).add_(kc.sum(1).to(d2.dtype).mul_(r).mul_(r), alpha=.5)
+            gap.sub_(tr.sum(-1)).add_(kc.sum(-1).to(d2.dtype)*t*t, alpha=.5)
             gd2.index_add_(0, p.flatten(), tr.view(-1, n))
-        gd2.index_add_(0, a, gan.to(d2.dtype))
+        gd2.index_add_(0, a, gan)
         gd2[a[:,None],p] += gap
     return total,active,gd2
 
@@ -223,11 +223,10 @@ class DRTripletLoss(TripletLoss):
 
 # %% ../nbs/api/02_losses.ipynb #5afe8f77
 def hardest_positive(
-    d2:Tensor, # Squared distances, `(n,n)`, or anything else that grows with them
-    labels:Tensor, # Class of each row, `(n,)` integer
+    d2:Tensor, # Squared distances, `(n,n)`
+    pos:Tensor, # Positives of each row, `(n,n)`, 0 or 1 in a float dtype
 )->Tensor: # `(n,)` int64
     "The farthest positive of each row; the row itself where it has none, so that its direction cosines are 0"
-    pos = label_masks(labels, d2.dtype)[0]
     return torch.add(d2, pos-1, alpha=1e30).argmax(1).where(pos.any(1), torch.arange(len(d2), device=d2.device))
 
 # %% ../nbs/api/02_losses.ipynb #342c5d67
@@ -244,7 +243,7 @@ class _HardCos(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        p,t,r,c = ctx.saved_tensors
+        (p,t,r,c),g = ctx.saved_tensors,g.to(ctx.saved_tensors[1].dtype)
         tr,gc = (r*t).mul_(g),c*g
         gap = tr.sum(1, keepdim=True) - 2*gc.sum(1, keepdim=True)*t*t
         gd2 = torch.addcmul(tr, gc.mul_(r), r, value=-.5)
@@ -270,7 +269,7 @@ def shifted_pairs(
     a,p,a2,n = as_pairs(idx)
     dp,dn = safe_sqrt(d2[a,p]),safe_sqrt(d2[a2,n])
     if gamma:
-        p2 = p if len(idx)==3 else hardest_positive(d2.detach(), labels)[a2]
+        p2 = p if len(idx)==3 else hardest_positive(d2.detach(), label_masks(labels, d2.dtype)[0])[a2]
         dn = dn + gamma*dir_cos(d2[a2,p2], d2[a2,n], d2[p2,n])
     return a,dp,a2,dn
 
@@ -300,8 +299,8 @@ class ContrastiveLoss(MetricLoss):
 def all_pairs(self:ContrastiveLoss, d2, labels, dtype):
     "The loss of all pairs, as matrices"
     dist = safe_sqrt(d2.to(dtype))
-    far = dist + self.gamma*hard_cos(d2, hardest_positive(d2.detach(), labels), dtype) if self.gamma else dist
     pos,neg = label_masks(labels, dtype)
+    far = torch.add(dist, hard_cos(d2, hardest_positive(d2.detach(), pos), dtype), alpha=self.gamma) if self.gamma else dist
     return reduce_masked((dist-self.pos_margin).relu(), pos, self.reduction)+reduce_masked((self.neg_margin-far).relu(), neg, self.reduction)
 
 # %% ../nbs/api/02_losses.ipynb #43b2b4de
@@ -405,15 +404,29 @@ def first_pairs(
     return order[start],order[start+1]
 
 # %% ../nbs/api/02_losses.ipynb #ace14bc1
+class _Log1pSumExp(torch.autograd.Function):
+    "Masked logarithm of one plus a sum of exponentials; the gradient is the softmax that the forward has made"
+    @staticmethod
+    def forward(ctx, x, mask, dim):
+        top = (x*mask).amax(dim, keepdim=True).clamp_(min=0)
+        e = torch.sub(x, top).clamp_(-80, 0).exp_().mul_(mask) # exp is slow where it underflows
+        total = e.sum(dim, keepdim=True).add_(top.neg().exp_())
+        ctx.dim = dim
+        ctx.save_for_backward(e.div_(total))
+        return total.log_().add_(top).squeeze(dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g): return ctx.saved_tensors[0]*g.unsqueeze(ctx.dim),None,None
+
+# %% ../nbs/api/02_losses.ipynb #f8037b5c
 def log1p_sum_exp(
-    x:Tensor, # Exponents
-    mask:Tensor, # 1 for those that count and 0 for the others, float of the shape of `x`
+    x:Tensor, # Exponents, `(n,m)`
+    mask:Tensor, # 1 for those that count and 0 for the others, `(n,m)` float
     dim:int=1, # Dimension to sum over
 )->Tensor: # `log(1+sum(exp(x)))`, 0 where the mask is empty
     "Logarithm of one plus a sum of exponentials, without overflow"
-    x = torch.add(x, mask-1, alpha=1e30)
-    top = x.detach().amax(dim, keepdim=True).clamp(min=0)
-    return ((-top).exp()+(x-top).exp().sum(dim, keepdim=True)).log().add(top).squeeze(dim)
+    return _Log1pSumExp.apply(x, mask, dim)
 
 # %% ../nbs/api/02_losses.ipynb #3e0244ae
 def reduce_values(
@@ -439,23 +452,22 @@ class MultiSimilarityLoss(MetricLoss):
         super().__init__(gamma, reduction)
         self.alpha,self.beta,self.lam,self.eps,self.miner = alpha,beta,lam,eps,miner
 
-    def masks(self, embs, labels, d2, sim):
-        "Positives and negatives of each row to learn from, as masks of 0 and 1"
-        if not self.miner: return ms_masks(sim.detach(), labels, self.eps)
+    def masks(self, embs, labels, d2, sim, pos, neg):
+        "Positives and negatives of each row to learn from"
+        if not self.miner: return ms_masks(sim, pos, neg, self.eps)
         a,p,a2,n = as_pairs(call_miner(self.miner, embs, labels, d2))
-        pos,neg = torch.zeros_like(sim),torch.zeros_like(sim)
+        pos,neg = torch.zeros_like(pos),torch.zeros_like(neg)
         pos[a,p],neg[a2,n] = 1,1
         return pos,neg
 
     def compute(self, embs, labels):
         d2 = sqdist(embs) if self.gamma or self.miner else None
-        dots = embs@embs.T if d2 is None else similarities(embs, d2)
-        s = dots.to(embs.dtype)
-        pos,neg = self.masks(embs, labels, d2, s)
-        s = s-self.lam
-        values = log1p_sum_exp(-self.alpha*s, pos)/self.alpha
-        if self.gamma: s = s-self.gamma*hard_cos(d2, hardest_positive(-dots.detach(), labels), s.dtype)
-        return reduce_values(values + log1p_sum_exp(self.beta*s, neg)/self.beta, self.reduction)
+        s = embs@embs.T if d2 is None else similarities(embs, d2)
+        pos,neg = label_masks(labels, s.dtype)
+        P,N = self.masks(embs, labels, d2, s.detach(), pos, neg)
+        values = log1p_sum_exp(torch.rsub(s, self.lam*self.alpha, alpha=self.alpha), P)/self.alpha
+        if self.gamma: s = torch.sub(s, hard_cos(d2, hardest_positive(d2.detach(), pos), s.dtype), alpha=self.gamma)
+        return reduce_values(values + log1p_sum_exp(self.beta*s-self.beta*self.lam, N)/self.beta, self.reduction)
 
 # %% ../nbs/api/02_losses.ipynb #4eeadc85
 class DRMultiSimilarityLoss(MultiSimilarityLoss):
@@ -524,16 +536,18 @@ def proxy_cos(
     proxies:Tensor, # Proxies, `(c,d)`
     inv:Tensor, # Factors of the proxies, `(c,)` or scalar
     sq:Tensor, # Their squared norms, `(c,)` or scalar
-)->tuple[Tensor,Tensor]: # Squared distances and direction cosines, `(n,c)` each; the cosine with the own proxy is 0
-    "Squared distances to all proxies, and the direction cosines of the other proxies with respect to the own one"
-    own = proxies[labels].to(wide_dtype(embs))
+)->tuple[Tensor,Tensor,Tensor]: # Squared distances to the proxies and direction cosines, `(n,c)` each, not valid for the own one; squared distance to that, `(n,1)`
+    "Squared distances to all proxies, and the direction cosines of the others with respect to the own one"
+    rows,which = labels.unique(return_inverse=True)
+    own = proxies[rows].to(wide_dtype(embs))
     if inv.ndim: own = F.normalize(own, dim=1)
-    v = (own-embs).to(embs.dtype)
-    s,w = proxy_dots(torch.cat([embs,v]), proxies, inv).split(len(embs))
-    vv,vf,ff,own = *(o.sum(1, keepdim=True) for o in (v*v,v*embs,embs*embs)),labels[:,None]
-    d2 = torch.sub(ff+sq, s, alpha=2).clamp(min=4*torch.finfo(s.dtype).eps)
+    v = (own[which]-embs).to(embs.dtype)
+    a,w = proxy_dots(torch.cat([own.to(embs.dtype),v]), proxies, inv).split([len(rows),len(v)])
+    vv,vf,ff = (o.sum(1, keepdim=True) for o in (v*v,v*embs,embs*embs))
+    least = 4*torch.finfo(v.dtype).eps
+    d2 = torch.sub(ff+sq-least, a.index_select(0, which)-w, alpha=2).relu()+least
     t = safe_rsqrt(vv*(vv>torch.finfo(vv.dtype).eps**2))
-    return d2.scatter(1, own, vv),((w-vf)*(t*d2.rsqrt())).scatter(1, own, 0)
+    return d2,(w-vf)*(t*d2.rsqrt()),vv
 
 # %% ../nbs/api/02_losses.ipynb #b35c17d2
 class ProxyNCALoss(ProxyLoss):
@@ -560,10 +574,11 @@ class ProxyNCALoss(ProxyLoss):
 
     def logits(self, embs, labels, proxies, inv, sq):
         "Minus the scaled distances, up to a number per row"
-        if self.squared and not self.gamma: return torch.sub(2*proxy_dots(embs, proxies, inv*self.scale), sq*self.scale)
-        d,c = proxy_cos(embs, labels, proxies, inv, sq)
-        if not self.squared: d = safe_sqrt(d)
-        return -self.scale*(d+self.gamma*c)
+        if self.squared and not self.gamma: return torch.sub(proxy_dots(embs, proxies, 2*self.scale*inv), sq*self.scale)
+        d,c,own = proxy_cos(embs, labels, proxies, inv, sq)
+        if not self.squared: d,own = d.sqrt(),safe_sqrt(own)
+        if self.gamma: d = torch.add(d, c, alpha=self.gamma)
+        return -self.scale*d.scatter(1, labels[:,None], own)
 
 # %% ../nbs/api/02_losses.ipynb #85a5793c
 class DRProxyNCALoss(ProxyNCALoss):
