@@ -77,9 +77,8 @@ def pair_negatives(
 )->Tensor: # Negatives, `(t,)` int64
     "A random negative for each anchor"
     order = labels.argsort(stable=True)
-    _,inv,size = labels.unique(return_inverse=True, return_counts=True)
-    inv = inv[a]
-    end,m = size.cumsum(0)[inv],size[inv]
+    cls,size = class_index(labels)
+    end,m = cls.bincount().cumsum(0)[cls[a]],size[a]
     r = torch.rand(len(a), device=a.device, dtype=wide_dtype(a))
     return order[(end+(r*(len(labels)-m)).long())%len(labels)]
 
@@ -190,22 +189,25 @@ class DistanceWeightedMiner(Miner):
 def similarities(
     embs:Tensor, # Embeddings, `(n,d)`
     d2:Tensor, # Their squared distances, `(n,n)`
-)->Tensor: # Dot products, `(n,n)`, of the dtype of `d2`
+)->Tensor: # Dot products, `(n,n)`, of the dtype of `embs`
     "Dot products from squared distances, so that one Gram matrix serves both"
-    sq = embs.to(d2.dtype).pow(2).sum(1)
-    return (sq[:,None]+sq-d2)/2
+    sq = embs.pow(2).sum(1)/2
+    return torch.sub(sq[:,None]+sq, d2.to(embs.dtype), alpha=.5)
 
 # %% ../nbs/api/01_mining.ipynb #da4a55b0
 def ms_masks(
-    sim:Tensor, # Similarities, `(n,n)`
-    labels:Tensor, # Class of each row, `(n,)` integer
+    sim:Tensor, # Similarities, `(n,n)` float
+    pos:Tensor, # Positives of each row, `(n,n)`, 0 or 1 in the dtype of `sim`
+    neg:Tensor, # Negatives of each row, `(n,n)`, likewise
     eps:float=.1, # Slack, a similarity
-)->tuple[Tensor,Tensor]: # Positives and negatives of each row to learn from, two `(n,n)` bool masks
+)->tuple[Tensor,Tensor]: # Those to learn from, two masks like these
     "Informative pairs in the sense of the multi-similarity loss"
-    pos,neg = label_masks(labels)
-    least = sim.masked_fill(~pos, float('inf')).amin(1, keepdim=True)
-    most = sim.masked_fill(~neg, -float('inf')).amax(1, keepdim=True)
-    return pos&(sim-eps<most),neg&(sim+eps>least)
+    far = 1e30 # beyond any similarity
+    least = torch.add(sim, pos-1, alpha=-far).amin(1, keepdim=True)
+    most = torch.add(sim, neg-1, alpha=far).amax(1, keepdim=True)
+    hard_pos = torch.lt(sim, most+eps, out=torch.empty_like(sim))
+    hard_neg = torch.gt(sim, least-eps, out=torch.empty_like(sim))
+    return hard_pos.mul_(pos),hard_neg.mul_(neg)
 
 # %% ../nbs/api/01_mining.ipynb #bd62b4f0
 class MultiSimilarityMiner(Miner):
@@ -215,5 +217,5 @@ class MultiSimilarityMiner(Miner):
     ): self.eps = eps
 
     def mine(self, embs, labels, d2):
-        pos,neg = ms_masks(similarities(embs, d2), labels, self.eps)
+        pos,neg = ms_masks(similarities(embs, d2), *label_masks(labels, embs.dtype), self.eps)
         return *pos.nonzero(as_tuple=True),*neg.nonzero(as_tuple=True)

@@ -1,14 +1,32 @@
 "Losses against their definitions, against other libraries, and on batches that break losses"
-import math, pytest, torch
+import copy, math, pickle, pytest, torch
+from functools import partial
+from hypothesis import given, settings, strategies as st
 from torch.nn.functional import normalize
+from fastai.torch_core import TensorCategory
+from pytorch_metric_learning import losses as pml, miners as pml_miners
+from pytorch_metric_learning.distances import DotProductSimilarity
+from pytorch_metric_learning.reducers import MeanReducer
 from dmlfast.geometry import *
 from dmlfast.losses import *
+from dmlfast.mining import *
 
 f64 = torch.float64
 i = torch.arange(96).reshape(12,8).double()
 F12,Y12 = normalize(torch.sin(1.3*i+0.7*(i%5)), dim=1),torch.arange(12)%3
 
-def close(a, b, tol=1e-8): assert abs(float(a)-b)<=tol, (float(a),b)
+P3 = torch.cos(.9*torch.arange(24).reshape(3,8).double())
+ALL = dict(triplet=TripletLoss, triplet_mined=partial(TripletLoss, miner=BatchHardMiner()), nca=partial(ProxyNCALoss, 5, 16), nca_plain=partial(ProxyNCALoss, 5, 16, squared=False, include_positive=False),
+    ms=partial(MultiSimilarityLoss, lam=.7), margin=partial(MarginLoss, 5, miner=None, nu=.01), margin_one=partial(MarginLoss, miner=BatchHardMiner()), contrastive=partial(ContrastiveLoss, neg_margin=1.3), npair=NPairLoss, anchor=partial(ProxyAnchorLoss, 5, 16))
+SEEN = [k for k,v in ALL.items() if v().seen_only]
+
+def make(name, gamma=.3, reduction=None):
+    torch.manual_seed(100)
+    loss = ALL[name](gamma=gamma)
+    if reduction: loss.reduction = reduction
+    return loss
+
+def close(a, b, tol=1e-8): assert abs(a.item()-b)<=tol, (a.item(),b)
 
 def gathered(f, y, margin=.2, gamma=0., squared=False, reduction='active'):
     "The triplet loss as it is written, one gathered triplet at a time"
@@ -58,6 +76,257 @@ def test_blocks_do_not_matter(monkeypatch):
     got = value_grad(DRTripletLoss(), f, y)
     for g,w in zip(got,want): torch.testing.assert_close(g, w)
 
+@pytest.mark.parametrize('gamma,value', [(.3,1.1673855943),(0.,1.1673862799)])
+def test_ms_values(gamma, value): close(DRMultiSimilarityLoss(gamma=gamma)(F12, Y12), value, 1e-9)
+
+@pytest.mark.parametrize('kw,value', [(dict(squared=False), .4186433087), (dict(), .2888880495), (dict(include_positive=True), .8987632620), (dict(scale=9.), -1.4982026870), (dict(gamma=0.), .4852373866)])
+def test_nca_values(kw, value):
+    loss = DRProxyNCALoss(3, 8, **{**dict(scale=1., include_positive=False), **kw}).double()
+    with torch.no_grad(): loss.proxies.copy_(P3)
+    close(loss(F12, Y12), value, 1e-9)
+
+# Definitions, written out with loops
+
+def cosine(u, v): return u@v/(u.norm()*v.norm())
+def nearest_last(f, y, i): return max((k for k in range(len(f)) if k!=i and y[k]==y[i]), key=lambda k: (f[k]-f[i]).norm())
+
+def slow_contrastive(f, y, gamma, pm=0., nm=.5):
+    pos,neg = [],[]
+    for i in range(len(f)):
+        for k in range(len(f)):
+            d = (f[i]-f[k]).norm()
+            if i!=k and y[i]==y[k]: pos.append((d-pm).relu())
+            if y[i]!=y[k]: neg.append((nm-d-gamma*cosine(f[k]-f[i], f[nearest_last(f,y,i)]-f[i])).relu())
+    return sum(torch.stack(o).sum()/max(sum(h>0 for h in o), 1) for o in (pos,neg))
+
+def slow_ms(f, y, gamma, alpha=2., beta=50., lam=.5, eps=.1):
+    s,res = f@f.T,[]
+    for i in range(len(f)):
+        pos,neg = [k for k in range(len(f)) if k!=i and y[k]==y[i]],[k for k in range(len(f)) if y[k]!=y[i]]
+        p = nearest_last(f, y, i)
+        P = [k for k in pos if s[i,k]-eps<s[i,neg].max()]
+        N = [k for k in neg if s[i,k]+eps>s[i,pos].min()]
+        ep = sum((-alpha*(s[i,k]-lam)).exp() for k in P)
+        en = sum((beta*(s[i,k]-lam-gamma*cosine(f[k]-f[i], f[p]-f[i]))).exp() for k in N)
+        res.append(torch.log(torch.as_tensor(1+ep))/alpha+torch.log(torch.as_tensor(1+en))/beta)
+    return torch.stack(res).mean()
+
+def slow_margin(f, y, gamma, m=.2, b=1.2):
+    h = []
+    for a in range(len(f)):
+        for p in range(len(f)):
+            for n in range(len(f)):
+                if a==p or y[a]!=y[p] or y[a]==y[n]: continue
+                h += [(m+(f[a]-f[p]).norm()-b).relu(), (m-(f[a]-f[n]).norm()-gamma*cosine(f[n]-f[a], f[p]-f[a])+b).relu()]
+    return torch.stack(h).sum()/sum(o>0 for o in h)
+
+def slow_npair(f, y, gamma, l2=.02):
+    pairs = [torch.nonzero(y==c)[:2,0].tolist() for c in y.unique()]
+    res = [torch.log(1+sum((f[a]@f[q]-f[a]@f[p]-gamma*cosine(f[q]-f[a], f[p]-f[a])).exp() for b,q in pairs if b!=a)) for a,p in pairs]
+    return torch.stack(res).mean()+l2*f.pow(2).sum(1).mean()
+
+def slow_anchor(f, y, proxies, gamma, m=.1, alpha=32.):
+    p = normalize(proxies, dim=1)
+    s,pos,neg = f@p.T,[],[]
+    for z in range(len(p)):
+        mine,other = [i for i in range(len(f)) if y[i]==z],[i for i in range(len(f)) if y[i]!=z]
+        if mine: pos.append(torch.log(1+sum((-alpha*(s[i,z]-m)).exp() for i in mine)))
+        neg.append(torch.log(torch.as_tensor(1+sum((alpha*(s[i,z]-gamma*cosine(p[z]-f[i], p[y[i]]-f[i])+m)).exp() for i in other))))
+    return torch.stack(pos).mean()+torch.stack(neg).mean()
+
+def slow_nca(f, y, proxies, gamma, scale=9., squared=True, include_positive=True, norm=True):
+    p,res = normalize(proxies, dim=1) if norm else proxies,[]
+    for i,c in enumerate(y):
+        d = [(f[i]-q).norm() for q in p]
+        if squared: d = [o**2 for o in d]
+        logit = [-scale*(d[z]+(gamma*cosine(p[z]-f[i], p[c]-f[i]) if z!=c else 0)) for z in range(len(p))]
+        res.append(torch.stack([o for z,o in enumerate(logit) if include_positive or z!=c]).logsumexp(0)-logit[c])
+    return torch.stack(res).mean()
+
+def same(fast, slow, f, y):
+    (l0,g0),(l1,g1) = value_grad(slow, f, y),value_grad(fast, f, y)
+    torch.testing.assert_close(l1, l0, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(g1, g0, rtol=1e-6, atol=1e-8)
+
+@pytest.mark.parametrize('gamma', [0.,.3,-.3])
+def test_definitions(gamma):
+    f,y = batch(15, 4, 5, seed=1)
+    y[:10] = torch.arange(10)%5 # every class twice
+    same(ContrastiveLoss(gamma=gamma, neg_margin=1.2), partial(slow_contrastive, gamma=gamma, nm=1.2), f, y)
+    same(MultiSimilarityLoss(gamma=gamma), partial(slow_ms, gamma=gamma), f, y)
+    same(MarginLoss(gamma=gamma, miner=None, beta=1.25), partial(slow_margin, gamma=gamma, b=1.25), f, y)
+    same(NPairLoss(gamma=gamma), partial(slow_npair, gamma=gamma), 2*f, y)
+    anchor = ProxyAnchorLoss(7, 4, gamma=gamma).double()
+    same(anchor, partial(slow_anchor, proxies=anchor.proxies.detach(), gamma=gamma), f, y)
+    for squared,include,norm in [(True,True,True),(False,False,False),(True,False,True),(False,True,True)]:
+        nca = ProxyNCALoss(7, 4, gamma=gamma, squared=squared, include_positive=include, normalize_proxies=norm).double()
+        same(nca, partial(slow_nca, proxies=nca.proxies.detach(), gamma=gamma, squared=squared, include_positive=include, norm=norm), f, y)
+
+# PyTorch Metric Learning, at gamma=0
+
+SHAPES = [(24,8,6),(50,16,7),(64,32,16),(33,4,3)]
+
+def same_pml(ours, theirs, f, y):
+    "PML normalises by itself, so its gradient has no radial part"
+    same(lambda f,y: ours(normalize(f, dim=1), y), theirs, f, y)
+
+def with_proxies(ours, theirs):
+    with torch.no_grad(): theirs.proxies.copy_(ours.proxies)
+    return ours.double(),theirs.double()
+
+@pytest.mark.parametrize('n,d,c', SHAPES)
+def test_pml(n, d, c):
+    f,y = batch(n, d, c, seed=n)
+    same_pml(TripletLoss(margin=.1), pml.TripletMarginLoss(margin=.1), f, y)
+    same_pml(TripletLoss(margin=.1, reduction='mean'), pml.TripletMarginLoss(margin=.1, reducer=MeanReducer()), f, y)
+    same_pml(ContrastiveLoss(neg_margin=1.), pml.ContrastiveLoss(), f, y)
+    miner,ms = pml_miners.MultiSimilarityMiner(.1),pml.MultiSimilarityLoss(2, 50, .5)
+    same_pml(MultiSimilarityLoss(), lambda f,y: ms(f, y, miner(f, y)), f, y)
+    same_pml(MultiSimilarityLoss(miner=miner), lambda f,y: ms(f, y, miner(f, y)), f, y)
+    same(NPairLoss(l2=0.), pml.NPairsLoss(distance=DotProductSimilarity(normalize_embeddings=False)), f, y)
+    same_pml(*with_proxies(ProxyNCALoss(c, d), pml.ProxyNCALoss(c, d, softmax_scale=9)), f, y)
+    same_pml(*with_proxies(ProxyAnchorLoss(c, d), pml.ProxyAnchorLoss(c, d)), f, y)
+
+@pytest.mark.parametrize('per_class', [False,True])
+@pytest.mark.parametrize('n,d,c', SHAPES)
+def test_pml_margin(n, d, c, per_class):
+    f,y = batch(n, d, c, seed=n)
+    same_pml(MarginLoss(miner=None), pml.MarginLoss(), f, y)
+    idx = RandomMiner()(f, y)
+    ours,theirs = MarginLoss(c, miner=lambda f,y: idx).double(),pml.MarginLoss(num_classes=c, learn_beta=True).double()
+    same_pml(ours, lambda f,y: theirs(f, y, idx), f, y)
+    ours.zero_grad(); theirs.zero_grad()
+    ours(normalize(f, dim=1), y).backward(); theirs(f, y, idx).backward()
+    torch.testing.assert_close(ours.betas.grad, theirs.beta.grad)
+
+@pytest.mark.parametrize('n,d,c', SHAPES)
+def test_pml_miners(n, d, c):
+    f,y = batch(n, d, c, seed=n)
+    rows = lambda idx: {tuple(o) for o in torch.stack(idx, 1).tolist()}
+    ours,theirs = MultiSimilarityMiner(.1)(f, y),pml_miners.MultiSimilarityMiner(.1)(f, y)
+    assert rows(ours[:2])==rows(theirs[:2]) and rows(ours[2:])==rows(theirs[2:])
+    assert rows(BatchHardMiner()(f, y))==rows(pml_miners.BatchHardMiner()(f, y))
+
+@pytest.mark.parametrize('miner', [pml_miners.TripletMarginMiner(margin=.2), pml_miners.MultiSimilarityMiner(), MultiSimilarityMiner(), SemiHardMiner(), SoftHardMiner(), BatchHardMiner(), RandomMiner(), DistanceWeightedMiner()], ids=repr)
+@pytest.mark.parametrize('loss', [TripletLoss, MarginLoss, ContrastiveLoss, MultiSimilarityLoss])
+def test_any_miner_goes_with_any_loss(loss, miner):
+    f,y = batch(24, 8, 5, dtype=torch.float32)
+    l,g = value_grad(loss(gamma=.3, miner=miner), f, y)
+    assert l.isfinite() and g.isfinite().all()
+
+# Properties
+
+@pytest.mark.parametrize('name', ALL)
+def test_gamma_zero_is_the_plain_loss(name):
+    f,y = batch(20, 16, 5)
+    a,b,c = (make(name, gamma=g).double()(f, y) for g in (0,0.,.3))
+    assert a==b and a!=c
+
+@pytest.mark.parametrize('name', ALL)
+def test_symmetries(name):
+    f,y = batch(20, 16, 5)
+    loss = make(name).double()
+    want,each = loss(f, y),make(name, reduction='none').double()(f, y)
+    i = torch.randperm(20, generator=torch.Generator().manual_seed(1))
+    if name!='npair': # which takes the first two of each class
+        torch.testing.assert_close(loss(f[i], y[i]), want)
+        torch.testing.assert_close(make(name, reduction='none').double()(f[i], y[i]), each[i])
+    q = torch.linalg.qr(torch.randn(16, 16, dtype=f64))[0]
+    if isinstance(loss, ProxyLoss):
+        with torch.no_grad(): loss.proxies.copy_(loss.proxies@q)
+    torch.testing.assert_close(loss(f@q, y), want)
+
+@pytest.mark.parametrize('reduction', ['scalar','none'])
+@pytest.mark.parametrize('name', ALL)
+def test_gradcheck(name, reduction):
+    f,y = batch(12, 16, 4, seed=3)
+    loss = make(name, reduction=None if reduction=='scalar' else 'none').double()
+    params = list(loss.parameters())
+    assert torch.autograd.gradcheck(lambda f,*ps: loss(f, y), (f.requires_grad_(),*params), atol=1e-6)
+
+@pytest.mark.parametrize('name', ['nca','nca_plain','ms'])
+def test_none_is_what_mean_averages(name):
+    f,y = batch(20, 16, 5)
+    each,mean = (make(name, reduction=r)(f, y) for r in ('none','mean'))
+    assert each.shape==(20,)
+    torch.testing.assert_close(each.mean(), mean)
+
+@pytest.mark.parametrize('name', ALL)
+def test_none_is_one_value_per_row(name):
+    f,y = batch(20, 16, 5)
+    assert make(name, reduction='none')(f, y).shape==(20,)
+
+def test_unknown_reduction():
+    with pytest.raises(ValueError, match="'median' is none of"): TripletLoss(reduction='median')(F12, Y12)
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=14), st.sampled_from(list(ALL)), st.sampled_from([0.,.3]))
+def test_any_labels(labels, name, gamma):
+    "Whatever the labels: finite, connected, and the triplet loss is its definition"
+    f,y = batch(len(labels), 16, 1, seed=len(labels))[0],torch.tensor(labels)
+    for reduction in (None,'none'):
+        loss = make(name, gamma, reduction).double()
+        x = f.clone().requires_grad_()
+        l = loss(x, y)
+        l.sum().backward()
+        assert l.isfinite().all() and x.grad.isfinite().all()
+    if name=='triplet' and label_masks(y)[0].any() and len(set(labels))>1:
+        close(make(name, gamma, 'mean')(f, y), gathered(f, y, gamma=gamma, reduction='mean').item())
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=14), st.sampled_from([RandomMiner(), SemiHardMiner(), SoftHardMiner(), BatchHardMiner(), DistanceWeightedMiner(), MultiSimilarityMiner()]))
+def test_miners_on_any_labels(labels, miner):
+    "Valid triplets whatever the labels; each anchor that has any is there, except where none is informative"
+    y = torch.tensor(labels, dtype=torch.int64)
+    f = batch(len(labels), 6, 1, seed=len(labels), dtype=torch.float32)[0]
+    a,p,a2,n = as_pairs(miner(f, y))
+    assert (y[a]==y[p]).all() and (a!=p).all() and (y[a2]!=y[n]).all()
+    pos,neg = label_masks(y)
+    if not isinstance(miner, MultiSimilarityMiner): assert set(a.tolist())==set((pos.any(1)&neg.any(1)).nonzero()[:,0].tolist())
+
+def test_miners_choose_what_they_say():
+    f,y = batch(60, 6, 5, dtype=torch.float32)
+    d = sqdist(f).sqrt()
+    pos,neg = label_masks(y)
+    torch.manual_seed(0)
+    a,p,n = SemiHardMiner(.2)(f, y)
+    window = neg[a]&(d[a]>d[a,p][:,None])&(d[a]<d[a,p][:,None]+.2)
+    has = window.any(1)
+    assert has.any() and (window[has].gather(1, n[has,None])).all()
+    a,p,n = SoftHardMiner()(f, y)
+    dn = torch.where(neg, d, 9.).amin(1)
+    dp = torch.where(pos, d, -1.).amax(1)
+    assert (d[a,p]>dn[a]).all() and (d[a,n]<dp[a]).all() # here every anchor has such pairs
+    for miner in (RandomMiner(),SemiHardMiner(),SoftHardMiner(),DistanceWeightedMiner()):
+        torch.manual_seed(7); one = miner(f, y)
+        torch.manual_seed(7); two = miner(f, y)
+        three = miner(f, y)
+        assert all(torch.equal(i,j) for i,j in zip(one,two)) and not all(torch.equal(i,j) for i,j in zip(one,three))
+
+def test_random_negatives_are_uniform():
+    torch.manual_seed(0)
+    y = torch.tensor([2,0,1,0,2,2,1])
+    n = pair_negatives(y, torch.full((40000,), 4))
+    share = torch.bincount(n, minlength=7)/40000
+    torch.testing.assert_close(share, torch.tensor([0,.25,.25,.25,0,0,.25]), atol=.01, rtol=0)
+
+@pytest.mark.parametrize('D', [2,3,16,512])
+def test_distance_weights(D):
+    "Proportional to 1/q, exactly 0 for the own class, no nan where a row has no negative or an antipode"
+    f,y = batch(20, D, 4)
+    f[1] = -f[0]
+    y[:2] = torch.tensor([0,1])
+    w = DistanceWeightedMiner().weights(f, y, sqdist(f))
+    d = sqdist(f).sqrt().clamp(.5, 1.4)
+    q = (D-2)*d.log()+(D-3)/2*(1-d**2/4).log()
+    neg = label_masks(y)[1]
+    want = torch.where(neg, (-q+torch.where(neg, q, math.inf).amin(1, keepdim=True)).exp(), 0.)
+    torch.testing.assert_close(w, want/want.sum(1, keepdim=True))
+    assert (w[~neg]==0).all()
+    assert DistanceWeightedMiner().weights(f, y*0, sqdist(f)).isfinite().all()
+
+# Precision
+
 SPREADS = [1.,1e-1,1e-2,1e-3,1e-4]
 
 def spread_batch(spread, n=64, per=4, d=32, seed=0):
@@ -73,7 +342,167 @@ def grad_error(loss, f, y):
     return ((g32-g64).norm()/g64.norm()).item()
 
 @pytest.mark.parametrize('spread', SPREADS)
+@pytest.mark.parametrize('gamma', [0.,.3,-1.])
 @pytest.mark.parametrize('squared', [True,False])
-@pytest.mark.parametrize('reduction', ['active','mean'])
-def test_triplet_gradient_of_tight_classes(spread, squared, reduction):
-    assert grad_error(DRTripletLoss(margin=4.5, squared=squared, reduction=reduction), *spread_batch(spread))<1e-5
+def test_triplet_gradient_of_tight_classes(spread, gamma, squared):
+    for n,per,d in [(64,4,32),(32,2,256),(64,16,64)]:
+        assert grad_error(TripletLoss(margin=5, gamma=gamma, squared=squared), *spread_batch(spread, n, per, d))<2e-5
+
+# Margins here keep every hinge and every mining decision away from its edge.
+WIDE = dict(mined=lambda: DRTripletLoss(margin=5, miner=RandomMiner()), contrastive=lambda: ContrastiveLoss(pos_margin=-1, neg_margin=5, gamma=.3), margin=lambda: MarginLoss(gamma=.3, margin=5, miner=RandomMiner()), ms=lambda: DRMultiSimilarityLoss(eps=5),
+    npair=lambda: NPairLoss(gamma=.3), nca=lambda: DRProxyNCALoss(16, 32), nca_plain=lambda: DRProxyNCALoss(16, 32, squared=False, include_positive=False, scale=1.), anchor=lambda: ProxyAnchorLoss(16, 32, gamma=.3))
+
+@pytest.mark.parametrize('spread', SPREADS)
+@pytest.mark.parametrize('name', WIDE)
+def test_gradients_of_tight_classes(name, spread):
+    torch.manual_seed(0)
+    loss,(f,y) = WIDE[name](),spread_batch(spread)
+    if getattr(loss,'miner',None):
+        idx = loss.miner(f, y)
+        loss.miner = lambda f,y: idx
+    assert grad_error(loss, f, y)<1e-4
+    if isinstance(loss, ProxyLoss): # and with the proxies in the middle of their classes
+        loss.proxies.data = torch.stack([f[y==c].mean(0) for c in range(16)])
+        assert grad_error(loss, f, y)<1e-4
+
+@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('dtype', [torch.float16,torch.bfloat16])
+def test_half_precision(name, dtype):
+    f,y = batch(20, 16, 5, dtype=torch.float32)
+    l,g = value_grad(make(name), f.to(dtype), y)
+    assert l.dtype==torch.float32 and l.isfinite() and g.dtype==dtype and g.isfinite().all()
+    torch.testing.assert_close(l, make(name)(f.to(dtype).float(), y))
+
+@pytest.mark.parametrize('name', ALL)
+def test_autocast_changes_nothing(name):
+    f,y = batch(20, 16, 5, dtype=torch.float32)
+    def inside(f, y):
+        with torch.autocast('cpu', torch.bfloat16): return make(name)(f, y)
+    assert all(torch.equal(i,j) for i,j in zip(value_grad(make(name), f, y),value_grad(inside, f, y)))
+
+# Hard batches
+
+CASES = dict(no_positives=[0,1,2,3,4], no_negatives=[1]*5, one_item=[2], two_of_one=[1,1], two_of_two=[0,1], lonely=[0,0,0,0,3])
+
+@pytest.mark.parametrize('labels', CASES.values(), ids=CASES)
+@pytest.mark.parametrize('name', ALL)
+def test_little_to_learn(name, labels):
+    f,y = batch(len(labels), 16, 1, dtype=torch.float32)[0],torch.tensor(labels)
+    for r in (None,'none'):
+        loss = make(name, reduction=r)
+        l,g = value_grad(loss, f, y, torch.ones(len(y)))
+        assert l.isfinite().all() and g.isfinite().all()
+        if labels!=CASES['lonely'] and name.startswith('triplet'): assert (l==0).all() and (g==0).all()
+
+@pytest.mark.parametrize('name', ALL)
+@pytest.mark.parametrize('direction', ['axis','dense'])
+def test_identical_embeddings(name, direction):
+    "No gradient between rows that are the same; that of the proxies is the same for every row of a class"
+    f = torch.eye(16)[:1].repeat(12, 1) if direction=='axis' else normalize(torch.linspace(-1, 2, 16)[None], dim=1).repeat(12, 1)
+    y = torch.arange(12)%4
+    for gamma in (0.,.3):
+        l,g = value_grad(make(name, gamma), f, y)
+        assert l.isfinite() and g.isfinite().all()
+        if name.startswith(('triplet','margin','contrastive')): assert (g==0).all()
+
+@pytest.mark.parametrize('name', ALL)
+def test_duplicates(name):
+    f,y = batch(20, 16, 5, dtype=torch.float32)
+    f[5:10],f[10] = f[:5],f[11]
+    for labels in (y, y.clone().scatter_(0, torch.arange(5,10), y[:5])):
+        l,g = value_grad(make(name), f, labels)
+        assert l.isfinite() and g.isfinite().all()
+
+@pytest.mark.parametrize('name', [k for k in ALL if hasattr(ALL[k](),'proxies')])
+def test_embedding_on_a_proxy(name):
+    loss = make(name)
+    for y in (torch.arange(5), torch.arange(5).roll(1)):
+        l,g = value_grad(loss, normalize(loss.proxies, dim=1), y)
+        assert l.isfinite() and g.isfinite().all() and loss.proxies.grad.isfinite().all()
+
+@pytest.mark.parametrize('name', ALL)
+def test_labels_of_any_type(name):
+    f,y = batch(20, 16, 5, dtype=torch.float32)
+    want = make(name)(f, y)
+    for o in (y.int(), y.to(torch.uint8), TensorCategory(y), torch.stack([y,y],1)[:,0]):
+        got = make(name)(f, o)
+        assert type(got) is torch.Tensor and torch.equal(got, want)
+    torch.testing.assert_close(make(name)(f.T.contiguous().T, y), want)
+
+@pytest.mark.parametrize('name', ALL)
+def test_non_finite_embeddings(name):
+    f,y = batch(20, 16, 5, dtype=torch.float32)
+    f[3,1],f[17,0] = math.nan,math.inf
+    with pytest.raises(ValueError, match=r'2 of 20 embeddings are not finite, in rows \[3, 17\]'): make(name)(f, y)
+
+def test_wrong_shapes():
+    f,y = batch(6, 4, 2)
+    for args,says in [((f[0], y),'embeddings must be'), ((f, y[:5]),'labels must be'), ((f, y.float()),'labels must be integers'), ((f.long(), y),'embeddings must be')]:
+        with pytest.raises(ValueError, match=says): TripletLoss()(*args)
+    with pytest.raises(ValueError, match='proxies of length 8, not 4'): ProxyNCALoss(3, 8)(f, y)
+
+@pytest.mark.parametrize('name', SEEN)
+@pytest.mark.parametrize('unseen', [5,900,-1])
+def test_unseen_labels(name, unseen):
+    f,y = batch(20, 16, 5, dtype=torch.float32)
+    y[7] = unseen
+    loss = make(name)
+    with pytest.raises(ValueError, match=rf'{type(loss).__name__} was made for 5 classes.* label \[{unseen}\]'): loss(f, y)
+    model = torch.nn.ModuleList([loss]).eval()
+    assert loss(f, y).isnan()
+    loss.reduction = 'none'
+    assert loss(f, y)[7].isnan()
+    model.train()
+
+def test_unseen_labels_do_not_trouble_one_boundary():
+    f,y = batch(20, 16, 5)
+    assert MarginLoss(n_classes=1, miner=None).eval()(f, y+100).isfinite()
+
+# Weights, names and combinations
+
+@pytest.mark.parametrize('cls', [ProxyNCALoss, DRProxyNCALoss, ProxyAnchorLoss])
+def test_setup(cls):
+    loss = cls()
+    assert not list(loss.parameters())
+    with pytest.raises(RuntimeError, match='setup'): loss(F12, Y12)
+    loss.setup(n_classes=3, emb_sz=8)
+    w = loss.proxies
+    assert loss.setup(n_classes=9, emb_sz=5).proxies is w and w.shape==(3,8)
+    assert cls(n_classes=7).setup(n_classes=3, emb_sz=8).proxies.shape==(7,8)
+    assert loss(F12, Y12).isfinite()
+
+def test_margin_setup():
+    assert MarginLoss().setup(n_classes=4).betas.shape==(4,)
+    assert MarginLoss(n_classes=1).setup(n_classes=4).betas.shape==(1,)
+    assert not MarginLoss(learn_beta=False).setup(n_classes=4).betas.requires_grad
+
+@pytest.mark.parametrize('name', ALL)
+def test_copies_and_pickles(name):
+    f,y = batch(20, 16, 5)
+    loss = make(name).double()
+    for o in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert torch.equal(o(f, y), loss(f, y)) and repr(o)==repr(loss)
+
+def test_repr():
+    assert repr(DRTripletLoss(margin=.28))=="DRTripletLoss(margin=0.28, gamma=0.3, squared=False, reduction='active', miner=None)"
+    assert repr(MarginLoss(3))=="MarginLoss(n_classes=3, margin=0.2, beta=1.2, learn_beta=True, nu=0.0, gamma=0.0, lr_mult=5.0, miner=DistanceWeightedMiner(cutoff=0.5, upper=1.4), reduction='active')"
+
+def test_combined():
+    f,y = batch(20, 16, 5, dtype=torch.float32)
+    theirs = pml.ProxyAnchorLoss(5, 16)
+    loss = CombinedLoss((DRProxyNCALoss(), theirs, lambda f,y: f.sum()), weights=(1,.5,2)).setup(n_classes=5, emb_sz=16)
+    torch.testing.assert_close(loss(f, y), loss.losses[0](f, y)+.5*theirs(f, y)+2*f.sum())
+    assert {tuple(p.shape) for p in loss.parameters()}=={(5,16)} and len(list(loss.parameters()))==2
+    assert lr_mults(torch.nn.Sequential(torch.nn.Linear(2,2), loss))=={loss.losses[0].proxies: 100.}
+    theirs.lr_mult = 10.
+    assert lr_mults(loss)[theirs.proxies]==10.
+    loss.reduction = 'none'
+    assert loss(f, y).shape==(20,) and loss.losses[0].reduction=='mean'
+    again = pickle.loads(pickle.dumps(CombinedLoss(loss.losses[:2])))
+    assert again.losses[0] is again.parts[0] and again.seen_only
+    with pytest.raises(ValueError, match='normalised'): CombinedLoss((TripletLoss(), NPairLoss()))
+
+def test_starts_without_fastai():
+    import subprocess, sys
+    code = "import sys, dmlfast.losses; sys.exit('fastai' in sys.modules)"
+    assert subprocess.run([sys.executable, '-c', code]).returncode==0
