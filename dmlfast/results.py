@@ -105,6 +105,7 @@ class RetrievalResult:
         labels, # Label of each query, (q,) int64
         contingency=None, # `Contingency` of labels and clusters, for `nmi`, `ami` and `f1`
         cluster_names=(), # Which of these three
+        items=None, # Which item each query is, (q,) int, if one item is a query more than once
         curve=None, # Recall levels and the mean precision at each, `(2,101)`
         ci:str='classes', # Draw `'classes'` or `'queries'` for intervals
         n_boot:int=1000, # Number of samples drawn
@@ -113,6 +114,7 @@ class RetrievalResult:
     ):
         if ci not in ('classes','queries'): raise ValueError(f"ci must be 'classes' or 'queries', not {ci!r}")
         self.values,self.labels = {k:np.asarray(v) for k,v in values.items()},np.asarray(labels)
+        self.items = np.arange(len(self.labels)) if items is None else np.asarray(items)
         self.contingency,self.cluster_names,self.curve = contingency,list(cluster_names),curve
         self.ci,self.n_boot,self.seed,self.settings = ci,n_boot,seed,settings or {}
         self.used = ~np.isnan(next(iter(self.values.values()))) if values else np.zeros(len(self.labels), bool)
@@ -147,7 +149,7 @@ class RetrievalResult:
 # %% ../nbs/api/29_results.ipynb #965bcb11
 def _groups(self):
     "Unit of each query that is used, from 0"
-    return np.unique(self.labels[self.used], return_inverse=True)[1] if self.ci=='classes' else np.arange(self.used.sum())
+    return np.unique((self.labels if self.ci=='classes' else self.items)[self.used], return_inverse=True)[1]
 
 @patch
 def why_no_interval(self:RetrievalResult,
@@ -173,7 +175,8 @@ def _boot_values(self):
 
 def _boot_clusters(self):
     bs = [self.contingency.scores(w, self.cluster_names) for w in _draws(len(self.contingency.classes), self.n_boot, self.seed)]
-    return {k:np.concatenate([b[k] for b in bs]) for k in self.cluster_names}
+    bs = {k:np.concatenate([b[k] for b in bs]) for k in self.cluster_names}
+    return {k:np.minimum(b-b.mean()+self[k], 1) for k,b in bs.items()}
 
 # %% ../nbs/api/29_results.ipynb #90fdeae4
 def _percentiles(x): return tuple(np.percentile(x, [2.5,97.5]).tolist())
