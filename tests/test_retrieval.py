@@ -195,7 +195,7 @@ def test_float_types(dtype):
     for m in METRICS: same(evaluate_retrieval(x, y, metric=m), evaluate_retrieval(x.float(), y, metric=m))
     assert neighbours(x)[0].dtype==torch.float32
 
-@pytest.mark.parametrize('scale', [1e-30,1e-3,1e3,1e30,1e38])
+@pytest.mark.parametrize('scale', [1e-30,1e-3,1e3,1e30,5e37])
 def test_any_scale(scale):
     for m in METRICS: check(rand(50)*np.float32(scale), labels(50,5), metric=m)
 
