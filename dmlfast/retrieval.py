@@ -97,22 +97,25 @@ def _full_precision(device):
     finally: torch.set_float32_matmul_precision(prec)
 
 # %% ../nbs/api/30_retrieval.ipynb #14a7c794
+def _lowest(x): return -torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
+
 class _Scores:
     "Scores of rows of `query` with all of `gallery`"
-    def __init__(self, query, gallery, metric, self_idx=None, ignore=None, block=None, width=0):
+    def __init__(self, query, gallery, metric, self_idx=None, ignore=None, block=None, width=0, order=None):
         self.q,self.g,self.bias,self.scale = _prepare(query, gallery, metric)
         self.metric,self.self_idx,self.ignore,self.n = metric,self_idx,ignore,len(gallery)
         self.block = min(len(query), block or _block(self.n+width, query.is_cuda))
-        self.buf,self.qbuf = self.g.new_empty(self.block, self.n),self.q.new_empty(self.block, self.q.shape[1])
+        self.buf = self.g.new_empty(self.block, self.n)
+        self.later = self.n-1-(torch.arange(self.n, device=self.g.device) if order is None else order)
         twins = _twins(self.g)
         self.twins = None if twins is None else twins.unique(return_inverse=True)
         if self.twins: self.g,self.bias = self.g[self.twins[0]], None if self.bias is None else self.bias[self.twins[0]]
 
     def __call__(self, rows):
-        "Scores of queries `rows`, `(len(rows),n)`"
-        s = self.buf[:len(rows)]
+        "Scores of queries `rows`, a slice or indices, in a buffer that the next call reuses"
+        q = self.q[rows]
+        s = self.buf[:len(q)]
         out = s if self.twins is None else None
-        q = torch.index_select(self.q, 0, rows, out=self.qbuf[:len(rows)])
         u = torch.mm(q, self.g.T, out=out) if self.bias is None else torch.addmm(self.bias, q, self.g.T, out=out)
         if self.twins: torch.index_select(u, 1, self.twins[1], out=s)
         return self.mask_(s, rows)
@@ -123,12 +126,18 @@ class _Scores:
             own = self.self_idx[rows]
             has = (own>=0).nonzero()[:,0]
             s[has,own[has]] = -torch.inf
-        if self.ignore is not None: s.masked_fill_(self.ignore[0][rows,None]==self.ignore[1], -torch.inf)
+        if self.ignore is not None: s.masked_fill_(self.ignore[0][rows][:,None]==self.ignore[1], -torch.inf)
         return s
 
-    def blocks(self, rows):
-        "`rows` in blocks"
-        return rows.split(self.block)
+    def blocks(self, n):
+        "Slices of `n`, as many rows as there is room for"
+        return [slice(i, min(i+self.block, n)) for i in range(0, n, self.block)]
+
+    def keys(self, s):
+        "Whole numbers that order as (score, earlier index first) does; the least one for what is excluded"
+        bits = (s+0.).view(torch.int32)
+        k = (bits ^ ((bits>>31) & 0x7fffffff)).long().mul_(2**32).add_(self.later)
+        return k.masked_fill_(s==-torch.inf, _lowest(k))
 
 # %% ../nbs/api/30_retrieval.ipynb #1badb1b5
 def _resolve(query, gallery, self_exclude, name='embs'):
@@ -166,25 +175,15 @@ def _top_values(x, k):
         a[:,n-k:].sort(axis=1)
     return _rowwise(f, x)[:,n-k:].contiguous()
 
-# %% ../nbs/api/30_retrieval.ipynb #093d9d31
-def _keys(s):
-    "Whole numbers that order as (score, earlier index first) does; `_lowest` for what is excluded"
-    bits = (s+0.).view(torch.int32)
-    k = (bits ^ ((bits>>31) & 0x7fffffff)).long().mul_(2**32)
-    k += torch.arange(s.shape[1]-1, -1, -1, device=s.device)
-    return k.masked_fill_(s==-torch.inf, _lowest(k))
-
-def _lowest(x): return -torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
-
 # %% ../nbs/api/30_retrieval.ipynb #31dbdc69
 def _topk_torch(scores, k, vals, idxs, rows):
     "Fill in scores and indices of the `k` best for queries `rows`, equal ones by index"
-    for rows in scores.blocks(rows):
+    for rows in rows.split(scores.block):
         s = scores(rows)
         v,i = s.topk(min(k+1, scores.n), dim=1)
         tied = (v[:,1:]==v[:,:-1]).any(1).nonzero()[:,0]
         for t in tied.split(max(1, len(rows)//4)):
-            i[t,:k] = _keys(s[t]).topk(k, dim=1).indices
+            i[t,:k] = scores.keys(s[t]).topk(k, dim=1).indices
             v[t,:k] = s[t].gather(1, i[t,:k])
         vals[rows],idxs[rows] = v[:,:k],i[:,:k]
 
@@ -209,9 +208,9 @@ def _topk_faiss(scores, k, vals, idxs):
     index = faiss.IndexFlatIP(q.shape[1])
     index.add(g)
     todo = []
-    for rows in scores.blocks(torch.arange(len(q))):
-        v,i = (torch.from_numpy(o).to(scores.q.device) for o in index.search(q[rows], min(k+5, len(g))))
-        rows = rows.to(scores.q.device)
+    for sl in scores.blocks(len(q)):
+        v,i = (torch.from_numpy(o).to(scores.q.device) for o in index.search(q[sl], min(k+5, len(g))))
+        rows = torch.arange(sl.start, sl.stop, device=scores.q.device)
         tied = (v[:,1:]==v[:,:-1]).any(1)
         if scores.twins:
             first,inv = scores.twins
@@ -268,34 +267,45 @@ def _count_before(s, pos, pad, k):
 
 # %% ../nbs/api/30_retrieval.ipynb #3cf2cf42
 class _Relevant:
-    "Columns of the gallery with the label of each query"
+    "Order of the queries that have something of their label in the gallery, order of the gallery, and where in it that is"
     def __init__(self, labels, gallery_labels):
-        self.order = gallery_labels.argsort(stable=True)
-        sl = gallery_labels[self.order]
-        self.lo,self.hi = torch.searchsorted(sl, labels),torch.searchsorted(sl, labels, right=True)
-        self.count = self.hi-self.lo
-
-    def queries(self):
-        "Queries with something of their label in the gallery, by how much"
-        rows = self.count.argsort(stable=True)
-        return rows[self.count[rows]>0]
+        c = torch.cat([labels,gallery_labels]).unique(return_inverse=True)[1]
+        c,gc = c[:len(labels)],c[len(labels):]
+        size = gc.bincount(minlength=int(max(c.max(), gc.max()))+1)
+        key,gkey = (size[o]*len(size)+o for o in (c,gc))
+        self.columns = gkey.argsort(stable=True)
+        self.queries = key.argsort(stable=True)[(size[c]==0).sum():]
+        key,gkey = key[self.queries],gkey[self.columns]
+        self.lo,self.hi = torch.searchsorted(gkey, key)[:,None],torch.searchsorted(gkey, key, right=True)[:,None]
+        self.most = int(size[c].max())
 
     def __call__(self, rows):
-        "Columns for `rows`, and which of them only fill up"
-        lo,hi = self.lo[rows,None],self.hi[rows,None]
+        "Columns of the ordered gallery for a slice of the ordered queries, and which of them only fill up"
+        lo,hi = self.lo[rows],self.hi[rows]
         i = lo + torch.arange(int((hi-lo).max()), device=lo.device)
-        return self.order[torch.minimum(i, hi-1)], i>=hi
+        return torch.minimum(i, hi-1),i>=hi
+
+    def scores(self, query, gallery, metric, own, ids, block):
+        "Scores of the ordered queries with the ordered gallery"
+        q,c = self.queries,self.columns
+        if own is not None:
+            at = torch.empty_like(c)
+            at[c] = torch.arange(len(c), device=c.device)
+            own = torch.where(own>=0, at[own], -1)[q]
+        if ids is not None: ids = ids[0][q],ids[1][c]
+        g = gallery[c]
+        return _Scores(g if query is gallery else query[q], g, metric, own, ids, block, width=16*self.most, order=c)
 
 # %% ../nbs/api/30_retrieval.ipynb #1d5aaaf5
 def _ranking_blocks(scores, relevant, k):
     "For blocks of queries: the queries, irrelevant items before each relevant one, best first, and which of these are there"
-    for rows in scores.blocks(relevant.queries()):
+    for rows in scores.blocks(len(relevant.queries)):
         pos,pad = relevant(rows)
         kk = max(k, pos.shape[1]) if k else scores.n
         b,there,tied = _count_before(scores(rows), pos, pad, kk)
         for t in tied.split(max(1, scores.block//4)):
-            b[t],there[t],_ = _count_before(_keys(scores(rows[t])), pos[t], pad[t], kk)
-        yield rows,b,there
+            b[t],there[t],_ = _count_before(scores.keys(scores(rows.start+t)), pos[t], pad[t], kk)
+        yield relevant.queries[rows],b,there
 
 # %% ../nbs/api/30_retrieval.ipynb #74a63a0e
 def _precision(b, there):
@@ -380,12 +390,12 @@ def _ignore_ids(ignore, q, g, same):
     return ids[:len(a)],ids[len(a):]
 
 # %% ../nbs/api/30_retrieval.ipynb #d6c97d08
-def _ranked_values(scores, relevant, names):
+def _ranked_values(blocks, names, n_queries):
     "Values of the metrics `names` for each query, and the precision-recall curve"
     per = [o for o in names if o!='pr_curve']
-    vals = {o:torch.full((len(scores.q),), torch.nan, dtype=torch.float64) for o in per}
+    vals = {o:torch.full((n_queries,), torch.nan, dtype=torch.float64) for o in per}
     curve,n = torch.zeros(101, dtype=torch.float64),0
-    for rows,b,there in _ranking_blocks(scores, relevant, _k_needed(names)):
+    for rows,b,there in blocks:
         for o,v in _from_ranks(per, b, there).items(): vals[o][rows.cpu()] = v.cpu()
         if 'pr_curve' in names:
             c,m = _curve_sum(b, there)
@@ -420,8 +430,8 @@ def evaluate_retrieval(
     with _full_precision(q.device):
         if ranked:
             rel = _Relevant(y, gy)
-            scores = _Scores(q, g, metric, own, ids, block, width=16*int(rel.count.max()))
-            vals,curve = _ranked_values(scores, rel, ranked)
+            blocks = _ranking_blocks(rel.scores(q, g, metric, own, ids, block), rel, _k_needed(ranked)) if len(rel.queries) else []
+            vals,curve = _ranked_values(blocks, ranked, len(q))
         if clu: table = Contingency(y.cpu(), kmeans(_unit(q) if metric=='cosine' else q, len(y.unique()), seed))
     settings = dict(similarity=metric, n_gallery=len(g), gallery='the queries' if gallery is None else 'separate', ignoring=ignore is not None)
     return RetrievalResult(vals, y.cpu(), table, clu, curve=curve, ci=ci, n_boot=n_boot, seed=seed, settings=settings)

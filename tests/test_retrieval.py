@@ -119,6 +119,8 @@ def test_separate_sets_with_absent_classes():
     check(rand(40), labels(40,9), rand(55, seed=1), labels(55,6,1))
     assert evaluate_retrieval(rand(40), labels(40,9), rand(55, seed=1), labels(55,6,1)).n_left_out==(labels(40,9)>5).sum()
 
+def test_no_class_in_common(): check(rand(9), labels(9,3), rand(7, seed=1), 5+labels(7,3,1))
+
 def test_one_item_in_the_gallery(): check(rand(5), np.array([0,0,1,1,0]), rand(1, seed=1), np.array([1]))
 
 def test_uneven_classes():
@@ -210,13 +212,14 @@ def test_l2_far_from_the_origin():
     np.testing.assert_array_equal(i, [r[:5] for r in ref])
     np.testing.assert_allclose(d, np.take_along_axis(s, i.numpy(), 1), rtol=1e-4)
 
-def test_gradients_and_process_settings_are_left_alone():
-    x = torch.tensor(rand(60), requires_grad=True)
-    prec = torch.get_float32_matmul_precision()
+def test_process_settings_do_not_matter_and_are_left_alone(monkeypatch):
+    "A training loop may have chosen fast products and autocast; metrics are computed in float32"
+    x,prec,seen,mm = torch.tensor(rand(60), requires_grad=True),torch.get_float32_matmul_precision(),[],torch.mm
+    monkeypatch.setattr(torch, 'mm', lambda *a, **k: seen.append(torch.get_float32_matmul_precision()) or mm(*a, **k))
     try:
         torch.set_float32_matmul_precision('medium')
         with torch.autocast('cpu', dtype=torch.bfloat16): a = evaluate_retrieval(x, labels(60,6), metrics=RANKED)
-        assert torch.get_float32_matmul_precision()=='medium'
+        assert torch.get_float32_matmul_precision()=='medium' and seen and set(seen)=={'highest'}
     finally: torch.set_float32_matmul_precision(prec)
     same(a, evaluate_retrieval(x.detach(), labels(60,6), metrics=RANKED))
 
