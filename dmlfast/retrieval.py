@@ -42,33 +42,29 @@ def _power(x, dim=None):
     big = torch.maximum(x.amax(dim, keepdim=True), -x.amin(dim, keepdim=True)) if dim else torch.maximum(x.max(), -x.min())
     return torch.ldexp(torch.ones_like(big), torch.frexp(big).exponent.clamp(-126, 126))
 
-def _unit(x):
-    "Rows of `x` at unit length; a row of zeros stays"
-    x = x/_power(x, 1)
-    n = x.norm(dim=1, keepdim=True)
+def _unit_(x):
+    "Scale the rows of `x` to unit length; a row of zeros stays"
+    n = x.div_(_power(x, 1)).norm(dim=1, keepdim=True)
     return x.div_(n.masked_fill_(n==0, 1))
 
 # %% ../nbs/api/30_retrieval.ipynb #90b2ea9f
-def _prepare(query, gallery, metric):
-    "Rows whose inner product, plus a bias, ranks the gallery; and the scale to multiply shown scores by"
-    same = query is gallery
+def _prepare_(query, gallery, metric):
+    "Rows, overwritten, whose inner product plus a bias ranks the gallery: the bias, and the scale to multiply shown scores by"
+    xs = [gallery] if query is gallery else [query,gallery]
     if metric=='cosine':
-        g = _unit(gallery)
-        return (g if same else _unit(query)),g,None,1.
+        for x in xs: _unit_(x)
+        return None,1.
+    if metric not in ('l2','dot'): raise ValueError(f"metric must be 'cosine', 'l2' or 'dot', not {metric!r}")
+    big = [_power(x) for x in xs]
     if metric=='dot':
-        a,b = _power(query),_power(gallery)
-        g = gallery/b
-        return (g if same else query/a),g,None,a.item()*b.item()
-    if metric!='l2': raise ValueError(f"metric must be 'cosine', 'l2' or 'dot', not {metric!r}")
-    big = torch.maximum(_power(gallery), _power(query))
-    g = gallery/big
-    mean = g.mean(0, dtype=torch.float64).float()
-    q = g.sub_(mean) if same else (query/big).sub_(mean)
-    if not same: g.sub_(mean)
-    scale = torch.maximum(_power(g), _power(q))
-    g.div_(scale)
-    if not same: q.div_(scale)
-    return q,g,g.pow(2).sum(1).div_(-2),big.item()*scale.item()
+        for x,b in zip(xs, big): x.div_(b)
+        return None,big[0].item()*big[-1].item()
+    big = torch.maximum(big[0], big[-1])
+    mean = gallery.div_(big).mean(0, dtype=torch.float64).float()
+    if len(xs)==2: query.div_(big)
+    scale = torch.stack([_power(x.sub_(mean)) for x in xs]).max()
+    for x in xs: x.div_(scale)
+    return gallery.pow(2).sum(1).div_(-2),big.item()*scale.item()
 
 # %% ../nbs/api/30_retrieval.ipynb #47069b77
 def _twins(x):
@@ -100,9 +96,10 @@ def _full_precision(device):
 def _lowest(x): return -torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
 
 class _Scores:
-    "Scores of rows of `query` with all of `gallery`"
+    "Scores of rows of `query` with all of `gallery`, both of which are overwritten"
     def __init__(self, query, gallery, metric, self_idx=None, ignore=None, block=None, width=0, order=None):
-        self.q,self.g,self.bias,self.scale = _prepare(query, gallery, metric)
+        self.q,self.g = query,gallery
+        self.bias,self.scale = _prepare_(query, gallery, metric)
         self.metric,self.self_idx,self.ignore,self.n = metric,self_idx,ignore,len(gallery)
         self.block = min(len(query), block or _block(self.n+width, query.is_cuda))
         self.buf = self.g.new_empty(self.block, self.n)
@@ -247,7 +244,8 @@ def neighbours(
     v,i = torch.empty(len(q), k, device=q.device),torch.empty(len(q), k, dtype=torch.int64, device=q.device)
     todo = torch.arange(len(q), device=q.device)
     with _full_precision(q.device):
-        scores = _Scores(q, g, metric, own, block=block)
+        c = q.clone()
+        scores = _Scores(c, c if g is q else g.clone(), metric, own, block=block)
         if backend=='faiss' and _faiss(): todo = _topk_faiss(scores, k, v, i)
         _topk_torch(scores, k, v, i, todo)
         return _as_scores(scores, v),i
@@ -432,7 +430,7 @@ def evaluate_retrieval(
             rel = _Relevant(y, gy)
             blocks = _ranking_blocks(rel.scores(q, g, metric, own, ids, block), rel, _k_needed(ranked)) if len(rel.queries) else []
             vals,curve = _ranked_values(blocks, ranked, len(q))
-        if clu: table = Contingency(y.cpu(), kmeans(_unit(q) if metric=='cosine' else q, len(y.unique()), seed))
+        if clu: table = Contingency(y.cpu(), kmeans(_unit_(q.clone()) if metric=='cosine' else q, len(y.unique()), seed))
     settings = dict(similarity=metric, n_gallery=len(g), gallery='the queries' if gallery is None else 'separate', ignoring=ignore is not None)
     return RetrievalResult(vals, y.cpu(), table, clu, curve=curve, ci=ci, n_boot=n_boot, seed=seed, settings=settings)
 
