@@ -3,7 +3,9 @@
     python benchmarks/retrieval.py                     # every case: a table in Markdown
     python benchmarks/retrieval.py --threads 1 --runs 5 cub sop
 
-The three are timed in turn in one process, so that they meet the same load; the numbers are medians. Memory is the peak of a fresh process above what it holds once the embeddings are there. On a machine that others use, `--clock cpu --threads 1` counts the process's own seconds."""
+The three are timed in turn in one process, so that they meet the same load; the numbers are medians. Memory is the peak of a fresh
+process above what it holds once the embeddings are there. On a machine that others use, `--clock cpu --threads 1` counts the process's
+own seconds."""
 import argparse, gc, os, subprocess, sys
 from statistics import median
 from time import perf_counter, process_time
@@ -57,7 +59,8 @@ def ours(data, names):
 
 def pml(data, names):
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-    inc = ['precision_at_1','r_precision','mean_average_precision_at_r'] + (['mean_average_precision','mean_reciprocal_rank'] if 'map' in names else [])
+    inc = ['precision_at_1','r_precision','mean_average_precision_at_r']
+    if 'map' in names: inc += ['mean_average_precision','mean_reciprocal_rank']
     calc = AccuracyCalculator(include=inc, k=None if 'map' in names else 'max_bin_count')
     return calc.get_accuracy(*data)
 
@@ -119,14 +122,16 @@ def main():
     except ImportError: version = 'none'
     if a.peak: return print(peak(a.cases[0], a.peak))
     import numpy, pytorch_metric_learning
-    print(f'torch {torch.__version__}, numpy {numpy.__version__}, faiss {version}, pytorch-metric-learning {pytorch_metric_learning.__version__}; '
+    print(f'torch {torch.__version__}, numpy {numpy.__version__}, faiss {version}, PML {pytorch_metric_learning.__version__}; '
         f'{a.threads} threads of {os.cpu_count()}, {a.clock} seconds, {a.runs} runs, load {os.getloadavg()[0]:.1f} at the start\n')
     print('| case | product | ours | ratio | goal | PML | peak ours | peak PML | load |\n|---|---|---|---|---|---|---|---|---|')
     for c in a.cases:
         big = c=='million'
         t,ratio,_ = times(c, 1 if big else a.runs, with_pml=not big)
         mem = [peak_in_fresh_process(c, w, a.threads) for w in (['ours'] if big else ['ours','pml'])]
-        cells = [CASES[c][0], f'{t[0]:.2f} s', f'{t[1]:.2f} s', f'{ratio:.2f}', CASES[c][3] or '', '' if big else f'{t[2]:.2f} s', f'{mem[0]:.0f} MiB', '' if big else f'{mem[1]:.0f} MiB', f'{os.getloadavg()[0]:.1f}']
+        theirs = ('','') if big else (f'{t[2]:.2f} s',f'{mem[1]:.0f} MiB')
+        cells = [CASES[c][0], f'{t[0]:.2f} s', f'{t[1]:.2f} s', f'{ratio:.2f}', CASES[c][3] or '', theirs[0],
+            f'{mem[0]:.0f} MiB', theirs[1], f'{os.getloadavg()[0]:.1f}']
         print('| '+' | '.join(map(str, cells))+' |', flush=True)
     t = search(min(a.runs, 3))
     print(f'\nNeighbours of 20,000×512, k 10: torch {t[0]:.2f} s, faiss {t[1]:.2f} s')

@@ -200,7 +200,8 @@ def _text(head, rows, notes):
 def _html(head, rows, notes):
     "A table in HTML"
     tr = lambda r,t: '<tr>'+''.join(f'<{t}>{c}</{t}>' for c in r)+'</tr>'
-    return f'<table><thead>{tr(head,"th")}</thead><tbody>{"".join(tr(r,"td") for r in rows)}</tbody></table>' + ''.join(f'<p>{n}</p>' for n in notes)
+    body = ''.join(tr(r, 'td') for r in rows)
+    return f'<table><thead>{tr(head,"th")}</thead><tbody>{body}</tbody></table>' + ''.join(f'<p>{n}</p>' for n in notes)
 
 # %% ../nbs/api/29_results.ipynb #8bff47f6
 @patch
@@ -227,7 +228,8 @@ def to_dict(self:RetrievalResult)->dict:
     "Means, macro means and intervals, and how they were obtained, as plain numbers and strings"
     ms = {k:dict(mean=_number(self[k]), macro=_number(self.macro(k)), **_ends(self.interval(k))) for k in self.keys()}
     res = dict(metrics=ms, n_queries=len(self.labels), n_left_out=self.n_left_out, n_classes=len(np.unique(self.labels[self.used])),
-        intervals=dict(over=self.ci, n_boot=self.n_boot, seed=self.seed, none=list(filter(None, map(self.why_no_interval, self.keys())))), **self.settings)
+        intervals=dict(over=self.ci, n_boot=self.n_boot, seed=self.seed, none=[o for o in map(self.why_no_interval, self.keys()) if o]),
+        **self.settings)
     if self.curve is not None: res['pr_curve'] = dict(recall=self.curve[0].tolist(), precision=[_number(o) for o in self.curve[1]])
     return res
 
@@ -245,8 +247,10 @@ class RetrievalDifference:
         a:RetrievalResult, # This
         b:RetrievalResult, # minus this
     ):
-        if not (np.array_equal(a.labels, b.labels) and np.array_equal(a.used, b.used)): raise ValueError('the two results are not of the same queries')
-        if (a.ci,a.n_boot,a.seed)!=(b.ci,b.n_boot,b.seed): raise ValueError('the two results differ in ci, n_boot or seed, so that their samples are not the same')
+        if not (np.array_equal(a.labels, b.labels) and np.array_equal(a.used, b.used)):
+            raise ValueError('the two results are not of the same queries')
+        if (a.ci,a.n_boot,a.seed)!=(b.ci,b.n_boot,b.seed):
+            raise ValueError('the two results differ in ci, n_boot or seed, so that their samples are not the same')
         self.a,self.b,self._keys = a,b,[k for k in a.keys() if k in b.keys()]
         if not self._keys: raise ValueError('the two results have no metric in common')
 

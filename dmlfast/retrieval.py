@@ -25,8 +25,8 @@ def _embeddings(x, name='embs'):
     if x.ndim!=2 or not x.numel(): raise ValueError(f'{name} must be a matrix with at least one row and one column, not {tuple(x.shape)}')
     x = x.float().contiguous()
     bad = (~(x.amin(1).isfinite() & x.amax(1).isfinite())).nonzero()[:,0].tolist()
-    if bad: raise ValueError(f'{len(bad)} of {len(x)} rows of {name} are not finite: rows {str(bad[:10])[1:-1]}{", ..." if len(bad)>10 else ""}')
-    return x
+    if not bad: return x
+    raise ValueError(f'{len(bad)} of {len(x)} rows of {name} are not finite: rows {str(bad[:10])[1:-1]}' + ', ...'*(len(bad)>10))
 
 # %% ../nbs/api/30_retrieval.ipynb #c45e84b9
 def _labels(y, n, name='labels', device=None):
@@ -80,7 +80,7 @@ def _twins(x):
 
 # %% ../nbs/api/30_retrieval.ipynb #a232b3f5
 def _block(width, cuda=False):
-    "How many rows of `width` numbers to work on at once: 32 MiB, which caches hold, but 128 rows for the product's sake if these take less than 512 MiB"
+    "Rows of `width` numbers to work on at once: 32 MiB, but 128 rows, which a product needs to be fast, if they take less than 512 MiB"
     return max(1, 2**(27 if cuda else 23)//width, min(128, 2**27//width))
 
 @contextlib.contextmanager
@@ -101,6 +101,7 @@ class _Scores:
         self.q,self.g = query,gallery
         self.bias,self.scale = _prepare_(query, gallery, metric)
         self.metric,self.self_idx,self.ignore,self.n = metric,self_idx,ignore,len(gallery)
+        if block is not None and block<1: raise ValueError(f'block must be at least 1, not {block}')
         self.block = min(len(query), block or _block(self.n+width, query.is_cuda))
         self.buf = self.g.new_empty(self.block, self.n)
         self.later = self.n-1-(torch.arange(self.n, device=self.g.device) if order is None else order)
@@ -149,7 +150,7 @@ def _resolve(query, gallery, self_exclude, name='embs'):
         own = _labels(self_exclude, len(q), 'self_exclude', q.device)
         if own.max()>=len(g): raise ValueError(f'self_exclude has an index of {own.max()} in a gallery of {len(g)}')
         return q,g,own
-    if len(q)!=len(g): raise ValueError(f'self_exclude=True needs the same items in query and gallery, not {len(q)} and {len(g)}: give each query\'s index')
+    if len(q)!=len(g): raise ValueError(f"self_exclude=True needs the same items twice, not {len(q)} and {len(g)}: give each query's index")
     return q,g,torch.arange(len(q), device=q.device)
 
 # %% ../nbs/api/30_retrieval.ipynb #d7f22753
@@ -165,7 +166,7 @@ def _rowwise(f, x):
 def _top_values(x, k):
     "The `k` largest values in each row of `x`, ascending; `x` is overwritten"
     n = x.shape[1]
-    if x.is_cuda: return x.topk(min(k,n), dim=1).values.flip(1)
+    if x.device.type!='cpu': return x.topk(min(k,n), dim=1).values.flip(1)
     if k>=n: return _rowwise(lambda a: a.sort(axis=1), x)
     def f(a):
         a.partition(n-k, axis=1)
@@ -190,7 +191,7 @@ def _faiss():
     "faiss, or None, which is said once"
     try: import faiss
     except ImportError:
-        warnings.warn("faiss is not installed: PyTorch searches and scikit-learn clusters instead. `pip install 'dmlfast[cpu]'` brings faiss.")
+        warnings.warn("faiss is not installed: PyTorch searches and scikit-learn clusters instead (`pip install 'dmlfast[cpu]'` brings it)")
         return None
     return faiss
 
@@ -232,9 +233,9 @@ def neighbours(
     gallery=None, # Embeddings to search, (n,d) float; `query` itself if not given
     k:int=1, # How many to find
     metric:str='cosine', # `'cosine'`, `'l2'` or `'dot'`
-    self_exclude=None, # Each query's own index in the gallery, (q,) int, -1 for none; True if they are the same items; by default, if no gallery is given
-    backend:str='auto', # `'torch'`, `'faiss'` or `'auto'`
-    block:int|None=None, # Queries scored at a time; chosen so that a block takes 128 MiB if not given
+    self_exclude=None, # Each query's own index in the gallery, (q,) int, -1 for none; or True or False; True without a gallery
+    backend:str='auto', # `'torch'`, `'faiss'`, or `'auto'`, which is `'torch'`
+    block:int|None=None, # Queries scored at a time; about 32 MiB of scores if not given
 )->tuple: # Scores, (q,k) float32, larger is nearer; indices in the gallery, (q,k) int64
     "The `k` nearest items of the gallery to each query, exactly, nearest first, equal ones by index"
     q,g,own = _resolve(query, gallery, self_exclude, 'query')
@@ -252,7 +253,7 @@ def neighbours(
 
 # %% ../nbs/api/30_retrieval.ipynb #407151f9
 def _count_before(s, pos, pad, k):
-    "For relevant columns `pos` of `s`, best first: irrelevant ones before each (counted up to `k`), which are there at all, and rows with a tie"
+    "For relevant columns `pos` of `s`, best first: irrelevant ones before each, up to `k`; which are there at all; rows with a tie"
     low = _lowest(s)
     p = s.gather(1, pos).masked_fill_(pad, low)
     s.scatter_(1, pos, low)
@@ -406,7 +407,7 @@ def evaluate_retrieval(
     labels, # Their classes, (q,) int
     gallery=None, # Embeddings to search, (n,d) float; the queries themselves if not given, each without itself
     gallery_labels=None, # Their classes, (n,) int
-    metrics=None, # Names from `recall` (at `ks`), `recall@k`, `precision@1`, `r_precision`, `map@r`, `map`, `mrr`, `pr_curve`, `nmi`, `ami`, `f1`, or `'all'`; recall, r_precision and map@r if not given
+    metrics=None, # Names from the tables above, `'recall'` for all `ks`, or `'all'`; recall, r_precision and map@r if not given
     ks=(1,2,4,8), # k of recall@k
     metric:str='cosine', # `'cosine'`, `'l2'` or `'dot'`
     ignore=None, # Ids, (n,) int: a query does not see what has its id. With a gallery a pair of such, (q,) and (n,)
@@ -414,7 +415,7 @@ def evaluate_retrieval(
     ci:str='classes', # Draw `'classes'` or `'queries'` for intervals
     n_boot:int=1000, # Samples drawn for an interval
     seed:int=0, # Of the samples and of the clusters
-    block:int|None=None, # Queries scored at a time
+    block:int|None=None, # Queries scored at a time; about 32 MiB of scores if not given
 )->RetrievalResult: # Values for each query, means and intervals
     "Retrieval metrics of `embs`: where do the items with a query's label stand in its ranking of the gallery?"
     names = _metric_names(metrics, ks)
@@ -431,7 +432,8 @@ def evaluate_retrieval(
             blocks = _ranking_blocks(rel.scores(q, g, metric, own, ids, block), rel, _k_needed(ranked)) if len(rel.queries) else []
             vals,curve = _ranked_values(blocks, ranked, len(q))
         if clu: table = Contingency(y.cpu(), kmeans(_unit_(q.clone()) if metric=='cosine' else q, len(y.unique()), seed))
-    settings = dict(similarity=metric, n_gallery=len(g), gallery='the queries' if gallery is None else 'separate', ignoring=ignore is not None)
+    side = 'the queries' if gallery is None else 'separate'
+    settings = dict(similarity=metric, gallery=side, n_gallery=len(g), ignoring=ignore is not None)
     return RetrievalResult(vals, y.cpu(), table, clu, curve=curve, ci=ci, n_boot=n_boot, seed=seed, settings=settings)
 
 # %% ../nbs/api/30_retrieval.ipynb #882c1129
@@ -440,7 +442,8 @@ def _pool(results, items):
     vals = {k:np.concatenate([r.values[k] for r in results]) for k in results[0].values}
     curve = None if results[0].curve is None else np.mean([r.curve for r in results], 0)
     r = results[0]
-    return RetrievalResult(vals, np.concatenate([o.labels for o in results]), curve=curve, items=np.concatenate(items), ci=r.ci, n_boot=r.n_boot, seed=r.seed,
+    labels = np.concatenate([o.labels for o in results])
+    return RetrievalResult(vals, labels, curve=curve, items=np.concatenate(items), ci=r.ci, n_boot=r.n_boot, seed=r.seed,
         settings=r.settings|dict(gallery='one random item of each class', repeats=len(results)))
 
 def evaluate_random_gallery(
