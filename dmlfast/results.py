@@ -158,7 +158,7 @@ def why_no_interval(self:RetrievalResult,
     "Why there is no interval"
     clu = name in self._clusters
     n = len(self.contingency.classes) if clu else int(_groups(self).max(initial=-1))+1
-    return None if n>=10 else f'no interval for {name}: {n} {"classes" if clu else self.ci} to draw from, fewer than 10'
+    return None if n>=10 else f'no interval: {n} {"classes" if clu else self.ci} to draw from, fewer than 10'
 
 # %% ../nbs/api/29_results.ipynb #ed8f1a89
 @patch
