@@ -105,6 +105,7 @@ class RetrievalResult:
         labels, # Label of each query, (q,) int64
         contingency=None, # `Contingency` of labels and clusters, for `nmi`, `ami` and `f1`
         cluster_names=(), # Which of these three
+        items=None, # Which item each query is, (q,) int, if one item is a query more than once
         curve=None, # Recall levels and the mean precision at each, `(2,101)`
         ci:str='classes', # Draw `'classes'` or `'queries'` for intervals
         n_boot:int=1000, # Number of samples drawn
@@ -113,6 +114,7 @@ class RetrievalResult:
     ):
         if ci not in ('classes','queries'): raise ValueError(f"ci must be 'classes' or 'queries', not {ci!r}")
         self.values,self.labels = {k:np.asarray(v) for k,v in values.items()},np.asarray(labels)
+        self.items = np.arange(len(self.labels)) if items is None else np.asarray(items)
         self.contingency,self.cluster_names,self.curve = contingency,list(cluster_names),curve
         self.ci,self.n_boot,self.seed,self.settings = ci,n_boot,seed,settings or {}
         self.used = ~np.isnan(next(iter(self.values.values()))) if values else np.zeros(len(self.labels), bool)
@@ -147,7 +149,7 @@ class RetrievalResult:
 # %% ../nbs/api/29_results.ipynb #965bcb11
 def _groups(self):
     "Unit of each query that is used, from 0"
-    return np.unique(self.labels[self.used], return_inverse=True)[1] if self.ci=='classes' else np.arange(self.used.sum())
+    return np.unique((self.labels if self.ci=='classes' else self.items)[self.used], return_inverse=True)[1]
 
 @patch
 def why_no_interval(self:RetrievalResult,
@@ -156,7 +158,7 @@ def why_no_interval(self:RetrievalResult,
     "Why there is no interval"
     clu = name in self._clusters
     n = len(self.contingency.classes) if clu else int(_groups(self).max(initial=-1))+1
-    return None if n>=10 else f'no interval for {name}: {n} {"classes" if clu else self.ci} to draw from, fewer than 10'
+    return None if n>=10 else f'no interval: {n} {"classes" if clu else self.ci} to draw from, fewer than 10'
 
 # %% ../nbs/api/29_results.ipynb #ed8f1a89
 @patch
@@ -173,7 +175,8 @@ def _boot_values(self):
 
 def _boot_clusters(self):
     bs = [self.contingency.scores(w, self.cluster_names) for w in _draws(len(self.contingency.classes), self.n_boot, self.seed)]
-    return {k:np.concatenate([b[k] for b in bs]) for k in self.cluster_names}
+    bs = {k:np.concatenate([b[k] for b in bs]) for k in self.cluster_names}
+    return {k:np.minimum(b-b.mean()+self[k], 1) for k,b in bs.items()}
 
 # %% ../nbs/api/29_results.ipynb #90fdeae4
 def _percentiles(x): return tuple(np.percentile(x, [2.5,97.5]).tolist())
@@ -197,7 +200,8 @@ def _text(head, rows, notes):
 def _html(head, rows, notes):
     "A table in HTML"
     tr = lambda r,t: '<tr>'+''.join(f'<{t}>{c}</{t}>' for c in r)+'</tr>'
-    return f'<table><thead>{tr(head,"th")}</thead><tbody>{"".join(tr(r,"td") for r in rows)}</tbody></table>' + ''.join(f'<p>{n}</p>' for n in notes)
+    body = ''.join(tr(r, 'td') for r in rows)
+    return f'<table><thead>{tr(head,"th")}</thead><tbody>{body}</tbody></table>' + ''.join(f'<p>{n}</p>' for n in notes)
 
 # %% ../nbs/api/29_results.ipynb #8bff47f6
 @patch
@@ -224,7 +228,8 @@ def to_dict(self:RetrievalResult)->dict:
     "Means, macro means and intervals, and how they were obtained, as plain numbers and strings"
     ms = {k:dict(mean=_number(self[k]), macro=_number(self.macro(k)), **_ends(self.interval(k))) for k in self.keys()}
     res = dict(metrics=ms, n_queries=len(self.labels), n_left_out=self.n_left_out, n_classes=len(np.unique(self.labels[self.used])),
-        intervals=dict(over=self.ci, n_boot=self.n_boot, seed=self.seed, none=list(filter(None, map(self.why_no_interval, self.keys())))), **self.settings)
+        intervals=dict(over=self.ci, n_boot=self.n_boot, seed=self.seed, none=[o for o in map(self.why_no_interval, self.keys()) if o]),
+        **self.settings)
     if self.curve is not None: res['pr_curve'] = dict(recall=self.curve[0].tolist(), precision=[_number(o) for o in self.curve[1]])
     return res
 
@@ -242,8 +247,10 @@ class RetrievalDifference:
         a:RetrievalResult, # This
         b:RetrievalResult, # minus this
     ):
-        if not (np.array_equal(a.labels, b.labels) and np.array_equal(a.used, b.used)): raise ValueError('the two results are not of the same queries')
-        if (a.ci,a.n_boot,a.seed)!=(b.ci,b.n_boot,b.seed): raise ValueError('the two results differ in ci, n_boot or seed, so that their samples are not the same')
+        if not (np.array_equal(a.labels, b.labels) and np.array_equal(a.used, b.used)):
+            raise ValueError('the two results are not of the same queries')
+        if (a.ci,a.n_boot,a.seed)!=(b.ci,b.n_boot,b.seed):
+            raise ValueError('the two results differ in ci, n_boot or seed, so that their samples are not the same')
         self.a,self.b,self._keys = a,b,[k for k in a.keys() if k in b.keys()]
         if not self._keys: raise ValueError('the two results have no metric in common')
 

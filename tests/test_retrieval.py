@@ -1,6 +1,11 @@
 "Search and metrics against a brute-force reference in float64, and against what other libraries get right"
+import json, subprocess, sys, warnings
 import numpy as np, pytest, torch
-from dmlfast.retrieval import evaluate_retrieval, neighbours
+from hypothesis import given, settings, strategies as st
+from hypothesis.extra.numpy import arrays
+import dmlfast.retrieval as retrieval
+from dmlfast.results import Contingency, RetrievalResult
+from dmlfast.retrieval import evaluate_random_gallery, evaluate_retrieval, kmeans, neighbours
 
 KS = (1,2,4,8)
 RANKED = ['recall','precision@1','r_precision','map@r','map','mrr']
@@ -16,12 +21,12 @@ def ref_scores(q, g, metric):
     return s/np.where(nq==0, 1, nq)[:,None]/np.where(ng==0, 1, ng)
 
 def ref_rankings(q, g, metric='cosine', own=None, ignore=None):
-    "For each query its ranking of the gallery as indices, equal scores by index"
+    "For each query its ranking of the gallery as indices, equal scores by index; and the scores"
     s = ref_scores(q, g, metric)
     def rank(i):
         cand = [j for j in range(len(g)) if (own is None or j!=own[i]) and (ignore is None or ignore[0][i]!=ignore[1][j])]
         return sorted(cand, key=lambda j: (-s[i,j], j))
-    return [rank(i) for i in range(len(q))]
+    return [rank(i) for i in range(len(q))],s
 
 def ref_metrics(ranking, rel, ks=KS):
     "Metrics of one query; None if nothing is relevant"
@@ -29,40 +34,491 @@ def ref_metrics(ranking, rel, ks=KS):
     R = sum(hits)
     if not R: return None
     P = [sum(hits[:j+1])/(j+1) for j in range(len(hits))]
+    found = [sum(hits[:j+1])/R for j in range(len(hits))]
+    curve = [max(p for p,f in zip(P, found) if f>=l-1e-9) for l in np.linspace(0, 1, 101)]
     res = {f'recall@{k}': float(any(hits[:k])) for k in ks}
     return res | {'precision@1': float(hits[0]), 'r_precision': sum(hits[:R])/R, 'map@r': sum(P[j]*hits[j] for j in range(R))/R,
-        'map': sum(p*h for p,h in zip(P, hits))/R, 'mrr': 1/(hits.index(1)+1)}
+        'map': sum(p*h for p,h in zip(P, hits))/R, 'mrr': 1/(hits.index(1)+1), 'curve': curve}
 
 def ref_evaluate(q, y, g=None, gy=None, metric='cosine', own=None, ignore=None, ks=KS):
-    "Values by metric for each query, nan where nothing is relevant"
-    if g is None: g,gy,own = q,y,np.arange(len(q)) if own is None else own
-    rows = [ref_metrics(r, np.asarray(gy)==np.asarray(y)[i], ks) for i,r in enumerate(ref_rankings(q, g, metric, own, ignore))]
+    "Values by metric for each query, nan where nothing is relevant, and the mean curve"
+    y = np.asarray(y)
+    if g is None: g,gy,own,ignore = q,y,np.arange(len(q)),None if ignore is None else (ignore,ignore)
+    rows = [ref_metrics(r, np.asarray(gy)==y[i], ks) for i,r in enumerate(ref_rankings(q, g, metric, own, ignore)[0])]
     names = [f'recall@{k}' for k in ks] + ['precision@1','r_precision','map@r','map','mrr']
-    return {n: np.array([np.nan if r is None else r[n] for r in rows]) for n in names}
+    curves = [r['curve'] for r in rows if r is not None]
+    return {n: np.array([np.nan if r is None else r[n] for r in rows]) for n in names},np.mean(curves, 0) if curves else None
 
-def check(*args, ks=KS, metrics=None, block=None, ref_kw=None, **kw):
-    "`evaluate_retrieval` gives what the reference gives, query by query and in the mean, cheap metrics alone or all"
-    ref = ref_evaluate(*[o if o is None else np.asarray(o) for o in args], ks=ks, **(ref_kw or {}), **kw)
-    for ms in (RANKED, None):
-        res = evaluate_retrieval(*args, ks=ks, metrics=ms, block=block, **kw)
+def check(*args, ks=KS, block=None, own=None, **kw):
+    "`evaluate_retrieval` gives what the reference gives, query by query, in the mean and on the curve, the cheap metrics alone or all"
+    ref,curve = ref_evaluate(*args, ks=ks, own=own, **kw)
+    used = ~np.isnan(ref['mrr'])
+    for ms in (None, [*RANKED,'pr_curve']):
+        res = evaluate_retrieval(*args, ks=ks, metrics=ms, block=block, self_exclude=own, **kw)
+        assert res.n_left_out==(~used).sum()
         for n in res.keys():
-            np.testing.assert_allclose(res.values[n], ref[n], atol=1e-9, err_msg=n)
-            used = ~np.isnan(ref[n])
-            assert res.n_left_out==(~used).sum()
-            if used.any(): np.testing.assert_allclose(res[n], ref[n][used].mean(), atol=1e-9)
-            else: assert np.isnan(res[n])
+            np.testing.assert_allclose(res.values[n], ref[n], atol=1e-6, err_msg=n)
+            np.testing.assert_allclose(res[n], ref[n][used].mean() if used.any() else np.nan, atol=1e-7)
+    if used.any(): np.testing.assert_allclose(res.curve[1], curve, atol=1e-6)
+    else: assert np.isnan(res.curve[1]).all()
 
 def rand(n, d=8, seed=0): return np.random.default_rng(seed).standard_normal((n,d)).astype(np.float32)
 def labels(n, c, seed=0): return np.random.default_rng(seed).integers(0, c, n)
+def whole(n, d=3, seed=0): return np.random.default_rng(seed).integers(-1, 2, (n,d)).astype(np.float32)
+def same(a, b):
+    assert a.keys()==b.keys()
+    for k in a.keys(): np.testing.assert_array_equal(a.values[k], b.values[k], err_msg=k)
 
-@pytest.mark.parametrize('metric', ['cosine','l2','dot'])
-@pytest.mark.parametrize('n,c', [(60,6), (60,2), (50,25), (40,40), (30,1)])
+METRICS = ['cosine','l2','dot']
+
+# ---- metrics against the reference ----
+@pytest.mark.parametrize('metric', METRICS)
+@pytest.mark.parametrize('n,c', [(60,6), (60,2), (60,1), (50,25), (40,200)])
 def test_random(n, c, metric): check(rand(n), labels(n,c), metric=metric)
 
-def test_tied():
-    "Whole numbers: equal products are exactly equal, among equal rows and unequal ones"
-    x = np.random.default_rng(0).integers(-1, 2, (70,3)).astype(np.float32)
-    check(x, labels(70,5), metric='dot')
+@pytest.mark.parametrize('metric', METRICS)
+@pytest.mark.parametrize('block', [1,7,None])
+def test_duplicates(metric, block):
+    "Copies, under right labels and wrong ones, tie and are ordered by index; a query's own copy may be found"
+    x = rand(25)[labels(70,25,1)]
+    check(x, labels(70,5), metric=metric, block=block)
 
-def test_separate():
-    check(rand(40), labels(40,7), rand(55, seed=1), labels(55,9,1))
+@pytest.mark.parametrize('block', [1,7,None])
+def test_ties(block):
+    "Whole numbers: equal products are exactly equal, among equal rows and others"
+    check(whole(70), labels(70,5), metric='dot', block=block)
+    check(whole(50), labels(50,4), whole(60,seed=1), labels(60,4,1), metric='dot', block=block)
+
+def test_collapsed():
+    "All rows equal: the ranking is the order of the indices, and not a perfect score"
+    for x in (np.ones((30,4), np.float32), np.zeros((30,4), np.float32)):
+        for m in METRICS: check(x, labels(30,3), metric=m)
+
+def test_copies_under_wrong_labels():
+    "Every image twice, the second time under another label: nearest is always the copy, which is wrong"
+    x,y = rand(40),np.arange(40)//4
+    assert evaluate_retrieval(np.concatenate([x,x]), np.concatenate([y,y+10]))['recall@1']==0
+
+@pytest.mark.parametrize('own', [True,False])
+def test_singletons_are_left_out(own):
+    y = np.concatenate([np.arange(20)//2, 100+np.arange(15)])
+    x = rand(35) if own else np.eye(35, dtype=np.float32)[np.minimum(np.arange(35)//2*2, np.arange(35))]
+    check(x, y)
+    assert evaluate_retrieval(x, y).n_left_out==15
+
+def test_nothing_relevant():
+    res = evaluate_retrieval(rand(12), np.arange(12), metrics=[*RANKED,'pr_curve'])
+    assert res.n_left_out==12 and all(np.isnan(res[k]) for k in res.keys())
+    assert json.loads(res.to_json())['metrics']['map']['mean'] is None
+
+@pytest.mark.parametrize('n', [1,2,3])
+@pytest.mark.parametrize('y', [[0,0,0],[0,0,1],[0,1,2]])
+def test_tiny(n, y): check(rand(n), np.array(y[:n]))
+
+def test_separate_sets_with_absent_classes():
+    check(rand(40), labels(40,9), rand(55, seed=1), labels(55,6,1))
+    assert evaluate_retrieval(rand(40), labels(40,9), rand(55, seed=1), labels(55,6,1)).n_left_out==(labels(40,9)>5).sum()
+
+def test_no_class_in_common(): check(rand(9), labels(9,3), rand(7, seed=1), 5+labels(7,3,1))
+
+def test_one_item_in_the_gallery(): check(rand(5), np.array([0,0,1,1,0]), rand(1, seed=1), np.array([1]))
+
+def test_uneven_classes():
+    y = np.repeat(np.arange(6), [1,2,3,10,40,90])
+    for b in (1,7,None): check(rand(len(y)), y[np.random.default_rng(0).permutation(len(y))], block=b)
+
+def test_k_beyond_the_gallery(): check(rand(20), labels(20,4), ks=(1,10,100,1000))
+
+def test_queries_within_the_gallery():
+    "Some items of a set as queries to the whole of it, -1 where a query is not there"
+    x,y,own = rand(60),labels(60,6),np.random.default_rng(1).permutation(60)[:25]
+    check(x[own], y[own], x, y, own=own)
+    a,b = evaluate_retrieval(x[own], y[own], x, y, self_exclude=own),evaluate_retrieval(x[own], y[own], x, y, self_exclude=list(own))
+    same(a, b)
+    own = np.where(np.arange(25)<10, own, -1)
+    check(x[:25], y[:25], x, y, own=own)
+
+@pytest.mark.parametrize('block', [1,7,None])
+def test_ignore(block):
+    x,y,cam = rand(60),labels(60,6),labels(60,4,3)
+    check(x, y, ignore=cam, block=block)
+    check(x, y, x[::-1].copy(), y[::-1].copy(), ignore=(cam,labels(60,4,5)), block=block)
+    check(whole(60), y, ignore=cam, metric='dot', block=block)
+    assert evaluate_retrieval(x, y, ignore=np.zeros(60, int)).n_left_out==60
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_labels(data):
+    n = data.draw(st.integers(1, 24))
+    y = data.draw(arrays(np.int64, n, elements=st.sampled_from([0,1,2,3,-5,2**24,2**24+1,2**62,-2**63])))
+    x = whole(n) if data.draw(st.booleans()) else rand(n)
+    check(x, y, metric='dot', block=data.draw(st.sampled_from([1,2,7,None])))
+
+# ---- labels ----
+def test_label_ids_are_exact():
+    "16777216 to 16777219 are four classes, though float32 knows three of them; so are negative and huge ids"
+    x,y = rand(80),labels(80,4)
+    for ids in (np.arange(2**24, 2**24+4), np.array([-2**63,-1,2**62,2**62+1])):
+        same(evaluate_retrieval(x, ids[y]), evaluate_retrieval(x, y))
+
+@pytest.mark.parametrize('f', [list, torch.as_tensor, lambda y: torch.as_tensor(y).to(torch.uint8), lambda y: np.asarray(y, np.int16)])
+def test_label_types(f): same(evaluate_retrieval(rand(30), f(labels(30,3))), evaluate_retrieval(rand(30), labels(30,3)))
+
+@pytest.mark.parametrize('y', [np.zeros(30), np.zeros(29, int), np.zeros((30,1), int), ['a']*30, np.array(3), None])
+def test_bad_labels(y):
+    with pytest.raises(ValueError, match='labels'): evaluate_retrieval(rand(30), y)
+
+# ---- embeddings ----
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('rows', [[0],[3,17],range(30)])
+def test_not_finite(bad, rows):
+    x = rand(30)
+    x[list(rows),5] = bad
+    y = labels(30,3)
+    for f in (lambda: evaluate_retrieval(x, y), lambda: evaluate_retrieval(rand(30), y, x, y), lambda: neighbours(x), lambda: kmeans(x, 2)):
+        with pytest.raises(ValueError, match=f'{len(rows)} of 30 rows.*not finite: rows {rows[0]}'): f()
+
+@pytest.mark.parametrize('x', [np.zeros((0,8)), np.zeros((8,0)), np.zeros(8), np.zeros((2,3,4)), 'abc', [[1.,2.],[3.]]])
+def test_bad_embeddings(x):
+    with pytest.raises(ValueError, match='embs must be'): evaluate_retrieval(x, [])
+    with pytest.raises(ValueError, match='query must be'): neighbours(x)
+
+def test_bad_arguments():
+    x,y = rand(20),labels(20,3)
+    for kw,msg in [
+        (dict(metric='cosin'),'metric must be'), (dict(metrics=['map','recal']),"'recal' is not a metric"),
+        (dict(metrics=['recall@0']),'not a metric'), (dict(ks=[0]),'ks must be'), (dict(ks=[1.5]),'ks must be'),
+        (dict(gallery=x),'come together'), (dict(gallery_labels=y),'come together'), (dict(ignore=y[:-1]),'ignore'),
+        (dict(gallery=rand(20,9), gallery_labels=y),'8 columns, gallery has 9'), (dict(gallery=x, gallery_labels=y[:-1]),'gallery_labels'),
+        (dict(gallery=x, gallery_labels=y, self_exclude=np.full(20,20)),'index of 20'),
+        (dict(ci='images'),'ci must be'), (dict(block=-1),'block must be')]:
+        with pytest.raises(ValueError, match=msg): evaluate_retrieval(x, y, **kw)
+    for kw,msg in [(dict(k=0),'between 1 and 19'), (dict(k=20),'between 1 and 19'), (dict(backend='annoy'),'backend must be'),
+        (dict(gallery=x[:9], self_exclude=True),'20 and 9')]:
+        with pytest.raises(ValueError, match=msg): neighbours(x, **kw)
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_float_types(dtype):
+    "Half precision is computed with in float32: the answer is that of the same numbers in float32"
+    x,y = torch.tensor(rand(60)).to(dtype),labels(60,6)
+    for m in METRICS: same(evaluate_retrieval(x, y, metric=m), evaluate_retrieval(x.float(), y, metric=m))
+    assert neighbours(x)[0].dtype==torch.float32
+
+@pytest.mark.parametrize('scale', [1e-30,1e-3,1e3,1e30,5e37])
+def test_any_scale(scale):
+    for m in METRICS: check(rand(50)*np.float32(scale), labels(50,5), metric=m)
+
+def test_rows_of_any_length(): check(rand(50)*np.logspace(-18, 18, 50, dtype=np.float32)[:,None], labels(50,5))
+
+def test_l2_far_from_the_origin():
+    "Without centring, float32 has no digits left for these distances"
+    x = rand(60)+np.float32(3000)
+    check(x, labels(60,6), metric='l2')
+    d,i = neighbours(x, k=5, metric='l2')
+    ref,s = ref_rankings(x, x, 'l2', own=np.arange(60))
+    np.testing.assert_array_equal(i, [r[:5] for r in ref])
+    np.testing.assert_allclose(d, np.take_along_axis(s, i.numpy(), 1), rtol=1e-4)
+
+def test_process_settings_do_not_matter_and_are_left_alone(monkeypatch):
+    "A training loop may have chosen fast products and autocast; metrics are computed in float32"
+    x,prec,seen,mm = torch.tensor(rand(60), requires_grad=True),torch.get_float32_matmul_precision(),[],torch.mm
+    monkeypatch.setattr(torch, 'mm', lambda *a, **k: seen.append(torch.get_float32_matmul_precision()) or mm(*a, **k))
+    try:
+        torch.set_float32_matmul_precision('medium')
+        with torch.autocast('cpu', dtype=torch.bfloat16): a = evaluate_retrieval(x, labels(60,6), metrics=RANKED)
+        assert torch.get_float32_matmul_precision()=='medium' and seen and set(seen)=={'highest'}
+    finally: torch.set_float32_matmul_precision(prec)
+    same(a, evaluate_retrieval(x.detach(), labels(60,6), metrics=RANKED))
+
+def test_inputs_are_not_written_to():
+    x,y = rand(40),labels(40,4)
+    x0,y0 = x.copy(),y.copy()
+    for m in METRICS: evaluate_retrieval(x, y, metric=m, metrics='all'); neighbours(x, k=3, metric=m)
+    np.testing.assert_array_equal(x, x0); np.testing.assert_array_equal(y, y0)
+
+# ---- what must not matter ----
+def test_block_and_threads_do_not_matter():
+    x,y = rand(25)[labels(90,25,1)],labels(90,5)
+    a = evaluate_retrieval(x, y, metrics=RANKED)
+    for b in (1,7,90,1000): same(a, evaluate_retrieval(x, y, metrics=RANKED, block=b))
+    n = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2 if n==1 else 1)
+        same(a, evaluate_retrieval(x, y, metrics=RANKED))
+    finally: torch.set_num_threads(n)
+
+def test_many_rows_in_threads():
+    "Enough scores that rows are sorted in threads"
+    x,y,n = rand(700, 32),labels(700,20),torch.get_num_threads()
+    res = []
+    try:
+        for t in (1,2):
+            torch.set_num_threads(t)
+            res.append(evaluate_retrieval(x, y, metrics=RANKED))
+    finally: torch.set_num_threads(n)
+    same(*res)
+
+def test_order_of_items_does_not_matter():
+    x,y,p = rand(80),labels(80,8),np.random.default_rng(4).permutation(80)
+    a,b = evaluate_retrieval(x, y, metrics=RANKED),evaluate_retrieval(x[p], y[p], metrics=RANKED)
+    for k in a.keys(): np.testing.assert_allclose(a.values[k][p], b.values[k], atol=1e-9)
+
+def test_rotation_does_not_matter():
+    x,y,r = rand(80),labels(80,8),np.linalg.qr(rand(8,8,9).astype(np.float64))[0]
+    a,b = evaluate_retrieval(x, y, metrics=RANKED),evaluate_retrieval(x@r, y, metrics=RANKED)
+    for k in a.keys(): np.testing.assert_allclose(a[k], b[k], atol=1e-6)
+
+def test_metrics_alone_or_together():
+    x,y = whole(60),labels(60,5)
+    a = evaluate_retrieval(x, y, metrics=RANKED, metric='dot')
+    for m in ('recall@2','precision@1','r_precision','map@r','map','mrr'):
+        np.testing.assert_array_equal(a.values[m], evaluate_retrieval(x, y, metrics=m, metric='dot').values[m])
+
+# ---- search ----
+@pytest.mark.parametrize('backend', ['torch','faiss','auto'])
+@pytest.mark.parametrize('metric', METRICS)
+@pytest.mark.parametrize('data', ['random','duplicates','separate'])
+def test_neighbours(backend, metric, data):
+    x = rand(25)[labels(70,25,1)] if data=='duplicates' else rand(70)
+    g = rand(50, seed=1) if data=='separate' else None
+    ref,s = ref_rankings(x, x if g is None else g, metric, np.arange(70) if g is None else None)
+    for k in (1,4,20):
+        v,i = neighbours(x, g, k, metric, backend=backend)
+        assert v.dtype==torch.float32 and i.dtype==torch.int64 and v.shape==i.shape==(70,k)
+        np.testing.assert_array_equal(i, [r[:k] for r in ref])
+        np.testing.assert_allclose(v, np.take_along_axis(s, i.numpy(), 1), atol=2e-3 if metric=='l2' else 1e-5)
+
+@pytest.mark.parametrize('backend', ['torch','faiss'])
+def test_neighbours_that_tie(backend):
+    x = whole(80)
+    ref,_ = ref_rankings(x, x, 'dot', np.arange(80))
+    for k in (1,3,10,79): np.testing.assert_array_equal(neighbours(x, k=k, metric='dot', backend=backend)[1], [r[:k] for r in ref])
+    one = np.ones((12,3), np.float32)
+    np.testing.assert_array_equal(neighbours(one, k=11, backend=backend)[1], [[j for j in range(12) if j!=i] for i in range(12)])
+
+@pytest.mark.parametrize('block', [1,7,None])
+def test_neighbours_blocks(block):
+    x = rand(25)[labels(70,25,1)]
+    for a,b in zip(neighbours(x, k=6, block=block), neighbours(x, k=6)): torch.testing.assert_close(a, b)
+
+def test_copies_tie_at_every_place_of_a_block():
+    "A product may round a row differently at the edge of a block; copies all over a gallery tie all the same"
+    x = rand(1001, 67)
+    x[::10] = x[500]
+    v,i = neighbours(x[:40], x, k=101, metric='dot', self_exclude=False)
+    at = (i%10==0)
+    for r in range(40):
+        if at[r].any(): assert len(v[r][at[r]].unique())==1 and (i[r][at[r]].diff()>0).all()
+
+def test_exclusion_is_by_index():
+    x = rand(20)
+    assert (neighbours(x, x, self_exclude=False)[1][:,0]==torch.arange(20)).all()
+    assert (neighbours(x, x, self_exclude=True)[1]==neighbours(x)[1]).all()
+    assert (neighbours(x[5:9], x, self_exclude=[5,6,7,8])[1]==neighbours(x)[1][5:9]).all()
+
+# ---- without faiss ----
+def test_without_faiss(monkeypatch):
+    "The absence is said once, and the answers are the same"
+    x = np.repeat(rand(10, 8, 3)*4, 12, 0)+rand(120)
+    y = np.arange(120)//12
+    a,ka = neighbours(x, k=5, backend='faiss'),evaluate_retrieval(x, y, metrics=['nmi','ami','f1'])
+    monkeypatch.setitem(sys.modules, 'faiss', None)
+    retrieval._faiss.cache_clear()
+    try:
+        with warnings.catch_warnings(record=True) as w:
+            warnings.simplefilter('always')
+            b,kb = neighbours(x, k=5, backend='faiss'),evaluate_retrieval(x, y, metrics=['nmi','ami','f1'])
+        assert [str(o.message) for o in w if 'faiss is not installed' in str(o.message)].__len__()==1
+    finally: retrieval._faiss.cache_clear()
+    for o,p in zip(a, b): torch.testing.assert_close(o, p)
+    for m in ka.keys(): np.testing.assert_allclose(ka[m], kb[m], atol=1e-9)
+
+def test_import_is_light():
+    "No fastai, faiss, scikit-learn, scipy or pandas until they are needed"
+    heavy = ('fastai','faiss','sklearn','scipy','pandas','matplotlib','timm')
+    code = f'import sys, dmlfast.retrieval; print([m for m in {heavy} if m in sys.modules])'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()=='[]'
+
+# ---- clusterings ----
+def ref_f1(y, z):
+    y,z,off = np.asarray(y),np.asarray(z),~np.eye(len(y), dtype=bool)
+    a,b = (y[:,None]==y)&off,(z[:,None]==z)&off
+    return 2*(a&b).sum()/(a.sum()+b.sum()) if a.sum()+b.sum() else 1.
+
+@pytest.mark.parametrize('n,c,k', [(200,10,10), (200,10,3), (50,50,50), (50,1,1), (30,1,4), (30,7,1), (3,2,1), (1,1,1)])
+def test_cluster_scores(n, c, k):
+    from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+    rng = np.random.default_rng(n+c+k)
+    y = rng.integers(0, c, n)
+    z = np.where(rng.random(n)<.6, y%k, rng.integers(0, k, n))
+    s = Contingency(y, z).scores()
+    np.testing.assert_allclose(s['nmi'], normalized_mutual_info_score(y, z), atol=1e-9)
+    np.testing.assert_allclose(s['ami'], adjusted_mutual_info_score(y, z), atol=1e-9)
+    np.testing.assert_allclose(s['f1'], ref_f1(y, z), atol=1e-9)
+
+def test_cluster_scores_of_weighted_classes():
+    "Weight 0 leaves a class out, weight 2 doubles its items"
+    y,z = labels(90,6),labels(90,5,1)
+    c = Contingency(y, z)
+    w = np.array([[0,1,2,1,0,2],[1,1,1,1,1,1]])
+    for i in range(2):
+        at = np.concatenate([np.flatnonzero(y==o) for o in range(6) for _ in range(w[i,o])])
+        for k,v in Contingency(y[at], z[at]).scores().items(): np.testing.assert_allclose(c.scores(w)[k][i], v, atol=1e-9)
+
+def test_kmeans_is_seeded_and_scored():
+    from sklearn.metrics import normalized_mutual_info_score
+    x,y = rand(10, 8, 3)[np.arange(200)%10]*5+rand(200),np.arange(200)%10
+    np.testing.assert_array_equal(kmeans(x, 10, seed=1), kmeans(x, 10, seed=1))
+    r = evaluate_retrieval(x, y, metrics=['nmi','f1'], metric='l2', seed=1)
+    np.testing.assert_allclose(r['nmi'], normalized_mutual_info_score(y, kmeans(x, 10, seed=1)), atol=1e-9)
+    np.testing.assert_allclose(r['f1'], ref_f1(y, kmeans(x, 10, seed=1)), atol=1e-9)
+
+def test_perfect_clusters_stay_perfect():
+    y = np.arange(60)//4
+    r = RetrievalResult({}, y, Contingency(y, 7*y), ['nmi','ami','f1'], n_boot=50)
+    for k in r.keys(): np.testing.assert_allclose([r[k],*r.interval(k)], 1, atol=1e-9)
+
+def test_cluster_samples_are_about_the_score():
+    "Drawing classes again raises f1 by itself; what is used is the spread"
+    x,y = noisy(30, 8, 1.)
+    r = evaluate_retrieval(x, y, metrics=['nmi','ami','f1'], n_boot=200)
+    raw = r.contingency.scores(np.random.default_rng(0).multinomial(30, np.ones(30)/30, 200).astype(float))
+    assert raw['f1'].mean()>r['f1']+raw['f1'].std()
+    for k in r.keys():
+        np.testing.assert_allclose(r.boot(k).mean(), r[k], atol=1e-6)
+        np.testing.assert_allclose(r.boot(k).std(), raw[k].std(), rtol=.25)
+
+# ---- intervals and differences ----
+def noisy(n_classes=30, per=8, noise=1.5, seed=0):
+    y = np.arange(n_classes).repeat(per)
+    return rand(n_classes,16,seed)[y]+noise*rand(n_classes*per,16,seed+1),y
+
+def test_interval_is_a_bootstrap_over_classes():
+    x,y = noisy()
+    r = evaluate_retrieval(x, y, metrics=['map@r'], n_boot=4000)
+    rng,v = np.random.default_rng(5),r.values['map@r']
+    boots = [np.concatenate([v[y==c] for c in rng.integers(30, size=30)]).mean() for _ in range(2000)]
+    np.testing.assert_allclose(r.interval('map@r'), np.percentile(boots, [2.5,97.5]), atol=.01)
+
+def test_interval_of_unequal_classes():
+    "The mean of a sample is over its queries, so large classes weigh more"
+    r = RetrievalResult({'mrr':np.repeat([0.,1.], [100,10])}, np.r_[np.repeat(0,100), np.arange(1,11)], n_boot=2000)
+    rng = np.random.default_rng(1)
+    cs = rng.integers(11, size=(20000,11))
+    ref = (cs>0).sum(1)/((cs>0).sum(1)+100*(cs==0).sum(1))
+    np.testing.assert_allclose(r.interval('mrr'), np.percentile(ref, [2.5,97.5]), atol=.03)
+
+def test_interval_over_queries_is_narrower():
+    x,y = noisy()
+    a,b = (evaluate_retrieval(x, y, metrics='map@r', ci=c).interval('map@r') for c in ('classes','queries'))
+    assert np.diff(a)>np.diff(b)
+
+def test_intervals_repeat_and_follow_the_seed():
+    x,y = noisy()
+    f = lambda s: evaluate_retrieval(x, y, metrics='map', seed=s).interval('map')
+    assert f(0)==f(0)!=f(1)
+
+def test_few_classes_have_no_interval():
+    x,y = noisy(9)
+    r = evaluate_retrieval(x, y, metrics=['map','nmi'])
+    for k in ('map','nmi'):
+        assert r.interval(k) is None and 'no interval: 9 classes' in r.why_no_interval(k)
+        assert r.why_no_interval(k) in repr(r)
+    assert r.to_dict()['intervals']['none'] and r.to_dict()['metrics']['map']['low'] is None
+    assert evaluate_retrieval(*noisy(10), metrics='map').interval('map')
+
+def test_classes_without_a_value_are_not_drawn():
+    x,y = noisy(12)
+    y = np.where(np.arange(len(y))<8*4, 1000+np.arange(len(y)), y)
+    r = evaluate_retrieval(x, y, metrics='map')
+    assert r.n_left_out==32 and '8 classes' in r.why_no_interval('map')
+
+def test_macro_and_per_class():
+    y = np.repeat([3,5], [6,2])
+    r = evaluate_retrieval(rand(8), y, metrics='map')
+    v = r.values['map']
+    np.testing.assert_allclose(r.macro('map'), (v[:6].mean()+v[6:].mean())/2)
+    assert r.per_class('map')=={3:pytest.approx(v[:6].mean()), 5:pytest.approx(v[6:].mean())}
+
+def test_difference_is_paired():
+    x,y = noisy()
+    a,b = evaluate_retrieval(x, y, metrics='all', n_boot=300),evaluate_retrieval(x+.2*rand(240,16,9), y, metrics='all', n_boot=300)
+    d = a-b
+    assert d.keys()==a.keys()
+    for k in d.keys():
+        assert d[k]==a[k]-b[k]
+        np.testing.assert_allclose(d.interval(k), np.percentile(a.boot(k)-b.boot(k), [2.5,97.5]))
+    assert np.ptp(d.interval('map@r'))<np.ptp(a.interval('map@r'))
+    assert (a-a).interval('map')==(0,0)
+    assert json.loads(d.to_json())['metrics']['map']['difference']==pytest.approx(d['map'])
+
+def test_difference_needs_the_same_queries():
+    x,y = noisy()
+    a = evaluate_retrieval(x, y)
+    with pytest.raises(ValueError, match='not of the same queries'): a-evaluate_retrieval(x, y[::-1].copy())
+    with pytest.raises(ValueError, match='seed'): a-evaluate_retrieval(x, y, seed=1)
+    with pytest.raises(ValueError, match='in common'): a-evaluate_retrieval(x, y, metrics='mrr')
+
+def test_result_says_how_it_was_obtained():
+    x,y = noisy()
+    r = evaluate_retrieval(x, y, metrics='all', metric='l2', n_boot=50)
+    d = json.loads(r.to_json())
+    assert d==r.to_dict()
+    assert (d['similarity'],d['n_queries'],d['n_left_out'],d['n_classes'])==('l2',240,0,30)
+    assert (d['intervals']['over'],d['intervals']['n_boot'])==('classes',50)
+    assert len(d['pr_curve']['recall'])==len(d['pr_curve']['precision'])==101
+    assert list(d['metrics'])==r.keys()==[*(f'recall@{k}' for k in KS),'r_precision','map@r','map','mrr','nmi','ami','f1']
+    for k in r.keys():
+        assert f'<td>{k}</td><td>{r[k]:.4f}</td>' in r._repr_html_() and k in repr(r)
+        assert 'loss' not in k and 'error' not in k
+    with pytest.raises(KeyError, match='was not measured'): r['recall@3']
+
+# ---- a random gallery ----
+def test_random_gallery():
+    x,y = noisy(20, 5)
+    r = evaluate_random_gallery(x, y, repeats=4, ks=(1,5), metrics=['recall','map','pr_curve'], seed=3)
+    assert len(r.labels)==4*80 and r.settings['repeats']==4 and r.settings['n_gallery']==20
+    parts = []
+    for items in r.items.reshape(4,80):
+        g = np.setdiff1d(np.arange(100), items)
+        np.testing.assert_array_equal(np.sort(y[g]), np.arange(20))
+        parts.append(ref_evaluate(x[items], y[items], x[g], y[g], ks=(1,5))[0])
+    for k in r.keys(): np.testing.assert_allclose(r.values[k], np.concatenate([p[k] for p in parts]), atol=1e-7)
+    assert len({tuple(i) for i in r.items.reshape(4,80)})==4
+    same(r, evaluate_random_gallery(x, y, repeats=4, ks=(1,5), metrics=['recall','map','pr_curve'], seed=3))
+
+def test_random_gallery_intervals_over_queries_draw_items():
+    "An item that is a query four times is one item"
+    x,y = noisy(20, 5)
+    r = evaluate_random_gallery(x, y, repeats=8, metrics='mrr', ci='queries')
+    alone = RetrievalResult(r.values, r.labels, ci='queries')
+    assert np.ptp(r.interval('mrr'))>1.5*np.ptp(alone.interval('mrr'))
+
+def test_random_gallery_refusals():
+    x,y = noisy(12, 4)
+    with pytest.raises(ValueError, match='no gallery'): evaluate_random_gallery(x, y, metrics=['map','nmi'])
+    with pytest.raises(ValueError, match='one item only'): evaluate_random_gallery(x, np.arange(48))
+    r = evaluate_random_gallery(x, y, repeats=2, ignore=np.arange(48)//2)
+    assert 0<r.n_left_out<72
+
+# ---- other libraries, where they are right ----
+@pytest.mark.parametrize('n,c', [(300,20), (200,80), (60,3)])
+def test_pytorch_metric_learning(n, c):
+    "Its labels are float32 and it must be told how many neighbours to fetch; with small ids and all of them it is right"
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+    x,y = torch.nn.functional.normalize(torch.tensor(rand(n))),torch.tensor(labels(n,c))
+    names = dict(precision_at_1='precision@1', r_precision='r_precision', mean_average_precision_at_r='map@r', mean_average_precision='map',
+        mean_reciprocal_rank='mrr')
+    ref = AccuracyCalculator(include=tuple(names), k=n-1).get_accuracy(x, y)
+    res = evaluate_retrieval(x, y, metrics=RANKED)
+    for a,b in names.items():
+        np.testing.assert_allclose(res[b], ref[a], atol=1e-6, err_msg=b)
+
+def test_sklearn_average_precision():
+    from sklearn.metrics import average_precision_score
+    x,y = rand(60),labels(60,5)
+    s = ref_scores(x, x, 'cosine')
+    r = evaluate_retrieval(x, y, metrics='map').values['map']
+    for i in range(60):
+        o = np.arange(60)!=i
+        np.testing.assert_allclose(r[i], average_precision_score(y[o]==y[i], s[i,o]), atol=1e-6)
