@@ -1,9 +1,11 @@
 "What `from dmlfast.all import *` gives: the public names of every room"
 from .geometry import *
+from .mining import *
 from .losses import *
 from .data import *
 from .datasets import *
 from .models import *
+from .results import *
 from .retrieval import *
 from .evaluate import *
 from .show import *

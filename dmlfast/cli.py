@@ -78,7 +78,7 @@ def run_demo(
     learn = metric_learner(dls, arch or ('mobilenetv2_050' if own else 'resnet10t'), DRTripletLoss(margin=0.2, gamma=0.3), emb_sz=emb_sz, pretrained=own,
         weights=weights, model_kwargs=model_kwargs)
     rows['untrained'] = _scores(learn.evaluate(metrics=names))
-    learn.fit_one_cycle(epochs or (8 if own else 15), lr or (3e-4 if own else 6e-3))
+    learn.fit_one_cycle(epochs or (8 if own else 12), lr or (3e-4 if own else 6e-3))
     rows['trained'] = _scores(learn.evaluate(metrics=names))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -104,6 +104,8 @@ def dmlfast_demo(
     skip_bad:store_true=False, # Leave out images that cannot be read?
 ):
     "Train an embedding, and show what it learned on classes it has never seen"
+    import warnings
+    warnings.simplefilter('ignore', FutureWarning) # PyTorch's to fastai, no concern of the user's
     try: rows = run_demo(data, arch, weights, arch_args, epochs, lr, size, bs, per_class, emb_sz, seed, out, skip_bad)
     except (ValueError, RuntimeError) as e: sys.exit(f'dmlfast-demo: {_sentence(e)}')
     print(f"\nOn classes it has never seen:\n\n{_table(rows)}\n\nQueries with their nearest neighbours: {Path(out)/'neighbours.png'}")

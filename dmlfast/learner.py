@@ -21,6 +21,7 @@ from .data import *
 from .evaluate import *
 from .losses import *
 from .models import *
+from .results import *
 from .retrieval import *
 from .show import *
 
