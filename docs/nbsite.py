@@ -98,7 +98,7 @@ def readme():
                 if 'image/png' in d:
                     imgs.mkdir(exist_ok=True)
                     (imgs/f'cell-{i}.png').write_bytes(b64decode(''.join(d['image/png'])))
-                    out.append(f'<img src="{cfg.git_url}/raw/{cfg.branch}/index_files/cell-{i}.png" width="480" alt="output of the cell above">')
+                    out.append(f'<img src="{cfg.git_url}/raw/{cfg.branch}/index_files/cell-{i}.png" width="640" alt="output of the cell above">')
                 elif 'text/markdown' in d: out.append(''.join(d['text/markdown']))
                 elif txt := ''.join(d.get('text/plain', o.get('text', ''))): out.append(f'```\n{txt.rstrip()}\n```')
     (cfg.config_path/'README.md').write_text('\n\n'.join(out)+'\n', encoding='utf-8')
