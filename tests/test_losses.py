@@ -16,9 +16,9 @@ i = torch.arange(96).reshape(12,8).double()
 F12,Y12 = normalize(torch.sin(1.3*i+0.7*(i%5)), dim=1),torch.arange(12)%3
 
 P3 = torch.cos(.9*torch.arange(24).reshape(3,8).double())
-ALL = dict(triplet=TripletLoss, triplet_mined=partial(TripletLoss, miner=BatchHardMiner()), contrastive=partial(ContrastiveLoss, neg_margin=1.3),
-    margin=partial(MarginLoss, 5, miner=None, nu=.01), margin_one=partial(MarginLoss, miner=BatchHardMiner()), npair=NPairLoss,
-    ms=partial(MultiSimilarityLoss, lam=.7), anchor=partial(ProxyAnchorLoss, 5, 16), nca=partial(ProxyNCALoss, 5, 16),
+ALL = dict(triplet=TripletLoss, triplet_mined=partial(TripletLoss, miner=BatchHardMiner()),
+    contrastive=partial(ContrastiveLoss, neg_margin=1.3), margin=partial(MarginLoss, 5, miner=None, nu=.01),
+    margin_one=partial(MarginLoss, miner=BatchHardMiner()), npair=NPairLoss, ms=partial(MultiSimilarityLoss, lam=.7), anchor=partial(ProxyAnchorLoss, 5, 16), nca=partial(ProxyNCALoss, 5, 16),
     nca_plain=partial(ProxyNCALoss, 5, 16, squared=False, include_positive=False))
 MINERS = [RandomMiner(), SemiHardMiner(), SoftHardMiner(), BatchHardMiner(), DistanceWeightedMiner(), MultiSimilarityMiner()]
 SEEN = [k for k,v in ALL.items() if v().seen_only]
@@ -84,7 +84,8 @@ def test_blocks_do_not_matter(monkeypatch):
 def test_ms_values(gamma, value): close(DRMultiSimilarityLoss(gamma=gamma)(F12, Y12), value, 1e-9)
 
 @pytest.mark.parametrize('kw,value', [
-    (dict(squared=False), .4186433087), (dict(), .2888880495), (dict(include_positive=True), .8987632620), (dict(scale=9.), -1.4982026870), (dict(gamma=0.), .4852373866)])
+    (dict(squared=False), .4186433087), (dict(), .2888880495), (dict(include_positive=True), .8987632620),
+    (dict(scale=9.), -1.4982026870), (dict(gamma=0.), .4852373866)])
 def test_nca_values(kw, value):
     loss = DRProxyNCALoss(3, 8, **{**dict(scale=1., include_positive=False), **kw}).double()
     with torch.no_grad(): loss.proxies.copy_(P3)
@@ -212,7 +213,8 @@ def test_pml_miners(n, d, c):
     assert rows(ours[:2])==rows(theirs[:2]) and rows(ours[2:])==rows(theirs[2:])
     assert rows(BatchHardMiner()(f, y))==rows(pml_miners.BatchHardMiner()(f, y))
 
-@pytest.mark.parametrize('miner', [*MINERS, pml_miners.TripletMarginMiner(margin=.2), pml_miners.MultiSimilarityMiner()], ids=lambda o: type(o).__module__[:8]+type(o).__name__)
+@pytest.mark.parametrize('miner', [*MINERS, pml_miners.TripletMarginMiner(margin=.2), pml_miners.MultiSimilarityMiner()],
+                         ids=lambda o: type(o).__module__[:8]+type(o).__name__)
 @pytest.mark.parametrize('loss', [TripletLoss, MarginLoss, ContrastiveLoss, MultiSimilarityLoss])
 def test_any_miner_goes_with_any_loss(loss, miner):
     f,y = batch(24, 8, 5, dtype=torch.float32)
@@ -354,8 +356,10 @@ def test_triplet_gradient_of_tight_classes(spread, gamma, squared):
         assert grad_error(TripletLoss(margin=5, gamma=gamma, squared=squared), *spread_batch(spread, n, per, d))<2e-5
 
 # Margins here keep every hinge and every mining decision away from its edge.
-WIDE = dict(mined=lambda: DRTripletLoss(margin=5, miner=RandomMiner()), contrastive=lambda: ContrastiveLoss(pos_margin=-1, neg_margin=5, gamma=.3),
-    margin=lambda: MarginLoss(gamma=.3, margin=5, miner=RandomMiner()), ms=lambda: DRMultiSimilarityLoss(eps=5), npair=lambda: NPairLoss(gamma=.3),
+WIDE = dict(mined=lambda: DRTripletLoss(margin=5, miner=RandomMiner()),
+    contrastive=lambda: ContrastiveLoss(pos_margin=-1, neg_margin=5, gamma=.3),
+    margin=lambda: MarginLoss(gamma=.3, margin=5, miner=RandomMiner()), ms=lambda: DRMultiSimilarityLoss(eps=5),
+    npair=lambda: NPairLoss(gamma=.3),
     anchor=lambda: ProxyAnchorLoss(16, 32, gamma=.3), nca=lambda: DRProxyNCALoss(16, 32),
     nca_plain=lambda: DRProxyNCALoss(16, 32, squared=False, include_positive=False, scale=1.))
 
