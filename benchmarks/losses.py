@@ -138,7 +138,7 @@ def main():
     if args.peak: return print(peak(args.peak[0], tuple(map(int, args.peak[1:]))))
     res = [f'# Losses: time and memory\n\n`python benchmarks/losses.py`, torch {torch.__version__}, pytorch-metric-learning '
            f'{version("pytorch-metric-learning")}, {platform.machine()}, {os.cpu_count()} cores. Forward and backward, medians of '
-           'alternating runs in one process. Times on the CPU are CPU times, those of all threads added up. What is compared is in the script.']
+           'alternating runs in one process. Times on the CPU are CPU times, all threads added up. What is compared is in the script.']
     for n in args.threads:
         torch.set_num_threads(n)
         res += [f'## {n} thread{"s"*(n>1)}', table('cpu')]

@@ -18,7 +18,8 @@ F12,Y12 = normalize(torch.sin(1.3*i+0.7*(i%5)), dim=1),torch.arange(12)%3
 P3 = torch.cos(.9*torch.arange(24).reshape(3,8).double())
 ALL = dict(triplet=TripletLoss, triplet_mined=partial(TripletLoss, miner=BatchHardMiner()),
     contrastive=partial(ContrastiveLoss, neg_margin=1.3), margin=partial(MarginLoss, 5, miner=None, nu=.01),
-    margin_one=partial(MarginLoss, miner=BatchHardMiner()), npair=NPairLoss, ms=partial(MultiSimilarityLoss, lam=.7), anchor=partial(ProxyAnchorLoss, 5, 16), nca=partial(ProxyNCALoss, 5, 16),
+    margin_one=partial(MarginLoss, miner=BatchHardMiner()), npair=NPairLoss, ms=partial(MultiSimilarityLoss, lam=.7),
+    anchor=partial(ProxyAnchorLoss, 5, 16), nca=partial(ProxyNCALoss, 5, 16),
     nca_plain=partial(ProxyNCALoss, 5, 16, squared=False, include_positive=False))
 MINERS = [RandomMiner(), SemiHardMiner(), SoftHardMiner(), BatchHardMiner(), DistanceWeightedMiner(), MultiSimilarityMiner()]
 SEEN = [k for k,v in ALL.items() if v().seen_only]
