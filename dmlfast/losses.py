@@ -27,7 +27,8 @@ def check_batch(
 )->tuple[Tensor,Tensor]: # Plain tensors, float32 or float64 and int64
     "Cast a batch to what a loss computes with, or say what is wrong with it"
     embs,labels = embs.as_subclass(Tensor),labels.as_subclass(Tensor)
-    if embs.ndim!=2 or not embs.is_floating_point(): raise ValueError(f'embeddings must be (n,d) floats, not {tuple(embs.shape)} {embs.dtype}')
+    if embs.ndim!=2 or not embs.is_floating_point():
+        raise ValueError(f'embeddings must be (n,d) floats, not {tuple(embs.shape)} {embs.dtype}')
     if labels.shape!=embs.shape[:1]: raise ValueError(f'labels must be ({len(embs)},), one for each embedding, not {tuple(labels.shape)}')
     if labels.is_floating_point() or labels.dtype==torch.bool: raise ValueError(f'labels must be integers, not {labels.dtype}')
     if embs.dtype not in (torch.float32,torch.float64): embs = embs.float()
@@ -55,7 +56,8 @@ class MetricLoss(nn.Module):
         labels:Tensor, # Class of each row, `(n,)` integer
     )->Tensor: # Scalar, or `(n,)` if `reduction` is `'none'`
         "Check and cast the batch, then `compute`"
-        if self.reduction not in self.reductions: raise ValueError(f'{type(self).__name__}: reduction {self.reduction!r} is none of {self.reductions}')
+        if self.reduction not in self.reductions:
+            raise ValueError(f'{type(self).__name__}: reduction {self.reduction!r} is none of {self.reductions}')
         embs,labels = check_batch(embs, labels)
         with full_precision(embs): return self.compute(embs, labels)
 
@@ -137,7 +139,7 @@ def triplet_terms(
         if not grad: continue
         if weight is not None: k.mul_(weight[a,None,None])
         gap,gan = k.sum(-1).to(d2.dtype),k.sum(1).to(d2.dtype).neg_()
-        if not squared: gap.mul_(t/2), gan.mul_(r).div_(2)
+        if not squared: gap,gan = gap*t/2,gan.mul_(r).div_(2)
         if gamma:
             kc = c.mul_(k)
             tr = k.mul_((t*g).to(dtype)[...,None]).to(d2.dtype).mul_(r[:,None])
@@ -219,7 +221,8 @@ def mined(self:TripletLoss, d2, embs, labels):
 # %% ../nbs/api/02_losses.ipynb #58bdc815
 class DRTripletLoss(TripletLoss):
     "`TripletLoss` with direction regularisation"
-    def __init__(self, margin=.2, gamma=.3, squared=False, reduction='active', miner=None): super().__init__(margin, gamma, squared, reduction, miner)
+    def __init__(self, margin=.2, gamma=.3, squared=False, reduction='active', miner=None):
+        super().__init__(margin, gamma, squared, reduction, miner)
 
 # %% ../nbs/api/02_losses.ipynb #5afe8f77
 def hardest_positive(
@@ -281,7 +284,7 @@ class ContrastiveLoss(MetricLoss):
         pos_margin:float=0., # Positives nearer than this cost nothing, in the embeddings' unit
         neg_margin:float=.5, # Negatives farther than this cost nothing
         gamma:float=0., # Weight of the direction regulariser
-        reduction:str='active', # `'active'`, `'mean'`, `'sum'` or `'none'`: the mean over each anchor's positives plus that over its negatives
+        reduction:str='active', # `'active'`, `'mean'`, `'sum'` or `'none'`: each anchor's mean over positives plus that over negatives
         miner=None, # Callable `(embs, labels)` that picks the pairs; all of them if not given
     ):
         super().__init__(gamma, reduction)
@@ -301,7 +304,8 @@ def all_pairs(self:ContrastiveLoss, d2, labels, dtype):
     dist = safe_sqrt(d2.to(dtype))
     pos,neg = label_masks(labels, dtype)
     far = torch.add(dist, hard_cos(d2, hardest_positive(d2.detach(), pos), dtype), alpha=self.gamma) if self.gamma else dist
-    return reduce_masked((dist-self.pos_margin).relu(), pos, self.reduction)+reduce_masked((self.neg_margin-far).relu(), neg, self.reduction)
+    hinges = ((dist-self.pos_margin).relu(), pos),((self.neg_margin-far).relu(), neg)
+    return sum(reduce_masked(*o, self.reduction) for o in hinges)
 
 # %% ../nbs/api/02_losses.ipynb #43b2b4de
 def known_labels(
@@ -341,7 +345,8 @@ class MarginLoss(MetricLoss):
         reduction:str='active', # `'active'`, `'mean'` over all pairs, `'sum'`, or `'none'`: the mean of each anchor's
     ):
         super().__init__(gamma, reduction)
-        self.n_classes,self.margin,self.beta,self.learn_beta,self.nu,self.lr_mult,self.miner = n_classes,margin,beta,learn_beta,nu,lr_mult,miner
+        self.n_classes,self.margin,self.beta,self.learn_beta = n_classes,margin,beta,learn_beta
+        self.nu,self.lr_mult,self.miner = nu,lr_mult,miner
         self.set_betas(n_classes or 1)
 
     def set_betas(self, n):
@@ -501,10 +506,13 @@ class ProxyLoss(MetricLoss):
 
     def compute(self, embs, labels):
         name = type(self).__name__
-        if self.proxies is None: raise RuntimeError(f'{name} has no proxies yet: give it n_classes and emb_sz, or call its setup(n_classes, emb_sz)')
-        if embs.shape[1]!=self.emb_sz: raise ValueError(f'{name} has proxies of length {self.emb_sz}, not {embs.shape[1]} as the embeddings')
+        if self.proxies is None:
+            raise RuntimeError(f'{name} has no proxies yet: give it n_classes and emb_sz, or call its setup(n_classes, emb_sz)')
+        if embs.shape[1]!=self.emb_sz:
+            raise ValueError(f'{name} has proxies of length {self.emb_sz}, not {embs.shape[1]} as the embeddings')
         labels,bad = known_labels(self, labels, self.n_classes)
-        return mark_unknown(self.compare(embs, labels, *proxy_norms(self.proxies.to(embs.dtype), self.normalize_proxies)), bad)
+        proxies = proxy_norms(self.proxies.to(embs.dtype), self.normalize_proxies)
+        return mark_unknown(self.compare(embs, labels, *proxies), bad)
 
     def compare(self, embs, labels, proxies, inv, sq):
         "What a subclass defines: the loss of embeddings against proxies, as from `proxy_norms`"
@@ -536,7 +544,7 @@ def proxy_cos(
     proxies:Tensor, # Proxies, `(c,d)`
     inv:Tensor, # Factors of the proxies, `(c,)` or scalar
     sq:Tensor, # Their squared norms, `(c,)` or scalar
-)->tuple[Tensor,Tensor,Tensor]: # Squared distances to the proxies and direction cosines, `(n,c)` each, not valid for the own one; squared distance to that, `(n,1)`
+)->tuple[Tensor,Tensor,Tensor]: # Squared distances and cosines, `(n,c)`, not valid for the own proxy; squared distance to that, `(n,1)`
     "Squared distances to all proxies, and the direction cosines of the others with respect to the own one"
     rows,which = labels.unique(return_inverse=True)
     own = proxies[rows].to(wide_dtype(embs))
@@ -583,7 +591,8 @@ class ProxyNCALoss(ProxyLoss):
 # %% ../nbs/api/02_losses.ipynb #85a5793c
 class DRProxyNCALoss(ProxyNCALoss):
     "`ProxyNCALoss` with direction regularisation"
-    def __init__(self, n_classes=None, emb_sz=None, gamma=.3, squared=True, normalize_proxies=True, scale=9., include_positive=True, lr_mult=100., reduction='mean'):
+    def __init__(self, n_classes=None, emb_sz=None, gamma=.3, squared=True, normalize_proxies=True, scale=9., include_positive=True,
+                 lr_mult=100., reduction='mean'):
         super().__init__(n_classes, emb_sz, gamma, squared, normalize_proxies, scale, include_positive, lr_mult, reduction)
 
 # %% ../nbs/api/02_losses.ipynb #feacff1c

@@ -16,8 +16,12 @@ i = torch.arange(96).reshape(12,8).double()
 F12,Y12 = normalize(torch.sin(1.3*i+0.7*(i%5)), dim=1),torch.arange(12)%3
 
 P3 = torch.cos(.9*torch.arange(24).reshape(3,8).double())
-ALL = dict(triplet=TripletLoss, triplet_mined=partial(TripletLoss, miner=BatchHardMiner()), nca=partial(ProxyNCALoss, 5, 16), nca_plain=partial(ProxyNCALoss, 5, 16, squared=False, include_positive=False),
-    ms=partial(MultiSimilarityLoss, lam=.7), margin=partial(MarginLoss, 5, miner=None, nu=.01), margin_one=partial(MarginLoss, miner=BatchHardMiner()), contrastive=partial(ContrastiveLoss, neg_margin=1.3), npair=NPairLoss, anchor=partial(ProxyAnchorLoss, 5, 16))
+ALL = dict(triplet=TripletLoss, triplet_mined=partial(TripletLoss, miner=BatchHardMiner()),
+    contrastive=partial(ContrastiveLoss, neg_margin=1.3), margin=partial(MarginLoss, 5, miner=None, nu=.01),
+    margin_one=partial(MarginLoss, miner=BatchHardMiner()), npair=NPairLoss, ms=partial(MultiSimilarityLoss, lam=.7),
+    anchor=partial(ProxyAnchorLoss, 5, 16), nca=partial(ProxyNCALoss, 5, 16),
+    nca_plain=partial(ProxyNCALoss, 5, 16, squared=False, include_positive=False))
+MINERS = [RandomMiner(), SemiHardMiner(), SoftHardMiner(), BatchHardMiner(), DistanceWeightedMiner(), MultiSimilarityMiner()]
 SEEN = [k for k,v in ALL.items() if v().seen_only]
 
 def make(name, gamma=.3, reduction=None):
@@ -38,7 +42,8 @@ def gathered(f, y, margin=.2, gamma=0., squared=False, reduction='active'):
     if reduction=='none': return torch.stack([h[a==k].mean() if (a==k).any() else h.new_zeros(()) for k in range(len(f))])
     return h.sum()/dict(active=(h>0).sum(), mean=len(h), sum=1)[reduction]
 
-@pytest.mark.parametrize('squared,gamma,mean,active', [(True,.3,.17688771,.67924879), (True,0.,.19860244,.68092266), (True,-.3,.22740462,.64208363),
+@pytest.mark.parametrize('squared,gamma,mean,active', [
+    (True,.3,.17688771,.67924879), (True,0.,.19860244,.68092266), (True,-.3,.22740462,.64208363),
     (False,.3,.08968736,.28699955), (False,0.,.12084344,.27842329)])
 def test_triplet_values(squared, gamma, mean, active):
     close(TripletLoss(gamma=gamma, squared=squared, reduction='mean')(F12, Y12), mean)
@@ -79,7 +84,9 @@ def test_blocks_do_not_matter(monkeypatch):
 @pytest.mark.parametrize('gamma,value', [(.3,1.1673855943),(0.,1.1673862799)])
 def test_ms_values(gamma, value): close(DRMultiSimilarityLoss(gamma=gamma)(F12, Y12), value, 1e-9)
 
-@pytest.mark.parametrize('kw,value', [(dict(squared=False), .4186433087), (dict(), .2888880495), (dict(include_positive=True), .8987632620), (dict(scale=9.), -1.4982026870), (dict(gamma=0.), .4852373866)])
+@pytest.mark.parametrize('kw,value', [
+    (dict(squared=False), .4186433087), (dict(), .2888880495), (dict(include_positive=True), .8987632620),
+    (dict(scale=9.), -1.4982026870), (dict(gamma=0.), .4852373866)])
 def test_nca_values(kw, value):
     loss = DRProxyNCALoss(3, 8, **{**dict(scale=1., include_positive=False), **kw}).double()
     with torch.no_grad(): loss.proxies.copy_(P3)
@@ -207,7 +214,8 @@ def test_pml_miners(n, d, c):
     assert rows(ours[:2])==rows(theirs[:2]) and rows(ours[2:])==rows(theirs[2:])
     assert rows(BatchHardMiner()(f, y))==rows(pml_miners.BatchHardMiner()(f, y))
 
-@pytest.mark.parametrize('miner', [pml_miners.TripletMarginMiner(margin=.2), pml_miners.MultiSimilarityMiner(), MultiSimilarityMiner(), SemiHardMiner(), SoftHardMiner(), BatchHardMiner(), RandomMiner(), DistanceWeightedMiner()], ids=repr)
+@pytest.mark.parametrize('miner', [*MINERS, pml_miners.TripletMarginMiner(margin=.2), pml_miners.MultiSimilarityMiner()],
+                         ids=lambda o: type(o).__module__[:8]+type(o).__name__)
 @pytest.mark.parametrize('loss', [TripletLoss, MarginLoss, ContrastiveLoss, MultiSimilarityLoss])
 def test_any_miner_goes_with_any_loss(loss, miner):
     f,y = batch(24, 8, 5, dtype=torch.float32)
@@ -274,7 +282,7 @@ def test_any_labels(labels, name, gamma):
         close(make(name, gamma, 'mean')(f, y), gathered(f, y, gamma=gamma, reduction='mean').item())
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=14), st.sampled_from([RandomMiner(), SemiHardMiner(), SoftHardMiner(), BatchHardMiner(), DistanceWeightedMiner(), MultiSimilarityMiner()]))
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=14), st.sampled_from(MINERS))
 def test_miners_on_any_labels(labels, miner):
     "Valid triplets whatever the labels; each anchor that has any is there, except where none is informative"
     y = torch.tensor(labels, dtype=torch.int64)
@@ -349,8 +357,12 @@ def test_triplet_gradient_of_tight_classes(spread, gamma, squared):
         assert grad_error(TripletLoss(margin=5, gamma=gamma, squared=squared), *spread_batch(spread, n, per, d))<2e-5
 
 # Margins here keep every hinge and every mining decision away from its edge.
-WIDE = dict(mined=lambda: DRTripletLoss(margin=5, miner=RandomMiner()), contrastive=lambda: ContrastiveLoss(pos_margin=-1, neg_margin=5, gamma=.3), margin=lambda: MarginLoss(gamma=.3, margin=5, miner=RandomMiner()), ms=lambda: DRMultiSimilarityLoss(eps=5),
-    npair=lambda: NPairLoss(gamma=.3), nca=lambda: DRProxyNCALoss(16, 32), nca_plain=lambda: DRProxyNCALoss(16, 32, squared=False, include_positive=False, scale=1.), anchor=lambda: ProxyAnchorLoss(16, 32, gamma=.3))
+WIDE = dict(mined=lambda: DRTripletLoss(margin=5, miner=RandomMiner()),
+    contrastive=lambda: ContrastiveLoss(pos_margin=-1, neg_margin=5, gamma=.3),
+    margin=lambda: MarginLoss(gamma=.3, margin=5, miner=RandomMiner()), ms=lambda: DRMultiSimilarityLoss(eps=5),
+    npair=lambda: NPairLoss(gamma=.3),
+    anchor=lambda: ProxyAnchorLoss(16, 32, gamma=.3), nca=lambda: DRProxyNCALoss(16, 32),
+    nca_plain=lambda: DRProxyNCALoss(16, 32, squared=False, include_positive=False, scale=1.))
 
 @pytest.mark.parametrize('spread', SPREADS)
 @pytest.mark.parametrize('name', WIDE)
@@ -437,7 +449,8 @@ def test_non_finite_embeddings(name):
 
 def test_wrong_shapes():
     f,y = batch(6, 4, 2)
-    for args,says in [((f[0], y),'embeddings must be'), ((f, y[:5]),'labels must be'), ((f, y.float()),'labels must be integers'), ((f.long(), y),'embeddings must be')]:
+    for args,says in [((f[0], y),'embeddings must be'), ((f.long(), y),'embeddings must be'),
+                      ((f, y[:5]),'labels must be'), ((f, y.float()),'labels must be integers')]:
         with pytest.raises(ValueError, match=says): TripletLoss()(*args)
     with pytest.raises(ValueError, match='proxies of length 8, not 4'): ProxyNCALoss(3, 8)(f, y)
 
@@ -485,7 +498,8 @@ def test_copies_and_pickles(name):
 
 def test_repr():
     assert repr(DRTripletLoss(margin=.28))=="DRTripletLoss(margin=0.28, gamma=0.3, squared=False, reduction='active', miner=None)"
-    assert repr(MarginLoss(3))=="MarginLoss(n_classes=3, margin=0.2, beta=1.2, learn_beta=True, nu=0.0, gamma=0.0, lr_mult=5.0, miner=DistanceWeightedMiner(cutoff=0.5, upper=1.4), reduction='active')"
+    assert repr(MarginLoss(3))==("MarginLoss(n_classes=3, margin=0.2, beta=1.2, learn_beta=True, nu=0.0, gamma=0.0, lr_mult=5.0, "
+                                 "miner=DistanceWeightedMiner(cutoff=0.5, upper=1.4), reduction='active')")
 
 def test_combined():
     f,y = batch(20, 16, 5, dtype=torch.float32)
