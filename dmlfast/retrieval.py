@@ -80,8 +80,8 @@ def _twins(x):
 
 # %% ../nbs/api/30_retrieval.ipynb #a232b3f5
 def _block(width, cuda=False):
-    "Rows of `width` numbers to work on at once: 32 MiB, but 128 rows, which a product needs to be fast, if they take less than 512 MiB"
-    return max(1, 2**(27 if cuda else 23)//width, min(128, 2**27//width))
+    "Rows of `width` numbers to work on at once: 64 MiB or 1024 rows, but at least 128 rows, if these are below 512 MiB"
+    return max(1, 2**27//width if cuda else min(1024, 2**24//width), min(128, 2**27//width))
 
 @contextlib.contextmanager
 def _full_precision(device):
@@ -168,6 +168,11 @@ def _top_values(x, k):
     n = x.shape[1]
     if x.device.type!='cpu': return x.topk(min(k,n), dim=1).values.flip(1)
     if k>=n: return _rowwise(lambda a: a.sort(axis=1), x)
+    if k*128<n:
+        groups = x[:,:n//32*32].unflatten(1, (-1,32))
+        best = groups.amax(2).topk(k, dim=1, sorted=False).indices
+        x = torch.cat([groups.gather(1, best[:,:,None].expand(-1,-1,32)).flatten(1), x[:,n//32*32:]], 1)
+        n = x.shape[1]
     def f(a):
         a.partition(n-k, axis=1)
         a[:,n-k:].sort(axis=1)
@@ -235,7 +240,7 @@ def neighbours(
     metric:str='cosine', # `'cosine'`, `'l2'` or `'dot'`
     self_exclude=None, # Each query's own index in the gallery, (q,) int, -1 for none; or True or False; True without a gallery
     backend:str='auto', # `'torch'`, `'faiss'`, or `'auto'`, which is `'torch'`
-    block:int|None=None, # Queries scored at a time; about 32 MiB of scores if not given
+    block:int|None=None, # Queries scored at a time; about 64 MiB of scores if not given
 )->tuple: # Scores, (q,k) float32, larger is nearer; indices in the gallery, (q,k) int64
     "The `k` nearest items of the gallery to each query, exactly, nearest first, equal ones by index"
     q,g,own = _resolve(query, gallery, self_exclude, 'query')
@@ -259,9 +264,9 @@ def _count_before(s, pos, pad, k):
     s.scatter_(1, pos, low)
     p = _top_values(p, p.shape[1]).flip(1)
     top = _top_values(s, k)
-    place = torch.searchsorted(top, p, right=True)
+    place = torch.searchsorted(top, p, right=True, out_int32=True)
     there = p>low
-    tied = ((top.gather(1, (place-1).clamp(min=0))==p) & there).any(1)
+    tied = ((top.gather(1, (place-1).clamp_(min=0).long())==p) & there).any(1)
     return top.shape[1]-place,there,tied.nonzero()[:,0]
 
 # %% ../nbs/api/30_retrieval.ipynb #3cf2cf42
@@ -279,7 +284,7 @@ class _Relevant:
         self.most = int(size[c].max())
 
     def __call__(self, rows):
-        "Columns of the ordered gallery for a slice of the ordered queries, and which of them only fill up"
+        "Columns of the ordered gallery for some of the ordered queries, and which of them only fill up"
         lo,hi = self.lo[rows],self.hi[rows]
         i = lo + torch.arange(int((hi-lo).max()), device=lo.device)
         return torch.minimum(i, hi-1),i>=hi
@@ -293,32 +298,37 @@ class _Relevant:
             own = torch.where(own>=0, at[own], -1)[q]
         if ids is not None: ids = ids[0][q],ids[1][c]
         g = gallery[c]
-        return _Scores(g if query is gallery else query[q], g, metric, own, ids, block, width=16*self.most, order=c)
+        return _Scores(g if query is gallery else query[q], g, metric, own, ids, block, width=8*self.most, order=c)
 
 # %% ../nbs/api/30_retrieval.ipynb #1d5aaaf5
 def _ranking_blocks(scores, relevant, k):
-    "For blocks of queries: the queries, irrelevant items before each relevant one, best first, and which of these are there"
-    for rows in scores.blocks(len(relevant.queries)):
+    "For blocks of queries: which ones, irrelevant items before each relevant one, best first, which are there (none if put off)"
+    todo = []
+    def count(rows, f):
         pos,pad = relevant(rows)
-        kk = max(k, pos.shape[1]) if k else scores.n
-        b,there,tied = _count_before(scores(rows), pos, pad, kk)
-        for t in tied.split(max(1, scores.block//4)):
-            b[t],there[t],_ = _count_before(scores.keys(scores(rows.start+t)), pos[t], pad[t], kk)
+        return _count_before(f(scores(rows)), pos, pad, max(k, pos.shape[1]) if k else scores.n)
+    for rows in scores.blocks(len(relevant.queries)):
+        b,there,tied = count(rows, lambda s: s)
+        there[tied] = False
+        todo.append(rows.start+tied)
         yield relevant.queries[rows],b,there
+    for rows in torch.cat(todo).split(max(1, scores.block//4)):
+        if len(rows): yield relevant.queries[rows],*count(rows, scores.keys)[:2]
 
 # %% ../nbs/api/30_retrieval.ipynb #74a63a0e
 def _precision(b, there):
     "Rank of each relevant item, and the precision there"
-    i = torch.arange(1, b.shape[1]+1, device=b.device)
-    return b+i,(i/(b+i))*there
+    i = torch.arange(1, b.shape[1]+1, device=b.device, dtype=b.dtype)
+    rank = b+i
+    return rank,(i/rank).mul_(there)
 
 def _from_ranks(names, b, there):
     "Values of the metrics `names` of a block of queries"
     n = there.sum(1)
     rank,prec = _precision(b, there)
     in_r = (rank<=n[:,None]) & there
-    one = {'r_precision': lambda: in_r.sum(1)/n, 'map@r': lambda: (prec*in_r).sum(1, dtype=torch.float64)/n,
-        'map': lambda: prec.sum(1, dtype=torch.float64)/n, 'mrr': lambda: 1/rank[:,0].double()}
+    one = {'r_precision': lambda: in_r.sum(1)/n, 'map@r': lambda: (prec*in_r).sum(1).double()/n,
+        'map': lambda: prec.sum(1).double()/n, 'mrr': lambda: 1/rank[:,0].double()}
     res = {o:one[o]() if o in one else b[:,0]<int(o.split('@')[1]) for o in names}
     return {o:torch.where(n>0, v.double(), torch.nan) for o,v in res.items()}
 
@@ -415,7 +425,7 @@ def evaluate_retrieval(
     ci:str='classes', # Draw `'classes'` or `'queries'` for intervals
     n_boot:int=1000, # Samples drawn for an interval
     seed:int=0, # Of the samples and of the clusters
-    block:int|None=None, # Queries scored at a time; about 32 MiB of scores if not given
+    block:int|None=None, # Queries scored at a time; about 64 MiB of scores if not given
 )->RetrievalResult: # Values for each query, means and intervals
     "Retrieval metrics of `embs`: where do the items with a query's label stand in its ranking of the gallery?"
     names = _metric_names(metrics, ks)
