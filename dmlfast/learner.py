@@ -86,6 +86,27 @@ class MetricLearner(Learner):
         super().create_opt()
         multiply_lr(self.opt, lr_mults(self.model))
 
+    @delegates(Learner.fit)
+    def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
+        self.check_trackers(L(self.cbs) + L(cbs))
+        super().fit(n_epoch, lr, wd, cbs, **kwargs)
+
+# %% ../nbs/api/50_learner.ipynb #6ff8a0b7
+@patch
+def check_trackers(self:MetricLearner, cbs):
+    "Raise `ValueError` for a tracker that monitors a `valid_loss` which cannot exist"
+    if not getattr(self.loss_func, 'seen_only', False) or getattr(self.dls, 'n_train_classes', None) is None: return
+    for o in cbs:
+        if isinstance(o, TrackerCallback) and o.monitor=='valid_loss':
+            raise ValueError(f"{type(o).__name__} monitors 'valid_loss', which {type(self.loss_func).__name__} does not have on unseen classes: monitor='recall@1' is what you want.")
+
+# %% ../nbs/api/50_learner.ipynb #8409cd65
+def _metric_loss(loss):
+    "`loss` as a `MetricLoss`: one of them, several, or a callable from elsewhere"
+    if loss is None: return DRTripletLoss()
+    if isinstance(loss, (list,tuple)): return CombinedLoss(loss)
+    return loss if isinstance(loss, MetricLoss) else OtherLoss(loss)
+
 # %% ../nbs/api/50_learner.ipynb #f40118e1
 def _n_classes(dls):
     "Number of training classes"
@@ -104,7 +125,7 @@ def _normalize(dls, cfg):
 def metric_learner(
     dls:DataLoaders, # Training loader with several images of a class in a batch, and a loader of unseen classes
     arch='resnet18', # Name of a timm model, or a model that makes embeddings
-    loss_func=None, # Function of embeddings and labels; `DRTripletLoss()` if not given
+    loss_func=None, # Function of embeddings and labels, or several to be added up; `DRTripletLoss()` if not given
     emb_sz:int=128, # Numbers in an embedding, 1 or more
     pretrained:bool=True, # Begin with timm's pretrained weights?
     weights=None, # File of the body's weights, instead of timm's
@@ -116,12 +137,11 @@ def metric_learner(
     **kwargs
 )->MetricLearner:
     "A `Learner` that trains embeddings of `dls` with a timm backbone and a metric-learning loss"
-    loss_func = ifnone(loss_func, DRTripletLoss())
+    loss_func = _metric_loss(loss_func)
     embedder = not isinstance(arch, nn.Module)
-    model = Embedder(arch, emb_sz, pretrained, weights, getattr(loss_func, 'normalize_embs', True), **(model_kwargs or {})) if embedder else arch
+    model = Embedder(arch, emb_sz, pretrained, weights, loss_func.normalize_embs, **(model_kwargs or {})) if embedder else arch
     if normalize and hasattr(model, 'cfg'): _normalize(dls, model.cfg)
-    if hasattr(loss_func, 'setup'): loss_func.setup(_n_classes(dls), getattr(model, 'emb_sz', emb_sz))
-    if isinstance(loss_func, nn.Module): model.loss_func = loss_func
+    model.loss_func = loss_func.setup(_n_classes(dls), getattr(model, 'emb_sz', emb_sz))
     names,mets = L(metrics).map(str) if metrics and all(isinstance(o, str) for o in L(metrics)) else None,L(metrics)
     cbs = L(cbs)
     if not any(isinstance(o, RetrievalMetrics) for o in cbs): cbs = cbs + RetrievalMetrics(names)
@@ -168,7 +188,7 @@ def split_dl(self:MetricLearner,
 @patch
 def evaluate(self:MetricLearner,
     dl=None, # Loader, or the name of a split of the data set (`'val'`, `'test'`); the validation loader if not given
-    metrics=None, # Names, see `evaluate_retrieval`
+    metrics='all', # Names, see `evaluate_retrieval`
     **kwargs # Passed to `evaluate_retrieval`
 )->RetrievalResult:
     "Retrieval metrics of a loader, a split or the validation set"

@@ -9,7 +9,7 @@ __all__ = ['check_batch', 'MetricLoss', 'reduce_terms', 'reduce_masked', 'triple
            'DRTripletLoss', 'hardest_positive', 'hard_cos', 'shifted_pairs', 'ContrastiveLoss', 'known_labels',
            'mark_unknown', 'MarginLoss', 'NPairLoss', 'first_pairs', 'log1p_sum_exp', 'reduce_values',
            'MultiSimilarityLoss', 'DRMultiSimilarityLoss', 'ProxyLoss', 'proxy_norms', 'proxy_dots', 'proxy_cos',
-           'ProxyNCALoss', 'DRProxyNCALoss', 'ProxyAnchorLoss', 'CombinedLoss', 'lr_mults']
+           'ProxyNCALoss', 'DRProxyNCALoss', 'ProxyAnchorLoss', 'OtherLoss', 'CombinedLoss', 'lr_mults']
 
 # %% ../nbs/api/02_losses.ipynb #ac1d7e12
 import inspect, math, torch
@@ -619,40 +619,60 @@ class ProxyAnchorLoss(ProxyLoss):
         return log1p_sum_exp(pos, own, 0).sum()/own.amax(0).sum().clamp(min=1) + log1p_sum_exp(neg, 1-own, 0).mean()
 
 # %% ../nbs/api/02_losses.ipynb #690facfb
+class OtherLoss(MetricLoss):
+    "Any callable of embeddings and labels as a `MetricLoss`"
+    reductions = 'mean',
+    def __init__(self,
+        loss, # Callable `(embs, labels)` that gives a scalar
+    ):
+        super().__init__()
+        self.loss,self.n_classes = loss,None
+
+    @property
+    def seen_only(self): return isinstance(self.loss, nn.Module) and any(True for _ in self.loss.parameters())
+
+    def setup(self, n_classes=None, emb_sz=None):
+        "Remember how many classes are trained on"
+        self.n_classes = n_classes
+        return self
+
+    def compute(self, embs, labels):
+        unseen = self.seen_only and not self.training and self.n_classes and (labels>=self.n_classes).any()
+        return embs.sum()*math.nan if unseen else self.loss(embs, labels)
+
+# %% ../nbs/api/02_losses.ipynb #8f99e7f1
 class CombinedLoss(MetricLoss):
     "Weighted sum of losses"
     reductions = 'mean','none'
     def __init__(self,
-        losses, # Losses: callables `(embs, labels)`
+        losses, # Losses: `MetricLoss`es, or any callables `(embs, labels)`
         weights=None, # A factor for each; 1 if not given
     ):
         super().__init__()
-        self.losses = tuple(losses)
+        self.losses = nn.ModuleList(o if isinstance(o, MetricLoss) else OtherLoss(o) for o in losses)
         self.weights = tuple(weights or [1.]*len(self.losses))
         if len(self.losses)!=len(self.weights): raise ValueError(f'{len(self.losses)} losses and {len(self.weights)} weights')
-        wants = {o.normalize_embs for o in self.losses if hasattr(o,'normalize_embs')}
-        if len(wants)>1: raise ValueError(f'some of these losses want normalised embeddings and some do not: {self.losses}')
+        wants = {o.normalize_embs for o in self.losses if not isinstance(o, OtherLoss)}
+        if len(wants)>1: raise ValueError(f'some of these losses want normalised embeddings and some do not: {list(self.losses)}')
         if wants: self.normalize_embs = wants.pop()
-        self.parts = nn.ModuleList(o for o in self.losses if isinstance(o, nn.Module))
 
     @property
-    def seen_only(self): return any(getattr(o,'seen_only',False) for o in self.losses)
+    def seen_only(self): return any(o.seen_only for o in self.losses)
 
     def setup(self, n_classes=None, emb_sz=None):
-        "Pass it on to the parts that have a `setup`"
-        for o in self.losses:
-            if hasattr(o,'setup'): o.setup(n_classes=n_classes, emb_sz=emb_sz)
+        "Pass it on to the parts"
+        for o in self.losses: o.setup(n_classes=n_classes, emb_sz=emb_sz)
         return self
 
     def compute(self, embs, labels):
         parts = [w*self.part(o, embs, labels) for o,w in zip(self.losses, self.weights)]
         return sum(o.expand(len(embs)) for o in parts) if self.reduction=='none' else sum(parts)
 
-# %% ../nbs/api/02_losses.ipynb #bbcc2c50
+# %% ../nbs/api/02_losses.ipynb #34909bce
 @patch
 def part(self:CombinedLoss, loss, embs, labels):
     "The value of one part, reduced in its own way, or not at all if we are not"
-    if self.reduction!='none' or not hasattr(loss,'reduction'): return loss(embs, labels)
+    if self.reduction!='none' or 'none' not in loss.reductions: return loss(embs, labels)
     old,loss.reduction = loss.reduction,'none'
     try: return loss(embs, labels)
     finally: loss.reduction = old

@@ -5,7 +5,7 @@ from dmlfast.all import *
 
 class Centres(MetricLoss):
     "Squared distance to a learned centre of each training class, and no value for unseen classes"
-    lr_mult = 100.
+    lr_mult,seen_only = 100.,True
     def setup(self, n_classes=None, emb_sz=None):
         self.centres = nn.Parameter(torch.zeros(n_classes, emb_sz))
         return self
@@ -108,9 +108,44 @@ def test_the_same_seed_gives_the_same_numbers(make_learner):
         runs.append(learn.recorder.values[-1])
     assert runs[0]==runs[1]!=runs[2]
 
-def test_any_callable_is_a_loss(make_learner):
-    learn = make_learner(lambda embs, labels: embs.sum()*0)
+def test_a_loss_from_elsewhere(make_learner, tmp_path):
+    "Its weights are trained, saved, loaded and exported, and on unseen classes it is nan where it would fail"
+    from pytorch_metric_learning.losses import ProxyAnchorLoss as Theirs
+    learn = make_learner(Theirs(num_classes=24, embedding_size=16))
+    proxies = learn.loss_func.loss.proxies
+    assert any(p is proxies for p in learn.splitter(learn.model)[1])
+    old = proxies.detach().clone()
     learn.fit(1, 1e-3)
+    assert (proxies.cpu()!=old).any() and np.isnan(learn.recorder.values[-1][1])
+    learn.save('theirs')
+    trained = proxies.detach().clone()
+    proxies.data.zero_()
+    learn.load('theirs')
+    assert (proxies==trained).all()
+    learn.export()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert (load_learner(tmp_path/'export.pkl').loss_func.loss.proxies==trained.cpu()).all()
+
+def test_several_losses_and_a_function(make_learner):
+    learn = make_learner((DRTripletLoss(), ProxyNCALoss(lr_mult=10.), lambda embs, labels: embs.pow(2).mean()))
+    assert list(lr_mults(learn.model).values())==[10.]
+    learn.fit(1, 1e-3)
+    assert np.isfinite(learn.recorder.values[-1][0])
+
+@pytest.mark.parametrize('loss', [ProxyNCALoss, DRMultiSimilarityLoss, MarginLoss, ContrastiveLoss, NPairLoss, ProxyAnchorLoss, partial(TripletLoss, miner=SemiHardMiner())])
+def test_every_loss_trains(make_learner, loss):
+    learn = make_learner(loss())
+    learn.fit(1, 1e-3)
+    train,valid = learn.recorder.values[-1][:2]
+    assert np.isfinite(train) and np.isnan(valid)==learn.loss_func.seen_only
+    assert learn.model.normalize==learn.loss_func.normalize_embs
+
+def test_a_tracker_of_what_cannot_exist_is_refused(make_learner):
+    learn = make_learner(ProxyNCALoss())
+    with pytest.raises(ValueError, match="SaveModelCallback monitors 'valid_loss', which ProxyNCALoss does not have on unseen classes: monitor='recall@1'"):
+        learn.fit_one_cycle(1, 1e-3, cbs=SaveModelCallback())
+    learn.fit_one_cycle(1, 1e-3, cbs=SaveModelCallback(monitor='recall@1'))
 
 def test_wrong_arguments_are_named(few):
     dls = few.dataloaders(bs=8, per_class=4, num_workers=0)
