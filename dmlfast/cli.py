@@ -63,6 +63,7 @@ def run_demo(
     data=None, arch=None, weights=None, arch_args=None, epochs=None, lr=None, size=None, bs=None, per_class=None, emb_sz=128, seed=0, out='dmlfast-demo', skip_bad=False,
 )->dict: # Scores on unseen classes: raw pixels, untrained, trained
     "What `dmlfast-demo` does, for Python"
+    from fastai.callback.channelslast import ChannelsLast
     from fastai.torch_core import set_seed
     from dmlfast.learner import metric_learner
     from dmlfast.losses import DRTripletLoss
@@ -76,7 +77,7 @@ def run_demo(
     own = data is not None
     model_kwargs = _kwargs(arch_args) if own or arch or arch_args else dict(channels=(32,64,128,256)) # a resnet10t of half the width
     learn = metric_learner(dls, arch or ('mobilenetv2_050' if own else 'resnet10t'), DRTripletLoss(margin=0.2, gamma=0.3), emb_sz=emb_sz, pretrained=own,
-        weights=weights, model_kwargs=model_kwargs)
+        weights=weights, model_kwargs=model_kwargs, cbs=ChannelsLast()) # which makes a CPU half as fast again
     rows['untrained'] = _scores(learn.evaluate(metrics=names))
     learn.fit_one_cycle(epochs or (8 if own else 12), lr or (3e-4 if own else 6e-3))
     rows['trained'] = _scores(learn.evaluate(metrics=names))

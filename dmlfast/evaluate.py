@@ -19,7 +19,7 @@ from .retrieval import *
 # %% ../nbs/api/31_evaluate.ipynb #a446b73d
 class RetrievalMetrics(Callback):
     "Score the validation embeddings after each epoch, as columns that recorder, trackers and loggers know"
-    order,run_train = 45,False # before Recorder, at 50, reads the columns
+    order = 45 # before Recorder, at 50, reads the columns
     def __init__(self,
         metrics=None, # Names such as `'recall@1'`, `'map@r'`, `'r_precision'`; recall at `ks` and map@r if not given
         ks=(1,2,4,8), # Neighbours to look at for recall
@@ -51,21 +51,26 @@ def before_validate(self:RetrievalMetrics):
     self.embs,self.labels = [],[]
 
 @patch
+def after_pred(self:RetrievalMetrics):
+    "Raise `ValueError` naming the step where embeddings are not finite"
+    ok = self.pred.detach().isfinite().all(-1)
+    if ok.all(): return
+    raise ValueError(f"{(~ok).sum().item()} of {len(ok)} {'training' if self.training else 'validation'} embeddings are not finite in epoch {self.epoch}, "
+        f"after {self.train_iter} steps: the training diverged. A lower learning rate is the first thing to try.")
+
+@patch
 def after_batch(self:RetrievalMetrics):
     "Keep the embeddings of the batch, on the CPU in float32"
-    if not self.yb or not self.due(): return
+    if self.training or not self.yb or not self.due(): return
     self.embs.append(self.pred.detach().float().cpu())
     self.labels.append(self.yb[0].detach().cpu())
 
 @patch
 def after_validate(self:RetrievalMetrics):
-    "Score them; raises `ValueError` naming the epoch where they are not finite"
+    "Score them"
     if not self.embs: return
     embs,labels = torch.cat(self.embs),torch.cat(self.labels)
     self.before_validate()
-    if n := (~embs.isfinite().all(1)).sum().item():
-        raise ValueError(f"{n} of {len(embs)} validation embeddings are not finite after epoch {self.epoch} (step {self.train_iter}): "
-            "the training diverged. A lower learning rate is the first thing to try.")
     res = evaluate_retrieval(embs, labels, metrics=self.names)
     self.scores = {o:res[o] for o in self.names}
 

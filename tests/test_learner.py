@@ -59,6 +59,30 @@ def test_trackers_and_loggers(make_learner, tmp_path):
     assert list(log.columns[3:-1])==['recall@1','recall@2','recall@4','recall@8','map@r']
     assert np.allclose(learn.evaluate()['recall@1'], log['recall@1'].max())
 
+def test_tensorboard_has_the_columns(make_learner, tmp_path):
+    pytest.importorskip('tensorboard')
+    from fastai.callback.tensorboard import TensorBoardCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    learn = make_learner()
+    learn.fit(2, 1e-3, cbs=TensorBoardCallback(tmp_path/'tb', trace_model=False, log_preds=False))
+    events = EventAccumulator(str(tmp_path/'tb'))
+    events.Reload()
+    assert np.allclose([o.value for o in events.Scalars('recall@1')], [o[2] for o in learn.recorder.values])
+
+def test_fine_tune_has_columns_in_both_fits(make_learner):
+    learn = make_learner()
+    learn.fine_tune(1, 1e-3)
+    assert list(learn.recorder.metric_names[3:8])==['recall@1','recall@2','recall@4','recall@8','map@r']
+    assert len(learn.recorder.values[0])==7 and not learn.metrics
+
+def test_diverged_run_is_stopped_by_name(make_learner):
+    learn = make_learner()
+    learn.create_opt()
+    class Poison(Callback):
+        def after_train(self): self.model.head.bias.data.fill_(float('nan'))
+    with pytest.raises(ValueError, match="32 of 32 validation embeddings are not finite in epoch 0, after 9 steps"):
+        learn.fit(1, 1e-3, cbs=Poison())
+
 def test_validate_and_lr_find_leave_columns(make_learner):
     learn = make_learner()
     learn.lr_find(num_it=8, show_plot=False)
