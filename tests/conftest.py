@@ -1,4 +1,6 @@
 "What several tests share: data that is drawn once, and a small learner"
+import os
+os.environ.setdefault('OMP_NUM_THREADS', '1') # networks this small gain nothing from threads, and on a busy machine they lose a lot by them
 import matplotlib
 matplotlib.use('agg')
 import pytest
