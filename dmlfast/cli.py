@@ -37,10 +37,17 @@ def _kwargs(s):
     "`'a=(1,2), b=same'` as a dictionary"
     import ast
     try: call = ast.parse(f'f({s or ""})', mode='eval').body
-    except SyntaxError: raise ValueError(f"Arguments are given as name=value,name=value; got {s!r}.") from None
+    except SyntaxError: call = None
+    if call is None or call.args: raise ValueError(f"Arguments are given as name=value,name=value; got {s!r}.")
     return {o.arg: o.value.id if isinstance(o.value, ast.Name) else ast.literal_eval(o.value) for o in call.keywords}
 
 # %% ../nbs/api/90_cli.ipynb #b2e83303
+def _or(x, default):
+    "`x`, or a default where it is not given; raises `ValueError` where it is not positive"
+    if x is not None and x<=0: raise ValueError(f"Sizes, rates and numbers of epochs must be positive; got {x}.")
+    return default if x is None else x
+
+# %% ../nbs/api/90_cli.ipynb #d979a112
 def demo_data(
     data:str=None, # Folder with a folder of images for each class; `glyphs` if not given
     size:int=None, # Pixels to a side
@@ -54,11 +61,11 @@ def demo_data(
     from fastai.vision.augment import aug_transforms
     if data is None:
         tfms = aug_transforms(do_flip=False, max_rotate=10, max_zoom=1.1, max_warp=0.15, max_lighting=0.1, p_affine=0.9, pad_mode='border')
-        return glyphs(size=size or 32).dataloaders(bs or 128, per_class or 8, 'test', seed=seed, batch_tfms=tfms, num_workers=1)
+        return glyphs(size=_or(size, 32)).dataloaders(_or(bs, 128), _or(per_class, 8), 'test', seed=seed, batch_tfms=tfms, num_workers=1)
     ds = MetricDataset.from_folder(data, bad='skip' if skip_bad else 'raise')
-    return ds.dataloaders(bs or 64, per_class or 4, 'test', seed=seed, size=size or 128, num_workers=2)
+    return ds.dataloaders(_or(bs, 64), _or(per_class, 4), 'test', seed=seed, size=_or(size, 128), num_workers=2)
 
-# %% ../nbs/api/90_cli.ipynb #d979a112
+# %% ../nbs/api/90_cli.ipynb #ed84dd73
 def run_demo(
     data=None, arch=None, weights=None, arch_args=None, epochs=None, lr=None, size=None, bs=None, per_class=None, emb_sz=128, seed=0, out='dmlfast-demo', skip_bad=False,
 )->dict: # Scores on unseen classes: raw pixels, untrained, trained
@@ -79,7 +86,7 @@ def run_demo(
     learn = metric_learner(dls, arch or ('mobilenetv2_050' if own else 'resnet10t'), DRTripletLoss(margin=0.2, gamma=0.3), emb_sz=emb_sz, pretrained=own,
         weights=weights, model_kwargs=model_kwargs, cbs=ChannelsLast()) # which makes a CPU half as fast again
     rows['untrained'] = _scores(learn.evaluate(metrics=names))
-    learn.fit_one_cycle(epochs or (8 if own else 12), lr or (3e-4 if own else 6e-3))
+    learn.fit_one_cycle(_or(epochs, 8 if own else 12), _or(lr, 3e-4 if own else 6e-3))
     rows['trained'] = _scores(learn.evaluate(metrics=names))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -87,18 +94,18 @@ def run_demo(
     (out/'scores.json').write_text(json.dumps(rows, indent=1))
     return rows
 
-# %% ../nbs/api/90_cli.ipynb #ed84dd73
+# %% ../nbs/api/90_cli.ipynb #04f36274
 @call_parse
 def dmlfast_demo(
     data:str=None, # Folder with a folder of images for each class; built-in characters if not given
     arch:str=None, # timm model; resnet10t for characters, mobilenetv2_050 for a folder
     weights:str=None, # File of the body's weights (.safetensors or .pth); timm's for a folder if not given
     arch_args:str=None, # Arguments of the timm model, such as pad_type=same
-    epochs:int=None, # Passes over the training images
-    lr:float=None, # Highest learning rate of the one-cycle schedule
-    size:int=None, # Pixels to a side
-    bs:int=None, # Images in a batch
-    per_class:int=None, # Images of one class in a batch
+    epochs:int=None, # Passes over the training images; 12 for characters, 8 for a folder
+    lr:float=None, # Highest learning rate of the one-cycle schedule; 6e-3, or 3e-4 for a folder
+    size:int=None, # Pixels to a side; 32, or 128 for a folder
+    bs:int=None, # Images in a batch; 128, or 64 for a folder
+    per_class:int=None, # Images of one class in a batch; 8, or 4 for a folder
     emb_sz:int=128, # Numbers in an embedding
     seed:int=0, # The same seed gives the same numbers
     out:str='dmlfast-demo', # Folder for the picture and the scores

@@ -149,6 +149,14 @@ class _LabelOf:
     def __call__(self, o): return self.labels[o]
 
 # %% ../nbs/api/11_datasets.ipynb #5fda15a2
+class _MixedSplitter:
+    "Training items, and those of the classes held out in a fixed random order"
+    def __init__(self, label_of, held_out): store_attr()
+    def __call__(self, items):
+        held = np.array([self.label_of(o) in self.held_out for o in items], dtype=bool)
+        return np.flatnonzero(~held).tolist(), np.random.RandomState(0).permutation(np.flatnonzero(held)).tolist()
+
+# %% ../nbs/api/11_datasets.ipynb #98b876d6
 @patch
 def dblock(self:MetricDataset,
     valid:str='val', # Split to measure on: `'val'`, `'test'` (trains on `val` too, the published protocol), or `None`
@@ -168,9 +176,9 @@ def dblock(self:MetricDataset,
     label_of = _LabelOf(self.path, self.df)
     held_out = set(self.df.label[self.df.split==valid])
     return DataBlock(blocks=(ImageBlock(NamedImage), ClassBlock(vocab+_sorted(self.df.label[~seen]), len(vocab))), get_y=label_of,
-        splitter=FuncSplitter(lambda o: label_of(o) in held_out), item_tfms=item_tfms, batch_tfms=batch_tfms)
+        splitter=_MixedSplitter(label_of, held_out), item_tfms=item_tfms, batch_tfms=batch_tfms)
 
-# %% ../nbs/api/11_datasets.ipynb #98b876d6
+# %% ../nbs/api/11_datasets.ipynb #9cef64b3
 @patch
 @delegates(MetricDataset.dblock)
 def dataloaders(self:MetricDataset,
@@ -185,7 +193,6 @@ def dataloaders(self:MetricDataset,
     "`DataLoaders` with balanced batches for training and the images of unseen classes for validation"
     block = self.dblock(valid, **kwargs)
     items = self.items('train', 'val', *([valid] if valid=='test' else []))
-    if valid is None: block.splitter = lambda o: (list(range_of(o)), [])
     dls = block.dataloaders(items, path=self.path, bs=bs, per_class=per_class, seed=seed, num_workers=num_workers, device=device, dl_type=BalancedDL)
     dls.source = self
     return dls

@@ -94,17 +94,23 @@ class MetricLearner(Learner):
 # %% ../nbs/api/50_learner.ipynb #6ff8a0b7
 @patch
 def check_trackers(self:MetricLearner, cbs):
-    "Raise `ValueError` for a tracker that monitors a `valid_loss` which cannot exist"
-    if not getattr(self.loss_func, 'seen_only', False) or getattr(self.dls, 'n_train_classes', None) is None: return
+    "Raise `ValueError` for a tracker that monitors a column which will not be there, or a `valid_loss` which cannot exist"
+    names = ['train_loss','valid_loss'] + list(L(self.metrics).attrgot('name')) + [n for o in cbs if isinstance(o, RetrievalMetrics) for n in o.names]
+    nan = self.loss_func.seen_only and getattr(self.dls, 'n_train_classes', None) is not None
     for o in cbs:
-        if isinstance(o, TrackerCallback) and o.monitor=='valid_loss':
+        if not isinstance(o, TrackerCallback): continue
+        if o.monitor not in names and not getattr(self.recorder, 'train_metrics', False):
+            raise ValueError(f"{type(o).__name__} monitors {o.monitor!r}, and the columns are {', '.join(names)}.")
+        if o.monitor=='valid_loss' and nan:
             raise ValueError(f"{type(o).__name__} monitors 'valid_loss', which {type(self.loss_func).__name__} does not have on unseen classes: monitor='recall@1' is what you want.")
 
 # %% ../nbs/api/50_learner.ipynb #8409cd65
 def _metric_loss(loss):
     "`loss` as a `MetricLoss`: one of them, several, or a callable from elsewhere"
     if loss is None: return DRTripletLoss()
+    if isinstance(loss, type): raise ValueError(f"`loss_func` is a loss, such as {loss.__name__}(), and not its class.")
     if isinstance(loss, (list,tuple)): return CombinedLoss(loss)
+    if not callable(loss): raise ValueError(f"`loss_func` is a loss, such as DRTripletLoss(); got {loss!r}.")
     return loss if isinstance(loss, MetricLoss) else OtherLoss(loss)
 
 # %% ../nbs/api/50_learner.ipynb #f40118e1
@@ -176,6 +182,7 @@ def split_dl(self:MetricLearner,
 )->TfmdDL: # Each item once, in order
     "The loader that is meant; raises `ValueError` where the data loaders know no such split"
     if dl is None: dl = self.dls.valid
+    elif not isinstance(dl, (str,DataLoader)): raise ValueError(f"Items come from a loader, such as `dls.test_dl(items, with_labels=True)`, or a split's name; got a {type(dl).__name__}.")
     elif isinstance(dl, str):
         source = getattr(self.dls, 'source', None)
         if source is None: raise ValueError(f"These data loaders were not made by a `MetricDataset`, so they have no split {dl!r}: pass a loader.")
@@ -195,6 +202,15 @@ def evaluate(self:MetricLearner,
     embs,labels = self.embed(dl)
     if labels is None: raise ValueError("These items have no labels, so their neighbours cannot be scored; `embed` gives their embeddings.")
     return evaluate_retrieval(embs, labels, metrics=metrics, **kwargs)
+
+# %% ../nbs/api/50_learner.ipynb #0c8fb8e5
+@patch
+def predict(self:MetricLearner,
+    item, # Path of an image, or an item as the data loaders' own
+    **kwargs
+)->Tensor: # `(emb_sz,)` float32
+    "Embedding of one item"
+    return self.embed(self.dls.test_dl([Path(item) if isinstance(item, str) else item], num_workers=0), bar=False)[0][0]
 
 # %% ../nbs/api/50_learner.ipynb #832c379f
 @patch

@@ -185,6 +185,7 @@ def call_miner(
     d2:Tensor, # Their squared distances, `(n,n)`
 )->tuple: # `(a,p,n)` or `(a,p,a2,n)`, int64 vectors
     "What the miner finds, without a gradient, sparing our own miners a second Gram matrix"
+    if isinstance(miner, type) or not callable(miner): raise ValueError(f'a miner is a callable such as SemiHardMiner(), not {miner!r}')
     args = (embs.detach(), labels)
     return miner(*args, d2.detach()) if isinstance(miner, Miner) else miner(*args)
 

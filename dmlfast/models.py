@@ -23,6 +23,7 @@ def timm_body(
     **kwargs
 )->nn.Module: # timm model without its classifier
     "Body of timm model `arch`; raises `ValueError` for an unknown name and for weights that do not fit"
+    if not isinstance(arch, str): raise ValueError(f"`arch` is the name of a timm model, such as 'resnet18', or a module; got {arch!r}.")
     if not timm.is_model(arch):
         near = difflib.get_close_matches(arch.split('.')[0], timm.list_models(), n=3, cutoff=0.4)
         raise ValueError(f"timm has no model {arch!r}" + (f"; the nearest names are {', '.join(map(repr, near))}." if near else "."))

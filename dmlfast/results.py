@@ -201,7 +201,7 @@ def _html(head, rows, notes):
     "A table in HTML"
     tr = lambda r,t: '<tr>'+''.join(f'<{t}>{c}</{t}>' for c in r)+'</tr>'
     body = ''.join(tr(r, 'td') for r in rows)
-    return f'<table><thead>{tr(head,"th")}</thead><tbody>{body}</tbody></table>' + ''.join(f'<p>{n}</p>' for n in notes)
+    return f'<table class="dataframe"><thead>{tr(head,"th")}</thead><tbody>{body}</tbody></table>' + ''.join(f'<p>{n}</p>' for n in notes)
 
 # %% ../nbs/api/29_results.ipynb #8bff47f6
 @patch

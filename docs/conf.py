@@ -8,6 +8,7 @@ project,author,copyright,release = cfg.title, 'the dmlfast authors', '2026, the 
 extensions = ['myst_nb', 'sphinx_copybutton']
 myst_enable_extensions = ['dollarmath', 'amsmath', 'attrs_inline', 'colon_fence']
 myst_heading_anchors = 3
+nb_render_markdown_format = 'myst' # tables that cells display
 nb_execution_mode = 'off'  # outputs are stored in the notebooks; `nbdev-test --save` refreshes them
 suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type']
 

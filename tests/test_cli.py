@@ -49,6 +49,8 @@ def test_bad_input_gets_one_sentence(folder, tmp_path):
     assert '1 or more; got 0' in said(emb_sz=0, weights=_weights(tmp_path))
     assert 'bs=17 and per_class=4' in said(bs=17)
     assert 'needs 16 classes and there are 4: take bs=16' in said(bs=64)
+    assert 'must be positive; got 0' in said(epochs=0, weights=_weights(tmp_path))
+    assert "given as name=value,name=value; got 'same'" in said(arch_args='same')
     cut = next(one.glob('*.png'))
     cut.write_bytes(cut.read_bytes()[:100])
     assert f"1 of {len(list(folder.rglob('*.png')))} images cannot be read: '{cut}'" in said()

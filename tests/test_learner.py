@@ -170,9 +170,30 @@ def test_a_tracker_of_what_cannot_exist_is_refused(make_learner):
     with pytest.raises(ValueError, match="SaveModelCallback monitors 'valid_loss', which ProxyNCALoss does not have on unseen classes: monitor='recall@1'"):
         learn.fit_one_cycle(1, 1e-3, cbs=SaveModelCallback())
     learn.fit_one_cycle(1, 1e-3, cbs=SaveModelCallback(monitor='recall@1'))
+    with pytest.raises(ValueError, match="monitors 'recall_1', and the columns are train_loss, valid_loss, recall@1, recall@2"):
+        learn.fit(1, 1e-3, cbs=SaveModelCallback(monitor='recall_1'))
+
+def test_validation_batches_are_mixed(make_learner):
+    "A batch to measure the loss on has several classes, so that it is not 0 for want of negatives"
+    learn = make_learner(bs=16)
+    assert all(len(y.unique())>1 for _,y in learn.dls.valid)
+    learn.fit(1, 1e-4)
+    assert learn.recorder.values[0][1]>0
+
+def test_predict(make_learner):
+    learn = make_learner()
+    fn = learn.dls.valid.items[2]
+    with learn.no_bar(): embs,_ = learn.embed()
+    for item in (fn, str(fn)): assert torch.allclose(learn.predict(item), embs[2], atol=1e-5)
 
 def test_wrong_arguments_are_named(few):
     dls = few.dataloaders(bs=8, per_class=4, num_workers=0)
     with pytest.raises(ValueError, match="no model 'resnet_10t'; the nearest names are 'resnet10t'"): metric_learner(dls, 'resnet_10t', pretrained=False)
     with pytest.raises(ValueError, match="1 or more; got 0"): metric_learner(dls, 'test_resnet', emb_sz=0, pretrained=False)
+    with pytest.raises(ValueError, match="`arch` is the name of a timm model"): metric_learner(dls, resnet18, pretrained=False)
+    with pytest.raises(ValueError, match=r"such as DRTripletLoss\(\), and not its class"): metric_learner(dls, 'test_resnet', DRTripletLoss, pretrained=False)
+    with pytest.raises(ValueError, match="got 'triplet'"): metric_learner(dls, 'test_resnet', 'triplet', pretrained=False)
+    learn = metric_learner(dls, 'test_resnet', TripletLoss(miner=SemiHardMiner), pretrained=False)
+    with pytest.raises(ValueError, match=r"a miner is a callable such as SemiHardMiner\(\)"): learn.loss_func(torch.randn(4,8), torch.tensor([0,0,1,1]))
+    with pytest.raises(ValueError, match="Items come from a loader"): learn.evaluate(few)
     with pytest.raises(ValueError, match="no file of weights"): metric_learner(dls, 'test_resnet', weights='nowhere.safetensors')
