@@ -19,12 +19,8 @@ plan = [(name, seed, make) for seed in range(3) for name,make in {
     **{f'ms λ={l} γ={g}': partial(MultiSimilarityLoss, lam=l, gamma=g) for l in (.5,.7) for g in (0.,.3)}}.items()]
 plan = [('frozen features', 0, None)] + plan
 
-class Setting(Callback):
-    "Batch norm keeps its statistics, and the score is taken once, at the end"
-    order = TrainEvalCallback.order+1
-    def before_train(self):
-        for m in self.model.body.modules():
-            if isinstance(m, nn.BatchNorm2d): m.eval()
+class NoValidation(Callback):
+    "The score is taken once, at the end"
     def before_validate(self): raise CancelValidException
 
 def cars(path):
@@ -37,7 +33,7 @@ def run(ds, weights, make, seed):
     "Scores on the 49 unseen classes"
     set_seed(seed, reproducible=True)
     dls = ds.dataloaders(bs=64, per_class=4, size=128, seed=seed, num_workers=0)
-    learn = metric_learner(dls, 'mobilenetv2_035', make and make(), emb_sz=128, weights=weights, model_kwargs=dict(pad_type='same'), cbs=[Setting(), ChannelsLast()])
+    learn = metric_learner(dls, 'mobilenetv2_035', make and make(), emb_sz=128, weights=weights, model_kwargs=dict(pad_type='same'), cbs=[FreezeBN(), NoValidation(), ChannelsLast()])
     t = time.time()
     with learn.no_bar(), learn.no_logging():
         if make: learn.fit_one_cycle(epochs, slice(lr/10, lr), wd=1e-2)
