@@ -10,7 +10,7 @@ __all__ = ['demo_data', 'run_demo', 'dmlfast_demo']
 # %% ../nbs/api/90_cli.ipynb #1f51e902
 import json, sys
 from pathlib import Path
-from fastcore.script import call_parse, bool_arg, store_true
+from fastcore.script import call_parse, store_true
 
 # %% ../nbs/api/90_cli.ipynb #f740b8b7
 def _raw_pixels(dl):
@@ -75,19 +75,19 @@ def run_demo(
     from dmlfast.learner import FreezeBN, metric_learner
     from dmlfast.losses import DRTripletLoss
     from dmlfast.retrieval import evaluate_retrieval
+    own = data is not None
+    epochs,lr = _or(epochs, 8 if own else 12),_or(lr, 3e-3 if own else 6e-3)
     set_seed(seed, reproducible=True)
     dls = demo_data(data, size, bs, per_class, seed, skip_bad)
     print(dls.source, end='\n\n')
     names = [f'recall@{k}' for k in (1,2,4,8)] + ['map@r']
     def _scores(res): return {o:res[o] for o in names}
     rows = {'raw pixels': _scores(evaluate_retrieval(*_raw_pixels(dls.valid), metrics=names))}
-    own = data is not None
     model_kwargs = _kwargs(arch_args) if own or arch or arch_args else dict(channels=(32,64,128,256)) # a resnet10t of half the width
     learn = metric_learner(dls, arch or ('mobilenetv2_050' if own else 'resnet10t'), DRTripletLoss(margin=0.2, gamma=0.3), emb_sz=emb_sz, pretrained=own,
         weights=weights, model_kwargs=model_kwargs, cbs=[ChannelsLast()] + [FreezeBN()]*own) # channels last makes a CPU half as fast again
     rows['untrained'] = _scores(learn.evaluate(metrics=names))
-    lr = _or(lr, 3e-3 if own else 6e-3)
-    learn.fit_one_cycle(_or(epochs, 8 if own else 12), slice(lr/10, lr) if own else lr)
+    learn.fit_one_cycle(epochs, slice(lr/10, lr) if own else lr)
     rows['trained'] = _scores(learn.evaluate(metrics=names))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

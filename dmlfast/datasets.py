@@ -15,9 +15,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from fastcore.all import *
 from fastai.data.all import *
-from fastai.vision.core import PILImage, imagenet_stats
+from fastai.vision.core import PILImage
 from fastai.vision.augment import FlipItem, RandomResizedCrop
-from fastai.vision.data import get_grid, ImageBlock
+from fastai.vision.data import ImageBlock
 from .data import *
 from .data import _some, _sorted
 
@@ -36,7 +36,7 @@ class NamedImage(PILImage):
 # %% ../nbs/api/11_datasets.ipynb #3172041b
 def bad_images(
     fns, # Paths of images
-    max_workers:int=None, # Processes; as many as there are CPUs if not given
+    max_workers:int=None, # Threads; as many as there are CPUs if not given
 )->list: # Those of `fns` that cannot be read, in order
     "The files among `fns` that are no complete images; each is read as a whole"
     ok = parallel(_readable, fns, n_workers=ifnone(max_workers, defaults.cpus), progress=False, chunksize=64, threadpool=True)

@@ -12,7 +12,6 @@ import torch
 from torch import tensor
 from fastcore.all import *
 from fastai.learner import *
-from fastai.torch_core import find_bs
 from fastai.callback.core import Callback
 from .retrieval import *
 

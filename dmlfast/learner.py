@@ -215,7 +215,6 @@ def evaluate(self:MetricLearner,
 @patch
 def predict(self:MetricLearner,
     item, # Path of an image, or an item as the data loaders' own
-    **kwargs
 )->Tensor: # `(emb_sz,)` float32
     "Embedding of one item"
     return self.embed(self.dls.test_dl([Path(item) if isinstance(item, str) else item], num_workers=0), bar=False)[0][0]
