@@ -13,7 +13,7 @@ from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from dmlfast.all import *
 
-epochs,lr = 4,3e-3
+epochs,lr = 4,1e-3
 plan = [(name, seed, make) for seed in range(3) for name,make in {
     **{f'triplet m={m} γ={g}': partial(TripletLoss, margin=m, gamma=g) for m in (.1,.2) for g in (0.,.3)},
     **{f'ms λ={l} γ={g}': partial(MultiSimilarityLoss, lam=l, gamma=g) for l in (.5,.7) for g in (0.,.3)}}.items()]

@@ -10,3 +10,4 @@ from .retrieval import *
 from .evaluate import *
 from .show import *
 from .learner import *
+from .checkpoint import *
