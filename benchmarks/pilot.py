@@ -33,7 +33,7 @@ def run(ds, weights, make, seed):
     "Scores on the 49 unseen classes"
     set_seed(seed, reproducible=True)
     dls = ds.dataloaders(bs=64, per_class=4, size=128, seed=seed, num_workers=0)
-    learn = metric_learner(dls, 'mobilenetv2_035', make and make(), emb_sz=128, weights=weights, model_kwargs=dict(pad_type='same'), cbs=[FreezeBN(), NoValidation(), ChannelsLast()])
+    learn = metric_learner(dls, 'mobilenetv2_035', make and make(), emb_sz=128, weights=weights, model_kwargs=dict(pad_type='same'), freeze_bn=True, cbs=[NoValidation(), ChannelsLast()])
     t = time.time()
     with learn.no_bar(), learn.no_logging():
         if make: learn.fit_one_cycle(epochs, slice(lr/10, lr), wd=1e-2)

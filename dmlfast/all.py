@@ -5,6 +5,7 @@ from .losses import *
 from .data import *
 from .datasets import *
 from .models import *
+from .bninception import *
 from .results import *
 from .retrieval import *
 from .evaluate import *
