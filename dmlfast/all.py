@@ -9,6 +9,8 @@ from .bninception import *
 from .results import *
 from .retrieval import *
 from .evaluate import *
+from .deploy import *
 from .show import *
 from .learner import *
 from .checkpoint import *
+from .export import *

@@ -236,6 +236,7 @@ class Embedder(nn.Module):
     ):
         super().__init__()
         store_attr('arch,normalize,freeze_bn')
+        self.named = dict(pool=pool, head=head, model_kwargs=kwargs)
         self.frozen = [] # names of the body's parameters that are not trained
         self.body = timm_body(arch, pretrained, weights, **kwargs)
         self.pool,self.own_pool = make_pool(pool or 'avg'),pool is None
@@ -312,6 +313,19 @@ def train(self:Embedder, mode=True):
     for m in self.body.modules():
         if isinstance(m, _BatchNorm) and (self.freeze_bn or m.weight is not None and id(m.weight) in frozen): m.eval()
     return self
+
+# %% ../nbs/api/20_models.ipynb #fc4685b3
+@patch
+def spec(self:Embedder)->dict: # Arguments of `Embedder`; those for timm under `model_kwargs`
+    "What builds this embedder again; raises `ValueError` where its pooling or head has no name"
+    for k in ('pool','head'):
+        if not isinstance(self.named[k], (str,type(None))): raise ValueError(f"This embedder's {k} is {self.named[k]!r}, which has no name to build it by.")
+    return dict(arch=self.arch, emb_sz=self.emb_sz, normalize=self.normalize, **self.named)
+
+@patch
+def embedder_state(self:Embedder)->dict: # Weights and buffers by name
+    "The weights that make embeddings, without those of a loss or a callback"
+    return {k:v for k,v in self.state_dict().items() if k.split('.')[0] in ('body','pool','head')}
 
 # %% ../nbs/api/20_models.ipynb #45629ff1
 def embedder_splitter(
