@@ -353,7 +353,7 @@ _galleries = weakref.WeakKeyDictionary() # not on the learner, whose export woul
 @patch
 def _gallery(self:MetricLearner, gallery):
     "Loader of the items of `gallery`, their embeddings and class ids"
-    key = gallery,id(self.model),sum(p._version for p in self.model.parameters())
+    key = gallery,tuple(o.double().sum().item() for o in self.model.state_dict().values())
     if _galleries.get(self, [None])[0]!=key:
         dl = self.dls.test_dl(self.dls.train.items, with_labels=True) if gallery is None else self.split_dl(gallery)
         _galleries[self] = key,dl,*self.embed(dl)
