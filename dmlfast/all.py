@@ -9,4 +9,5 @@ from .results import *
 from .retrieval import *
 from .evaluate import *
 from .show import *
+from .ranking import *
 from .learner import *

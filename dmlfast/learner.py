@@ -86,6 +86,11 @@ class MetricLearner(Learner):
         super().create_opt()
         multiply_lr(self.opt, lr_mults(self.model))
 
+    def add_cb(self, cb):
+        if isinstance(cb, type): cb = cb()
+        if hasattr(cb, 'attach'): cb.attach(self)
+        return super().add_cb(cb)
+
     @delegates(Learner.fit)
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
         self.check_trackers(L(self.cbs) + L(cbs))
@@ -95,7 +100,7 @@ class MetricLearner(Learner):
 @patch
 def check_trackers(self:MetricLearner, cbs):
     "Raise `ValueError` for a tracker that monitors a column which will not be there, or a `valid_loss` which cannot exist"
-    names = ['train_loss','valid_loss'] + list(L(self.metrics).attrgot('name')) + [n for o in cbs if isinstance(o, RetrievalMetrics) for n in o.names]
+    names = ['train_loss','valid_loss'] + list(L(self.metrics).attrgot('name')) + [c.name for o in cbs for c in getattr(o, 'columns', ())]
     nan = self.loss_func.seen_only and getattr(self.dls, 'n_train_classes', None) is not None
     for o in cbs:
         if not isinstance(o, TrackerCallback): continue

@@ -107,6 +107,14 @@ def _width(self:Embedder, c, size):
     self.train()
     return n
 
+# %% ../nbs/api/20_models.ipynb #8e9df784
+@patch
+def _load_from_state_dict(self:Embedder, state_dict, prefix, *args):
+    "As any module, without the weights of a ranking head that is not there"
+    if not hasattr(self, 'ranking_head'):
+        for k in [k for k in state_dict if k.startswith(f'{prefix}ranking_head.')]: del state_dict[k]
+    super(Embedder, self)._load_from_state_dict(state_dict, prefix, *args)
+
 # %% ../nbs/api/20_models.ipynb #6e4b8d1d
 def embedder_splitter(
     model:nn.Module, # An `Embedder`, with or without a loss in it
