@@ -47,7 +47,7 @@ def _colours(
 )->tuple[Tensor,Tensor]: # Matrices `(m,n,c,c)` and offsets `(m,n,c,1)`, for normalised colours
     "Changes of colour as linear maps of normalised images"
     b,c,s = factors[...,None,None].unbind(2)
-    w = x.new_tensor([.299,.587,.114] if len(mean)==3 else [1.])
+    w = torch.tensor([.299,.587,.114] if len(mean)==3 else [1.]).to(x.device, non_blocking=True)
     grey = ((x.mean((2,3))*std+mean)@w)[:,None,None,None]
     mix = c*b*(s*torch.eye(len(w), device=x.device)+(1-s)*w)
     offset = mix@mean[:,None]+(1-c)*b*grey-mean[:,None]

@@ -35,7 +35,7 @@ def test_views_grow_with_the_level(photos):
         assert (pixels.diff()>0).all() and (feats.diff()>0).all(), only
 
 def test_jitter_grows_in_every_image(photos):
-    "Signs are drawn once for an image, so that no image has a level that is nearer than the one before"
+    "No image has a level that is nearer in colour than the one before"
     v = GradedViews(crop=0., perspective=0.)(norm(photos.clamp(.3,.6)), mean, std) # no colour meets black or white
     dist = (v[:,1:]-v[:,:1]).pow(2).mean((2,3,4)).sqrt()
     assert (dist.diff(dim=1)>0).all()
@@ -136,6 +136,16 @@ def test_views_are_seeded(photos):
     assert torch.equal(a(photos), rest(photos))
     a.show(photos, max_n=2)
     assert torch.equal(a(photos), rest(photos)) # drawing pictures is not a step
+
+def test_one_direction_for_all_levels():
+    "Signs, the way of the tilt, and the place in what is left"
+    quads,factors = GradedViews().draw(100)
+    assert ((factors>1)==(factors[:,:1]>1)).all()
+    tilt = F.normalize(quads[:,:,2,:2], dim=-1)
+    assert torch.allclose(tilt, tilt[:,:1].expand_as(tilt), atol=1e-5)
+    quads,_ = GradedViews(perspective=0.).draw(100)
+    place = quads[:,:,:2,2]/(1-quads[:,:,0,0,None])
+    assert torch.allclose(place, place[:,:1].expand_as(place), atol=1e-4) and place.abs().max()<=1
 
 def test_directions_are_uniform():
     quads,factors = GradedViews().draw(4000)
@@ -464,6 +474,24 @@ def test_gradient_accumulation(make_learner):
     assert count.n[0]//4==count.n[1]>0
     joint = [a+2*b for a,b in zip(ssr.metric_losses, ssr.ssr_losses)]
     assert np.allclose(count.scaled, np.array(joint)*8/32, rtol=1e-5)
+
+def test_half_precision_in_the_loop(make_learner):
+    "With autocast on, as mixed precision has it, the network runs in half precision and the loss does not"
+    seen = {}
+    class Autocast(Callback):
+        order,run_valid = MixedPrecision.order,False
+        def before_batch(self): self.ctx = torch.autocast('cpu', torch.bfloat16); self.ctx.__enter__()
+        def after_pred(self): self.learn.pred = self.learn.pred.float()
+        def after_loss(self): self.ctx.__exit__(None, None, None)
+    class Loss(RankingLoss):
+        def forward(self, z):
+            out = super().forward(z)
+            seen.update(z=z.dtype, out=out.dtype)
+            return out
+    ssr = make_ssr(loss=Loss())
+    learn = make_learner(cbs=[ssr,Autocast()])
+    learn.fit(1, 1e-3)
+    assert seen==dict(z=torch.bfloat16, out=torch.float32) and np.isfinite(ssr.ssr_losses).all()
 
 def test_the_embedding_learns_the_order(make_learner):
     "After training, similarities to view 0 in the head's space fall from level to level, on images it has not seen"
