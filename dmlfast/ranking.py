@@ -130,12 +130,12 @@ def _fill(self:GradedViews, res, x, mean, std):
     black,white = (((o-mean)/std)[:,None,None] for o in (0,1))
     ys,xs = ((2*torch.arange(o, device=x.device)+1)/o-1 for o in (h,w))
     at = torch.stack([xs.expand(h, w),ys[:,None].expand(h, w),torch.ones(h, w, device=x.device)], -1).view(-1, 3)
-    sz = max(1, m if x.is_cuda else 2**18//(self.n*h*w))
+    sz = max(1, 2**(24 if x.is_cuda else 18)//(self.n*h*w))
     for i in (slice(o, o+sz) for o in range(0, m, sz)):
         grid = at@quads[i].mT
         grid = (grid[...,:2]/grid[...,2:]).view(-1, self.n*h, w, 2)
         part = F.grid_sample(x[i], grid, padding_mode='border', align_corners=False).view(-1, c, self.n, h*w)
-        part = mix[i]@part.transpose(1, 2)+offset[i]
+        part = (mix[i]@part.transpose(1, 2)).add_(offset[i])
         res[i] = torch.clamp(part.view(-1, self.n, c, h, w), black, white)
 
 # %% ../nbs/api/40_ranking.ipynb #6649aebb
@@ -368,10 +368,12 @@ def after_loss(self:SelfSupervisedRanking):
     "Add the ranking loss, when the coin says so"
     self.metric_losses.append(self.learn.loss.detach().mean().item())
     self.ssr_losses.append(math.nan)
-    if not self.due: return
-    loss = self.ranking(self.learn.xb[0])
-    self.learn.loss_grad = self.learn.loss_grad+self.gamma*loss
-    self.ssr_losses[-1] = loss.item()
+    if self.due:
+        loss = self.ranking(self.learn.xb[0])
+        self.learn.loss_grad = self.learn.loss_grad+self.gamma*loss
+        self.ssr_losses[-1] = loss.item()
+    elif (model := get_model(self.learn.model)) is not self.learn.model: # replicas wait for a gradient of every weight
+        self.learn.loss_grad = self.learn.loss_grad+0*sum(o.sum() for o in model.ranking_head.parameters())
 
 # %% ../nbs/api/40_ranking.ipynb #9c5385c5
 def _smooth(values, beta):

@@ -319,18 +319,18 @@ def test_coin(make_learner):
         for _ in range(100):
             ssr.toss()
             assert ssr.due==want
-    batch,epoch = make_ssr(p=.5, m=2),make_ssr(p=.5, m=2, per='epoch', seed=3)
-    make_learner(cbs=batch).fit(2, 1e-3)
-    assert 0<sum(map(math.isnan, batch.ssr_losses[:9]))<9
-    make_learner(cbs=epoch).fit(6, 1e-3)
-    per_epoch = np.isnan(epoch.ssr_losses).reshape(6,9)
-    assert (per_epoch==per_epoch[:,:1]).all() and 0<per_epoch[:,0].sum()<6
+    batch,epoch = make_ssr(p=.5, m=1),make_ssr(p=.5, m=1, per='epoch')
+    make_learner(cbs=batch).fit(1, 1e-3)
+    assert 0<sum(map(math.isnan, batch.ssr_losses))<9
+    make_learner(cbs=epoch).fit(4, 1e-3)
+    per_epoch = np.isnan(epoch.ssr_losses).reshape(4,9)
+    assert (per_epoch==per_epoch[:,:1]).all() and 0<per_epoch[:,0].sum()<4
 
 def test_a_seed_repeats_a_run(make_learner):
     runs = []
     for seed in (0,0,1):
         learn = make_learner(cbs=SelfSupervisedRanking(m=4, seed=seed))
-        learn.fit(2, 1e-3)
+        learn.fit(1, 1e-3)
         runs.append((learn.recorder.values, learn.self_supervised_ranking.ssr_losses[0]))
     assert runs[0]==runs[1] and runs[0][0]!=runs[2][0]
 
@@ -431,7 +431,7 @@ def test_best_model_lr_find_and_export(make_learner, tmp_path):
 
 def test_fits_freezes_and_series(make_learner, tmp_path):
     "Successive fits go on with one head; the column, the series and the log agree"
-    ssr = make_ssr(p=.7)
+    ssr = make_ssr(p=.7, m=4)
     learn = make_learner()
     for i in range(2):
         learn.fit(2, 1e-3, cbs=[ssr, CSVLogger(fname=tmp_path/'log.csv')])
@@ -449,7 +449,7 @@ def test_fits_freezes_and_series(make_learner, tmp_path):
     learn.freeze()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
-        learn.fit(2, 1e-3, wd=0., cbs=ssr); learn.fit(1, 1e-3, wd=0., cbs=ssr)
+        learn.fit(1, 1e-3, wd=0., cbs=ssr); learn.fit(1, 1e-3, wd=0., cbs=ssr)
     assert sum('The body is frozen' in str(o.message) for o in said)==1
     assert all(torch.equal(a,b) for a,b in zip(body, [p for p in learn.model.body.parameters() if p.ndim==4])) and not torch.equal(h, head[0].weight)
     learn.unfreeze()
@@ -493,9 +493,28 @@ def test_half_precision_in_the_loop(make_learner):
     learn.fit(1, 1e-3)
     assert seen==dict(z=torch.bfloat16, out=torch.float32) and np.isfinite(ssr.ssr_losses).all()
 
+def test_replicas(make_learner, tmp_path):
+    "Data parallel training waits for a gradient of every weight, those of the head included, however the coin falls"
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+    class Wrap(Callback):
+        order = 40
+        def before_fit(self): self.learn.model = DistributedDataParallel(self.learn.model)
+        def after_fit(self): self.learn.model = self.learn.model.module
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path/"store"}', rank=0, world_size=1)
+    try:
+        runs = []
+        for wrap in (True,False):
+            learn = make_learner(cbs=make_ssr(p=.5)).remove_cb(RetrievalMetrics)
+            learn.fit(1, 1e-3, cbs=Wrap() if wrap else None)
+            runs.append((weights(learn), learn.self_supervised_ranking.ssr_losses))
+        assert torch.allclose(runs[0][0], runs[1][0], atol=1e-5) and np.allclose(runs[0][1], runs[1][1], equal_nan=True, atol=1e-5)
+        assert 0<np.isnan(runs[0][1]).sum()<9
+    finally: dist.destroy_process_group()
+
 def test_the_embedding_learns_the_order(make_learner):
     "After training, similarities to view 0 in the head's space fall from level to level, on images it has not seen"
-    learn = make_learner(cbs=make_ssr(m=32))
+    learn = make_learner(cbs=make_ssr(m=16))
     x = learn.dls.valid.one_batch()[0].as_subclass(Tensor)
     v = GradedViews(seed=7)(x, *learn.self_supervised_ranking.stats())
     def ordered():
@@ -503,7 +522,7 @@ def test_the_embedding_learns_the_order(make_learner):
         sims = (z[:,1:]*z[:,:1]).sum(-1)
         return (sims.diff(dim=1)<0).float().mean().item(),sims.mean(0)
     before,_ = ordered()
-    learn.fit(4, 3e-3)
+    learn.fit(3, 3e-3)
     after,sims = ordered()
     assert after>before and (sims.diff()<0).all()
 
