@@ -90,6 +90,11 @@ class MetricLearner(Learner):
         super().create_opt()
         multiply_lr(self.opt, lr_mults(self.model))
 
+    def add_cb(self, cb):
+        if isinstance(cb, type): cb = cb()
+        if hasattr(cb, 'attach'): cb.attach(self)
+        return super().add_cb(cb)
+
     @delegates(Learner.fit)
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
         self.check_cbs(L(self.cbs) + L(cbs))
@@ -107,7 +112,7 @@ def check_tracker(self:MetricLearner, o, names):
 @patch
 def check_cbs(self:MetricLearner, cbs):
     "Raise `ValueError` for a callback that cannot work, and show TensorBoard's projector where the embeddings are"
-    names = ['train_loss','valid_loss'] + list(L(self.metrics).attrgot('name')) + [n for o in cbs if isinstance(o, RetrievalMetrics) for n in o.names]
+    names = ['train_loss','valid_loss'] + list(L(self.metrics).attrgot('name')) + [c.name for o in cbs for c in getattr(o, 'columns', ())]
     for o in cbs:
         if isinstance(o, TrackerCallback): self.check_tracker(o, names)
         if isinstance(o, MixHandler): raise ValueError(f"{type(o).__name__} mixes images of two classes, and a loss of embeddings needs each image to be of one.")

@@ -314,6 +314,14 @@ def train(self:Embedder, mode=True):
         if isinstance(m, _BatchNorm) and (self.freeze_bn or m.weight is not None and id(m.weight) in frozen): m.eval()
     return self
 
+# %% ../nbs/api/20_models.ipynb #8e9df784
+@patch
+def _load_from_state_dict(self:Embedder, state_dict, prefix, *args):
+    "As any module, without the weights of a ranking head that is not there"
+    if not hasattr(self, 'ranking_head'):
+        for k in [k for k in state_dict if k.startswith(f'{prefix}ranking_head.')]: del state_dict[k]
+    super(Embedder, self)._load_from_state_dict(state_dict, prefix, *args)
+
 # %% ../nbs/api/20_models.ipynb #fc4685b3
 @patch
 def spec(self:Embedder)->dict: # Arguments of `Embedder`; those for timm under `model_kwargs`
