@@ -162,7 +162,7 @@ def _resnet50(cbs=()):
 
 # %% ../nbs/api/50_learner.ipynb #3ec49e6a
 def _ranking():
-    "The callback of self-supervised ranking, with the settings of its paper"
+    "The callback of self-supervised ranking, imported where a recipe asks for it"
     from dmlfast.ranking import SelfSupervisedRanking
     return SelfSupervisedRanking(n=4, m=20, gamma=0.8, p=0.8)
 
@@ -191,7 +191,8 @@ def _args(d): return ', '.join(f'{k}={_said(v)}' for k,v in d.items())
 
 def _row(r):
     "What the table says of a recipe"
-    return dict(arch=r.arch, emb_sz=r.emb_sz, loss=_said(r.loss), model=_args(r.model), data=_args(r.data), learner=_args(r.learner), fit=_args(r.fit), ours=r.ours)
+    settings = {k: _args(getattr(r, k)) for k in ('model','data','learner','fit')}
+    return dict(arch=r.arch, emb_sz=r.emb_sz, loss=_said(r.loss), **settings, cbs=', '.join(o.__name__.strip('_') for o in r.cbs), ours=r.ours)
 
 # %% ../nbs/api/50_learner.ipynb #cc332ceb
 _triplet = partial(TripletLoss, margin=0.27819, reduction='mean')
