@@ -248,7 +248,7 @@ def metric_learner(
     given = dict(emb_sz=emb_sz, pool=pool, head=head, init=init, freeze_bn=freeze_bn, frozen_stages=frozen_stages, normalize=normalize_embs)
     model = _model(ifnone(arch, r.arch), weights, pretrained, loss_func.normalize_embs, r, given, model_kwargs)
     if normalize and hasattr(model, 'cfg'): _normalize(dls, model.cfg)
-    model.loss_func = loss_func.setup(_n_classes(dls), getattr(model, 'emb_sz', emb_sz))
+    model.loss_func = loss_func.setup(_n_classes(dls), getattr(model, 'emb_sz', emb_sz or r.emb_sz or 128))
     names,mets = L(metrics).map(str) if metrics and all(isinstance(o, str) for o in L(metrics)) else None,L(metrics)
     cbs = L(cbs)
     cbs = cbs + [o for o in (make() for make in r.cbs) if not any(isinstance(c, type(o)) for c in cbs)]
@@ -290,7 +290,7 @@ def fit_recipe(self:MetricLearner,
     lrs = np.array([h['lr'] for h in self.opt.hypers])
     cbs = L(cbs) + ParamScheduler({'lr': (sched if callable(sched) else _scheds[sched])(lrs)})
     patience = ifnone(patience, r.get('patience', 0))
-    if patience and len(self.dls.valid.items) and not self.measures_on_test(): cbs = cbs + EarlyStoppingCallback('recall@1', patience=patience)
+    if patience and sum(map(len, self.dls.loaders[1:])) and not self.measures_on_test(): cbs = cbs + EarlyStoppingCallback('recall@1', patience=patience)
     self.fit(n_epoch, lr, cbs=cbs, **kwargs)
 
 # %% ../nbs/api/50_learner.ipynb #3ad01945
