@@ -567,6 +567,22 @@ def test_plain_learner_and_a_model_of_ones_own(few):
     assert learn.self_supervised_ranking.stats()==(None,None) and learn.model.ranking_head.widths==(12,512,128)
     assert np.isfinite(learn.self_supervised_ranking.ssr_losses).all()
 
+def test_statistics_are_those_of_the_loader(few):
+    "The views that the network gets are those of images from 0 to 1, normalised as the batch is"
+    class Keep(GradedViews):
+        def __call__(self, x, *stats):
+            self.state = self.rng.get_state()
+            self.x,self.seen = x,super().__call__(x, *stats)
+            return self.seen
+    views = Keep()
+    dls = few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0, batch_tfms=Normalize.from_stats(mean.tolist(), std.tolist()))
+    learn = Learner(dls, Embedder('test_resnet', 16, pretrained=False), TripletLoss(), cbs=make_ssr(views=views))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    again = GradedViews()
+    again.rng.set_state(views.state)
+    want = norm(again(denorm(views.x.cpu()), 0*mean, 0*std+1))
+    assert torch.allclose(views.seen.cpu(), want, atol=1e-4)
+
 def test_widths(make_learner):
     learn = make_learner(cbs=make_ssr(hidden=64))
     assert learn.model.ranking_head.widths==(learn.model.n_features,64,16)
