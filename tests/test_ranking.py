@@ -1,5 +1,5 @@
 "Self-supervised ranking: its views, its loss, and what it does to a fit"
-import math, pickle
+import math, pickle, random
 import numpy as np, pytest, torch
 from fastai.vision.all import *
 from safetensors.torch import load_file
@@ -224,13 +224,16 @@ def weights(learn): return torch.cat([p.detach().flatten() for n,p in learn.mode
 
 @pytest.mark.parametrize('how', ['creation','add_cb','fit'])
 def test_without_luck_nothing_changes(make_learner, how):
-    "p=0 trains bit for bit as without, however the callback is added"
+    "p=0 trains bit for bit as without, however the callback is added, and leaves every generator where it would be"
+    def states(): return torch.random.get_rng_state().tolist(),random.getstate(),np.random.get_state()[1].tolist()
     plain = make_learner()
     plain.fit_one_cycle(2, 3e-3)
+    want = states()
     cb = make_ssr(p=0.)
     learn = make_learner(cbs=cb if how=='creation' else None)
     if how=='add_cb': learn.add_cb(cb)
     learn.fit_one_cycle(2, 3e-3, cbs=cb if how=='fit' else None)
+    assert states()==want
     assert torch.equal(weights(learn), weights(plain))
     assert [o[:2]+o[3:] for o in learn.recorder.values]==plain.recorder.values
     assert all(math.isnan(o[2]) for o in learn.recorder.values)
