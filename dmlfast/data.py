@@ -105,11 +105,20 @@ def ClassBlock(
 def _splitmix(x):
     "Mix the bits of `x`, uint64: a counter goes in, a random number comes out (Steele et al., SplitMix, 2014)"
     x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x>>np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x>>np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x>>np.uint64(31))
+    for shift,by in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x ^= x>>np.uint64(shift)
+        x *= np.uint64(by)
+    x ^= x>>np.uint64(31)
+    return x
 
 # %% ../nbs/api/10_data.ipynb #5a02a8d8
+def _runs(x):
+    "For sorted `x`: where each run of equal values begins, and the number of each element's run"
+    first = np.ones(len(x), dtype=bool)
+    first[1:] = x[1:]!=x[:-1]
+    return np.flatnonzero(first), np.cumsum(first)-1
+
+# %% ../nbs/api/10_data.ipynb #a0ce3c73
 class BalancedSampler:
     "Indices of batches with `per_class` items of each of `bs/per_class` classes"
     def __init__(self,
@@ -119,11 +128,12 @@ class BalancedSampler:
         seed:int=0, # Determines, with the number of the epoch, what it holds
     ):
         store_attr('bs,per_class,seed')
-        _,codes,self.counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
-        self.n,self.n_classes,self.p = len(codes),len(self.counts),bs//per_class
+        labels = np.asarray(labels)
+        self.items = np.argsort(labels, kind='stable') # class after class
+        self.starts = _runs(labels[self.items])[0]
+        self.counts = np.diff(self.starts, append=len(labels))
+        self.n,self.n_classes,self.p = len(labels),len(self.counts),bs//per_class
         self.check()
-        self.items = np.argsort(codes, kind='stable') # class after class
-        self.starts = np.cumsum(self.counts)-self.counts
         self.round = math.ceil(self.n_classes/self.p) # batches in which every class appears
         self.groups = -(-self.counts//per_class) # groups in which every image of a class appears
 
@@ -150,22 +160,16 @@ def classes(self:BalancedSampler,
     "The classes in each batch of an epoch"
     rng = np.random.default_rng([self.seed, epoch])
     perms = rng.random((math.ceil(len(self)/self.round), self.n_classes)).argsort(1)
-    return perms[:, np.arange(self.round*self.p)%self.n_classes].reshape(-1, self.p)[:len(self)]
+    return np.concatenate([perms, perms[:,:self.round*self.p-self.n_classes]], axis=1).reshape(-1, self.p)[:len(self)]
 
 # %% ../nbs/api/10_data.ipynb #9b0f706f
-def _runs(x):
-    "For sorted `x`: where each run of equal values begins, and the number of each element's run"
-    first = np.r_[True, x[1:]!=x[:-1]]
-    return np.flatnonzero(first), np.cumsum(first)-1
-
-# %% ../nbs/api/10_data.ipynb #65496fe2
 @patch
 def idxs(self:BalancedSampler,
     epoch:int, # Number of the epoch, from 0
 )->np.ndarray: # Items of each batch, `(batches, bs)` int64
     "The items in each batch of an epoch"
     k,draws = self.per_class,self.classes(epoch).ravel()
-    order = np.argsort(draws, kind='stable')
+    order = np.argsort(draws.astype(np.min_scalar_type(self.n_classes)), kind='stable') # NumPy's radix sort, up to 65,535 classes
     cls = draws[order]
     begin,run = _runs(cls)
     group = epoch*(len(self)//self.round) + np.arange(len(cls))-begin[run]
@@ -173,15 +177,17 @@ def idxs(self:BalancedSampler,
     begin,run = _runs(cls*(rnd.max()+1)+rnd) # one run for each round of a class that this epoch touches
     sizes = self.counts[cls[begin]]
     offset = np.cumsum(sizes)-sizes
-    member = np.arange(sizes.sum())-np.repeat(offset, sizes)
-    items = self.items[np.repeat(self.starts[cls[begin]], sizes)+member]
-    salt = _splitmix(rnd[begin].astype(np.uint64) + _splitmix(np.uint64(self.seed)*np.ones(1, np.uint64)))
+    items = self.items[np.arange(sizes.sum()) + np.repeat(self.starts[cls[begin]]-offset, sizes)]
+    salt = _splitmix(rnd[begin].astype(np.uint64) + _splitmix(np.full(1, self.seed, dtype=np.uint64)))
     keys = _splitmix(items.astype(np.uint64) ^ np.repeat(salt, sizes))
-    rounds = np.repeat(np.arange(len(begin), dtype=np.uint64), sizes)
-    items = items[np.argsort(rounds<<np.uint64(36) | keys>>np.uint64(28))]
-    pos = (group[:,None]*k + np.arange(k)) % self.counts[cls][:,None]
+    keys >>= np.uint64(28)
+    keys |= np.repeat(np.arange(len(begin), dtype=np.uint64)<<np.uint64(36), sizes)
+    items = items[np.argsort(keys)]
+    pos = group[:,None]*k + np.arange(k)
+    pos %= self.counts[cls][:,None]
+    pos += offset[run][:,None]
     res = np.empty((len(draws), k), dtype=np.int64)
-    res[order] = items[offset[run][:,None]+pos]
+    res[order] = items[pos]
     return res.reshape(len(self), self.bs)
 
 # %% ../nbs/api/10_data.ipynb #4feb4acf
@@ -219,3 +225,26 @@ class BalancedDL(TfmdDL):
     def new(self, dataset=None, cls=None, **kwargs):
         mine = dict(per_class=self.per_class, seed=self.seed, labels=self.labels if dataset is None else None)
         return super().new(dataset, cls, **merge(mine if cls is None or issubclass(cls, BalancedDL) else {}, kwargs))
+
+# %% ../nbs/api/10_data.ipynb #c2416919
+@patch
+@delegates(TfmdDL.show_batch)
+def show_batch(self:BalancedDL,
+    b=None, # Batch to show; the one that comes next if not given
+    max_n:int=None, # Images to show; those of four classes if not given
+    figsize:tuple=None, # Width and height in inches
+    **kwargs
+):
+    "Draw images of a batch, those of a class in a row"
+    other = {k:v for k,v in kwargs.items() if k in ('nrows','ncols','ctxs','show','unique')}
+    if b is None and not other: b = self.one_batch()
+    if other or not self.shuffle or not isinstance(b[0], TensorImageBase):
+        return TfmdDL.show_batch(self, b, ifnone(max_n, 9), **merge(kwargs, dict(figsize=figsize) if figsize else {}))
+    k = self.per_class
+    n = min(ifnone(max_n, 4*k), len(b[0]))
+    rows,side = math.ceil(n/k),min(1.2, 12/k)
+    axs = np.array(subplots(rows, k, figsize=figsize or (k*side, rows*(side+0.2)))[1]).ravel()
+    TfmdDL.show_batch(self, b, n, ctxs=list(axs[:n]), **kwargs)
+    for i,ax in enumerate(axs):
+        ax.axis('off')
+        ax.set_title('' if i%k else ax.get_title(), fontsize=9)
