@@ -102,13 +102,13 @@ def ClassBlock(
     return TransformBlock(type_tfms=ClassCategorize(vocab, n_train_classes))
 
 # %% ../nbs/api/10_data.ipynb #ae333722
-def _splitmix(x):
-    "Mix the bits of `x`, uint64: a counter goes in, a random number comes out (Steele et al., SplitMix, 2014)"
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    for shift,by in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x ^= x>>np.uint64(shift)
-        x *= np.uint64(by)
-    x ^= x>>np.uint64(31)
+def _splitmix_(x):
+    "Mix the bits of `x`, uint64, in place: a counter goes in, a random number comes out (Steele et al., SplitMix, 2014)"
+    x += np.uint64(0x9E3779B97F4A7C15)
+    t = np.empty_like(x)
+    for shift,by in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        x ^= np.right_shift(x, np.uint64(shift), out=t)
+        if by>1: x *= np.uint64(by)
     return x
 
 # %% ../nbs/api/10_data.ipynb #5a02a8d8
@@ -152,6 +152,18 @@ def check(self:BalancedSampler):
         raise ValueError(f"A batch of bs={self.bs} with per_class={self.per_class} needs {self.p} classes and there are {self.n_classes}: "
             f"take bs={self.n_classes*self.per_class} or less, or a larger per_class.")
 
+# %% ../nbs/api/10_data.ipynb #297abbfa
+def _order_in(sizes, keys):
+    "Order of `keys`, uint64, within groups of `sizes`, by their high bits; `keys` is overwritten"
+    a,b = np.uint64(len(sizes).bit_length()),np.uint64(len(keys).bit_length())
+    keys >>= a+b
+    keys <<= b
+    keys |= np.arange(len(keys), dtype=np.uint64)
+    keys |= np.repeat(np.arange(len(sizes), dtype=np.uint64)<<np.uint64(64)-a, sizes)
+    keys.sort()
+    keys &= (np.uint64(1)<<b)-np.uint64(1)
+    return keys.view(np.int64)
+
 # %% ../nbs/api/10_data.ipynb #1b9a00a3
 @patch
 def classes(self:BalancedSampler,
@@ -159,10 +171,12 @@ def classes(self:BalancedSampler,
 )->np.ndarray: # Classes of each batch, `(batches, bs/per_class)` int64
     "The classes in each batch of an epoch"
     rng = np.random.default_rng([self.seed, epoch])
-    perms = rng.random((math.ceil(len(self)/self.round), self.n_classes)).argsort(1)
+    rounds = math.ceil(len(self)/self.round)
+    keys = (rng.random(rounds*self.n_classes)*2.**64).astype(np.uint64)
+    perms = _order_in(np.full(rounds, self.n_classes), keys).reshape(rounds, -1) % self.n_classes
     return np.concatenate([perms, perms[:,:self.round*self.p-self.n_classes]], axis=1).reshape(-1, self.p)[:len(self)]
 
-# %% ../nbs/api/10_data.ipynb #9b0f706f
+# %% ../nbs/api/10_data.ipynb #2705966d
 @patch
 def idxs(self:BalancedSampler,
     epoch:int, # Number of the epoch, from 0
@@ -177,18 +191,19 @@ def idxs(self:BalancedSampler,
     begin,run = _runs(cls*(rnd.max()+1)+rnd) # one run for each round of a class that this epoch touches
     sizes = self.counts[cls[begin]]
     offset = np.cumsum(sizes)-sizes
-    items = self.items[np.arange(sizes.sum()) + np.repeat(self.starts[cls[begin]]-offset, sizes)]
-    salt = _splitmix(rnd[begin].astype(np.uint64) + _splitmix(np.full(1, self.seed, dtype=np.uint64)))
-    keys = _splitmix(items.astype(np.uint64) ^ np.repeat(salt, sizes))
-    keys >>= np.uint64(28)
-    keys |= np.repeat(np.arange(len(begin), dtype=np.uint64)<<np.uint64(36), sizes)
-    items = items[np.argsort(keys)]
-    pos = group[:,None]*k + np.arange(k)
-    pos %= self.counts[cls][:,None]
-    pos += offset[run][:,None]
-    res = np.empty((len(draws), k), dtype=np.int64)
-    res[order] = items[pos]
-    return res.reshape(len(self), self.bs)
+    at = np.repeat(self.starts[cls[begin]]-offset, sizes)
+    at += np.arange(len(at))
+    items = self.items[at]
+    salt = _splitmix_(rnd[begin].astype(np.uint64) + _splitmix_(np.full(1, self.seed, dtype=np.uint64)))
+    keys = np.repeat(salt, sizes)
+    keys ^= items.view(np.uint64)
+    items = items[_order_in(sizes, _splitmix_(keys))]
+    back = np.empty_like(order) # from the order of classes to that of batches
+    back[order] = np.arange(len(order))
+    pos = np.add.outer(group[back]*k, np.arange(k))
+    pos %= self.counts[draws][:,None]
+    pos += offset[run[back]][:,None]
+    return items[pos].reshape(len(self), self.bs)
 
 # %% ../nbs/api/10_data.ipynb #4feb4acf
 def _labels(ds):
@@ -246,5 +261,7 @@ def show_batch(self:BalancedDL,
     axs = np.array(subplots(rows, k, figsize=figsize or (k*side, rows*(side+0.2)))[1]).ravel()
     TfmdDL.show_batch(self, b, n, ctxs=list(axs[:n]), **kwargs)
     for i,ax in enumerate(axs):
+        name = ax.get_title()
         ax.axis('off')
-        ax.set_title('' if i%k else ax.get_title(), fontsize=9)
+        ax.set_title('')
+        if i%k==0: ax.set_title(name, loc='left', fontsize=9, parse_math=False)

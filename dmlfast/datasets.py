@@ -39,9 +39,9 @@ def _read_list(
 ):
     "Table in a list file; raises `ValueError` naming file and line where one is malformed"
     if not fn.is_file(): raise ValueError(f"There is no list {str(fn)!r}.")
-    rows,fs = [],list(types.values())
+    rows,fs,split = [],list(types.values()),re.compile('[ \t]+').split
     for i,line in enumerate(fn.read_text(encoding='utf-8', errors='surrogateescape').split('\n'), 1):
-        words = re.split('[ \t]+', line.strip(' \t'))
+        words = split(line.strip(' \t'))
         if i<head or words==['']: continue
         try:
             if i>head: rows.append([f(o) for f,o in zip(fs, words, strict=True)])
@@ -69,7 +69,7 @@ def _joined(a, b, fa, fb):
     "The values of `b` for the keys of `a`, two columns each; raises `ValueError` where one is not there or is there twice"
     at = dict(zip(*b))
     if len(at)<len(b[0]): raise ValueError(f"{str(fb)!r} has {len(b[0])-len(at)} lines for something that has a line already.")
-    if missing := [o for o in a if o not in at]: raise ValueError(f"{str(fb)!r} has no line for {_some(missing)} of {str(fa)!r}.")
+    if missing := [o for o in dict.fromkeys(a) if o not in at]: raise ValueError(f"{str(fb)!r} has no line for {_some(missing)} of {str(fa)!r}.")
     return [at[o] for o in a]
 
 # %% ../nbs/api/12_datasets.ipynb #cf891880
