@@ -10,6 +10,7 @@ __all__ = ['ClassSplitter', 'ClassCategorize', 'ClassBlock', 'BalancedSampler', 
 # %% ../nbs/api/10_data.ipynb #c31967c7
 import math, random
 import numpy as np, pandas as pd
+from array import array as int_array # fastai has NumPy's under that name
 from functools import cached_property
 from fastcore.all import *
 from fastai.data.all import *
@@ -234,7 +235,7 @@ class BalancedDL(TfmdDL):
         return BalancedSampler(_labels(self.dataset) if self.labels is None else self.labels, self.bs, self.per_class, self.seed)
 
     def __len__(self): return len(self.sampler) if self.shuffle and self.n else super().__len__()
-    def get_idxs(self): return self.sampler.idxs(self.epoch).ravel().tolist() if self.shuffle else super().get_idxs()
+    def get_idxs(self): return int_array('q', self.sampler.idxs(self.epoch).tobytes()) if self.shuffle else super().get_idxs()
     def after_iter(self): self.epoch += 1
 
     def new(self, dataset=None, cls=None, **kwargs):
