@@ -13,7 +13,7 @@ from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from dmlfast.all import *
 
-epochs,lr = 4,3e-3
+epochs,lr = 4,1e-3
 plan = [(name, seed, make) for seed in range(3) for name,make in {
     **{f'triplet m={m} γ={g}': partial(TripletLoss, margin=m, gamma=g) for m in (.1,.2) for g in (0.,.3)},
     **{f'ms λ={l} γ={g}': partial(MultiSimilarityLoss, lam=l, gamma=g) for l in (.5,.7) for g in (0.,.3)}}.items()]
@@ -33,7 +33,7 @@ def run(ds, weights, make, seed):
     "Scores on the 49 unseen classes"
     set_seed(seed, reproducible=True)
     dls = ds.dataloaders(bs=64, per_class=4, size=128, seed=seed, num_workers=0)
-    learn = metric_learner(dls, 'mobilenetv2_035', make and make(), emb_sz=128, weights=weights, model_kwargs=dict(pad_type='same'), cbs=[FreezeBN(), NoValidation(), ChannelsLast()])
+    learn = metric_learner(dls, 'mobilenetv2_035', make and make(), emb_sz=128, weights=weights, model_kwargs=dict(pad_type='same'), freeze_bn=True, cbs=[NoValidation(), ChannelsLast()])
     t = time.time()
     with learn.no_bar(), learn.no_logging():
         if make: learn.fit_one_cycle(epochs, slice(lr/10, lr), wd=1e-2)

@@ -6,8 +6,12 @@ from .data import *
 from .tables import *
 from .datasets import *
 from .models import *
+from .bninception import *
 from .results import *
 from .retrieval import *
 from .evaluate import *
+from .deploy import *
 from .show import *
 from .learner import *
+from .checkpoint import *
+from .export import *

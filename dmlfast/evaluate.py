@@ -43,6 +43,8 @@ class RetrievalMetrics(Callback):
 
     def reset(self): self.embs,self.labels,self.scores = [],[],{}
     def value(self, name): return self.scores.get(name, float('nan'))
+    def state_dict(self): return self.scores
+    def load_state_dict(self, d): self.scores = d
     def due(self):
         "Is this epoch scored? The last one always is"
         epoch = getattr(self.learn, 'epoch', 0)

@@ -234,24 +234,35 @@ def hardest_positive(
     return torch.add(d2, pos-1, alpha=1e30).argmax(1).where(pos.any(1), torch.arange(len(d2), device=d2.device))
 
 # %% ../nbs/api/02_losses.ipynb #342c5d67
+def _cos_parts(d2, p):
+    "Direction cosines of all rows with respect to row `p[i]` at row i, and the factors that the gradient needs"
+    ap = d2.gather(1, p[:,None])
+    t,r = safe_rsqrt(ap)/2,safe_rsqrt(d2)
+    return torch.sub(d2, d2.index_select(0, p)).add_(ap).mul_(r).mul_(t),r,t
+
+# %% ../nbs/api/02_losses.ipynb #24d3c5e1
+def _cos_grad(g, p, c, r, t):
+    "Gradient by the squared distances of what has gradient `g` by the cosines `c`; overwrites `g`"
+    gc = c*g
+    tr = g.mul_(r).mul_(t)
+    gap = tr.sum(1, keepdim=True) - 2*gc.sum(1, keepdim=True)*t*t
+    gd2 = torch.addcmul(tr, gc.mul_(r), r, value=-.5)
+    return gd2.index_add_(0, p, tr, alpha=-1).scatter_add_(1, p[:,None], gap)
+
+# %% ../nbs/api/02_losses.ipynb #ebd8169e
 class _HardCos(torch.autograd.Function):
     "Direction cosines of all rows with respect to one positive per anchor, with an analytic backward"
     @staticmethod
     def forward(ctx, d2, p, dtype):
-        ap = d2.gather(1, p[:,None])
-        t,r = safe_rsqrt(ap)/2,safe_rsqrt(d2)
-        c = torch.sub(d2, d2.index_select(0, p)).add_(ap).mul_(r).mul_(t)
-        ctx.save_for_backward(p, t, r, c)
+        c,r,t = _cos_parts(d2, p)
+        ctx.save_for_backward(p, c, r, t)
         return c.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        (p,t,r,c),g = ctx.saved_tensors,g.to(ctx.saved_tensors[1].dtype)
-        tr,gc = (r*t).mul_(g),c*g
-        gap = tr.sum(1, keepdim=True) - 2*gc.sum(1, keepdim=True)*t*t
-        gd2 = torch.addcmul(tr, gc.mul_(r), r, value=-.5)
-        return gd2.index_add_(0, p, tr, alpha=-1).scatter_add_(1, p[:,None], gap),None,None
+        p,c,r,t = ctx.saved_tensors
+        return _cos_grad(g.to(c.dtype, copy=True), p, c, r, t),None,None
 
 # %% ../nbs/api/02_losses.ipynb #1c4b7f5d
 def hard_cos(
@@ -410,16 +421,22 @@ def first_pairs(
     return order[start],order[start+1]
 
 # %% ../nbs/api/02_losses.ipynb #ace14bc1
+def _log1p_softmax(x, mask, dim=1):
+    "Masked logarithm of one plus a sum of exponentials, and the softmax which is its gradient; overwrites `x`"
+    top = (x*mask).amax(dim, keepdim=True).clamp_(min=0)
+    e = x.sub_(top).clamp_(-80, 0).exp_().mul_(mask) # exp is slow where it underflows
+    total = e.sum(dim, keepdim=True).add_(top.neg().exp_())
+    return total.log().add_(top).squeeze(dim),e.div_(total)
+
+# %% ../nbs/api/02_losses.ipynb #8b83a4a1
 class _Log1pSumExp(torch.autograd.Function):
-    "Masked logarithm of one plus a sum of exponentials; the gradient is the softmax that the forward has made"
+    "`_log1p_softmax` for autograd"
     @staticmethod
     def forward(ctx, x, mask, dim):
-        top = (x*mask).amax(dim, keepdim=True).clamp_(min=0)
-        e = torch.sub(x, top).clamp_(-80, 0).exp_().mul_(mask) # exp is slow where it underflows
-        total = e.sum(dim, keepdim=True).add_(top.neg().exp_())
+        res,soft = _log1p_softmax(x.clone(), mask, dim)
         ctx.dim = dim
-        ctx.save_for_backward(e.div_(total))
-        return total.log_().add_(top).squeeze(dim)
+        ctx.save_for_backward(soft)
+        return res
 
     @staticmethod
     @once_differentiable
@@ -444,6 +461,38 @@ def reduce_values(
     return values.sum()/(max(len(values), 1) if reduction=='mean' else 1)
 
 # %% ../nbs/api/02_losses.ipynb #73ca8db2
+class _MultiSimilarity(torch.autograd.Function):
+    "Multi-similarity loss of each anchor"
+    @staticmethod
+    def forward(ctx, embs, labels, loss):
+        w = embs.to(wide_dtype(embs)) if loss.gamma else embs
+        gram = w@w.T
+        s = gram.to(embs.dtype)
+        pos,neg = label_masks(labels, s.dtype)
+        P,N = loss.masks(embs, labels, s, pos, neg)
+        values,P = _log1p_softmax(torch.rsub(s, loss.lam*loss.alpha, alpha=loss.alpha), P)
+        ctx.gamma,saved = loss.gamma,()
+        if loss.gamma:
+            d2 = gram_sqdist(gram, torch.finfo(embs.dtype).eps)
+            p = hardest_positive(d2, pos)
+            saved = d2,p,*_cos_parts(d2, p)
+            s = torch.sub(s, saved[2].to(s.dtype), alpha=loss.gamma)
+        far,N = _log1p_softmax(torch.mul(s, loss.beta).sub_(loss.beta*loss.lam), N)
+        ctx.save_for_backward(w, P, N, *saved)
+        return values.div_(loss.alpha).add_(far, alpha=1/loss.beta)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (w,P,N,*saved),g = ctx.saved_tensors,g[:,None]
+        by_s = torch.sub(N, P).mul_(g)
+        by_s = by_s+by_s.T
+        if not ctx.gamma: return by_s@w,None,None
+        d2,p,c,r,t = saved
+        rows = gram_grad(_cos_grad((N*(g*-ctx.gamma)).to(c.dtype), p, c, r, t), d2).add_(by_s)
+        return (rows@w).to(P.dtype),None,None
+
+# %% ../nbs/api/02_losses.ipynb #4bbaa9e4
 class MultiSimilarityLoss(MetricLoss):
     "Soft weights for the pairs that are hard relative to their anchor's other pairs"
     def __init__(self,
@@ -458,22 +507,15 @@ class MultiSimilarityLoss(MetricLoss):
         super().__init__(gamma, reduction)
         self.alpha,self.beta,self.lam,self.eps,self.miner = alpha,beta,lam,eps,miner
 
-    def masks(self, embs, labels, d2, sim, pos, neg):
+    def masks(self, embs, labels, sim, pos, neg):
         "Positives and negatives of each row to learn from"
         if not self.miner: return ms_masks(sim, pos, neg, self.eps)
-        a,p,a2,n = as_pairs(call_miner(self.miner, embs, labels, d2))
+        a,p,a2,n = as_pairs(call_miner(self.miner, embs, labels, sqdist(embs)))
         pos,neg = torch.zeros_like(pos),torch.zeros_like(neg)
         pos[a,p],neg[a2,n] = 1,1
         return pos,neg
 
-    def compute(self, embs, labels):
-        d2 = sqdist(embs) if self.gamma or self.miner else None
-        s = embs@embs.T if d2 is None else similarities(embs, d2)
-        pos,neg = label_masks(labels, s.dtype)
-        P,N = self.masks(embs, labels, d2, s.detach(), pos, neg)
-        values = log1p_sum_exp(torch.rsub(s, self.lam*self.alpha, alpha=self.alpha), P)/self.alpha
-        if self.gamma: s = torch.sub(s, hard_cos(d2, hardest_positive(d2.detach(), pos), s.dtype), alpha=self.gamma)
-        return reduce_values(values + log1p_sum_exp(self.beta*s-self.beta*self.lam, N)/self.beta, self.reduction)
+    def compute(self, embs, labels): return reduce_values(_MultiSimilarity.apply(embs, labels, self), self.reduction)
 
 # %% ../nbs/api/02_losses.ipynb #4eeadc85
 class DRMultiSimilarityLoss(MultiSimilarityLoss):

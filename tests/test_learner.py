@@ -184,7 +184,23 @@ def test_predict(make_learner):
     learn = make_learner()
     fn = learn.dls.valid.items[2]
     with learn.no_bar(): embs,_ = learn.embed()
-    for item in (fn, str(fn)): assert torch.allclose(learn.predict(item), embs[2], atol=1e-5)
+    for item in (fn, str(fn)): assert torch.allclose(learn.predict(item)[0], embs[2], atol=1e-5)
+    emb,near = learn.predict(fn, k=3, gallery='val')
+    assert near[0].item==str(fn) and near[0].label==fn_label(learn, fn) and len(near)==3
+    assert [o.score for o in near]==pytest.approx((embs@emb).sort(descending=True)[0][:3].tolist(), abs=1e-5)
+    assert {o.item for o in learn.predict(fn, k=10**6)[1]}=={str(o) for o in learn.dls.train.items}
+
+def fn_label(learn, fn): return learn.dls.vocab[int(learn.dls.valid_ds.tls[1][learn.dls.valid.items.index(fn)])]
+
+def test_predict_sees_new_weights(make_learner):
+    learn = make_learner()
+    fn = learn.dls.valid.items[2]
+    old = learn.predict(fn)[1]
+    assert learn.predict(fn)[1]==old
+    learn.fit(1, 1e-2)
+    emb,near = learn.predict(fn)
+    train,_ = learn.embed(learn.dls.test_dl(learn.dls.train.items))
+    assert near!=old and near[0].score==pytest.approx((train@emb).max().item(), abs=1e-5)
 
 def test_wrong_arguments_are_named(few):
     dls = few.dataloaders(bs=8, per_class=4, num_workers=0)

@@ -1,0 +1,141 @@
+"Runs that are killed at any moment, and what they are resumed from"
+import os, random, resource, signal
+import pytest, torch
+from fastai.vision.all import *
+from dmlfast.all import *
+
+class Do(Callback):
+    "Call something at the beginning of a batch"
+    run_valid = False
+    def __init__(self, at, f): self.at,self.f = at,f
+    def before_batch(self):
+        if self.train_iter==self.at: self.f()
+
+def stop(): raise KeyboardInterrupt
+def die(*args): os.kill(os.getpid(), signal.SIGKILL)
+
+def killed(f):
+    "Run `f` in a process of its own, which must end by `kill -9`"
+    if not (pid := os.fork()):
+        try: f()
+        finally: os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])==-signal.SIGKILL
+
+def same(a, b):
+    assert str([list(o) for o in a.recorder.values])==str([list(o) for o in b.recorder.values]) # nan is nan
+    assert [float(o) for o in a.recorder.losses]==[float(o) for o in b.recorder.losses] and a.recorder.lrs==b.recorder.lrs and a.recorder.iters==b.recorder.iters
+    assert {k:v.tolist() for k,v in a.model.state_dict().items()}=={k:v.tolist() for k,v in b.model.state_dict().items()}
+    assert str(a.opt.state_dict())==str(b.opt.state_dict()) and a.train_iter==b.train_iter
+
+def scramble():
+    "Another process would have other random states"
+    set_seed(random.randint(0, 999))
+
+@pytest.mark.parametrize('at', [0,11,35])
+def test_killed_anywhere_and_resumed_is_a_run_that_was_not(make_learner, tmp_path, at):
+    def cbs(name): return [SaveModelCallback(monitor='recall@1', fname=name), EarlyStoppingCallback(monitor='map@r', patience=3), GradientAccumulation(48), CSVLogger(f'{name}.csv')]
+    def go(learn, *more, name='a'): learn.fit_one_cycle(4, 1e-2, cbs=[*cbs(name), *more])
+    run = tmp_path/'run'
+    whole = make_learner(ProxyNCALoss())
+    go(whole)
+    killed(lambda: go(make_learner(ProxyNCALoss()), Checkpoint(run), Do(at, die), name='b'))
+    scramble()
+    learn = make_learner(ProxyNCALoss(), seed=9)
+    if (run/'checkpoint.pt').exists(): learn.resume(run)
+    else: learn = make_learner(ProxyNCALoss())
+    go(learn, Checkpoint(run), name='b')
+    same(learn, whole)
+    rows = [[o.split(',')[:-1] for o in (tmp_path/f'{n}.csv').read_text().splitlines()] for n in 'ab'] # all but the time
+    assert rows[0]==rows[1] and len(rows[0])==len(whole.recorder.values)+1
+
+def test_two_fits_of_fine_tune(make_learner, tmp_path, capsys):
+    whole = make_learner()
+    whole.fine_tune(3, 1e-2)
+    n = 3*len(whole.dls.train)
+    learn = make_learner()
+    with pytest.raises(KeyboardInterrupt): learn.fine_tune(3, 1e-2, cbs=[Checkpoint(tmp_path/'run'), Do(n//3+1, stop)])
+    scramble()
+    learn = make_learner(seed=5).resume(tmp_path/'run')
+    learn.fine_tune(3, 1e-2, cbs=Checkpoint(tmp_path/'run'))
+    same(learn, whole)
+    assert 'Fit 1 of the run' in capsys.readouterr().out
+
+def test_the_callback_need_not_be_repeated_and_every_is_kept(make_learner, tmp_path):
+    whole = make_learner()
+    whole.fit(5, 1e-2)
+    learn,n = make_learner(),len(whole.dls.train)
+    killed(lambda: learn.fit(5, 1e-2, cbs=[Checkpoint(tmp_path/'run', every=2), Do(3*n+1, die)]))
+    learn = make_learner(seed=2).resume(tmp_path/'run')
+    assert learn.checkpoint.every==2
+    learn.fit(5, 1e-2)
+    same(learn, whole)
+    assert torch.load(tmp_path/'run'/'checkpoint.pt', weights_only=True)['epoch']==5
+
+def test_a_complete_run_is_not_repeated(make_learner, tmp_path):
+    learn = make_learner()
+    learn.fit(2, 1e-2, cbs=Checkpoint(tmp_path/'run'))
+    again = make_learner(seed=2).resume(tmp_path/'run')
+    again.fit(2, 1e-2, cbs=[Checkpoint(tmp_path/'run'), Do(0, die)])
+    same(again, learn)
+
+def test_reduced_rates_and_columns_that_repeat(make_learner, tmp_path):
+    def go(learn, *cbs): learn.fit(5, 1e-2, cbs=[ReduceLROnPlateau(monitor='train_loss', patience=1, min_delta=9.), *cbs])
+    make = lambda **kw: make_learner(cbs=RetrievalMetrics(every=3), **kw)
+    whole = make()
+    go(whole)
+    assert whole.opt.hypers[-1]['lr']<1e-3
+    with pytest.raises(KeyboardInterrupt): go(make(), Checkpoint(tmp_path/'run'), Do(3*len(whole.dls.train)+2, stop))
+    learn = make(seed=4).resume(tmp_path/'run')
+    go(learn, Checkpoint(tmp_path/'run'))
+    same(learn, whole)
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(make_learner, tmp_path, monkeypatch):
+    learn,run = make_learner(),tmp_path/'run'
+    n = len(learn.dls.train)
+    def go():
+        monkeypatch.setattr(os, 'replace', lambda *a: die() if learn.epoch==2 else os.rename(*a))
+        learn.fit(4, 1e-2, cbs=Checkpoint(run))
+    killed(go)
+    assert torch.load(run/'checkpoint.pt', weights_only=True)['epoch']==2
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_the_run_goes_on(make_learner, tmp_path):
+    learn,run,n = make_learner(),tmp_path/'run',None
+    def fill(): 
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000,-1))
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.warns(UserWarning, match='No checkpoint was written after epoch 1.*the one before it is kept'):
+            learn.fit(2, 1e-2, cbs=[Checkpoint(run), Do(len(learn.dls.train), fill)])
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert torch.load(run/'checkpoint.pt', weights_only=True)['epoch']==1 and [o.name for o in run.iterdir()]==['checkpoint.pt']
+
+def test_a_folder_that_cannot_be_written_to(make_learner, tmp_path):
+    (tmp_path/'file').write_text('')
+    learn = make_learner()
+    with pytest.raises(OSError, match='Checkpoints cannot be written to'): learn.fit(1, cbs=[Checkpoint(tmp_path/'file'/'run'), Do(0, die)])
+
+def test_what_cannot_be_resumed(make_learner, tmp_path, few):
+    run = tmp_path/'run'
+    with pytest.raises(FileNotFoundError, match='There is no checkpoint in'): make_learner().resume(run)
+    make_learner().fit(1, 1e-2, cbs=Checkpoint(run))
+    with pytest.raises(FileExistsError, match='learn.resume.*goes on.*overwrite=True'): make_learner().fit(1, 1e-2, cbs=Checkpoint(run))
+    with pytest.raises(ValueError, match='one of 1 epochs, and this one is of 3'): make_learner().resume(run).fit(3, 1e-2)
+    with pytest.raises(ValueError, match=r"another model: 'head.*\(16, .*and \(8, "): make_learner(emb_sz=8).resume(run)
+    with pytest.raises(ValueError, match='another model'): make_learner(ProxyNCALoss()).resume(run)
+    learn = make_learner()
+    learn.dls.train_ds.tls[1].vocab = ['a']
+    with pytest.raises(ValueError, match='on other classes'): learn.resume(run)
+    make_learner().fit(1, 1e-2, cbs=Checkpoint(run, overwrite=True))
+    data = (run/'checkpoint.pt').read_bytes()
+    for bad in (data[:len(data)//2], b'', b'x'*100):
+        (run/'checkpoint.pt').write_bytes(bad)
+        with pytest.raises(ValueError, match='is not a checkpoint'): make_learner().resume(run)
+    with pytest.raises(ValueError, match='`every` is a number of epochs'): Checkpoint(run, every=0)
+
+def test_lr_find_is_no_fit_of_the_run(make_learner, tmp_path):
+    learn = make_learner(cbs=Checkpoint(tmp_path/'run'))
+    learn.lr_find(num_it=3, show_plot=False)
+    assert not (tmp_path/'run').exists()
+    learn.fit(1, 1e-2)
+    assert (tmp_path/'run'/'checkpoint.pt').exists()

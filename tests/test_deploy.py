@@ -1,0 +1,161 @@
+"Embedders that leave the training behind: the same numbers without fastai, and folders that are not as they were written"
+import json, os, pickle, subprocess, sys
+import numpy as np, pytest, torch
+from PIL import Image
+from fastai.vision.all import *
+from dmlfast.all import *
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    "Coloured noise of several sizes, two classes, and one file each that is grey, with alpha, and tiny"
+    path = tmp_path_factory.mktemp('photos')
+    rng = np.random.RandomState(0)
+    for i,(w,h) in enumerate([(60,40),(41,67),(50,50),(33,90),(64,48),(47,47),(20,14),(90,31)]):
+        small = Image.fromarray(rng.randint(0, 255, (7,5,3), dtype=np.uint8)).resize((w,h), Image.BICUBIC)
+        if i==2: small = small.convert('L')
+        if i==3: small = small.convert('RGBA')
+        (path/'ab'[i%2]).mkdir(exist_ok=True)
+        small.save(path/'ab'[i%2]/f'{i}.png')
+        (path/'cd'[i%2]).mkdir(exist_ok=True)
+        small.rotate(90).save(path/'cd'[i%2]/f'{i}.png')
+    return path
+
+def loaders(path, item_tfms, batch_tfms=None, block=ImageBlock):
+    dblock = DataBlock(blocks=(block, ClassBlock), get_items=get_image_files, get_y=parent_label, splitter=ClassSplitter(parent_label),
+                       item_tfms=item_tfms, batch_tfms=batch_tfms)
+    return dblock.dataloaders(path, bs=4, dl_type=BalancedDL, per_class=2, num_workers=0)
+
+pipelines = dict(
+    default=lambda p: MetricDataset.from_folder(p).dataloaders(bs=4, per_class=2, size=32, num_workers=0, valid='test'),
+    contract=lambda p: loaders(p, RandomResizedCrop(32), aug_transforms()),
+    squish=lambda p: loaders(p, Resize((32,48), ResizeMethod.Squish)),
+    crop=lambda p: loaders(p, [Resize(40), CropPad(32, order=2), FlipItem()]),
+    pad=lambda p: loaders(p, CropPad((64,48))),
+    grey=lambda p: loaders(p, Resize(32), block=ImageBlock(PILImageBW)))
+
+script = '''
+import json, sys
+from dmlfast.deploy import load_embedder
+import torch
+todo = json.load(open(sys.argv[1]))
+res = {k: load_embedder(folder).embed(files).tolist() for k,(folder,files) in todo.items()}
+wrong = [o for o in sys.modules if o.split('.')[0] in ('fastai','fastprogress') or o in ('dmlfast.losses','dmlfast.learner','dmlfast.data','dmlfast.all')]
+json.dump(dict(res=res, wrong=wrong), open(sys.argv[2], 'w'))
+'''
+
+def test_the_same_embeddings_in_a_process_without_fastai(photos, tmp_path):
+    todo,want = {},{}
+    for name,make in pipelines.items():
+        set_seed(0)
+        dls = make(photos)
+        arch,kwargs = ('test_vit',dict(img_size=32)) if name=='crop' else ('test_resnet',dict(in_chans=1) if name=='grey' else {})
+        learn = metric_learner(dls, arch, ProxyNCALoss(), emb_sz=8, pretrained=False, model_kwargs=kwargs, path=tmp_path, head='mlp' if name=='squish' else 'linear', pool='gem' if name=='pad' else None)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+        learn.export_embedder(tmp_path/name)
+        want[name] = learn.embed(bar=False)[0]
+        todo[name] = str(tmp_path/name),[str(o) for o in dls.valid.items]
+    (tmp_path/'in.json').write_text(json.dumps(todo))
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', script, str(tmp_path/'in.json'), str(tmp_path/'out.json')], check=True)
+    out = json.loads((tmp_path/'out.json').read_text())
+    assert out['wrong']==[]
+    for name,o in out['res'].items(): assert torch.allclose(torch.tensor(o), want[name], atol=1e-5), name
+
+@pytest.mark.parametrize('tfm,batch,name', [(RandomCrop(32), None, 'RandomCrop'), (Resize(32, ResizeMethod.Pad), None, 'Resize'), ([Resize(32), CropPad(40, pad_mode='reflection')], None, 'CropPad'),
+    (Resize(32), RandomErasing(), None), (Resize(32), aug_transforms(size=24), 'Flip'), ([Resize(32), lambda o: o], None, '')])
+def test_other_transforms_are_refused_by_name(photos, tfm, batch, name):
+    dls = loaders(photos, tfm, batch)
+    if name is None:
+        assert preprocess_of(dls).steps
+        return
+    with pytest.raises(ValueError, match=f'{name}.*cannot be exported'): preprocess_of(dls)
+
+@pytest.fixture(scope='module')
+def embedder():
+    torch.manual_seed(0)
+    return ImageEmbedder(Embedder('test_resnet', 8, pretrained=False), Preprocess([('fit', (32,32), 2)], [.5]*3, [.2]*3), dict(data='noise'))
+
+def test_what_an_image_may_be(embedder, photos):
+    fn = photos/'a'/'0.png'
+    im = Image.open(fn)
+    want = embedder.embed(fn)
+    assert want.shape==(8,)
+    for o in (str(fn), im, np.array(im), embedder.preprocess(im)): assert torch.equal(embedder.embed(o), want)
+    for o in ([fn,im], np.array([im,im]), torch.stack([embedder.preprocess(fn)]*2)): assert torch.allclose(embedder.embed(o), want.expand(2, -1), atol=1e-6)
+    assert torch.allclose(embedder.embed([fn]*5, bs=2), want.expand(5, -1), atol=1e-6)
+    for bad,says in ((np.zeros((4,4)), r'of uint8; got \(4, 4\) of float64'), (torch.zeros(1,3,4,4).int(), 'Pass an array'), ([3], 'got a int'), ([], 'no images')):
+        with pytest.raises(ValueError, match=says): embedder.embed(bad)
+
+def test_gallery(embedder, photos, tmp_path):
+    e = ImageEmbedder(embedder.model, embedder.preprocess)
+    with pytest.raises(ValueError, match='gallery is empty'): e.search(photos/'a'/'0.png')
+    files = sorted(photos.glob('a/*.png'))
+    e.add(files, 'a').add(photos/'b'/'1.png', 'b')
+    assert len(e)==5 and e.items[0]==str(files[0])
+    hits = e.search(files[1], k=99)
+    assert len(hits)==5 and hits[0].item==str(files[1]) and hits[0].score==pytest.approx(1, abs=1e-5)
+    f = e.embed(files+[photos/'b'/'1.png'])
+    assert [o.score for o in hits]==pytest.approx((f@f[1]).sort(descending=True)[0].tolist(), abs=1e-5)
+    assert [o[0].item for o in e.search(files[:2], k=1)]==[str(o) for o in files[:2]]
+    with pytest.raises(ValueError, match='2 images, 1 labels and 2 names'): e.add(files[:2], ['x'])
+    with pytest.raises(ValueError, match='embeddings of 8 numbers, and not of 3'): e.add_embs(torch.zeros(1,3), ['x'], [''])
+    again = load_embedder(e.save(tmp_path/'e'))
+    assert again.search(files[1])==e.search(files[1]) and repr(again)==repr(e)
+    with pytest.raises(FileExistsError, match='overwrite=True'): e.save(tmp_path/'e')
+    assert len(load_embedder(ImageEmbedder(embedder.model, embedder.preprocess).save(tmp_path/'e', overwrite=True)))==0
+    assert [o.name for o in tmp_path.iterdir()]==['e']
+
+def test_what_cannot_be_written(embedder, photos, tmp_path):
+    with pytest.raises(ValueError, match='a Linear with a Preprocess'): ImageEmbedder(torch.nn.Linear(2,2), embedder.preprocess).save(tmp_path/'x')
+    with pytest.raises(ValueError, match="head.*no name"): ImageEmbedder(Embedder('test_resnet', 8, pretrained=False, head=lambda a,b: torch.nn.Linear(a,b)), embedder.preprocess).save(tmp_path/'x')
+    with pytest.raises(ValueError, match='"?fit, squash, crop; got \'zoom\''): Preprocess([('zoom', (2,2), 2)])
+    assert not list(tmp_path.iterdir())
+    dls = loaders(photos, Resize(32))
+    learn = metric_learner(dls, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3*32*32, 4)), TripletLoss(), path=tmp_path)
+    with pytest.raises(ValueError, match='this is a Sequential'): learn.export_embedder(tmp_path/'x')
+
+class Bomb:
+    def __reduce__(self): return os.system, ('touch exploded',)
+
+def test_folders_that_are_not_as_they_were_written(embedder, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    e = ImageEmbedder(embedder.model, embedder.preprocess).add(photos/'a'/'0.png', 'a')
+    def broken(change, says, exc=ValueError):
+        change(e.save(tmp_path/'f', overwrite=True))
+        with pytest.raises(exc, match=says): load_embedder(tmp_path/'f')
+    def edit(**kw): 
+        def _f(p):
+            about = json.loads((p/'embedder.json').read_text())
+            for k,v in kw.items(): about[k] = {**about[k], **v} if isinstance(v, dict) else v
+            (p/'embedder.json').write_text(json.dumps({k:v for k,v in about.items() if v!='gone'}))
+        return _f
+    def cut(name, n=100): return lambda p: (p/name).write_bytes((p/name).read_bytes()[:-n])
+    def swap(p):
+        (p/'weights.safetensors').write_bytes(pickle.dumps(Bomb()))
+        import hashlib
+        edit(sha256={'weights.safetensors':hashlib.sha256((p/'weights.safetensors').read_bytes()).hexdigest()})(p)
+    with pytest.raises(FileNotFoundError, match="no 'embedder.json'"): load_embedder(tmp_path)
+    broken(cut('embedder.json'), "'embedder.json' in .* cannot be read")
+    broken(lambda p: (p/'embedder.json').write_text('[]'), 'does not describe an embedder')
+    broken(edit(format=2), r'newer version of the library \(format 2; this one reads up to 1\)')
+    broken(edit(model='gone'), 'lacks model')
+    broken(cut('weights.safetensors'), "'weights.safetensors' in .* was changed or cut off")
+    broken(cut('gallery.json', 3), "'gallery.json' in .* was changed or cut off")
+    broken(lambda p: (p/'weights.safetensors').unlink(), "incomplete: there is no 'weights.safetensors'")
+    broken(edit(model=dict(emb_sz=9)), 'do not fit the model that is described there')
+    broken(edit(model=dict(arch='resnet999')), "timm has no model 'resnet999'")
+    broken(edit(model=dict(model_kwargs=dict(checkpoint_path='bomb.pth'))), "may not set: 'checkpoint_path'")
+    broken(edit(model=dict(weights='bomb.pth')), "may not set: 'weights'")
+    broken(edit(sha256={'../x':'0'}), 'incomplete')
+    broken(swap, 'do not fit')
+    assert not (tmp_path/'exploded').exists()
+
+def test_onnx(embedder, tmp_path):
+    pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    import onnxruntime
+    path = embedder.to_onnx(tmp_path/'e.onnx')
+    x = torch.randn(5,3,32,32)
+    got = onnxruntime.InferenceSession(str(path)).run(None, {'images':x.numpy()})[0]
+    assert np.abs(got-embedder.embed(x).numpy()).max()<1e-4
+    with pytest.raises(ValueError, match='give `size`'): ImageEmbedder(embedder.model, Preprocess()).to_onnx(tmp_path/'f.onnx')
+    with pytest.raises(ValueError, match='differs from this one by'): embedder.to_onnx(tmp_path/'g.onnx', tol=-1)
