@@ -495,7 +495,7 @@ def evaluate_protocol(
     x,role = _embeddings(embs),np.asarray(role)
     y = _labels(labels, len(x), device=x.device)
     if role.shape!=(len(x),): raise ValueError(f'role must be one word for each of {len(x)} rows, not of shape {role.shape}')
-    if unknown := sorted(set(role)-{'query','gallery',''}): raise ValueError(f"a role is 'query', 'gallery' or '', not {unknown[0]!r}")
+    if unknown := sorted(set(role)-{'query','gallery',''}): raise ValueError(f"a role is 'query', 'gallery' or '', not {str(unknown[0])!r}")
     q,g = np.flatnonzero(role!='gallery'),np.flatnonzero(role!='query')
     if not len(q) or not len(g): raise ValueError(f'{len(q)} items are queries and {len(g)} are in the gallery: both are needed')
     at = np.full(len(x), -1)

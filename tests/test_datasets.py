@@ -382,3 +382,18 @@ def test_a_row_for_each_class(few):
     assert len(plt.gcf().axes)==4
     dls.valid.show_batch(max_n=4)
     plt.close('all')
+
+def test_roles_and_what_is_not_seen():
+    "Queries, gallery and both, with ids that hide each other: against the definition, a query at a time"
+    rng = np.random.default_rng(0)
+    embs = torch.nn.functional.normalize(torch.tensor(rng.normal(size=(60,4)), dtype=torch.float32), dim=1)
+    y,ids,role = rng.integers(0, 4, 60).tolist(),rng.integers(0, 3, 60).tolist(),rng.choice(['query','gallery',''], 60).tolist()
+    qs,gs = ([i for i,o in enumerate(role) if o!=r] for r in ('gallery','query'))
+    values = set()
+    for ignore,unseen in ((None, lambda i,j: i==j), (ids, lambda i,j: i==j or ids[i]==ids[j])):
+        res = evaluate_protocol(embs, y, role=role, ignore=ignore, metrics=['recall@1'])
+        assert res['recall@1']==first_hits(embs, y, qs, gs, unseen) and len(res.labels)==len(qs)
+        values.add(res['recall@1'])
+    assert len(values)==2
+    with pytest.raises(ValueError, match='one word for each of 60 rows'): evaluate_protocol(embs, y, role=role[1:])
+    with pytest.raises(ValueError, match="not 'both'"): evaluate_protocol(embs, y, role=['both']*60)
