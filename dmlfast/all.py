@@ -12,6 +12,7 @@ from .retrieval import *
 from .evaluate import *
 from .deploy import *
 from .show import *
+from .ranking import *
 from .learner import *
 from .checkpoint import *
 from .export import *

@@ -90,6 +90,11 @@ class MetricLearner(Learner):
         super().create_opt()
         multiply_lr(self.opt, lr_mults(self.model))
 
+    def add_cb(self, cb):
+        if isinstance(cb, type): cb = cb()
+        if hasattr(cb, 'attach'): cb.attach(self)
+        return super().add_cb(cb)
+
     @delegates(Learner.fit)
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
         self.check_cbs(L(self.cbs) + L(cbs))
@@ -107,7 +112,7 @@ def check_tracker(self:MetricLearner, o, names):
 @patch
 def check_cbs(self:MetricLearner, cbs):
     "Raise `ValueError` for a callback that cannot work, and show TensorBoard's projector where the embeddings are"
-    names = ['train_loss','valid_loss'] + list(L(self.metrics).attrgot('name')) + [n for o in cbs if isinstance(o, RetrievalMetrics) for n in o.names]
+    names = ['train_loss','valid_loss'] + list(L(self.metrics).attrgot('name')) + [c.name for o in cbs for c in getattr(o, 'columns', ())]
     for o in cbs:
         if isinstance(o, TrackerCallback): self.check_tracker(o, names)
         if isinstance(o, MixHandler): raise ValueError(f"{type(o).__name__} mixes images of two classes, and a loss of embeddings needs each image to be of one.")
@@ -168,7 +173,7 @@ def _resnet50(cbs=()):
 
 # %% ../nbs/api/50_learner.ipynb #3ec49e6a
 def _ranking():
-    "The callback of self-supervised ranking, with the settings of its paper"
+    "The callback of self-supervised ranking, imported where a recipe asks for it"
     from dmlfast.ranking import SelfSupervisedRanking
     return SelfSupervisedRanking(n=4, m=20, gamma=0.8, p=0.8)
 
@@ -197,7 +202,8 @@ def _args(d): return ', '.join(f'{k}={_said(v)}' for k,v in d.items())
 
 def _row(r):
     "What the table says of a recipe"
-    return dict(arch=r.arch, emb_sz=r.emb_sz, loss=_said(r.loss), model=_args(r.model), data=_args(r.data), learner=_args(r.learner), fit=_args(r.fit), ours=r.ours)
+    settings = {k: _args(getattr(r, k)) for k in ('model','data','learner','fit')}
+    return dict(arch=r.arch, emb_sz=r.emb_sz, loss=_said(r.loss), **settings, cbs=', '.join(o.__name__.strip('_') for o in r.cbs), ours=r.ours)
 
 # %% ../nbs/api/50_learner.ipynb #cc332ceb
 _triplet = partial(TripletLoss, margin=0.27819, reduction='mean')
@@ -253,7 +259,7 @@ def metric_learner(
     given = dict(emb_sz=emb_sz, pool=pool, head=head, init=init, freeze_bn=freeze_bn, frozen_stages=frozen_stages, normalize=normalize_embs)
     model = _model(ifnone(arch, r.arch), weights, pretrained, loss_func.normalize_embs, r, given, model_kwargs)
     if normalize and hasattr(model, 'cfg'): _normalize(dls, model.cfg)
-    model.loss_func = loss_func.setup(_n_classes(dls), getattr(model, 'emb_sz', emb_sz))
+    model.loss_func = loss_func.setup(_n_classes(dls), getattr(model, 'emb_sz', emb_sz or r.emb_sz or 128))
     names,mets = L(metrics).map(str) if metrics and all(isinstance(o, str) for o in L(metrics)) else None,L(metrics)
     cbs = L(cbs)
     cbs = cbs + [o for o in (make() for make in r.cbs) if not any(isinstance(c, type(o)) for c in cbs)]
@@ -295,7 +301,7 @@ def fit_recipe(self:MetricLearner,
     lrs = np.array([h['lr'] for h in self.opt.hypers])
     cbs = L(cbs) + ParamScheduler({'lr': (sched if callable(sched) else _scheds[sched])(lrs)})
     patience = ifnone(patience, r.get('patience', 0))
-    if patience and len(self.dls.valid.items) and not self.measures_on_test(): cbs = cbs + EarlyStoppingCallback('recall@1', patience=patience)
+    if patience and sum(map(len, self.dls.loaders[1:])) and not self.measures_on_test(): cbs = cbs + EarlyStoppingCallback('recall@1', patience=patience)
     self.fit(n_epoch, lr, cbs=cbs, **kwargs)
 
 # %% ../nbs/api/50_learner.ipynb #3ad01945

@@ -16,8 +16,8 @@ def test_nothing_is_shadowed():
 
 def test_names_are_there():
     assert {'metric_learner', 'DRTripletLoss', 'BalancedDL', 'ClassBlock', 'ClassSplitter', 'RetrievalMetrics', 'MetricDataset', 'glyphs', 'cub200', 'cars196', 'online_products', 'inshop', 'vehicle_id',
-        'Embedder', 'neighbours', 'evaluate_retrieval', 'show_neighbours'} <= _public('dmlfast.all')
+        'Embedder', 'stage_splitter', 'bn_inception', 'recipes', 'neighbours', 'evaluate_retrieval', 'show_neighbours'} <= _public('dmlfast.all')
 
 def test_lower_rooms_do_without_fastai():
-    code = "import sys, dmlfast.losses, dmlfast.models, dmlfast.retrieval, dmlfast.show; sys.exit('fastai' in sys.modules)"
+    code = "import sys, dmlfast.losses, dmlfast.models, dmlfast.bninception, dmlfast.retrieval, dmlfast.show; sys.exit('fastai' in sys.modules)"
     assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code]).returncode==0

@@ -48,6 +48,25 @@ def test_killed_anywhere_and_resumed_is_a_run_that_was_not(make_learner, tmp_pat
     rows = [[o.split(',')[:-1] for o in (tmp_path/f'{n}.csv').read_text().splitlines()] for n in 'ab'] # all but the time
     assert rows[0]==rows[1] and len(rows[0])==len(whole.recorder.values)+1
 
+@pytest.mark.parametrize('where', ['learner', 'fit'])
+def test_ranking_goes_on_with_its_own_coin(make_learner, tmp_path, where):
+    def make(seed=0): return make_learner(MarginLoss(), seed=seed, cbs=ssr() if where=='learner' else None)
+    def ssr(): return SelfSupervisedRanking(n=2, m=4, p=.5)
+    def go(learn, *cbs): learn.fit_one_cycle(3, 1e-2, cbs=[*cbs, *([ssr()] if where=='fit' else [])])
+    whole = make()
+    keep = Keep()
+    go(whole, keep)
+    with pytest.raises(KeyboardInterrupt): go(make(), Checkpoint(tmp_path/'run'), Do(2*len(whole.dls.train)+1, stop))
+    scramble()
+    learn,kept = make(seed=7).resume(tmp_path/'run'),Keep()
+    go(learn, Checkpoint(tmp_path/'run'), kept)
+    same(learn, whole)
+    assert str(kept.series)==str(keep.series) and len(keep.series)==3*len(whole.dls.train)
+
+class Keep(Callback):
+    "Keep the series of ranking losses"
+    def after_epoch(self): self.series = list(self.learn.self_supervised_ranking.ssr_losses)
+
 def test_two_fits_of_fine_tune(make_learner, tmp_path, capsys):
     whole = make_learner()
     whole.fine_tune(3, 1e-2)

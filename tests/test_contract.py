@@ -2,15 +2,16 @@
 from fastai.vision.all import *
 from dmlfast.all import *
 
-columns = ['epoch','train_loss','valid_loss','recall@1','recall@2','recall@4','recall@8','map@r','time']
+columns = ['epoch','train_loss','valid_loss','ssr_loss','recall@1','recall@2','recall@4','recall@8','map@r','time']
 
 def test_a_named_data_set(glyph_dir, tmp_path):
     set_seed(0)
     dls   = glyphs(glyph_dir.parent, size=24).dataloaders(bs=128, per_class=16, num_workers=0)   # class-disjoint train and valid
-    learn = metric_learner(dls, 'test_resnet', DRTripletLoss(margin=0.28, gamma=0.49), emb_sz=128, pretrained=False, path=tmp_path)
+    learn = metric_learner(dls, 'test_resnet', DRTripletLoss(margin=0.28, gamma=0.49), emb_sz=128, cbs=SelfSupervisedRanking(), pretrained=False, path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2)
     assert list(learn.recorder.metric_names)==columns
-    assert all(0<=o<=1 for o in learn.recorder.values[-1][2:])
+    assert all(0<=o<=1 for o in learn.recorder.values[-1][3:])
+    assert learn.recorder.values[-1][2]<learn.recorder.values[0][2] # the order of views is being learned
     seen,unseen = ({f.parent.name for f in o.dataset.items} for o in dls)
     assert seen and unseen and not seen & unseen
     with learn.no_bar():

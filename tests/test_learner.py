@@ -1,5 +1,5 @@
 "What fastai users do with a learner, with a loss that has weights"
-import numpy as np, pytest, torch
+import numpy as np, pytest, sys, torch, types
 from fastai.vision.all import *
 from dmlfast.all import *
 
@@ -213,3 +213,158 @@ def test_wrong_arguments_are_named(few):
     with pytest.raises(ValueError, match=r"a miner is a callable such as SemiHardMiner\(\)"): learn.loss_func(torch.randn(4,8), torch.tensor([0,0,1,1]))
     with pytest.raises(ValueError, match="Items come from a loader"): learn.evaluate(few)
     with pytest.raises(ValueError, match="no file of weights"): metric_learner(dls, 'test_resnet', weights='nowhere.safetensors')
+
+# models by name, and what of them is frozen
+
+def test_models_by_name(make_learner):
+    learn = make_learner(pool='gem', head='mlp', init='orthogonal', freeze_bn='affine', frozen_stages=2, emb_sz=8, normalize_embs=False)
+    m = learn.model
+    assert isinstance(m.pool, GeM) and m.head[2].out_features==m.emb_sz==8 and not m.normalize and (m.head[0].bias==0).all()
+    p,frozen = m.pool.p.item(),[o.detach().clone() for o in m.frozen_params()]
+    stats = [o.running_mean.clone() for o in m.body.modules() if isinstance(o, nn.BatchNorm2d)]
+    learn.fine_tune(1, 1e-2)
+    assert m.pool.p.item()!=p and len(frozen)>15
+    assert all(torch.equal(a, b.detach()) and not b.requires_grad for a,b in zip(frozen, m.frozen_params()))
+    assert all(torch.equal(a, o.running_mean) for a,o in zip(stats, [o for o in m.body.modules() if isinstance(o, nn.BatchNorm2d)]))
+    assert any(p.requires_grad for p in m.body.layer3.parameters())
+
+@pytest.mark.parametrize('opt', [Adam, partial(OptimWrapper, opt=torch.optim.AdamW)])
+def test_a_frozen_body(make_learner, opt):
+    "All stages: a group without parameters is no trouble, also to what freezes and schedules groups"
+    learn = make_learner(frozen_stages=5, opt_func=opt)
+    body = [p.detach().clone() for p in learn.model.body.parameters()]
+    learn.fit(1, slice(1e-3, 1e-2))
+    learn.freeze()
+    learn.unfreeze()
+    learn.fit_one_cycle(1, 1e-2)
+    assert all(torch.equal(a, b.detach()) for a,b in zip(body, learn.model.body.parameters()))
+
+def test_rates_by_stage(make_learner):
+    "The ratio of the rates of one stage and the next is constant; a loss's own multiple is of the head's"
+    learn = make_learner(Centres(), splitter=stage_splitter, frozen_stages=1, opt_func=partial(SGD, mom=0.), cbs=StepRatios())
+    learn.fit(1, slice(1e-4, 1e-2))
+    assert np.allclose([h['lr'] for h in learn.opt.hypers], [1e-4*100**(i/4) for i in range(5)])
+    assert np.allclose(learn.step_ratios.ratios, 100, rtol=2e-2)
+    assert [len(o) for o in learn.opt.param_lists]==[6,9,12,9,3]
+
+def test_constant_boundaries_stay(make_learner):
+    "A margin loss's boundaries that are not weights are not trained after `unfreeze` either"
+    learn = make_learner(MarginLoss(learn_beta=False))
+    learn.fine_tune(1, 1e-2)
+    assert (learn.loss_func.betas==1.2).all()
+
+def test_a_module_is_as_it_is(make_learner):
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    with pytest.raises(ValueError, match="'pool', 'freeze_bn': such arguments are for models by name, and this Sequential"): make_learner(arch=net, pool='gem', freeze_bn=True)
+    learn = make_learner(arch=net, emb_sz=4, recipe='dr_ms')
+    assert learn.model is net and learn.wd==5e-4
+
+# recipes: the numbers of sections 2, 3 and 4 of the mathematics
+
+def test_recipes_have_the_numbers():
+    r = recipes
+    for k in r: assert r[k].data['size']==224 and r[k].data['bs']%r[k].data['per_class']==0
+    for k in ('dr_triplet','triplet','dr_proxynca','proxynca','dr_ms','ms'): assert (r[k].arch,r[k].emb_sz)==('bn_inception',64)
+    assert [(r[k].data['bs'],r[k].data['per_class'],r[k].learner['lr'],r[k].learner['wd']) for k in ('dr_triplet','dr_proxynca','dr_ms')]==[
+        (128,16,1e-5,0), (144,12,1e-5,0), (80,5,3e-5,5e-4)]
+    t,p,m,b = (r[k].loss() for k in ('dr_triplet','dr_proxynca','dr_ms','margin'))
+    assert (t.margin,t.gamma,t.squared,t.reduction,t.miner)==(.27819,.49197,False,'mean',None)
+    assert (p.gamma,p.squared,p.normalize_proxies,p.include_positive,p.scale)==(.3,False,False,False,1)
+    assert (m.lam,m.gamma,m.alpha,m.beta,m.eps)==(.6,.28,2,50,.1)
+    assert (b.margin,b.beta,b.learn_beta,b.miner.cutoff,b.miner.upper)==(.2,1.2,True,.5,None)
+    for k in ('triplet','proxynca','ms'):
+        a,b = r[k].loss(),r['dr_'+k].loss()
+        assert a.gamma==0
+        b.gamma = 0.
+        assert repr(a).partition('(')[2]==repr(b).partition('(')[2] and r[k].data==r['dr_'+k].data and r[k].learner==r['dr_'+k].learner and r[k].fit==r['dr_'+k].fit
+    for k in ('margin','ssr_margin'):
+        assert (r[k].arch,r[k].emb_sz,r[k].data,r[k].learner['wd'],r[k].fit['n_epoch'])==('resnet50',128,dict(bs=120,per_class=4,size=224),4e-4,15)
+        assert r[k].learner['lr'].stop*r[k].loss().lr_mult==pytest.approx(5e-4) and r[k].learner['lr']==slice(1e-4,1e-3)
+    assert not r['margin'].cbs and len(r['ssr_margin'].cbs)==1
+    text = str(r)+r._repr_html_()
+    assert all(k in text for k in r) and 'object at' not in text and '...' not in text
+    with pytest.raises(ValueError, match="no recipe 'dr_tripplet'; the nearest names are 'dr_triplet'"): r['dr_tripplet']
+
+@pytest.mark.parametrize('name,opt', [('dr_ms', torch.optim.Adam), ('margin', torch.optim.AdamW)])
+def test_recipes_step_as_pytorch(name, opt):
+    "Their optimisers are PyTorch's, weight decay included"
+    torch.manual_seed(0)
+    a = nn.Parameter(torch.randn(50))
+    b = nn.Parameter(a.detach().clone())
+    kwargs = recipes[name].learner
+    ours,theirs = kwargs['opt_func']([a], lr=.01, wd=.1),opt([b], lr=.01, weight_decay=.1)
+    for i in range(20):
+        g = torch.randn(50)
+        a.grad,b.grad = g.clone(),g.clone()
+        ours.step()
+        theirs.step()
+    assert torch.allclose(a, b, atol=1e-5)
+
+def test_recipe_and_overrides(make_learner):
+    learn = make_learner(recipe='dr_ms', arch='bn_inception', emb_sz=None)
+    assert isinstance(learn.loss_func, TripletLoss) and learn.model.emb_sz==64 # `make_learner` gives a loss
+    norm = learn.dls.after_batch.fs.filter(risinstance(Normalize))[0]
+    assert np.allclose(norm.mean.flatten().cpu()*255, [128,117,104]) and np.allclose(norm.std.flatten().cpu()*255, 1)
+    kwargs = dict(pretrained=False, path=learn.path)
+    learn = metric_learner(learn.dls, recipe='dr_ms', **kwargs)
+    assert type(learn.loss_func) is MultiSimilarityLoss and learn.model.body.pretrained_cfg['architecture']=='bn_inception'
+    assert (learn.model.emb_sz,learn.model.freeze_bn,learn.lr,learn.wd)==(64,True,3e-5,5e-4)
+    assert learn.loss_func is not metric_learner(learn.dls, 'test_resnet', recipe='dr_ms', **kwargs).loss_func
+    learn = metric_learner(learn.dls, 'test_resnet', emb_sz=8, freeze_bn=False, recipe='margin', lr=.1, wd=.2, opt_func=SGD, head='bnneck', **kwargs)
+    assert (learn.model.arch,learn.model.emb_sz,learn.model.freeze_bn,learn.lr,learn.wd,learn.opt_func)==('test_resnet',8,False,.1,.2,SGD)
+    assert isinstance(learn.loss_func, MarginLoss) and len(learn.model.head)==2
+    mine = Recipe(arch='test_resnet', emb_sz=4, fit=dict(n_epoch=1))
+    learn = metric_learner(learn.dls, recipe=mine, **kwargs)
+    assert learn.recipe is mine and learn.model.emb_sz==4 and type(learn.loss_func) is DRTripletLoss
+
+def test_recipe_with_a_callback(make_learner, monkeypatch):
+    "Self-supervised ranking is imported when its recipe is asked for; one's own callback of the kind takes its place"
+    class SelfSupervisedRanking(Callback):
+        def __init__(self, **kwargs): self.kwargs = kwargs
+    monkeypatch.setitem(sys.modules, 'dmlfast.ranking', types.SimpleNamespace(SelfSupervisedRanking=SelfSupervisedRanking))
+    assert make_learner(recipe='ssr_margin').self_supervised_ranking.kwargs==dict(n=4, m=20, gamma=.8, p=.8)
+    learn = make_learner(recipe='ssr_margin', cbs=SelfSupervisedRanking(p=.5))
+    assert learn.self_supervised_ranking.kwargs==dict(p=.5) and sum(isinstance(o, SelfSupervisedRanking) for o in learn.cbs)==1
+    assert not hasattr(make_learner(recipe='margin'), 'self_supervised_ranking')
+
+class Rates(Callback):
+    "The learning rates of every step"
+    def before_step(self): self.lrs = getattr(self, 'lrs', []) + [[h['lr'] for h in self.opt.hypers]]
+
+def test_fit_recipe(make_learner):
+    "Its schedules, in both groups, with the last epochs at a tenth"
+    learn = make_learner(recipe='margin', cbs=Rates())
+    learn.fit_recipe(3)
+    lrs,n = np.array(learn.rates.lrs),len(learn.dls.train)
+    assert len(lrs)==3*n
+    assert np.allclose(lrs[:2*n], [1e-4,1e-3]) and np.allclose(lrs[2*n:], [1e-5,1e-4])
+    learn.rates.lrs = []
+    learn.fit_recipe(2, lr=1e-2, sched='exp')
+    lrs = np.array(learn.rates.lrs)
+    assert np.allclose(lrs, .01*.1**(np.arange(2*n)/(2*n))[:,None])
+    learn.rates.lrs = []
+    learn.fit_recipe(1, sched=lambda lr: SchedNo(lr*2, lr*2))
+    assert np.allclose(learn.rates.lrs, [2e-4,2e-3])
+    with pytest.raises(ValueError, match="Schedules are 'flat', 'exp', 'step' or a function; got 'cosine'"): learn.fit_recipe(1, sched='cosine')
+    with pytest.raises(ValueError, match='no recipe that says for how many epochs'): make_learner().fit_recipe()
+
+def test_patience_is_not_for_test_classes(few, make_learner):
+    "A run that learns nothing ends when its patience does, unless what it measures on are the test classes, or nothing"
+    learn = make_learner(recipe='dr_triplet')
+    learn.fit_recipe(6, lr=0., patience=2)
+    assert len(learn.recorder.values)==3 and not learn.measures_on_test()
+    for valid in ('test',None):
+        dls = few.dataloaders(bs=32, per_class=4, valid=valid, num_workers=0)
+        learn = metric_learner(dls, 'test_resnet', pretrained=False, recipe='dr_triplet')
+        assert learn.measures_on_test()==(valid=='test')
+        with learn.no_bar(), learn.no_logging(): learn.fit_recipe(4, lr=0., patience=2)
+        assert len(learn.recorder.values)==4
+
+def test_recipe_is_exported(make_learner, tmp_path):
+    learn = make_learner(recipe='dr_triplet')
+    learn.fit_recipe(1)
+    learn.export()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        other = load_learner(tmp_path/'export.pkl')
+    assert other.recipe.data==recipes['dr_triplet'].data and not any(m.training for m in other.model.train().body.modules() if isinstance(m, nn.BatchNorm2d))

@@ -3,7 +3,7 @@ import copy, pickle, pytest, timm, torch
 from torch import nn
 from safetensors.torch import save_file
 import dmlfast.bninception
-from dmlfast.models import Embedder, GeM, GlobalPool, body_stages, embedder_splitter, init_linear, load_weights, make_head, stage_splitter, timm_body
+from dmlfast.models import Embedder, GeM, GlobalPool, body_stages, embedder_splitter, init_head, load_weights, make_head, stage_splitter, timm_body
 
 # Maps with the channels first and last, tokens with and without tokens of no patch, and features whose width is not `num_features`. For each a model's arguments,
 # and how many stages it has: the stem, and the stages of a convolutional network or the blocks of a transformer
@@ -36,6 +36,8 @@ def test_forward_backward_and_freezing(arch):
     m.pool,m.own_pool = GeM(),False
     m(x)[:,0].sum().backward()
     _check_frozen(m)
+    m.freeze_body()
+    assert all(p.requires_grad for p in m.parameters())
 
 def _check_stages(m, n_stages):
     "Every parameter is in one stage, and the stages come in the order that the parameters are used in"
@@ -116,7 +118,7 @@ def test_heads():
     neck.eval()
     assert torch.allclose(neck(x*0), -(neck[1].running_mean*neck[1].weight/(neck[1].running_var+1e-5).sqrt()).expand(64,8), atol=1e-6)
     assert make_head('identity', 32)[1]==32 and make_head(lambda n_in, n: nn.Linear(n_in, n, bias=False), 32)[0].weight.shape==(128,32)
-    assert init_linear(neck, None) is neck
+    assert init_head(neck, None) is neck
 
 def test_unnormalised_and_identity():
     m = Embedder('test_resnet', 8, pretrained=False, normalize=False).eval()
