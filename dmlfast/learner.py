@@ -242,7 +242,7 @@ def metric_learner(
     emb_sz:int=None, # Numbers in an embedding, 1 or more; 128 if not given
     pretrained:bool=True, # Begin with timm's pretrained weights?
     weights=None, # File of the body's weights, instead of timm's
-    metrics=None, # Names as `RetrievalMetrics` takes them, or fastai metrics; recall@1,2,4,8 and map@r if not given
+    metrics=None, # Names as `RetrievalMetrics` takes them, or fastai metrics; recall at the data set's `ks`, else 1,2,4,8, and map@r if not given
     normalize:bool=True, # Normalise images with the statistics of `arch`, if `dls` does not normalise?
     splitter=None, # Function from the model to parameter groups, such as `stage_splitter`; body and everything else if not given
     cbs=None, # Callbacks
@@ -266,7 +266,7 @@ def metric_learner(
     names,mets = L(metrics).map(str) if metrics and all(isinstance(o, str) for o in L(metrics)) else None,L(metrics)
     cbs = L(cbs)
     cbs = cbs + [o for o in (make() for make in r.cbs) if not any(isinstance(c, type(o)) for c in cbs)]
-    if not any(isinstance(o, RetrievalMetrics) for o in cbs): cbs = cbs + RetrievalMetrics(names)
+    if not any(isinstance(o, RetrievalMetrics) for o in cbs): cbs = cbs + RetrievalMetrics(names, getattr(getattr(dls, 'source', None), 'ks', (1,2,4,8)))
     if splitter is None: splitter = embedder_splitter if hasattr(model, 'body') else trainable_params
     learn = MetricLearner(dls, model, loss_func, metrics=None if names else mets, splitter=splitter, cbs=cbs, **{**r.learner, **kwargs})
     learn.recipe = r
@@ -325,6 +325,7 @@ def embed(self:MetricLearner,
                 y = b[self.dls.n_inp] if len(b)>self.dls.n_inp else None
                 res.append((self.model(*b[:self.dls.n_inp]).as_subclass(Tensor).float().cpu(), y if y is None else y.as_subclass(Tensor).cpu()))
     finally: self.model.train(training)
+    if not res: raise ValueError("This loader has no items to embed.")
     embs,ys = zip(*res)
     return torch.cat(embs), None if ys[0] is None else torch.cat(ys)
 
@@ -349,12 +350,14 @@ def split_dl(self:MetricLearner,
 def evaluate(self:MetricLearner,
     dl=None, # Loader, or the name of a split of the data set (`'val'`, `'test'`); the validation loader if not given
     metrics='all', # Names, see `evaluate_retrieval`
-    **kwargs # Passed to `evaluate_retrieval`
+    **kwargs # Passed to `evaluate_protocol`, instead of what the data set says
 )->RetrievalResult:
-    "Retrieval metrics of a loader, a split or the validation set"
+    "Retrieval metrics of a loader, a split or the validation set, scored as its data set says"
+    dl = self.split_dl(dl)
     embs,labels = self.embed(dl)
     if labels is None: raise ValueError("These items have no labels, so their neighbours cannot be scored; `embed` gives their embeddings.")
-    return evaluate_retrieval(embs, labels, metrics=metrics, **kwargs)
+    if 'gallery' in kwargs: return evaluate_retrieval(embs, labels, metrics=metrics, **kwargs)
+    return evaluate_protocol(embs, labels, metrics=metrics, **protocol_of(self.dls, dl) | kwargs)
 
 # %% ../nbs/api/50_learner.ipynb #0c8fb8e5
 _galleries = weakref.WeakKeyDictionary() # not on the learner, whose export would carry it along
