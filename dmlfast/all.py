@@ -3,6 +3,7 @@ from .geometry import *
 from .mining import *
 from .losses import *
 from .data import *
+from .tables import *
 from .datasets import *
 from .models import *
 from .bninception import *

@@ -10,6 +10,7 @@ __all__ = ['ClassSplitter', 'ClassCategorize', 'ClassBlock', 'BalancedSampler', 
 # %% ../nbs/api/10_data.ipynb #c31967c7
 import math, random
 import numpy as np, pandas as pd
+from array import array as int_array # fastai has NumPy's under that name
 from functools import cached_property
 from fastcore.all import *
 from fastai.data.all import *
@@ -102,14 +103,23 @@ def ClassBlock(
     return TransformBlock(type_tfms=ClassCategorize(vocab, n_train_classes))
 
 # %% ../nbs/api/10_data.ipynb #ae333722
-def _splitmix(x):
-    "Mix the bits of `x`, uint64: a counter goes in, a random number comes out (Steele et al., SplitMix, 2014)"
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x>>np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x>>np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x>>np.uint64(31))
+def _splitmix_(x):
+    "Mix the bits of `x`, uint64, in place: a counter goes in, a random number comes out (Steele et al., SplitMix, 2014)"
+    x += np.uint64(0x9E3779B97F4A7C15)
+    t = np.empty_like(x)
+    for shift,by in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        x ^= np.right_shift(x, np.uint64(shift), out=t)
+        if by>1: x *= np.uint64(by)
+    return x
 
 # %% ../nbs/api/10_data.ipynb #5a02a8d8
+def _runs(x):
+    "For sorted `x`: where each run of equal values begins, and the number of each element's run"
+    first = np.ones(len(x), dtype=bool)
+    first[1:] = x[1:]!=x[:-1]
+    return np.flatnonzero(first), np.cumsum(first)-1
+
+# %% ../nbs/api/10_data.ipynb #a0ce3c73
 class BalancedSampler:
     "Indices of batches with `per_class` items of each of `bs/per_class` classes"
     def __init__(self,
@@ -119,11 +129,12 @@ class BalancedSampler:
         seed:int=0, # Determines, with the number of the epoch, what it holds
     ):
         store_attr('bs,per_class,seed')
-        _,codes,self.counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
-        self.n,self.n_classes,self.p = len(codes),len(self.counts),bs//per_class
+        labels = np.asarray(labels)
+        self.items = np.argsort(labels, kind='stable') # class after class
+        self.starts = _runs(labels[self.items])[0]
+        self.counts = np.diff(self.starts, append=len(labels))
+        self.n,self.n_classes,self.p = len(labels),len(self.counts),bs//per_class
         self.check()
-        self.items = np.argsort(codes, kind='stable') # class after class
-        self.starts = np.cumsum(self.counts)-self.counts
         self.round = math.ceil(self.n_classes/self.p) # batches in which every class appears
         self.groups = -(-self.counts//per_class) # groups in which every image of a class appears
 
@@ -142,6 +153,18 @@ def check(self:BalancedSampler):
         raise ValueError(f"A batch of bs={self.bs} with per_class={self.per_class} needs {self.p} classes and there are {self.n_classes}: "
             f"take bs={self.n_classes*self.per_class} or less, or a larger per_class.")
 
+# %% ../nbs/api/10_data.ipynb #297abbfa
+def _order_in(sizes, keys):
+    "Order of `keys`, uint64, within groups of `sizes`, by their high bits; `keys` is overwritten"
+    a,b = np.uint64(len(sizes).bit_length()),np.uint64(len(keys).bit_length())
+    keys >>= a+b
+    keys <<= b
+    keys |= np.arange(len(keys), dtype=np.uint64)
+    keys |= np.repeat(np.arange(len(sizes), dtype=np.uint64)<<np.uint64(64)-a, sizes)
+    keys.sort()
+    keys &= (np.uint64(1)<<b)-np.uint64(1)
+    return keys.view(np.int64)
+
 # %% ../nbs/api/10_data.ipynb #1b9a00a3
 @patch
 def classes(self:BalancedSampler,
@@ -149,23 +172,19 @@ def classes(self:BalancedSampler,
 )->np.ndarray: # Classes of each batch, `(batches, bs/per_class)` int64
     "The classes in each batch of an epoch"
     rng = np.random.default_rng([self.seed, epoch])
-    perms = rng.random((math.ceil(len(self)/self.round), self.n_classes)).argsort(1)
-    return perms[:, np.arange(self.round*self.p)%self.n_classes].reshape(-1, self.p)[:len(self)]
+    rounds = math.ceil(len(self)/self.round)
+    keys = (rng.random(rounds*self.n_classes)*2.**64).astype(np.uint64)
+    perms = _order_in(np.full(rounds, self.n_classes), keys).reshape(rounds, -1) % self.n_classes
+    return np.concatenate([perms, perms[:,:self.round*self.p-self.n_classes]], axis=1).reshape(-1, self.p)[:len(self)]
 
-# %% ../nbs/api/10_data.ipynb #9b0f706f
-def _runs(x):
-    "For sorted `x`: where each run of equal values begins, and the number of each element's run"
-    first = np.r_[True, x[1:]!=x[:-1]]
-    return np.flatnonzero(first), np.cumsum(first)-1
-
-# %% ../nbs/api/10_data.ipynb #65496fe2
+# %% ../nbs/api/10_data.ipynb #2705966d
 @patch
 def idxs(self:BalancedSampler,
     epoch:int, # Number of the epoch, from 0
 )->np.ndarray: # Items of each batch, `(batches, bs)` int64
     "The items in each batch of an epoch"
     k,draws = self.per_class,self.classes(epoch).ravel()
-    order = np.argsort(draws, kind='stable')
+    order = np.argsort(draws.astype(np.min_scalar_type(self.n_classes)), kind='stable') # NumPy's radix sort, up to 65,535 classes
     cls = draws[order]
     begin,run = _runs(cls)
     group = epoch*(len(self)//self.round) + np.arange(len(cls))-begin[run]
@@ -173,16 +192,19 @@ def idxs(self:BalancedSampler,
     begin,run = _runs(cls*(rnd.max()+1)+rnd) # one run for each round of a class that this epoch touches
     sizes = self.counts[cls[begin]]
     offset = np.cumsum(sizes)-sizes
-    member = np.arange(sizes.sum())-np.repeat(offset, sizes)
-    items = self.items[np.repeat(self.starts[cls[begin]], sizes)+member]
-    salt = _splitmix(rnd[begin].astype(np.uint64) + _splitmix(np.uint64(self.seed)*np.ones(1, np.uint64)))
-    keys = _splitmix(items.astype(np.uint64) ^ np.repeat(salt, sizes))
-    rounds = np.repeat(np.arange(len(begin), dtype=np.uint64), sizes)
-    items = items[np.argsort(rounds<<np.uint64(36) | keys>>np.uint64(28))]
-    pos = (group[:,None]*k + np.arange(k)) % self.counts[cls][:,None]
-    res = np.empty((len(draws), k), dtype=np.int64)
-    res[order] = items[offset[run][:,None]+pos]
-    return res.reshape(len(self), self.bs)
+    at = np.repeat(self.starts[cls[begin]]-offset, sizes)
+    at += np.arange(len(at))
+    items = self.items[at]
+    salt = _splitmix_(rnd[begin].astype(np.uint64) + _splitmix_(np.full(1, self.seed, dtype=np.uint64)))
+    keys = np.repeat(salt, sizes)
+    keys ^= items.view(np.uint64)
+    items = items[_order_in(sizes, _splitmix_(keys))]
+    back = np.empty_like(order) # from the order of classes to that of batches
+    back[order] = np.arange(len(order))
+    pos = np.add.outer(group[back]*k, np.arange(k))
+    pos %= self.counts[draws][:,None]
+    pos += offset[run[back]][:,None]
+    return items[pos].reshape(len(self), self.bs)
 
 # %% ../nbs/api/10_data.ipynb #4feb4acf
 def _labels(ds):
@@ -213,9 +235,34 @@ class BalancedDL(TfmdDL):
         return BalancedSampler(_labels(self.dataset) if self.labels is None else self.labels, self.bs, self.per_class, self.seed)
 
     def __len__(self): return len(self.sampler) if self.shuffle and self.n else super().__len__()
-    def get_idxs(self): return self.sampler.idxs(self.epoch).ravel().tolist() if self.shuffle else super().get_idxs()
+    def get_idxs(self): return int_array('q', self.sampler.idxs(self.epoch).tobytes()) if self.shuffle else super().get_idxs()
     def after_iter(self): self.epoch += 1
 
     def new(self, dataset=None, cls=None, **kwargs):
         mine = dict(per_class=self.per_class, seed=self.seed, labels=self.labels if dataset is None else None)
         return super().new(dataset, cls, **merge(mine if cls is None or issubclass(cls, BalancedDL) else {}, kwargs))
+
+# %% ../nbs/api/10_data.ipynb #c2416919
+@patch
+@delegates(TfmdDL.show_batch)
+def show_batch(self:BalancedDL,
+    b=None, # Batch to show; the one that comes next if not given
+    max_n:int=None, # Images to show; those of four classes if not given
+    figsize:tuple=None, # Width and height in inches
+    **kwargs
+):
+    "Draw images of a batch, those of a class in a row"
+    other = {k:v for k,v in kwargs.items() if k in ('nrows','ncols','ctxs','show','unique')}
+    if b is None and not other: b = self.one_batch()
+    if other or not self.shuffle or not isinstance(b[0], TensorImageBase):
+        return TfmdDL.show_batch(self, b, ifnone(max_n, 9), **merge(kwargs, dict(figsize=figsize) if figsize else {}))
+    k = self.per_class
+    n = min(ifnone(max_n, 4*k), len(b[0]))
+    rows,side = math.ceil(n/k),min(1.2, 12/k)
+    axs = np.array(subplots(rows, k, figsize=figsize or (k*side, rows*(side+0.2)))[1]).ravel()
+    TfmdDL.show_batch(self, b, n, ctxs=list(axs[:n]), **kwargs)
+    for i,ax in enumerate(axs):
+        name = ax.get_title()
+        ax.axis('off')
+        ax.set_title('')
+        if i%k==0: ax.set_title(name, loc='left', fontsize=9, parse_math=False)

@@ -25,6 +25,7 @@ from .evaluate import *
 from .losses import *
 from .mining import *
 from .models import *
+from .ranking import *
 from .results import *
 from .retrieval import *
 from .show import *
@@ -116,7 +117,15 @@ def check_cbs(self:MetricLearner, cbs):
     for o in cbs:
         if isinstance(o, TrackerCallback): self.check_tracker(o, names)
         if isinstance(o, MixHandler): raise ValueError(f"{type(o).__name__} mixes images of two classes, and a loss of embeddings needs each image to be of one.")
-        if o.__dict__.get('projector') and o.__dict__.get('layer', 0) is None: o.layer = self.model
+        if o.__dict__.get('projector'): _mend_projector(o, self.model)
+
+def _mend_projector(cb, model):
+    "Show embeddings unless another layer is asked for; fastai's projector knows `TensorImage`s, and its learner has cast them to tensors"
+    from fastai.callback import tensorboard as tb
+    if cb.layer is None: cb.layer = model
+    if (old := tb._normalize_for_projector).__name__!='_as_image':
+        def _as_image(x): return old(TensorImage(x))
+        tb._normalize_for_projector = _as_image
 
 # %% ../nbs/api/50_learner.ipynb #8409cd65
 def _metric_loss(loss):
@@ -171,12 +180,6 @@ def _resnet50(cbs=()):
         dict(opt_func=_adamw, lr=slice(1e-4,1e-3), wd=4e-4, wd_bn_bias=True), dict(n_epoch=15, sched='step'), cbs,
         ours='batch norm frozen, rate ×0.1 after two thirds')
 
-# %% ../nbs/api/50_learner.ipynb #3ec49e6a
-def _ranking():
-    "The callback of self-supervised ranking, imported where a recipe asks for it"
-    from dmlfast.ranking import SelfSupervisedRanking
-    return SelfSupervisedRanking(n=4, m=20, gamma=0.8, p=0.8)
-
 # %% ../nbs/api/50_learner.ipynb #47bf5036
 class _Recipes(dict):
     "Recipes by name; shown as a table"
@@ -203,7 +206,7 @@ def _args(d): return ', '.join(f'{k}={_said(v)}' for k,v in d.items())
 def _row(r):
     "What the table says of a recipe"
     settings = {k: _args(getattr(r, k)) for k in ('model','data','learner','fit')}
-    return dict(arch=r.arch, emb_sz=r.emb_sz, loss=_said(r.loss), **settings, cbs=', '.join(o.__name__.strip('_') for o in r.cbs), ours=r.ours)
+    return dict(arch=r.arch, emb_sz=r.emb_sz, loss=_said(r.loss), **settings, cbs=', '.join(map(_said, r.cbs)), ours=r.ours)
 
 # %% ../nbs/api/50_learner.ipynb #cc332ceb
 _triplet = partial(TripletLoss, margin=0.27819, reduction='mean')
@@ -216,7 +219,7 @@ recipes = _Recipes(
     proxynca=_bninception(_proxynca, 144, 12, 1e-5, ours=', proxies at 100 times the rate'),
     dr_ms=_bninception(partial(_ms, gamma=0.28), 80, 5, 3e-5, 5e-4),
     ms=_bninception(_ms, 80, 5, 3e-5, 5e-4),
-    ssr_margin=_resnet50((_ranking,)),
+    ssr_margin=_resnet50((partial(SelfSupervisedRanking, n=4, m=20, gamma=0.8, p=0.8),)),
     margin=_resnet50())
 
 # %% ../nbs/api/50_learner.ipynb #bb29c412
@@ -239,7 +242,7 @@ def metric_learner(
     emb_sz:int=None, # Numbers in an embedding, 1 or more; 128 if not given
     pretrained:bool=True, # Begin with timm's pretrained weights?
     weights=None, # File of the body's weights, instead of timm's
-    metrics=None, # Names as `RetrievalMetrics` takes them, or fastai metrics; recall@1,2,4,8 and map@r if not given
+    metrics=None, # Names as `RetrievalMetrics` takes them, or fastai metrics; recall at the data set's `ks`, else 1,2,4,8, and map@r if not given
     normalize:bool=True, # Normalise images with the statistics of `arch`, if `dls` does not normalise?
     splitter=None, # Function from the model to parameter groups, such as `stage_splitter`; body and everything else if not given
     cbs=None, # Callbacks
@@ -263,7 +266,7 @@ def metric_learner(
     names,mets = L(metrics).map(str) if metrics and all(isinstance(o, str) for o in L(metrics)) else None,L(metrics)
     cbs = L(cbs)
     cbs = cbs + [o for o in (make() for make in r.cbs) if not any(isinstance(c, type(o)) for c in cbs)]
-    if not any(isinstance(o, RetrievalMetrics) for o in cbs): cbs = cbs + RetrievalMetrics(names)
+    if not any(isinstance(o, RetrievalMetrics) for o in cbs): cbs = cbs + RetrievalMetrics(names, getattr(getattr(dls, 'source', None), 'ks', (1,2,4,8)))
     if splitter is None: splitter = embedder_splitter if hasattr(model, 'body') else trainable_params
     learn = MetricLearner(dls, model, loss_func, metrics=None if names else mets, splitter=splitter, cbs=cbs, **{**r.learner, **kwargs})
     learn.recipe = r
@@ -322,6 +325,7 @@ def embed(self:MetricLearner,
                 y = b[self.dls.n_inp] if len(b)>self.dls.n_inp else None
                 res.append((self.model(*b[:self.dls.n_inp]).as_subclass(Tensor).float().cpu(), y if y is None else y.as_subclass(Tensor).cpu()))
     finally: self.model.train(training)
+    if not res: raise ValueError("This loader has no items to embed.")
     embs,ys = zip(*res)
     return torch.cat(embs), None if ys[0] is None else torch.cat(ys)
 
@@ -346,12 +350,14 @@ def split_dl(self:MetricLearner,
 def evaluate(self:MetricLearner,
     dl=None, # Loader, or the name of a split of the data set (`'val'`, `'test'`); the validation loader if not given
     metrics='all', # Names, see `evaluate_retrieval`
-    **kwargs # Passed to `evaluate_retrieval`
+    **kwargs # Passed to `evaluate_protocol`, instead of what the data set says
 )->RetrievalResult:
-    "Retrieval metrics of a loader, a split or the validation set"
+    "Retrieval metrics of a loader, a split or the validation set, scored as its data set says"
+    dl = self.split_dl(dl)
     embs,labels = self.embed(dl)
     if labels is None: raise ValueError("These items have no labels, so their neighbours cannot be scored; `embed` gives their embeddings.")
-    return evaluate_retrieval(embs, labels, metrics=metrics, **kwargs)
+    if 'gallery' in kwargs: return evaluate_retrieval(embs, labels, metrics=metrics, **kwargs)
+    return evaluate_protocol(embs, labels, metrics=metrics, **protocol_of(self.dls, dl) | kwargs)
 
 # %% ../nbs/api/50_learner.ipynb #0c8fb8e5
 _galleries = weakref.WeakKeyDictionary() # not on the learner, whose export would carry it along

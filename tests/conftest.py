@@ -18,6 +18,21 @@ def few(glyph_dir):
     df = MetricDataset.from_folder(glyph_dir, seed=0).df
     return MetricDataset(df[df.label.isin(sorted(set(df.label))[::12])], glyph_dir, 'few glyphs', size=None, flip=False)
 
+@pytest.fixture(scope='session')
+def cub_dir(glyph_dir, tmp_path_factory):
+    "Two hundred glyphs in the layout of the CUB-200-2011 download, eight images of each"
+    path = tmp_path_factory.mktemp('cub')/'CUB_200_2011'
+    names,images = {},[]
+    for c,folder in enumerate(sorted(glyph_dir.iterdir())[:200], 1):
+        names[c] = f'{c:03}.Glyph_{folder.name}'
+        (path/'images'/names[c]).mkdir(parents=True)
+        for o in sorted(folder.iterdir())[:8]:
+            images.append((c, f'{names[c]}/{o.name}'))
+            (path/'images'/images[-1][1]).symlink_to(o)
+    for fn,rows in dict(images=[o for _,o in images], image_class_labels=[c for c,_ in images], classes=names.values()).items():
+        (path/f'{fn}.txt').write_text('\n'.join(f'{i} {o}' for i,o in enumerate(rows, 1)))
+    return path.parent
+
 @pytest.fixture
 def make_learner(few, tmp_path):
     "Function that makes a small learner on `few`"

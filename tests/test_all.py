@@ -15,7 +15,7 @@ def test_nothing_is_shadowed():
     assert not [o for o in ours & theirs if getattr(fv, o) is not getattr(da, o)]
 
 def test_names_are_there():
-    assert {'metric_learner', 'DRTripletLoss', 'BalancedDL', 'ClassBlock', 'ClassSplitter', 'RetrievalMetrics', 'MetricDataset', 'glyphs',
+    assert {'metric_learner', 'DRTripletLoss', 'BalancedDL', 'ClassBlock', 'ClassSplitter', 'RetrievalMetrics', 'MetricDataset', 'glyphs', 'cub200', 'cars196', 'online_products', 'inshop', 'vehicle_id',
         'Embedder', 'stage_splitter', 'bn_inception', 'recipes', 'neighbours', 'evaluate_retrieval', 'show_neighbours'} <= _public('dmlfast.all')
 
 def test_lower_rooms_do_without_fastai():

@@ -20,6 +20,20 @@ def test_a_named_data_set(glyph_dir, tmp_path):
     assert res['recall@1']>0.05 # chance is below 0.005
     assert dls.source.summary().loc['test'].images==len(res.labels)
 
+def test_a_published_data_set(cub_dir, tmp_path):
+    set_seed(0)
+    dls   = cub200(cub_dir).dataloaders(bs=128, per_class=16, size=24, num_workers=0)
+    learn = metric_learner(dls, 'test_resnet', DRTripletLoss(margin=0.28, gamma=0.49), emb_sz=128, pretrained=False, path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-2)
+    assert list(learn.recorder.metric_names)==columns
+    seen,unseen = ({int(f.parent.name[:3]) for f in o.dataset.items} for o in dls)
+    assert seen==set(range(1,51)) and unseen==set(range(51,101))
+    with learn.no_bar(): res = learn.evaluate('test')
+    assert len(res.labels)==800 and res['recall@1']>0.05 # chance is 0.009
+    published = dls.source.dataloaders(bs=128, per_class=16, valid='test', size=24, num_workers=0)
+    seen,unseen = ({int(f.parent.name[:3]) for f in o.dataset.items} for o in published)
+    assert seen==set(range(1,101)) and unseen==set(range(101,201))
+
 def test_from_parts(glyph_dir, tmp_path):
     dblock = DataBlock(blocks=(ImageBlock, ClassBlock), get_items=get_image_files, get_y=parent_label,
                        splitter=ClassSplitter(parent_label, valid_pct=0.5), item_tfms=RandomResizedCrop(24), batch_tfms=aug_transforms())
