@@ -14,7 +14,7 @@ from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from dmlfast.all import *
 
-lr,bs,gammas = 3e-3,64,(.1,.3,.8)
+lr,bs,gammas = 1e-3,64,(.1,.3,.8)
 measures = 'recall@1','recall@8','map@r'
 
 class NoValidation(Callback):
@@ -33,9 +33,9 @@ def run(args, part, gamma, seed):
     set_seed(seed, reproducible=True)
     split = 'val' if part=='choose' else 'test'
     dls = cars(args.path, part, args.most).dataloaders(bs=bs, per_class=4, size=args.size, seed=seed, valid=split, num_workers=0)
-    cbs = [FreezeBN(), NoValidation(), ChannelsLast()]
+    cbs = [NoValidation(), ChannelsLast()]
     if gamma: cbs.append(SelfSupervisedRanking(m=10, gamma=gamma, seed=seed))
-    learn = metric_learner(dls, 'mobilenetv2_035', MarginLoss(), emb_sz=128, weights=args.weights, model_kwargs=dict(pad_type='same'), cbs=cbs)
+    learn = metric_learner(dls, 'mobilenetv2_035', MarginLoss(), emb_sz=128, weights=args.weights, model_kwargs=dict(pad_type='same'), freeze_bn=True, cbs=cbs)
     t = time.time()
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(args.epochs, slice(lr/10, lr), wd=1e-2)

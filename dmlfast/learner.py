@@ -25,6 +25,7 @@ from .evaluate import *
 from .losses import *
 from .mining import *
 from .models import *
+from .ranking import *
 from .results import *
 from .retrieval import *
 from .show import *
@@ -116,7 +117,15 @@ def check_cbs(self:MetricLearner, cbs):
     for o in cbs:
         if isinstance(o, TrackerCallback): self.check_tracker(o, names)
         if isinstance(o, MixHandler): raise ValueError(f"{type(o).__name__} mixes images of two classes, and a loss of embeddings needs each image to be of one.")
-        if o.__dict__.get('projector') and o.__dict__.get('layer', 0) is None: o.layer = self.model
+        if o.__dict__.get('projector'): _mend_projector(o, self.model)
+
+def _mend_projector(cb, model):
+    "Show embeddings unless another layer is asked for; fastai's projector knows `TensorImage`s, and its learner has cast them to tensors"
+    from fastai.callback import tensorboard as tb
+    if cb.layer is None: cb.layer = model
+    if (old := tb._normalize_for_projector).__name__!='_as_image':
+        def _as_image(x): return old(TensorImage(x))
+        tb._normalize_for_projector = _as_image
 
 # %% ../nbs/api/50_learner.ipynb #8409cd65
 def _metric_loss(loss):
@@ -171,12 +180,6 @@ def _resnet50(cbs=()):
         dict(opt_func=_adamw, lr=slice(1e-4,1e-3), wd=4e-4, wd_bn_bias=True), dict(n_epoch=15, sched='step'), cbs,
         ours='batch norm frozen, rate ×0.1 after two thirds')
 
-# %% ../nbs/api/50_learner.ipynb #3ec49e6a
-def _ranking():
-    "The callback of self-supervised ranking, imported where a recipe asks for it"
-    from dmlfast.ranking import SelfSupervisedRanking
-    return SelfSupervisedRanking(n=4, m=20, gamma=0.8, p=0.8)
-
 # %% ../nbs/api/50_learner.ipynb #47bf5036
 class _Recipes(dict):
     "Recipes by name; shown as a table"
@@ -203,7 +206,7 @@ def _args(d): return ', '.join(f'{k}={_said(v)}' for k,v in d.items())
 def _row(r):
     "What the table says of a recipe"
     settings = {k: _args(getattr(r, k)) for k in ('model','data','learner','fit')}
-    return dict(arch=r.arch, emb_sz=r.emb_sz, loss=_said(r.loss), **settings, cbs=', '.join(o.__name__.strip('_') for o in r.cbs), ours=r.ours)
+    return dict(arch=r.arch, emb_sz=r.emb_sz, loss=_said(r.loss), **settings, cbs=', '.join(map(_said, r.cbs)), ours=r.ours)
 
 # %% ../nbs/api/50_learner.ipynb #cc332ceb
 _triplet = partial(TripletLoss, margin=0.27819, reduction='mean')
@@ -216,7 +219,7 @@ recipes = _Recipes(
     proxynca=_bninception(_proxynca, 144, 12, 1e-5, ours=', proxies at 100 times the rate'),
     dr_ms=_bninception(partial(_ms, gamma=0.28), 80, 5, 3e-5, 5e-4),
     ms=_bninception(_ms, 80, 5, 3e-5, 5e-4),
-    ssr_margin=_resnet50((_ranking,)),
+    ssr_margin=_resnet50((partial(SelfSupervisedRanking, n=4, m=20, gamma=0.8, p=0.8),)),
     margin=_resnet50())
 
 # %% ../nbs/api/50_learner.ipynb #bb29c412

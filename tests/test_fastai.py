@@ -39,8 +39,8 @@ def test_a_loss_from_elsewhere_has_none_for_each_item(make_learner):
 
 def test_validate_and_lr_find_leave_the_weights(learn):
     before = {k:v.clone() for k,v in learn.model.state_dict().items()}
-    scores = learn.validate()
-    assert scores[1]==pytest.approx(learn.evaluate(metrics='recall@1')['recall@1'], abs=1e-6)
+    scores = dict(zip(learn.recorder.metric_names[2:], learn.validate()))
+    assert scores['recall@1']==pytest.approx(learn.evaluate(metrics='recall@1')['recall@1'], abs=1e-6)
     learn.lr_find(num_it=4, stop_div=False, show_plot=False)
     assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
 
@@ -104,7 +104,7 @@ def test_tensorboard_with_everything(make_learner, tmp_path):
     events.Reload()
     tags = events.Tags()
     assert {'train_loss','recall@1','ssr_loss'}<=set(tags['scalars']) and tags['images'] and tags['graph']
-    assert [o.value for o in events.Scalars('ssr_loss')]==pytest.approx([o[-1] for o in learn.recorder.values])
+    assert [o.value for o in events.Scalars('ssr_loss')]==pytest.approx([o[learn.recorder.metric_names.index('ssr_loss')-1] for o in learn.recorder.values])
     vecs = next((tmp_path/'tb').rglob('tensors.tsv'))
     assert np.loadtxt(vecs).shape==(len(learn.dls.valid.items),16)
 

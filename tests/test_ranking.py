@@ -2,6 +2,7 @@
 import math, pickle
 import numpy as np, pytest, torch
 from fastai.vision.all import *
+from safetensors.torch import load_file
 from sklearn.datasets import load_sample_image
 from dmlfast.all import *
 
@@ -340,12 +341,7 @@ def test_running_statistics_are_those_of_the_images(make_learner):
     runs = [make_learner(cbs=cbs) for cbs in (None, make_ssr())]
     for learn in runs: learn.fit(1, 0.)
     assert torch.equal(*map(buffers, runs))
-    seen = []
-    class Seen(Callback):
-        order = 4
-        def before_batch(self): seen.clear()
-        def after_loss(self): seen.append([m.training for m in self.model.body.modules() if isinstance(m, nn.BatchNorm2d)])
-    learn = make_learner(cbs=[make_ssr(),FreezeBN(),Seen()])
+    learn = make_learner(cbs=make_ssr(), freeze_bn=True)
     before = buffers(learn)
     learn.fit(1, 1e-3)
     assert torch.equal(buffers(learn), before)
@@ -378,17 +374,19 @@ def test_validation_has_no_views(make_learner, monkeypatch):
     assert calls==[True]*9
     assert math.isnan(learn.validate()[1]) and len(ssr.ssr_losses)==9
 
-def test_embeddings_take_no_notice_of_the_head(make_learner):
+def test_embeddings_take_no_notice_of_the_head(make_learner, tmp_path):
     learn = make_learner(cbs=make_ssr())
     learn.fit(1, 1e-3)
     before = learn.embed(bar=False)[0]
     for p in learn.model.ranking_head.parameters(): p.data.fill_(float('nan'))
     assert torch.equal(learn.embed(bar=False)[0], before)
-    alone = Embedder('test_resnet', 16, pretrained=False).eval() # an embedder to be used elsewhere has no head
-    sd = {k:v for k,v in learn.model.state_dict().items() if not k.startswith('loss_func.')}
-    alone.load_state_dict(sd)
-    x = learn.dls.valid.one_batch()[0].as_subclass(Tensor)
-    assert torch.equal(alone(x), learn.model.eval()(x)) and not hasattr(alone, 'ranking_head')
+    x = learn.dls.valid.one_batch()[0].as_subclass(Tensor).cpu()
+    alone = Embedder('test_resnet', 16, pretrained=False).eval() # an embedder has no head, and leaves it out
+    alone.load_state_dict({k:v for k,v in learn.model.state_dict().items() if not k.startswith('loss_func.')})
+    out = learn.export_embedder(tmp_path/'out')
+    for model in (alone,out.model):
+        assert torch.equal(model(x), learn.model.eval()(x)) and not hasattr(model, 'ranking_head')
+    assert not [k for k in load_file(tmp_path/'out'/'weights.safetensors') if 'rank' in k]
 
 def test_checkpoints_with_and_without_the_head(make_learner):
     a,b = make_learner(cbs=make_ssr()),make_learner(seed=1)
@@ -568,6 +566,22 @@ def test_plain_learner_and_a_model_of_ones_own(few):
     with learn.no_logging(): learn.fit(1, 1e-3)
     assert learn.self_supervised_ranking.stats()==(None,None) and learn.model.ranking_head.widths==(12,512,128)
     assert np.isfinite(learn.self_supervised_ranking.ssr_losses).all()
+
+def test_statistics_are_those_of_the_loader(few):
+    "The views that the network gets are those of images from 0 to 1, normalised as the batch is"
+    class Keep(GradedViews):
+        def __call__(self, x, *stats):
+            self.state = self.rng.get_state()
+            self.x,self.seen = x,super().__call__(x, *stats)
+            return self.seen
+    views = Keep()
+    dls = few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0, batch_tfms=Normalize.from_stats(mean.tolist(), std.tolist()))
+    learn = Learner(dls, Embedder('test_resnet', 16, pretrained=False), TripletLoss(), cbs=make_ssr(views=views))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    again = GradedViews()
+    again.rng.set_state(views.state)
+    want = norm(again(denorm(views.x.cpu()), 0*mean, 0*std+1))
+    assert torch.allclose(views.seen.cpu(), want, atol=1e-4)
 
 def test_widths(make_learner):
     learn = make_learner(cbs=make_ssr(hidden=64))
