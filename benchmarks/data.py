@@ -71,7 +71,7 @@ def main():
         row('reading and checking the lists of Stanford Online Products, 120,053 rows, `check_files=False`', f'{read:.2f} s', '≤ 2 s', read<=2)]
     print('\n'.join(rows))
     Path(args.out).write_text(f'# Data: time of batches and tables\n\n`python benchmarks/data.py`, numpy {np.__version__}, pytorch-metric-learning '
-        f'{version("pytorch-metric-learning")}, {platform.machine()}, {os.cpu_count()} cores. CPU times of one thread, in one process: medians of runs in turn for the first rows, the least of several for the others. Ours are those of `BalancedDL.get_idxs`.\n\n'
-        + '\n'.join(rows) + '\n')
+        f'{version("pytorch-metric-learning")}, {platform.machine()}, {os.cpu_count()} cores. CPU times of one thread, in one process: medians of runs in turn for the '
+        'first rows, the least of several for the others. Ours are those of `BalancedDL.get_idxs`.\n\n' + '\n'.join(rows) + '\n')
 
 if __name__=='__main__': main()

@@ -83,7 +83,8 @@ def cub200(
     "CUB-200-2011; raises `ValueError` naming what is missing or malformed"
     path = _home(path, 'CUB-200-2011', 'images.txt')
     ims,labels,names = path/'images.txt',path/'image_class_labels.txt',path/'classes.txt'
-    im,label,name = _read_list(ims, dict(image_id=int, image_name=str)),_read_list(labels, dict(image_id=int, class_id=int)),_read_list(names, dict(class_id=int, class_name=str))
+    im,label = _read_list(ims, dict(image_id=int, image_name=str)),_read_list(labels, dict(image_id=int, class_id=int))
+    name = _read_list(names, dict(class_id=int, class_name=str))
     cls = _joined(im.image_id, (label.image_id,label.class_id), ims, labels)
     df = pd.DataFrame(dict(path='images/'+im.image_name, label=_joined(cls, (name.class_id,name.class_name), labels, names)), dtype=object)
     return _published(df.assign(split=['train' if o<=100 else 'test' for o in cls]), path, 'CUB-200-2011', val_pct, seed, **kwargs)
@@ -102,7 +103,8 @@ def _cars(fn, annos, field, folder, names):
     "Table of one file of annotations"
     for o in (field,'class'):
         if o not in (annos.dtype.names or ()):
-            raise ValueError(f"{str(fn)!r} has annotations without {o!r}" + (": those of the test images are in 'cars_test_annos_withlabels.mat'." if o=='class' else "."))
+            where = ": those of the test images are in 'cars_test_annos_withlabels.mat'" if o=='class' else ''
+            raise ValueError(f"{str(fn)!r} has annotations without {o!r}{where}.")
     ids = annos['class']
     for i,o in enumerate(ids, 1):
         if not (np.isscalar(o) and 1<=o<=len(names)): raise ValueError(f"{str(fn)!r}, annotation {i}: class {o!r} is not between 1 and {len(names)}.")
@@ -141,8 +143,9 @@ def cars196(
     path = _home(path, 'Cars-196', 'car_ims', 'cars_train')
     df = _one_folder(path) if (path/'car_ims').is_dir() else _two_folders(path)
     if len(df.drop_duplicates(['id','label']))>df.label.nunique(): raise ValueError("Cars-196: two classes have one name.")
-    first = df[df.id<=98].sort_values('id')
-    return _published(df.assign(split=np.where(df.id<=98, 'train', 'test')).drop(columns='id'), path, 'Cars-196', val_pct, seed, list(dict.fromkeys(first.label)), **kwargs)
+    first = list(dict.fromkeys(df[df.id<=98].sort_values('id').label))
+    df = df.assign(split=np.where(df.id<=98, 'train', 'test')).drop(columns='id')
+    return _published(df, path, 'Cars-196', val_pct, seed, first, **kwargs)
 
 # %% ../nbs/api/12_datasets.ipynb #44f71666
 @delegates(MetricDataset.__init__, but=['df','path'])

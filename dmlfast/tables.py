@@ -97,7 +97,7 @@ def check(self:MetricDataset,
     if files and (gone := [o for o in df.path if not os.path.exists(os.path.join(self.path, o))]):
         raise ValueError(f"{self.name}: {len(gone)} of {len(df)} images are not in {str(self.path)!r}: {_some(gone)}.")
     n = df.label.value_counts(sort=False)
-    if len(single := n[n==1].index): warnings.warn(f"{len(single)} of {len(n)} classes of {self.name} have one image only: {_some(_sorted(single))}.", stacklevel=4)
+    if len(one := n[n==1].index): warnings.warn(f"{len(one)} of {len(n)} classes of {self.name} have one image only: {_some(_sorted(one))}.", stacklevel=4)
 
 # %% ../nbs/api/11_tables.ipynb #a05bb2b1
 @patch
@@ -109,13 +109,16 @@ def _check_columns(self:MetricDataset):
     for c in _needed:
         none = self.df[c].isna() | (self.df[c].astype(object)=='')
         if none.any(): raise ValueError(f"{none.sum()} rows of the table of {self.name} have no {c}; the first is row {none.argmax()}.")
+    for c in self.subsets:
+        if not set(self.df[c])<={True,False}: raise ValueError(f"The subset {c!r} is a column of true and false; it holds {_some(_sorted(self.df[c]))}.")
 
 @patch
 def _check_roles(self:MetricDataset):
     "Raise `ValueError` where there is an unknown role, or a split with queries and no gallery"
     if 'role' not in self.df: return
     self.df['role'] = self.df.role.astype(object).where(self.df.role.notna(), '')
-    if unknown := _sorted(set(self.df.role)-{'query','gallery',''}): raise ValueError(f"Unknown role {_some(unknown)}; the roles are 'query', 'gallery', and nothing for both.")
+    unknown = _sorted(set(self.df.role)-{'query','gallery',''})
+    if unknown: raise ValueError(f"Unknown role {_some(unknown)}; the roles are 'query', 'gallery', and nothing for both.")
     for split,roles in self.df.groupby('split').role:
         for a,b in (('query','gallery'), ('gallery','query')):
             if (roles==a).all(): raise ValueError(f"All {len(roles)} images of the split {split!r} of {self.name} are {a}: there is no {b}.")
@@ -211,7 +214,8 @@ def _read_csv(fn, sep, encoding):
             head,rows = next(lines, None),[]
             if not head: raise ValueError(f"{str(fn)!r} has no line with the names of the columns.")
             for row in lines:
-                if row and len(row)!=len(head): raise ValueError(f"{str(fn)!r}, line {lines.line_num}: {len(row)} fields where the first line has {len(head)} ({_some(row)}).")
+                if row and len(row)!=len(head):
+                    raise ValueError(f"{str(fn)!r}, line {lines.line_num}: {len(row)} fields where the first line has {len(head)} ({_some(row)}).")
                 if row: rows.append(row)
     except csv.Error as e: raise ValueError(f"{str(fn)!r}, line {lines.line_num}: {e}.") from None
     return pd.DataFrame(rows, columns=head, dtype=object)

@@ -220,9 +220,9 @@ table = pd.DataFrame(dict(path=[f'{c}{i}.jpg' for c in 'abcdef' for i in range(4
     (dict(path=['./b0.jpg' if o=='a0.jpg' else o for o in table.path]), "1 images are in the table twice: 'b0.jpg'"),
     (dict(label=[None]+list(table.label[1:])), 'have no label; the first is row 0'), (dict(split=[*table.split[:-1],'']), 'have no split; the first is row 23'),
     (dict(split=[*table.split[:-1],'val']), "1 classes are in two splits: 'f'"), (dict(split=['valid']*24), "Unknown split 'valid'"),
-    (dict(role=['querry']*24), "Unknown role 'querry'"), (dict(role=['gallery']*24), "All 8 images of the split 'test' of images are gallery: there is no query")])
+    (dict(role=['querry']*24), "Unknown role 'querry'"), (dict(part=['False']*24), "The subset 'part' is a column of true and false; it holds 'False'"), (dict(role=['gallery']*24), "All 8 images of the split 'test' of images are gallery: there is no query")])
 def test_faults_of_a_table(change, said):
-    with pytest.raises(ValueError, match=said): MetricDataset(table.assign(**change), check_files=False)
+    with pytest.raises(ValueError, match=said): MetricDataset(table.assign(**change), check_files=False, subsets=[o for o in change if o=='part'])
 
 def test_tables_in_files(tmp_path):
     head = 'path,label,split,camera\n'
