@@ -23,7 +23,7 @@ def test_a_named_data_set(glyph_dir, tmp_path):
 def test_a_published_data_set(cub_dir, tmp_path):
     set_seed(0)
     dls   = cub200(cub_dir).dataloaders(bs=128, per_class=16, size=24, num_workers=0)
-    learn = metric_learner(dls, 'test_resnet', DRTripletLoss(margin=0.28, gamma=0.49), emb_sz=128, pretrained=False, path=tmp_path)
+    learn = metric_learner(dls, 'test_resnet', DRTripletLoss(margin=0.28, gamma=0.49), emb_sz=128, cbs=SelfSupervisedRanking(), pretrained=False, path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-2)
     assert list(learn.recorder.metric_names)==columns
     seen,unseen = ({int(f.parent.name[:3]) for f in o.dataset.items} for o in dls)
