@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/checkpoint.html.md"""
 __all__ = ['Checkpoint']
 
 # %% ../nbs/api/51_checkpoint.ipynb #4931eae2
-import os, pickle, random, torch
+import os, random, torch
 import numpy as np
 from fastcore.all import *
 from fastai.data.all import *
@@ -89,7 +89,7 @@ class Checkpoint(Callback):
         overwrite:bool=False, # Begin anew where there is a checkpoint already?
     ):
         store_attr('every,overwrite')
-        if every<1: raise ValueError(f"`every` is a number of epochs, 1 or more; got {every}.")
+        if not isinstance(every, int) or every<1: raise ValueError(f"`every` is a number of epochs, 1 or more; got {every!r}.")
         self.folder,self.i_fit,self.logs = Path(folder),-1,[]
 
     @property
@@ -113,6 +113,9 @@ def before_fit(self:Checkpoint):
     self.logs = []
     runs = self.learn.__dict__.setdefault('_runs', {})
     key = self.folder.resolve()
+    same = [o for o in self.learn.cbs if isinstance(o, Checkpoint) and o.folder.resolve()==key]
+    self.run = same[-1] is self # the one that is given to the fit, and not that of `resume`
+    if not self.run: return
     self.i_fit = runs[key] = runs.get(key, -1)+1
     state = self.learn.__dict__.get('_resumed', {}).get(key)
     if state is not None: return self.go_on(state)
@@ -149,7 +152,7 @@ def resume(self:MetricLearner,
     cb = Checkpoint(folder)
     if not cb.file.exists(): raise FileNotFoundError(f"There is no checkpoint in {str(folder)!r}.")
     try: state = torch.load(cb.file, map_location='cpu', weights_only=True)
-    except (RuntimeError,pickle.UnpicklingError,EOFError,ValueError) as e: raise ValueError(f"{str(cb.file)!r} is not a checkpoint: {type(e).__name__}.") from e
+    except Exception as e: raise ValueError(f"{str(cb.file)!r} is not a checkpoint: {type(e).__name__}.") from e
     if not isinstance(state, dict) or state.get('version')!=1: raise ValueError(f"{str(cb.file)!r} is not a checkpoint of this version of the library.")
     if state['vocab']!=_classes(self.dls): raise ValueError(f"The run in {str(folder)!r} was on other classes: {_differ(state['vocab'], _classes(self.dls))}.")
     _load_weights(self.model, state['model'], folder)

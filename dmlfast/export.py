@@ -53,6 +53,10 @@ def _facts(learn):
     source = getattr(learn.dls, 'source', None)
     return dict(data=getattr(source, 'name', None), train_classes=getattr(learn.dls, 'n_train_classes', None), loss=repr(learn.loss_func))
 
+def _short_name(o, path):
+    "Path of an item within the data set: what is given away need not say where it was made"
+    return item_name(Path(o).relative_to(path) if isinstance(o, (str,Path)) and Path(o).is_relative_to(path) else o)
+
 @patch
 def export_embedder(self:MetricLearner,
     folder, # Where to write; must not be there
@@ -60,12 +64,12 @@ def export_embedder(self:MetricLearner,
     overwrite:bool=False, # Replace what is there?
 )->ImageEmbedder: # What `load_embedder(folder)` gives
     "Write weights, preprocessing and gallery, without the training; raises `ValueError` for what cannot be described"
-    if Path(folder).exists() and not overwrite: raise FileExistsError(f"{str(folder)!r} is there already: `overwrite=True` replaces it.")
+    check_folder(folder, overwrite)
     if not hasattr(self.model, 'spec'): raise ValueError(f"Only the models that `metric_learner` makes by name can be built again elsewhere, and this is a {type(self.model).__name__}.")
     res = ImageEmbedder(self.model, preprocess_of(self.dls), _facts(self))
     if gallery is not None:
         dl = self.split_dl(gallery)
         embs,ys = self.embed(dl)
         if ys is None: raise ValueError("The items of the gallery have no labels, so a search could not say what it found.")
-        res.add_embs(embs, [self.dls.vocab[int(o)] for o in ys], [item_name(o) for o in dl.items])
+        res.add_embs(embs, [self.dls.vocab[int(o)] for o in ys], [_short_name(o, self.dls.path) for o in dl.items])
     return load_embedder(res.save(folder, overwrite=overwrite))

@@ -9,6 +9,7 @@ __all__ = ['recipes', 'multiply_lr', 'PlainTable', 'plain_progress', 'MetricLear
 
 # %% ../nbs/api/50_learner.ipynb #80c3888e
 import difflib, torch, weakref
+from PIL import Image
 from dataclasses import dataclass, field
 from functools import partial
 from torch import nn
@@ -257,6 +258,7 @@ def metric_learner(
     **kwargs
 )->MetricLearner:
     "A `Learner` that trains embeddings of `dls` with a timm backbone and a metric-learning loss"
+    if not isinstance(dls, DataLoaders): raise ValueError(f"A learner takes data loaders, such as `ds.dataloaders()`; got a {type(dls).__name__}.")
     r = recipe if isinstance(recipe, Recipe) else recipes[recipe] if recipe else Recipe()
     loss_func = _metric_loss(r.loss() if loss_func is None else loss_func)
     given = dict(emb_sz=emb_sz, pool=pool, head=head, init=init, freeze_bn=freeze_bn, frozen_stages=frozen_stages, normalize=normalize_embs)
@@ -373,12 +375,14 @@ def _gallery(self:MetricLearner, gallery):
 
 @patch
 def predict(self:MetricLearner,
-    item, # Path of an image, or an item as the data loaders' own
+    item, # Image, as a path, a PIL image or an array `(h,w,3)` of uint8; or an item as the data loaders' own
     k:int=5, # Neighbours to find, at most as many as there are
     gallery=None, # Where: a split's name, or a loader with labels; the training items if not given
 )->tuple: # Embedding, `(emb_sz,)` float32; neighbours, a list of `Hit`s, nearest first
     "Embedding of one item, and its nearest neighbours"
-    emb = self.embed(self.dls.test_dl([Path(item) if isinstance(item, str) else item], num_workers=0), bar=False)[0]
+    if isinstance(item, str): item = Path(item)
+    if isinstance(item, (Image.Image,np.ndarray)): item = self.dls.valid_ds.tls[0].types[-1].create(item) # the type of image that the data loaders open
+    emb = self.embed(self.dls.test_dl([item], num_workers=0), bar=False)[0]
     if gallery is None and not len(self.dls.train.items): return emb[0],[] # an exported learner has no items
     dl,embs,ys = self._gallery(gallery)
     if ys is None: raise ValueError("The items of the gallery have no labels, so a search could not say what it found.")

@@ -32,7 +32,7 @@ class NamedImage(PILImage):
         except FileNotFoundError: raise ValueError(f"There is no image {str(fn)!r}.") from None
         except (OSError, SyntaxError, Image.DecompressionBombError) as e:
             if not isinstance(fn, (str,Path)): raise
-            raise ValueError(f"The image {str(fn)!r} cannot be read ({e}): mend or remove it, or leave such images out with `bad='skip'`.") from None
+            raise ValueError(f"The image {str(fn)!r} cannot be read ({e}): mend or remove it; `MetricDataset.from_folder(..., bad='skip')` leaves such images out.") from None
 
 # %% ../nbs/api/11_tables.ipynb #19ad2418
 def bad_images(

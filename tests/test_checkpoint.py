@@ -90,6 +90,22 @@ def test_the_callback_need_not_be_repeated_and_every_is_kept(make_learner, tmp_p
     same(learn, whole)
     assert torch.load(tmp_path/'run'/'checkpoint.pt', weights_only=True)['epoch']==5
 
+def test_killed_twice(make_learner, tmp_path):
+    "`resume` adds a `Checkpoint`, and the call as it was has one too: they must not count the fit twice"
+    def go(learn, *cbs): learn.fit_one_cycle(4, 1e-2, cbs=[Checkpoint(tmp_path/'run'), *cbs])
+    whole = make_learner()
+    n = len(whole.dls.train)
+    whole.fit_one_cycle(4, 1e-2)
+    for i in (1,2):
+        learn = make_learner(seed=i)
+        if i>1: learn.resume(tmp_path/'run')
+        else: learn = make_learner()
+        with pytest.raises(KeyboardInterrupt): go(learn, Do(i*n+2, stop))
+    for _ in range(2): # the second time it is complete
+        learn = make_learner(seed=3).resume(tmp_path/'run')
+        go(learn)
+        same(learn, whole)
+
 def test_a_complete_run_is_not_repeated(make_learner, tmp_path):
     learn = make_learner()
     learn.fit(2, 1e-2, cbs=Checkpoint(tmp_path/'run'))
@@ -147,7 +163,7 @@ def test_what_cannot_be_resumed(make_learner, tmp_path, few):
     with pytest.raises(ValueError, match='on other classes'): learn.resume(run)
     make_learner().fit(1, 1e-2, cbs=Checkpoint(run, overwrite=True))
     data = (run/'checkpoint.pt').read_bytes()
-    for bad in (data[:len(data)//2], b'', b'x'*100):
+    for bad in (data[:len(data)//2], data[:9000], b'', b'hello', b'x'*100):
         (run/'checkpoint.pt').write_bytes(bad)
         with pytest.raises(ValueError, match='is not a checkpoint'): make_learner().resume(run)
     with pytest.raises(ValueError, match='`every` is a number of epochs'): Checkpoint(run, every=0)

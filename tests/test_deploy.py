@@ -82,7 +82,7 @@ def test_what_an_image_may_be(embedder, photos):
     for o in (str(fn), im, np.array(im), embedder.preprocess(im)): assert torch.equal(embedder.embed(o), want)
     for o in ([fn,im], np.array([im,im]), torch.stack([embedder.preprocess(fn)]*2)): assert torch.allclose(embedder.embed(o), want.expand(2, -1), atol=1e-6)
     assert torch.allclose(embedder.embed([fn]*5, bs=2), want.expand(5, -1), atol=1e-6)
-    for bad,says in ((np.zeros((4,4)), r'of uint8; got \(4, 4\) of float64'), (torch.zeros(1,3,4,4).int(), 'Pass an array'), ([3], 'got a int'), ([], 'no images')):
+    for bad,says in ((np.zeros((4,4)), r'of uint8; got \(4, 4\) of float64'), (torch.zeros(1,3,4,4).int(), 'Pass an array'), ([3], 'got a int'), ([], 'no images'), (3, 'got a int'), ('nowhere.jpg', 'cannot be read as an image')):
         with pytest.raises(ValueError, match=says): embedder.embed(bad)
 
 def test_gallery(embedder, photos, tmp_path):
@@ -103,6 +103,18 @@ def test_gallery(embedder, photos, tmp_path):
     with pytest.raises(FileExistsError, match='overwrite=True'): e.save(tmp_path/'e')
     assert len(load_embedder(ImageEmbedder(embedder.model, embedder.preprocess).save(tmp_path/'e', overwrite=True)))==0
     assert [o.name for o in tmp_path.iterdir()]==['e']
+
+def test_nothing_else_is_overwritten(embedder, tmp_path, monkeypatch):
+    mine = tmp_path/'mine'
+    mine.mkdir()
+    (mine/'thesis.txt').write_text('all of it')
+    for o in (mine, mine/'thesis.txt'):
+        with pytest.raises(FileExistsError, match='is not overwritten'): embedder.save(o, overwrite=True)
+    monkeypatch.chdir(mine)
+    with pytest.raises(FileExistsError, match='is not overwritten'): embedder.save('.', overwrite=True)
+    assert (mine/'thesis.txt').read_text()=='all of it' and [o.name for o in tmp_path.iterdir()]==['mine']
+    folder = embedder.save(tmp_path/'e')
+    assert {oct(o.stat().st_mode)[-3:] for o in folder.iterdir()}=={'644'}
 
 def test_what_cannot_be_written(embedder, photos, tmp_path):
     with pytest.raises(ValueError, match='a Linear with a Preprocess'): ImageEmbedder(torch.nn.Linear(2,2), embedder.preprocess).save(tmp_path/'x')

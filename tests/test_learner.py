@@ -185,6 +185,8 @@ def test_predict(make_learner):
     fn = learn.dls.valid.items[2]
     with learn.no_bar(): embs,_ = learn.embed()
     for item in (fn, str(fn)): assert torch.allclose(learn.predict(item)[0], embs[2], atol=1e-5)
+    import PIL.Image
+    for item in (PIL.Image.open(fn), PILImage.create(fn), np.array(PILImage.create(fn))): assert torch.allclose(learn.predict(item)[0], embs[2], atol=1e-5)
     emb,near = learn.predict(fn, k=3, gallery='val')
     assert near[0].item==str(fn) and near[0].label==fn_label(learn, fn) and len(near)==3
     assert [o.score for o in near]==pytest.approx((embs@emb).sort(descending=True)[0][:3].tolist(), abs=1e-5)
@@ -209,6 +211,7 @@ def test_wrong_arguments_are_named(few):
     with pytest.raises(ValueError, match="`arch` is the name of a timm model"): metric_learner(dls, resnet18, pretrained=False)
     with pytest.raises(ValueError, match=r"such as DRTripletLoss\(\), and not its class"): metric_learner(dls, 'test_resnet', DRTripletLoss, pretrained=False)
     with pytest.raises(ValueError, match="got 'triplet'"): metric_learner(dls, 'test_resnet', 'triplet', pretrained=False)
+    with pytest.raises(ValueError, match=r'takes data loaders, such as `ds.dataloaders\(\)`; got a MetricDataset'): metric_learner(few, 'test_resnet')
     learn = metric_learner(dls, 'test_resnet', TripletLoss(miner=SemiHardMiner), pretrained=False)
     with pytest.raises(ValueError, match=r"a miner is a callable such as SemiHardMiner\(\)"): learn.loss_func(torch.randn(4,8), torch.tensor([0,0,1,1]))
     with pytest.raises(ValueError, match="Items come from a loader"): learn.evaluate(few)
