@@ -15,3 +15,4 @@ from .ranking import *
 from .learner import *
 from .checkpoint import *
 from .export import *
+from .interpret import *
