@@ -16,3 +16,4 @@ from .learner import *
 from .checkpoint import *
 from .export import *
 from .interpret import *
+from .doctor import *

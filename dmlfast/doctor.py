@@ -286,7 +286,7 @@ def findings(self:TrainingDoctor)->list: # `Finding`s, none where all is well
 
 # %% ../nbs/api/61_doctor.ipynb #e043b550
 _panels = (('Similarity of training pairs', 'cosine similarity', dict(pos='same class', neg='different classes')),
-    ('Directions in use', 'effective rank', dict(rank='', most='classes in the batch, or dimensions')),
+    ('Directions in use', 'effective rank', dict(rank='', most='classes in the batch')),
     ('What is learned from', 'share', dict(active='triplets or pairs', rows='embeddings with a gradient')),
     ('Loss', 'loss', dict(loss='')),
     ('Embeddings before normalisation', 'mean length', dict(length='')),
@@ -300,6 +300,7 @@ def _draw_series(ax, title, ylabel, names, rows, x):
     for (k,label),style in zip(names.items(), _styles):
         if pts := [(o[x.rstrip('s')],o[k]) for o in rows if k in o]: ax.plot(*zip(*pts), label=label, marker='.', ms=4, **style)
     if ylabel in ('share','cosine similarity','similarity, recall'): ax.set_ylim(min(-.02, ax.get_ylim()[0]), 1.02)
+    else: ax.set_ylim(0, 1.1*ax.get_ylim()[1])
     if ax.get_legend_handles_labels()[0] and any(names.values()): ax.legend(frameon=False, fontsize=8)
 
 @patch
