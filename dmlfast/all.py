@@ -17,3 +17,4 @@ from .checkpoint import *
 from .export import *
 from .interpret import *
 from .doctor import *
+from .report import *

@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/doctor.html.md"""
 __all__ = ['effective_rank', 'active_share', 'dr_share', 'Finding', 'TrainingDoctor']
 
 # %% ../nbs/api/61_doctor.ipynb #bb15017c
-import math, textwrap, torch
+import math, textwrap, time, torch
 import matplotlib.pyplot as plt
 import torch.nn.functional as F
 from contextlib import contextmanager
@@ -111,7 +111,7 @@ class TrainingDoctor(Callback):
     ):
         if not (isinstance(every, int) and every>=1): raise ValueError(f"`every` is a number of steps, 1 or more; got {every!r}.")
         store_attr()
-        self.steps,self.epochs,self.hooks,self.start = [],[],[],{}
+        self.steps,self.epochs,self.hooks,self.start,self.seconds = [],[],[],{},0.
 
     def __repr__(self): return f'TrainingDoctor(every={self.every})'
 
@@ -122,7 +122,7 @@ def before_fit(self:TrainingDoctor):
     self.run = not any(hasattr(self.learn, o) for o in ('lr_finder','gather_preds'))
     if not self.run: return
     self.unhook()
-    self.steps,self.epochs,self.due,self.now = [],[],False,{}
+    self.steps,self.epochs,self.due,self.now,self.seconds,self.began = [],[],False,{},0.,time.perf_counter()
     self.start = {k:p.detach().clone() for k,p in self.proxies().items()}
     model = get_model(self.learn.model)
     if isinstance(head := getattr(model, 'head', None), torch.nn.Module):
@@ -202,6 +202,12 @@ def after_validate(self:TrainingDoctor):
     if gaps: self.epochs.append(dict(epoch=self.learn.epoch, recall=ifnone(recall, math.nan), gap=sum(gaps)/len(gaps)))
 
 @patch
+def after_epoch(self:TrainingDoctor):
+    "Count the seconds of the fit"
+    now = time.perf_counter()
+    self.seconds,self.began = self.seconds+now-self.began,now
+
+@patch
 def after_fit(self:TrainingDoctor):
     "Say what is wrong"
     self.unhook()
@@ -212,12 +218,12 @@ def after_fit(self:TrainingDoctor):
 @patch
 def state_dict(self:TrainingDoctor)->dict:
     "What was seen, for a checkpoint"
-    return dict(steps=self.steps, epochs=self.epochs, start=self.start)
+    return dict(steps=self.steps, epochs=self.epochs, start=self.start, seconds=self.seconds)
 
 @patch
 def load_state_dict(self:TrainingDoctor, d):
     "Put it back"
-    self.steps,self.epochs = list(d['steps']),list(d['epochs'])
+    self.steps,self.epochs,self.seconds = list(d['steps']),list(d['epochs']),d['seconds']
     now = self.proxies()
     self.start = {k:v.to(now[k].device) for k,v in d['start'].items() if k in now}
 
@@ -229,6 +235,11 @@ def recent(self:TrainingDoctor,
     "Mean over the last third of the steps that were looked at"
     values = [o[name] for o in self.steps if name in o and math.isfinite(o[name])]
     return sum(values[-max(3, len(values)//3):])/max(3, len(values)//3) if len(values)>=6 else math.nan
+
+@patch(as_prop=True)
+def enough(self:TrainingDoctor)->bool:
+    "Were enough steps looked at to say something?"
+    return len(self.steps)>=6
 
 def _collapse(self):
     neg,rank,most = (self.recent(o) for o in ('neg','rank','most'))
@@ -314,6 +325,6 @@ def plot(self:TrainingDoctor)->plt.Figure:
     fig,axs = plt.subplots(rows, 3, figsize=(10, 2.7*rows+.5), layout='constrained', squeeze=False)
     for ax,o in zip(axs.flat, panels): _draw_series(ax, *o)
     for ax in axs.flat[len(panels):]: ax.set_axis_off()
-    text = [textwrap.fill(o.text, 125) for o in self.findings] or ['Nothing wrong was found.']
+    text = [textwrap.fill(o.text, 125) for o in self.findings] or ['Nothing wrong was found.' if self.enough else 'Too few steps were looked at to say whether something is wrong.']
     fig.suptitle('\n'.join(text), fontsize=10, x=.01, ha='left', color=_orange if self.findings else 'black')
     return fig

@@ -120,10 +120,19 @@ def plot_neighbours(self:RetrievalInterpretation,
     fig.suptitle('Queries and their nearest neighbours, with the cosine similarity', fontsize=11)
     return fig
 
+class _Label(str):
+    "A name short enough to stand over an image, equal to another if the classes are"
+    def __new__(cls, name, c):
+        res = super().__new__(cls, '\n'.join(textwrap.wrap(name.replace('_', ' '), 14, max_lines=2, placeholder='…')) or name[:14])
+        res.c = c
+        return res
+    def __eq__(self, o): return self.c==o.c
+    def __hash__(self): return hash(self.c)
+
 class _Labels:
-    "Labels of an interpretation, shortened for a title"
+    "Labels of an interpretation, for titles"
     def __init__(self, interp): self.interp = interp
-    def __getitem__(self, i): return textwrap.shorten(self.interp.label(i), 16, placeholder='…') if ' ' in self.interp.label(i) else self.interp.label(i)[-16:]
+    def __getitem__(self, i): return _Label(self.interp.label(i), self.interp.labels[int(i)].item())
 
 # %% ../nbs/api/60_interpret.ipynb #dd3aec1a
 @patch

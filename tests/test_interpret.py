@@ -116,11 +116,14 @@ def test_map_of_one_dimension_and_of_few_items():
     assert RetrievalInterpretation([[1.],[2.],[-1.],[3.]], [0,0,1,1]).plot_map('pca').get_title()
     assert RetrievalInterpretation(angles(0,5,90), [0,0,1]).plot_map().get_title()
 
-def test_images_are_reduced_and_names_shortened():
+def test_images_are_reduced_and_names_wrapped():
     big = Image.new('RGB', (2000,1000))
-    r = RetrievalInterpretation(torch.eye(2), [0,0], vocab=['Black footed Albatross of the southern sea'], image=lambda i: big)
+    long = 'Black_footed_Albatross of the southern '
+    r = RetrievalInterpretation(angles(0,1,2), [0,1,0], vocab=[long+'sea',long+'ocean'], image=lambda i: big)
     assert r.image(0).size==(160,80) and big.size==(2000,1000)
-    assert len(r.plot_neighbours(k=1).axes[0].get_title())<=16
+    fig = r.plot_neighbours([0], k=2)
+    assert max(map(len, fig.axes[0].get_title().split('\n')))<=14 and fig.axes[0].get_title().startswith('Black footed\n')
+    assert [o.get_title()[0] for o in fig.axes[1:]]==['✗','✓'] # what is left out of the names is what tells them apart
 
 def test_a_pair_is_listed_once_whoever_finds_it(fan):
     df = fan.label_noise(min_sim=.99)
