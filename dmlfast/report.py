@@ -29,9 +29,7 @@ def _split_rows(dls):
     if source is not None: return [tuple(map(str, o)) for o in zip(source.df.split, source.df.label, source.df.path)]
     return [(name,str(y),item_name(o) or str(i)) # the number where an item has no name
         for name,dl in zip(('train','valid'), dls.loaders)
-        for i,(o,y) in enumerate(zip(_items(dl), _names(dls, dl)))]
-
-def _items(dl): return getattr(dl, 'items', None) or [None]*len(dl.dataset)
+        for i,(o,y) in enumerate(zip(items_of(dl) or [None]*len(dl.dataset), _names(dls, dl)))]
 
 def _names(dls, dl):
     "Names of the classes of the items of a loader; empty where they cannot be known without opening the items"
@@ -55,7 +53,7 @@ def _versions():
     for o in _packages:
         try: res[o] = importlib.metadata.version(o)
         except importlib.metadata.PackageNotFoundError: pass
-    return res|{'system':platform.platform()}
+    return res|dict(torch=torch.__version__, system=platform.platform()) # which says for which CUDA it was built
 
 def _device(learn):
     p = next(learn.model.parameters())
@@ -93,7 +91,7 @@ def _epochs(learn):
     "Head and rows of the table of the last fit; no rows where there was none"
     rec = learn.recorder
     head = [str(o) for o in getattr(rec, 'metric_names', [])][:-1]
-    rows = [[i,*map(float, o)] for i,o in enumerate(rec.values) if len(o)==len(head)-1] if learn.recorder.lrs else []
+    rows = [[i,*map(float, o)] for i,o in enumerate(rec.values) if len(o)==len(head)-1] if getattr(rec, 'lrs', None) else []
     return head,rows
 
 def _smooth(losses, beta=.98):

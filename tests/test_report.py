@@ -39,7 +39,7 @@ def run(few, tmp_path_factory):
     learn.remove_cbs([o for o in learn.cbs if type(o).__name__=='ProgressCallback'])
     learn.logger = noop
     learn.fit(2, 1e-3)
-    return learn,learn.report(tmp/'report', 'test', code='fit(2, 1e-3) # <b>&')
+    return learn,learn.report(tmp/'report', 'test', code='fit(2, 1e-3) # <b>&', n_queries=2)
 
 @pytest.fixture(scope='module')
 def page(run): return Page(run[1])
@@ -83,11 +83,11 @@ def test_findings_are_on_the_page(run, tmp_path):
     doctor = learn.training_doctor
     kept = doctor.steps
     doctor.steps = [dict(o, neg=.99) for o in kept]
-    try: p = Page(learn.report(tmp_path))
+    try: p = Page(learn.report(tmp_path, n_queries=1))
     finally: doctor.steps = kept
     assert 'The embeddings collapse' in p.text and 'class="finding"' in p.html
     doctor.steps = kept[:3]
-    try: assert 'too few to say' in Page(learn.report(tmp_path, overwrite=True)).text
+    try: assert 'too few to say' in Page(learn.report(tmp_path, n_queries=1, overwrite=True)).text
     finally: doctor.steps = kept
 
 def test_a_report_is_not_overwritten_unasked(run, tmp_path):
@@ -97,7 +97,7 @@ def test_a_report_is_not_overwritten_unasked(run, tmp_path):
 def test_an_untrained_learner_and_strange_names(make_learner, tmp_path):
     learn = make_learner()
     learn.dls.source.name,old = '<script>alert(1)</script>',learn.dls.source.name
-    try: p = Page(learn.report(tmp_path))
+    try: p = Page(learn.report(tmp_path, n_queries=1))
     finally: learn.dls.source.name = old
     assert 'There is no fit to tell of' in p.text and 'No TrainingDoctor looked at this run' in p.text
     assert 'alert(1)' in p.text and '<script>alert' not in p.html
@@ -116,8 +116,9 @@ def test_items_that_are_no_images(tmp_path):
     train = BalancedDL(list(zip(x[:24],y[:24])), bs=12, per_class=4, labels=y[:24].numpy(), shuffle=True, seed=0)
     dls = DataLoaders(train, TfmdDL(list(zip(x[24:],y[24:])), bs=12))
     learn = metric_learner(dls, Net(), TripletLoss(), path=tmp_path)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-    p = Page(learn.report(tmp_path/'r'))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3)
+        p = Page(learn.report(tmp_path/'r'))
     assert 'no images that could be drawn' in p.text and list(p.ims)==['fig-curves_retrieval','fig-curves']
     assert re.search('time of the last epoch', p.text)
 
