@@ -49,6 +49,11 @@ def test_confused_classes_by_hand(fan):
     a,b = fig.subfigs[0].axes[:2]
     assert a.get_title()=='x' and b.get_title()=='✗ y' and b.get_xlabel()==f'{np.cos(np.radians(2)):.3f}'
 
+def test_confusion_has_a_direction():
+    "An x that takes a y for nearest, while the two ys have each other"
+    df = RetrievalInterpretation(angles(0,30,35), [0,1,1], vocab=['x','y']).most_confused()
+    assert df[['query','found','count','of']].values.tolist()==[['x','y',1,1]]
+
 def test_nothing_confused_is_said():
     good = RetrievalInterpretation(angles(0,1,90,91), [0,0,1,1], image=grey)
     assert len(good.most_confused())==0
@@ -135,10 +140,10 @@ def test_a_pair_is_listed_once_whoever_finds_it(fan):
 def test_triplets_by_hand():
     "Anchor 0, positive 3 to the east, negative 4 to the north: a right angle, and c = 0"
     x,y = torch.tensor([[0.,0],[3,0],[0,4],[9,9]]),torch.tensor([0,0,1,2])
-    t = triplet_table(x, y, miner=lambda e,l: (torch.tensor([0,1]),torch.tensor([1,0]),torch.tensor([2,2])), margin=2., gamma=1.)
+    t = triplet_table(x, y, miner=lambda e,l: (torch.tensor([0,1]),torch.tensor([1,0]),torch.tensor([2,2])), margin=3., gamma=1.)
     t = t.set_index('a')
-    assert t.loc[0,['d_ap','d_an','d_pn','angle','violation','violation_dr']].tolist()==pytest.approx([3,4,5,90,1,1])
-    assert t.loc[1,['d_an','violation']].tolist()==pytest.approx([5,0]) and t.loc[1,'angle']==pytest.approx(np.degrees(np.arccos(.6)), abs=1e-4)
+    assert t.loc[0,['d_ap','d_an','d_pn','angle','violation','violation_dr']].tolist()==pytest.approx([3,4,5,90,2,2])
+    assert t.loc[1,['d_an','violation','violation_dr']].tolist()==pytest.approx([5,1,.4]) and t.loc[1,'angle']==pytest.approx(np.degrees(np.arccos(.6)), abs=1e-4)
     sq = triplet_table(x, y, lambda e,l: tuple(torch.tensor([o]) for o in (0,1,2)), margin=8., gamma=1., squared=True)
     assert sq.violation[0]==pytest.approx(9-16+8)
 
