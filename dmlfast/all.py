@@ -16,3 +16,6 @@ from .ranking import *
 from .learner import *
 from .checkpoint import *
 from .export import *
+from .interpret import *
+from .doctor import *
+from .report import *

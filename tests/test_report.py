@@ -1,0 +1,183 @@
+"The page about a run: what it says, that it loads nothing, and that a browser has nothing to complain of"
+import base64, io, json, re, shutil, subprocess
+from html.parser import HTMLParser
+import numpy as np, pytest, torch
+from PIL import Image
+from fastai.vision.all import *
+from dmlfast.all import *
+from dmlfast.report import split_hash, plot_curves
+
+class Page(HTMLParser):
+    "Text, tables, links and pictures of a page"
+    def __init__(self, file):
+        super().__init__()
+        self.html,self.refs,self.ims,self.cells,self.words,self.ids,self.open = file.read_text(encoding='utf-8'),[],{},[],[],[],[]
+        self.fig = None
+        self.feed(self.html)
+        self.close()
+        self.text = ' '.join(' '.join(self.words).split())
+    def handle_starttag(self, tag, attrs):
+        d = dict(attrs)
+        self.refs += [d[k] for k in ('src','href') if k in d]
+        if 'id' in d: self.ids.append(d['id'])
+        if tag=='figure': self.fig = d['id']
+        if tag=='img': self.ims[self.fig] = d
+        if tag=='tr': self.cells.append([])
+        if tag not in ('meta','link','img'): self.open.append(tag)
+    def handle_endtag(self, tag): assert self.open.pop()==tag
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ('td','th'): self.cells[-1].append(data)
+        if not {'style','script'} & set(self.open): self.words.append(data)
+
+@pytest.fixture(scope='module')
+def run(few, tmp_path_factory):
+    "A learner after a fit with a doctor, and its report"
+    set_seed(0)
+    tmp = tmp_path_factory.mktemp('run')
+    dls = few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0)
+    learn = metric_learner(dls, 'test_resnet', DRTripletLoss(), emb_sz=16, pretrained=False, path=tmp, cbs=TrainingDoctor(every=1))
+    learn.remove_cbs([o for o in learn.cbs if type(o).__name__=='ProgressCallback'])
+    learn.logger = noop
+    learn.fit(2, 1e-3)
+    return learn,learn.report(tmp/'report', 'test', code='fit(2, 1e-3) # <b>&', n_queries=2)
+
+@pytest.fixture(scope='module')
+def page(run): return Page(run[1])
+
+def test_it_says_what_evaluate_says(run, page):
+    learn,_ = run
+    res = learn.evaluate('test')
+    rows = {o[0]:o for o in page.cells if o}
+    for k in ('recall@1','recall@8','r_precision','map@r'):
+        assert rows[k][1]==f'{res[k]:.4f}'
+        if res.interval(k): assert rows[k][3:]==[f'{o:.4f}' for o in res.interval(k)]
+    assert json.loads(re.search('<script[^>]*>(.*?)</script>', page.html, re.S)[1])['metrics']['recall@1']['mean']==pytest.approx(res['recall@1'])
+
+def test_it_says_how_the_run_was_made(run, page, few):
+    learn,_ = run
+    rows = {o[0]:o[1:] for o in page.cells if o}
+    assert rows['loss']==[repr(learn.loss_func)] and rows['network']==['test_resnet'] and rows['greatest learning rate']==['0.001']
+    assert '32 items, 4 of a class, seed 0' in rows['batches'] and 'TrainingDoctor(every=1)' in rows['callbacks'][0]
+    assert rows['hash of the splits']==[split_hash(learn.dls)] and rows['torch']==[torch.__version__]
+    for split,o in few.summary().iterrows(): assert rows[split]==[str(o.images),str(o.classes)]
+    assert re.fullmatch(r'[\d.]+ s', rows['time of the fit'][0]) and re.fullmatch(r'[\d.]+ s', rows['time of this report'][0])
+    assert 'fit(2, 1e-3) # <b>&' in page.text # as it was written, and no markup
+    assert [o[0] for o in page.cells if o and o[0] in ('0','1')]==['0','1'] # both epochs
+    assert f'{len(few.items("test"))} items' in page.text
+
+def test_it_loads_nothing(page):
+    assert page.refs and all(o.startswith(('data:','#')) for o in page.refs)
+    assert "default-src 'none'" in page.html and '@import' not in page.html and 'url(' not in page.html
+    assert {o[1:] for o in page.refs if o.startswith('#')}<=set(page.ids) and len(set(page.ids))==len(page.ids)
+
+def test_pictures_are_whole_and_described(page):
+    assert list(page.ims)==['fig-curves_retrieval','fig-neighbours','fig-worst','fig-confused','fig-curves','fig-doctor']
+    for d in page.ims.values():
+        im = Image.open(io.BytesIO(base64.b64decode(d['src'].split(',')[1])))
+        im.load()
+        assert (im.width//2,im.height//2)==(int(d['width']),int(d['height'])) and im.width<=2100
+        assert len(d['alt'])>20 and np.asarray(im.convert('L')).std()>5
+
+def test_findings_are_on_the_page(run, tmp_path):
+    learn,_ = run
+    doctor = learn.training_doctor
+    kept = doctor.steps
+    doctor.steps = [dict(o, neg=.99) for o in kept]
+    try: p = Page(learn.report(tmp_path, n_queries=1))
+    finally: doctor.steps = kept
+    assert 'The embeddings collapse' in p.text and 'class="finding"' in p.html
+    doctor.steps = kept[:3]
+    try: assert 'too few to say' in Page(learn.report(tmp_path, n_queries=1, overwrite=True)).text
+    finally: doctor.steps = kept
+
+def test_a_report_is_not_overwritten_unasked(run, tmp_path):
+    learn,file = run
+    with pytest.raises(FileExistsError, match='overwrite=True'): learn.report(file.parent)
+
+def test_an_untrained_learner_and_strange_names(make_learner, tmp_path):
+    learn = make_learner()
+    learn.dls.source.name,old = '<script>alert(1)</script>',learn.dls.source.name
+    try: p = Page(learn.report(tmp_path, n_queries=1))
+    finally: learn.dls.source.name = old
+    assert 'There is no fit to tell of' in p.text and 'No TrainingDoctor looked at this run' in p.text
+    assert 'alert(1)' in p.text and '<script>alert' not in p.html
+    assert 'fig-curves' not in p.ims and 'fig-neighbours' in p.ims
+
+class Net(nn.Module):
+    "Points to unit vectors"
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+    def forward(self, x): return F.normalize(self.body(x), dim=1)
+
+def test_items_that_are_no_images(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    x,y = torch.randn(48, 4, generator=g),torch.arange(48)//4
+    train = BalancedDL(list(zip(x[:24],y[:24])), bs=12, per_class=4, labels=y[:24].numpy(), shuffle=True, seed=0)
+    dls = DataLoaders(train, TfmdDL(list(zip(x[24:],y[24:])), bs=12))
+    learn = metric_learner(dls, Net(), TripletLoss(), path=tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3)
+        p = Page(learn.report(tmp_path/'r'))
+    assert 'no images that could be drawn' in p.text and list(p.ims)==['fig-curves_retrieval','fig-curves']
+    assert re.search('time of the last epoch', p.text)
+
+def test_the_hash_is_of_items_labels_and_splits(few):
+    def dls(df, name='x', bs=32, **kwargs): return MetricDataset(df, few.path, name, size=None, flip=False).dataloaders(bs=bs, num_workers=0, **kwargs)
+    h = split_hash(dls(few.df))
+    assert re.fullmatch('[0-9a-f]{64}', h)
+    assert h==split_hash(dls(few.df.sample(frac=1, random_state=1), 'another name', 16, seed=3))
+    assert h!=split_hash(dls(few.df.drop(few.df.index[0])))
+    other = few.df.copy()
+    a,b = other.label.unique()[:2]
+    other['label'] = other.label.replace({a:b, b:a})
+    other['split'] = few.df.split
+    assert h!=split_hash(dls(other[~other.label.isin([a,b])])) # without two classes
+
+def test_curves_say_what_they_show(run):
+    learn,_ = run
+    a,b,c = plot_curves(learn).axes
+    assert (a.get_xlabel(),a.get_ylabel(),b.get_xlabel(),c.get_ylabel())==('steps','loss','epochs','rate of the last group')
+    assert len(a.lines[0].get_xdata())==2*len(learn.dls.train) and a.lines[1].get_ydata().tolist()==[o[1] for o in learn.recorder.values]
+    names = [o.get_label() for o in b.lines]
+    assert names==['recall@1','recall@2','recall@4','recall@8','map@r']
+    assert b.lines[0].get_ydata().tolist()==[o[2] for o in learn.recorder.values]
+    assert c.lines[0].get_ydata().tolist()==learn.recorder.lrs
+
+# in a browser
+
+chromium = next(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome'))), None)
+needs_browser = pytest.mark.skipif(chromium is None, reason='there is no Chromium on PATH: Debian has it in the package chromium')
+
+def browse(file, tmp, width=1280, *args):
+    "What the browser makes of a page, and what its console says"
+    cmd = [chromium,'--headless','--no-sandbox','--disable-gpu',f'--user-data-dir={tmp}','--enable-logging=stderr','--v=0',f'--window-size={width},1500',*args,file.as_uri()]
+    res = subprocess.run(cmd, capture_output=True, text=True, timeout=120)
+    assert res.returncode==0, res.stderr[-2000:]
+    return res.stdout,[o for o in res.stderr.splitlines() if 'CONSOLE' in o]
+
+@needs_browser
+def test_the_console_is_empty(run, tmp_path):
+    dom,said = browse(run[1], tmp_path/'profile', 1280, '--dump-dom')
+    assert said==[]
+    assert '<h2 id="versions">' in dom and dom.count('<img')==6
+
+@needs_browser
+def test_an_error_would_be_seen(run, tmp_path):
+    "The page forbids scripts and what is elsewhere, and a browser that obeys says so"
+    bad = tmp_path/'bad.html'
+    bad.write_text(run[1].read_text(encoding='utf-8').replace('</main>', '<script>console.error(1)</script><img src="https://example.invalid/x.png"></main>'), encoding='utf-8')
+    _,said = browse(bad, tmp_path/'profile', 1280, '--dump-dom')
+    assert len(said)>=2 and 'Content Security Policy' in ' '.join(said)
+
+@needs_browser
+@pytest.mark.parametrize('width', [1280,390])
+def test_the_page_is_as_wide_as_the_screen(run, tmp_path, width):
+    "A script, for which the policy is lifted in a copy, compares the page with the window, whatever scrolls by itself"
+    copy = tmp_path/'copy.html'
+    html = re.sub('<meta http-equiv.*?>', '', run[1].read_text(encoding='utf-8'))
+    probe = '<script>addEventListener("load", () => document.title = [innerWidth, document.documentElement.scrollWidth, [...document.images].every(o => o.complete && o.naturalWidth>0)].join(" "))</script>'
+    copy.write_text(html.replace('</main>', f'</main>{probe}'), encoding='utf-8')
+    dom,said = browse(copy, tmp_path/'profile', width, '--dump-dom')
+    window,page,loaded = re.search('<title>(.*?)</title>', dom)[1].split()
+    assert said==[] and int(page)<=int(window) and loaded=='true'
