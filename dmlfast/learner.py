@@ -381,13 +381,20 @@ def predict(self:MetricLearner,
 )->tuple: # Embedding, `(emb_sz,)` float32; neighbours, a list of `Hit`s, nearest first
     "Embedding of one item, and its nearest neighbours"
     if isinstance(item, str): item = Path(item)
-    if isinstance(item, (Image.Image,np.ndarray)): item = self.dls.valid_ds.tls[0].types[-1].create(item) # the type of image that the data loaders open
+    if isinstance(item, np.ndarray): item = Image.fromarray(item)
+    if isinstance(item, Image.Image): item = self._as_opened(item)
     emb = self.embed(self.dls.test_dl([item], num_workers=0), bar=False)[0]
     if gallery is None and not len(self.dls.train.items): return emb[0],[] # an exported learner has no items
     dl,embs,ys = self._gallery(gallery)
     if ys is None: raise ValueError("The items of the gallery have no labels, so a search could not say what it found.")
     scores,idx = neighbours(emb, embs, k=min(k, len(embs)))
     return emb[0],[Hit(str(self.dls.vocab[int(ys[j])]), item_name(dl.items[j]), s) for s,j in zip(scores[0].tolist(), idx[0].tolist())]
+
+@patch
+def _as_opened(self:MetricLearner, im):
+    "A PIL image as the data loaders would have opened it"
+    cls = self.dls.valid_ds.tls[0].types[-1]
+    return cls.create(np.array(im.convert(cls._open_args['mode'])))
 
 def item_name(
     item, # An item of a loader
