@@ -107,7 +107,7 @@ class Checkpoint(Callback):
 # %% ../nbs/api/51_checkpoint.ipynb #6d1823e1
 @patch
 def before_fit(self:Checkpoint):
-    "Go on from where `resume` found the run, or begin; raises `FileExistsError` rather than overwrite another run"
+    "Go on from where `resume` found the run, or begin; raises `ValueError` where this is another fit"
     self.run = not any(hasattr(self.learn, o) for o in ('lr_finder','gather_preds'))
     if not self.run: return
     self.logs = []
@@ -116,9 +116,17 @@ def before_fit(self:Checkpoint):
     same = [o for o in self.learn.cbs if isinstance(o, Checkpoint) and o.folder.resolve()==key]
     self.run = same[-1] is self # the one that is given to the fit, and not that of `resume`
     if not self.run: return
-    self.i_fit = runs[key] = runs.get(key, -1)+1
+    self.i_fit = runs.get(key, -1)+1
     state = self.learn.__dict__.get('_resumed', {}).get(key)
-    if state is not None: return self.go_on(state)
+    if state is None: self.begin()
+    elif self.i_fit==state['i_fit'] and state['n_epoch']!=self.n_epoch:
+        raise ValueError(f"The interrupted fit was one of {state['n_epoch']} epochs, and this one is of {self.n_epoch}: call it as it was called.")
+    runs[key] = self.i_fit # only now, so that a call which was refused is refused again
+    if state is not None: self.go_on(state)
+
+@patch
+def begin(self:Checkpoint):
+    "Raise `FileExistsError` rather than overwrite another run, and `OSError` where nothing can be written"
     if self.file.exists() and not self.overwrite and not self.i_fit:
         raise FileExistsError(f"{str(self.folder)!r} holds the checkpoint of a run: `learn.resume({str(self.folder)!r})` before the fit goes on with it, "
                               f"and `Checkpoint({str(self.folder)!r}, overwrite=True)` begins anew.")
@@ -175,13 +183,11 @@ def _load_weights(model, sd, folder):
 # %% ../nbs/api/51_checkpoint.ipynb #67c23be2
 @patch
 def go_on(self:Checkpoint, state):
-    "Put everything back, or skip a fit that was complete; raises `ValueError` where this is another fit"
+    "Put everything back, or skip a fit that was complete"
     if self.i_fit<state['i_fit']:
         print(f"Fit {self.i_fit+1} of the run in {str(self.folder)!r} is complete: skipped.")
         raise CancelFitException
     self.learn._resumed.pop(self.folder.resolve())
-    if state['n_epoch']!=self.n_epoch:
-        raise ValueError(f"The interrupted fit was one of {state['n_epoch']} epochs, and this one is of {self.n_epoch}: call it as it was called.")
     self.restore(state)
 
 @patch
