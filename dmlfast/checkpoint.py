@@ -102,8 +102,6 @@ class Checkpoint(Callback):
         try: _write(self.file, self.state())
         except OSError as e: warn(f"No checkpoint was written after epoch {self.epoch} ({e}); the one before it is kept.")
 
-    def after_fit(self): self.learn.first_epoch,self.run = 0,True
-
 # %% ../nbs/api/51_checkpoint.ipynb #6d1823e1
 @patch
 def before_fit(self:Checkpoint):
@@ -213,4 +211,5 @@ def restore(self:Checkpoint, state):
 # %% ../nbs/api/51_checkpoint.ipynb #71a384d0
 @patch
 def _do_fit(self:MetricLearner):
-    for self.epoch in range(getattr(self, 'first_epoch', 0), self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+    first = self.__dict__.pop('first_epoch', 0) # of this fit alone, also if it is interrupted
+    for self.epoch in range(first, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)

@@ -8,10 +8,10 @@ Docs: https://dmlfast.github.io/dmlfast/api/deploy.html.md"""
 __all__ = ['Hit', 'Preprocess', 'ImageEmbedder', 'check_folder', 'load_embedder']
 
 # %% ../nbs/api/32_deploy.ipynb #69d40456
-import hashlib, json, math, os, shutil, tempfile
+import hashlib, json, shutil, tempfile
 import numpy as np, torch
 from collections import namedtuple
-from fastcore.basics import patch, store_attr
+from fastcore.basics import patch
 from importlib.metadata import version
 from pathlib import Path
 from PIL import Image

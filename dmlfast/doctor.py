@@ -20,7 +20,7 @@ from fastai.torch_core import get_model
 from .geometry import *
 from .losses import *
 from .mining import *
-from .interpret import _axes, _blue, _grey, _orange
+from .interpret import _axes, _blue, _orange
 
 # %% ../nbs/api/61_doctor.ipynb #7c342804
 def effective_rank(

@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/export.html.md"""
 __all__ = ['preprocess_of']
 
 # %% ../nbs/api/52_export.ipynb #ed53a94d
-import copy, math
+import math
 from fastcore.all import *
 from fastai.data.all import *
 from fastai.vision.core import *

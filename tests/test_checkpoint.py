@@ -108,6 +108,15 @@ def test_killed_twice(make_learner, tmp_path):
         go(learn)
         same(learn, whole)
 
+def test_a_fit_after_an_interrupted_resumed_one_is_whole(make_learner, tmp_path):
+    learn = make_learner()
+    n = len(learn.dls.train)
+    with pytest.raises(KeyboardInterrupt): learn.fit(3, 1e-2, cbs=[Checkpoint(tmp_path/'run'), Do(n+1, stop)])
+    learn = make_learner().resume(tmp_path/'run')
+    with pytest.raises(KeyboardInterrupt): learn.fit(3, 1e-2, cbs=Do(n+2, stop))
+    learn.fit(2, 1e-2)
+    assert len(learn.recorder.values)==2
+
 def test_a_complete_run_is_not_repeated(make_learner, tmp_path):
     learn = make_learner()
     learn.fit(2, 1e-2, cbs=Checkpoint(tmp_path/'run'))
