@@ -291,7 +291,7 @@ def measures_on_test(self:MetricLearner)->bool:
 def fit_recipe(self:MetricLearner,
     n_epoch:int=None, # Passes over the training set; the recipe's if not given, as for all of these
     lr=None, # Learning rate, or `slice` of it for the parameter groups
-    sched=None, # `'flat'`, `'exp'`, `'step'`, or a function from the rates of the groups to a schedule
+    sched=None, # `'flat'`, `'exp'`, `'step'`, `'one_cycle'`, or a function from the rates of the groups to a schedule
     patience:int=None, # Stop after this many epochs without a better recall@1; 0: never
     cbs=None, # Callbacks
     **kwargs
@@ -300,14 +300,15 @@ def fit_recipe(self:MetricLearner,
     r = self.recipe.fit
     n_epoch,sched = ifnone(n_epoch, r.get('n_epoch')),ifnone(sched, r.get('sched', 'flat'))
     if n_epoch is None: raise ValueError("This learner has no recipe that says for how many epochs to fit: pass `n_epoch`, or make it with `recipe=`.")
-    if not callable(sched) and sched not in _scheds: raise ValueError(f"Schedules are {', '.join(map(repr, _scheds))} or a function; got {sched!r}.")
+    if not callable(sched) and sched not in ('one_cycle',*_scheds):
+        raise ValueError(f"Schedules are {', '.join(map(repr, _scheds))}, 'one_cycle' or a function; got {sched!r}.")
+    cbs,patience = L(cbs),ifnone(patience, r.get('patience', 0))
+    if patience and sum(map(len, self.dls.loaders[1:])) and not self.measures_on_test(): cbs = cbs + EarlyStoppingCallback('recall@1', patience=patience)
+    if sched=='one_cycle': return self.fit_one_cycle(n_epoch, lr, cbs=cbs, **kwargs)
     if self.opt is None: self.create_opt()
     self.opt.set_hyper('lr', ifnone(lr, self.lr))
     lrs = np.array([h['lr'] for h in self.opt.hypers])
-    cbs = L(cbs) + ParamScheduler({'lr': (sched if callable(sched) else _scheds[sched])(lrs)})
-    patience = ifnone(patience, r.get('patience', 0))
-    if patience and sum(map(len, self.dls.loaders[1:])) and not self.measures_on_test(): cbs = cbs + EarlyStoppingCallback('recall@1', patience=patience)
-    self.fit(n_epoch, lr, cbs=cbs, **kwargs)
+    self.fit(n_epoch, lr, cbs=cbs+ParamScheduler({'lr': (sched if callable(sched) else _scheds[sched])(lrs)}), **kwargs)
 
 # %% ../nbs/api/50_learner.ipynb #3ad01945
 @patch

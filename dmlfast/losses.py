@@ -43,6 +43,7 @@ class MetricLoss(nn.Module):
     lr_mult = 1. # Multiplier of the learning rate for the loss's own weights
     normalize_embs = True # Does it want unit rows?
     seen_only = False # Has it weights for each training class, and so no value on any other?
+    space = {} # Where a search looks for its arguments: `(low, high)`, `(low, high, 'log')` or a list of choices
     reductions = 'mean','sum','none'
     def __init__(self,
         gamma:float=0., # Weight of the direction regulariser
@@ -190,9 +191,12 @@ def call_miner(
     return miner(*args, d2.detach()) if isinstance(miner, Miner) else miner(*args)
 
 # %% ../nbs/api/02_losses.ipynb #39abab13
+_gammas = dict(gamma=(0.,.6)) # 0: the plain loss is in the space
+
 class TripletLoss(MetricLoss):
     "A negative must be farther from the anchor than a positive, by a margin"
     reductions = 'active','mean','sum','none'
+    space = dict(margin=(.05,.5))
     def __init__(self,
         margin:float=.2, # Least difference between the distances, in the embeddings' unit
         gamma:float=0., # Weight of the direction regulariser
@@ -222,6 +226,7 @@ def mined(self:TripletLoss, d2, embs, labels):
 # %% ../nbs/api/02_losses.ipynb #58bdc815
 class DRTripletLoss(TripletLoss):
     "`TripletLoss` with direction regularisation"
+    space = TripletLoss.space | _gammas
     def __init__(self, margin=.2, gamma=.3, squared=False, reduction='active', miner=None):
         super().__init__(margin, gamma, squared, reduction, miner)
 
@@ -292,6 +297,7 @@ def shifted_pairs(
 class ContrastiveLoss(MetricLoss):
     "Positives nearer than one margin, negatives farther than another"
     reductions = 'active','mean','sum','none'
+    space = dict(pos_margin=(0.,.4), neg_margin=(.3,1.2))
     def __init__(self,
         pos_margin:float=0., # Positives nearer than this cost nothing, in the embeddings' unit
         neg_margin:float=.5, # Negatives farther than this cost nothing
@@ -345,6 +351,7 @@ def mark_unknown(
 class MarginLoss(MetricLoss):
     "Positives on one side of a learned boundary, negatives on the other"
     reductions = 'active','mean','sum','none'
+    space = dict(margin=(.05,.4), beta=(.8,1.4))
     def __init__(self,
         n_classes:int=None, # Number of training classes, or 1 for one boundary in common; see `setup`
         margin:float=.2, # Half the width of the gap at the boundary, in the embeddings' unit
@@ -391,6 +398,7 @@ class NPairLoss(MetricLoss):
     "One pair per class, told from the pairs of all other classes at once"
     normalize_embs = False
     reductions = 'mean','none'
+    space = dict(l2=(.002,.1,'log'))
     def __init__(self,
         l2:float=.02, # Weight of the mean squared norm of the embeddings
         gamma:float=0., # Weight of the direction regulariser
@@ -495,6 +503,7 @@ class _MultiSimilarity(torch.autograd.Function):
 # %% ../nbs/api/02_losses.ipynb #4bbaa9e4
 class MultiSimilarityLoss(MetricLoss):
     "Soft weights for the pairs that are hard relative to their anchor's other pairs"
+    space = dict(alpha=(1.,10.,'log'), beta=(10.,80.,'log'), lam=(.3,.9))
     def __init__(self,
         alpha:float=2., # Sharpness for positives
         beta:float=50., # Sharpness for negatives
@@ -520,6 +529,7 @@ class MultiSimilarityLoss(MetricLoss):
 # %% ../nbs/api/02_losses.ipynb #4eeadc85
 class DRMultiSimilarityLoss(MultiSimilarityLoss):
     "`MultiSimilarityLoss` with direction regularisation and the paper's boundary"
+    space = MultiSimilarityLoss.space | _gammas
     def __init__(self, alpha=2., beta=50., lam=.7, eps=.1, gamma=.3, reduction='mean', miner=None):
         super().__init__(alpha, beta, lam, eps, gamma, reduction, miner)
 
@@ -603,6 +613,7 @@ def proxy_cos(
 # %% ../nbs/api/02_losses.ipynb #b35c17d2
 class ProxyNCALoss(ProxyLoss):
     "Softmax over the distances to all proxies"
+    space = dict(scale=(3.,30.,'log'), lr_mult=(10.,1000.,'log'))
     def __init__(self,
         n_classes:int=None, # Number of training classes; see `setup`
         emb_sz:int=None, # Length of an embedding; see `setup`
@@ -634,6 +645,7 @@ class ProxyNCALoss(ProxyLoss):
 # %% ../nbs/api/02_losses.ipynb #85a5793c
 class DRProxyNCALoss(ProxyNCALoss):
     "`ProxyNCALoss` with direction regularisation"
+    space = ProxyNCALoss.space | _gammas
     def __init__(self, n_classes=None, emb_sz=None, gamma=.3, squared=True, normalize_proxies=True, scale=9., include_positive=True,
                  lr_mult=100., reduction='mean'):
         super().__init__(n_classes, emb_sz, gamma, squared, normalize_proxies, scale, include_positive, lr_mult, reduction)
@@ -642,6 +654,7 @@ class DRProxyNCALoss(ProxyNCALoss):
 class ProxyAnchorLoss(ProxyLoss):
     "Each proxy pulls its class and pushes the others, the hardest most"
     reductions = 'mean','none'
+    space = dict(margin=(0.,.4), alpha=(8.,64.,'log'), lr_mult=(10.,1000.,'log'))
     def __init__(self,
         n_classes:int=None, # Number of training classes; see `setup`
         emb_sz:int=None, # Length of an embedding; see `setup`
