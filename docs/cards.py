@@ -139,4 +139,4 @@ def contents(room):
     def row(o):
         methods = [f'[`{p.last}`](#{p.full})' for p in room if p.owner==o.name]
         return f'| {o.link} | {linkify(in_cell(o.doc))}{"<br>" if methods else ""}{", ".join(methods)} |'
-    return '\n'.join(['| name | what it is |', '|---|---|', *map(row, heads)])
+    return '\n'.join(['::::{container} names', '| name | what it is |', '|---|---|', *map(row, heads), '::::'])
