@@ -1,5 +1,6 @@
 "Reference cards: an exported cell of a notebook becomes what Sphinx says of a class, a function or a method, with a table of its arguments"
 import ast, inspect, re
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cached_property
 from importlib import import_module
 from fastcore.basics import AttrDict
@@ -23,6 +24,11 @@ def in_cell(s): return ' '.join(s.replace('|', '\\|').split())
 
 def linkify(s): return NbdevLookup().linkify(s) if s else ''
 
+def code_of(o):
+    "The function behind a method, a class method (Python's or fastcore's) or a property; other things as they are"
+    inner = next((a for a in ('fget','__func__') if hasattr(o, a)), None) or {'_clsmethod':'f', 'cached_property':'func'}.get(type(o).__name__)
+    return inspect.unwrap(getattr(o, inner) if inner else o)
+
 class Symbol:
     "A public class, function, method or value of a module, by its name there"
     def __init__(self, name, module):
@@ -34,17 +40,17 @@ class Symbol:
     @cached_property
     def fn(self):
         "What has the code"
-        o = self.obj
-        if isinstance(o, property): o = o.fget
-        if hasattr(o, 'func') and not callable(o): o = o.func # a cached property
-        return inspect.unwrap(getattr(o, '__func__', o))
+        return code_of(self.obj)
 
     @property
     def kind(self):
         if not (callable(self.obj) or self.owner): return 'data'
         if isinstance(self.obj, type): return 'class'
         if not self.owner: return 'function'
-        return 'method' if callable(self.fn) and (callable(self.obj) or isinstance(self.obj, (classmethod,staticmethod))) else 'property'
+        return 'property' if isinstance(self.obj, (property,cached_property)) else 'method'
+
+    @property
+    def is_classmethod(self): return isinstance(self.obj, classmethod) or type(self.obj).__name__=='_clsmethod'
 
     @property
     def doc(self): return (inspect.getdoc(self.fn) or '').split('\n')[0] if self.kind!='data' else (type(self.obj).__doc__ or '').split('\n')[0]
@@ -54,7 +60,7 @@ class Symbol:
         "The same in the classes it derives from, itself first"
         if self.kind=='class': return [o for o in self.obj.__mro__ if o.__module__.startswith('dmlfast.') and '__init__' in vars(o)]
         cls = self.parent if isinstance(self.parent, type) else type
-        return [self.fn, *(inspect.unwrap(getattr(o, self.last)) for o in cls.__mro__[1:] if self.last in vars(o) and o.__module__.startswith('dmlfast.'))]
+        return [self.fn, *(code_of(vars(o)[self.last]) for o in cls.__mro__[1:] if self.last in vars(o) and o.__module__.startswith('dmlfast.'))]
 
     @cached_property
     def args(self):
@@ -64,6 +70,8 @@ class Symbol:
         args,*more = [docments(o, full=True, args_kwargs=True) for o in self._bases]
         for k,o in args.items():
             if not o.docment: o.docment = next((b[k].docment for b in more if k in b and b[k].docment), None)
+        for f in fields(self.obj) if is_dataclass(self.obj) else ():
+            if f.default_factory is not MISSING: args[f.name].default = f.default_factory()
         return {k:o for k,o in args.items() if k not in ('self','cls')}
 
     @property
@@ -77,9 +85,9 @@ class Symbol:
     def signature(self):
         "Names and defaults of the arguments that are explained; the others are behind `**kwargs`"
         if self.kind in ('data','property'): return ''
-        ps = [inspect.Parameter(k, o.kind, default=o.default) for k,o in self.args.items() if k!='return' and (o.docment or o.kind in (o.kind.VAR_POSITIONAL,o.kind.VAR_KEYWORD))]
-        left = [k for k,o in self.args.items() if k!='return' and not o.docment]
-        if left and not any(o.kind==o.VAR_KEYWORD for o in ps): ps.append(inspect.Parameter('kwargs', inspect.Parameter.VAR_KEYWORD))
+        known = {k:o for k,o in self.args.items() if k!='return'}
+        ps = [inspect.Parameter(k, o.kind, default=o.default) for k,o in known.items() if o.docment or o.default is empty]
+        if len(ps)<len(known) and not any(o.kind==o.VAR_KEYWORD for o in ps): ps.append(inspect.Parameter('kwargs', inspect.Parameter.VAR_KEYWORD))
         res,star = [],False
         for o in ps:
             if o.kind==o.KEYWORD_ONLY and not star: res.append('*')
@@ -98,7 +106,7 @@ class Symbol:
 
     def card(self):
         "Markdown: an anchor under nbdev's own id, which README and other projects link to, and what Sphinx makes a card of"
-        how = ':classmethod:\n' if isinstance(self.obj, classmethod) else ''
+        how = ':classmethod:\n' if self.is_classmethod else ''
         return f'<a id="{self.name.lower()}"></a>\n\n::::{{py:{self.kind}}} {self.name}{self.signature}\n:module: {self.module}\n{how}\n{linkify(self.doc)}\n\n{self.table}\n::::'
 
     @property
