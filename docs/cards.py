@@ -11,7 +11,7 @@ from nbdev.showdoc import showdoc_nm
 from sphinx.util.typing import stringify_annotation
 
 empty = inspect.Parameter.empty
-re_plumbing = re.compile(r'_|(before|after)_|forward|(load_)?state_dict$|extra_repr$|encodes$|setups$|train$') # what Python, PyTorch and fastai call, and users do not
+re_plumbing = re.compile(r'_(?!_call__)|(before|after)_|forward_|(load_)?state_dict$|extra_repr$|encodes$|setups$|train$') # what Python, PyTorch, timm and fastai call, and users do not
 
 def type_name(o):
     "`pandas.DataFrame|None` as `DataFrame|None`"
