@@ -31,7 +31,7 @@ bench: setup    ## speed and memory against other libraries
 
 prepare: setup  ## before a commit: export, run the notebooks and store their outputs, clean, README
 	nbdev-export
-	nbdev-test --save --n-workers 1
+	python -m pytest -q tests/test_notebooks.py -k test_notebook --save
 	nbdev-clean
 	python docs/nbsite.py readme
 

@@ -93,14 +93,20 @@ def _halve(x, pad=False):
 
 # %% ../nbs/api/21_bninception.ipynb #a00c211f
 @patch
-def unit(self:BNInception, x, *names):
+def unit(self:BNInception,
+    x:Tensor, # A map, `(n,c,h,w)`
+    *names # Names of the convolutions
+)->Tensor: # A map, `(n,c,h,w)`
     "Convolutions with batch norm and ReLU, one after another"
     for n in names: x = F.relu(getattr(self, n+'_bn')(getattr(self, n)(x)), inplace=True)
     return x
 
 # %% ../nbs/api/21_bninception.ipynb #38df9e87
 @patch
-def block(self:BNInception, x, name):
+def block(self:BNInception,
+    x:Tensor, # A map, `(n,c,h,w)`
+    name:str, # Such as `'3a'`
+)->Tensor: # A map, `(n,c,h,w)`
     "The branches of a block, side by side"
     one,_,_,proj = _blocks[name]
     pre = f'inception_{name}_'
@@ -112,7 +118,10 @@ def block(self:BNInception, x, name):
 
 # %% ../nbs/api/21_bninception.ipynb #583dfcd9
 @patch
-def step(self:BNInception, x, name):
+def step(self:BNInception,
+    x:Tensor, # Images or a map, `(n,c,h,w)`
+    name:str, # `'conv1'`, `'conv2'`, or a block such as `'3a'`
+)->Tensor: # A map, `(n,c,h,w)`
     "One of the two convolutions or a block, with the pooling before it"
     if name=='conv1': return self.unit(x, 'conv1_7x7_s2')
     if name=='conv2': return self.unit(_halve(x), 'conv2_3x3_reduce', 'conv2_3x3')

@@ -46,7 +46,11 @@ class RetrievalMetrics(Callback):
         self.reset()
 
     def reset(self): self.embs,self.labels,self.scores = [],[],{}
-    def value(self, name): return self.scores.get(name, float('nan'))
+    def value(self,
+        name:str, # A column, such as `'recall@1'`
+    )->float: # nan where nothing was measured
+        "Value of a column in the last validation"
+        return self.scores.get(name, float('nan'))
     def state_dict(self): return self.scores
     def load_state_dict(self, d): self.scores = d
     def due(self):

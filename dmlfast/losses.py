@@ -62,11 +62,17 @@ class MetricLoss(nn.Module):
         embs,labels = check_batch(embs, labels)
         with full_precision(embs): return self.compute(embs, labels)
 
-    def compute(self, embs, labels):
+    def compute(self,
+        embs:Tensor, # Embeddings, `(n,d)` float32 or float64
+        labels:Tensor, # Class of each row, `(n,)` int64
+    )->Tensor: # Scalar, or `(n,)` if `reduction` is `'none'`
         "What a subclass defines: the loss of finite float embeddings and int64 labels"
         raise NotImplementedError
 
-    def setup(self, n_classes=None, emb_sz=None):
+    def setup(self,
+        n_classes:int=None, # Number of training classes
+        emb_sz:int=None, # Numbers in an embedding
+    ): # The loss itself
         "Make the weights that need the number of training classes or the embedding size; nothing for a loss without"
         return self
 
@@ -215,7 +221,11 @@ class TripletLoss(MetricLoss):
 
 # %% ../nbs/api/02_losses.ipynb #11021b60
 @patch
-def mined(self:TripletLoss, d2, embs, labels):
+def mined(self:TripletLoss,
+    d2:Tensor, # Squared distances, `(n,n)` float64
+    embs:Tensor, # Embeddings, `(n,d)` float
+    labels:Tensor, # Class of each row, `(n,)` int64
+)->Tensor: # Scalar, or `(n,)`
     "The loss of the miner's triplets"
     a,p,n = as_triplets(call_miner(self.miner, embs, labels, d2))
     ap,an = d2[a,p],d2[a,n]
@@ -317,7 +327,11 @@ class ContrastiveLoss(MetricLoss):
 
 # %% ../nbs/api/02_losses.ipynb #1487c323
 @patch
-def all_pairs(self:ContrastiveLoss, d2, labels, dtype):
+def all_pairs(self:ContrastiveLoss,
+    d2:Tensor, # Squared distances, `(n,n)` float64
+    labels:Tensor, # Class of each row, `(n,)` int64
+    dtype:torch.dtype, # Of the result
+)->Tensor: # Scalar, or `(n,)`
     "The loss of all pairs, as matrices"
     dist = safe_sqrt(d2.to(dtype))
     pos,neg = label_masks(labels, dtype)
@@ -368,7 +382,9 @@ class MarginLoss(MetricLoss):
         self.nu,self.lr_mult,self.miner = nu,lr_mult,miner
         self.set_betas(n_classes or 1)
 
-    def set_betas(self, n):
+    def set_betas(self,
+        n:int, # Number of classes, 1 for a boundary that all share
+    ):
         "`n` boundaries at `beta`"
         old = getattr(self, 'betas', torch.zeros(()))
         self.betas = nn.Parameter(torch.full((n,), self.beta, device=old.device), requires_grad=self.learn_beta)
@@ -516,7 +532,13 @@ class MultiSimilarityLoss(MetricLoss):
         super().__init__(gamma, reduction)
         self.alpha,self.beta,self.lam,self.eps,self.miner = alpha,beta,lam,eps,miner
 
-    def masks(self, embs, labels, sim, pos, neg):
+    def masks(self,
+        embs:Tensor, # Embeddings, `(n,d)` float
+        labels:Tensor, # Class of each row, `(n,)` int64
+        sim:Tensor, # Dot products of all rows, `(n,n)`
+        pos:Tensor, # Positives of each row, `(n,n)` float of 0 and 1
+        neg:Tensor, # Negatives of each row, likewise
+    )->tuple[Tensor,Tensor]: # Masks like `pos` and `neg`
         "Positives and negatives of each row to learn from"
         if not self.miner: return ms_masks(sim, pos, neg, self.eps)
         a,p,a2,n = as_pairs(call_miner(self.miner, embs, labels, sqdist(embs)))
@@ -567,7 +589,13 @@ class ProxyLoss(MetricLoss):
         proxies = proxy_norms(self.proxies.to(embs.dtype), self.normalize_proxies)
         return mark_unknown(self.compare(embs, labels, *proxies), bad)
 
-    def compare(self, embs, labels, proxies, inv, sq):
+    def compare(self,
+        embs:Tensor, # Embeddings, `(n,d)` float
+        labels:Tensor, # Class of each row, `(n,)` int64
+        proxies:Tensor, # A row for each training class, `(c,d)`
+        inv:Tensor, # Factor of each proxy, `(c,)` or scalar
+        sq:Tensor, # Squared norms of the proxies with that factor, `(c,)` or scalar
+    )->Tensor: # Scalar, or `(n,)` if `reduction` is `'none'`
         "What a subclass defines: the loss of embeddings against proxies, as from `proxy_norms`"
         raise NotImplementedError
 
@@ -634,7 +662,13 @@ class ProxyNCALoss(ProxyLoss):
         values = logits.scatter(1, own, -math.inf).logsumexp(1)-logits.gather(1, own)[:,0]
         return reduce_values(values, self.reduction)
 
-    def logits(self, embs, labels, proxies, inv, sq):
+    def logits(self,
+        embs:Tensor, # Embeddings, `(n,d)` float
+        labels:Tensor, # Class of each row, `(n,)` int64
+        proxies:Tensor, # A row for each training class, `(c,d)`
+        inv:Tensor, # Factor of each proxy, `(c,)` or scalar
+        sq:Tensor, # Squared norms of the proxies with that factor, `(c,)` or scalar
+    )->Tensor: # `(n,c)`
         "Minus the scaled distances, up to a number per row"
         if self.squared and not self.gamma: return torch.sub(proxy_dots(embs, proxies, 2*self.scale*inv), sq*self.scale)
         d,c,own = proxy_cos(embs, labels, proxies, inv, sq)
@@ -726,7 +760,11 @@ class CombinedLoss(MetricLoss):
 
 # %% ../nbs/api/02_losses.ipynb #34909bce
 @patch
-def part(self:CombinedLoss, loss, embs, labels):
+def part(self:CombinedLoss,
+    loss:MetricLoss, # One of `losses`
+    embs:Tensor, # Embeddings, `(n,d)` float
+    labels:Tensor, # Class of each row, `(n,)` int64
+)->Tensor: # Scalar, or `(n,)`
     "The value of one part, reduced in its own way, or not at all if we are not"
     if self.reduction!='none' or 'none' not in loss.reductions: return loss(embs, labels)
     old,loss.reduction = loss.reduction,'none'

@@ -62,7 +62,11 @@ class Miner:
             if embs.dtype not in (torch.float32,torch.float64): embs = embs.float()
             return self.mine(embs, labels, sqdist(embs) if d2 is None else d2)
 
-    def mine(self, embs, labels, d2):
+    def mine(self,
+        embs:Tensor, # Embeddings, `(n,d)` float32 or float64
+        labels:Tensor, # Class of each row, `(n,)` integer
+        d2:Tensor, # Their squared distances, `(n,n)`
+    )->tuple: # `(a,p,n)` or `(a,p,a2,n)`, int64 vectors
         "What a subclass defines"
         raise NotImplementedError
 
@@ -171,7 +175,11 @@ class DistanceWeightedMiner(Miner):
         upper:float|None=1.4, # And from above here; not if None
     ): self.cutoff,self.upper = cutoff,upper
 
-    def weights(self, embs, labels, d2):
+    def weights(self,
+        embs:Tensor, # Embeddings, `(n,d)` float, unit rows
+        labels:Tensor, # Class of each row, `(n,)` integer
+        d2:Tensor, # Their squared distances, `(n,n)`
+    )->Tensor: # `(n,n)`, each row adds up to 1
         "Probability of each row as the negative of each anchor, `(n,n)`; uniform in rows that have no negative"
         D = embs.shape[1]
         d2 = d2.to(embs.dtype).clamp(min=self.cutoff**2, max=None if self.upper is None else self.upper**2)

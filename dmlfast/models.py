@@ -25,7 +25,7 @@ def timm_body(
     arch:str, # Name of a timm model
     pretrained:bool=True, # Load timm's pretrained weights?
     weights=None, # File of weights (safetensors, or .pth), instead of timm's
-    **kwargs
+    **kwargs # Passed to `timm.create_model`
 )->nn.Module: # timm model without its classifier
     "Body of timm model `arch`; raises `ValueError` for an unknown name and for weights that do not fit"
     if not isinstance(arch, str): raise ValueError(f"`arch` is the name of a timm model, such as 'resnet18', or a module; got {arch!r}.")
@@ -121,7 +121,9 @@ class GeM(nn.Module):
         self.log_p,self.eps = nn.Parameter(torch.tensor(float(p)).log()),eps
 
     @property
-    def p(self): return self.log_p.exp()
+    def p(self):
+        "The exponent, positive"
+        return self.log_p.exp()
 
     def forward(self,
         x:Tensor, # `(n,c,h,w)` float
@@ -245,7 +247,9 @@ class Embedder(nn.Module):
         self.freeze_body(frozen_stages)
 
     @property
-    def cfg(self): return self.body.pretrained_cfg
+    def cfg(self):
+        "What timm says of the body's weights: `mean`, `std`, `input_size` and more"
+        return self.body.pretrained_cfg
 
     def features(self,
         x:Tensor, # Images, `(n,c,h,w)` float, normalised with the `mean` and `std` in `cfg`

@@ -26,7 +26,10 @@ from .data import _some, _sorted
 class NamedImage(PILImage):
     "A `PILImage` whose reading errors name the file"
     @classmethod
-    def create(cls, fn, **kwargs):
+    def create(cls,
+        fn, # Path of an image, or what else `PILImage.create` opens
+        **kwargs # Passed to `PILImage.create`
+    ):
         "Open `fn`; raises `ValueError` naming it where it is no complete image"
         try: return super().create(fn, **kwargs)
         except FileNotFoundError: raise ValueError(f"There is no image {str(fn)!r}.") from None

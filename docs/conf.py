@@ -1,16 +1,29 @@
 "Sphinx configuration; `python docs/nbsite.py` builds the site into `docs/_build/html`"
+import inspect, sys
 from importlib.util import find_spec
 from pathlib import Path
 from nbdev.config import get_config
 
 cfg = get_config(__file__)
+sys.path.insert(0, str(Path(__file__).parent))
 project,author,copyright,release = cfg.title, 'the dmlfast authors', '2026, the dmlfast authors', cfg.version
-extensions = ['myst_nb', 'sphinx_copybutton']
+extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx.ext.linkcode']
 myst_enable_extensions = ['dollarmath', 'amsmath', 'attrs_inline', 'colon_fence']
 myst_heading_anchors = 3
 nb_render_markdown_format = 'myst' # tables that cells display
-nb_execution_mode = 'off'  # outputs are stored in the notebooks; `nbdev-test --save` refreshes them
+nb_execution_mode = 'off'  # outputs are stored in the notebooks; `make prepare` refreshes them
 suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type']
+add_module_names = False # a card says `TripletLoss`, not `dmlfast.losses.TripletLoss`: users import from `dmlfast.all`
+toc_object_entries_show_parents = 'hide'
+html_show_sourcelink = False # it would be the processed notebook, which nobody has written
+
+def linkcode_resolve(domain, info):
+    "Where the code of a card is in the repository"
+    from cards import Symbol
+    fn = Symbol(info['fullname'], info['module']).fn
+    try: file,line = Path(inspect.getsourcefile(fn)),inspect.getsourcelines(fn)[1]
+    except (TypeError, OSError): return # a value, or a class that has no source of its own
+    return f'{cfg.git_url}/blob/{cfg.branch}/{cfg.lib_path.name}/{file.name}#L{line}'
 
 html_theme = "furo"
 html_title = cfg.title
@@ -18,6 +31,7 @@ mathjax = Path(find_spec('sphinx-mathjax-offline').origin).parent/'static'/'math
 html_static_path = ['_static', str(mathjax/'tex-svg.js')]
 mathjax_path = 'tex-svg.js'
 html_css_files = ['site.css']
+html_favicon = '_static/favicon.svg'
 html_theme_options = dict(
     light_css_variables={'font-stack': 'Inter, system-ui, sans-serif', 'color-brand-primary': '#0b6e4f', 'color-brand-content': '#0b6e4f'},
     dark_css_variables={'color-brand-primary': '#5fd3a6', 'color-brand-content': '#5fd3a6'})

@@ -1,76 +1,86 @@
 "Turn the notebooks of an nbdev project into pages that Sphinx (myst-nb) can render, without Quarto"
-import os, re, shutil, sys
+import hashlib, os, re, shutil, sys
 from base64 import b64decode
+from importlib.metadata import version
 from pathlib import Path
 from fastcore.nbio import mk_cell, read_nb, write_nb
 from nbdev.config import get_config, nbpath2html
 from nbdev.doclinks import nbglob
-from nbdev.processors import (FilterDefaults, add_links, add_show_docs, clean_magics, exec_show_docs, filter_stream_,
-    hide_, hide_line, mv_exports, populate_language, rm_export, rm_header_dash, strip_ansi, strip_hidden_metadata)
+from nbdev.processors import (FilterDefaults, add_links, clean_magics, filter_stream_, hide_, hide_line, populate_language,
+    rm_export, rm_header_dash, strip_ansi, strip_hidden_metadata)
 
-_re_card = re.compile(r'\A---\n\n(?:\[source\]\((?P<src>\S+?)\)\{.*?\}\n\n)?(?P<lvl>#+) (?P<nm>.+)\n(?P<body>[\s\S]*)')
+captions = dict(tutorials='Tutorials', explanations='Explanations', api='Reference') # folders of `nbs/`, as the navigation names them
+reading_order = ['metrics','measuring','direction_regularization','ranking','fastai','design'] # of explanations; the others go by their numbers
+project_pages = dict(CONTRIBUTING='contributing', CHANGELOG='changelog')
 
 def drop_stderr(cell):
     "Warnings are for the author, not for the reader"
     if cell.cell_type=='code': cell.outputs = [o for o in cell.outputs if o.get('name')!='stderr']
 
-def card(cell):
-    "Replace a `show_doc` cell with the markdown it displayed: target, heading, source link, signature, docstring"
-    if cell.cell_type!='code' or 'show_doc(' not in cell.source: return
-    md = next((''.join(o.data['text/markdown']) for o in cell.outputs if 'text/markdown' in o.get('data',{})), '')
-    m = _re_card.match(md)
-    if not m: cell.source = md
-    else:
-        name = m['nm'].replace('\\', '').strip('*')
-        src = f'<a class="src" href="{m["src"]}">source</a>\n\n' if m['src'] else ''
-        id = name.lower() # nbdev's own anchor, which README and other projects link to
-        cell.source = f'<a id="{id}"></a>\n\n({id})=\n{m["lvl"]} `{name}`\n\n{src}{m["body"].strip()}'
-    cell.cell_type = 'markdown'
-    for k in ('outputs','execution_count','has_sd'): cell.pop(k, None)
-    cell.metadata = {}
-
 class SiteFilter(FilterDefaults):
-    "nbdev's own documentation processors, less the ones that write Quarto syntax"
+    "nbdev's own documentation processors, with cards of our own and without those that write Quarto syntax"
     def base_procs(self):
-        return [populate_language, add_show_docs, strip_ansi, hide_line, filter_stream_, rm_header_dash, exec_show_docs,
-            rm_export, clean_magics, hide_, add_links, mv_exports, strip_hidden_metadata, drop_stderr, card]
+        from cards import cards
+        return [populate_language, strip_ansi, hide_line, filter_stream_, rm_header_dash, add_links, cards,
+            rm_export, clean_magics, hide_, strip_hidden_metadata, drop_stderr]
 
 def page(nb_path, root):
     "Where the page of `nb_path` goes below `root`, named as nbdev names it: `00_core.ipynb` -> `core.ipynb`"
     rel = Path(nb_path).relative_to(root)
     return nbpath2html(rel).with_suffix('.ipynb')
 
-def toctree(files, root):
-    "Markdown cell holding the navigation: one group per folder of `nbs/`"
-    groups = {}
-    for f in sorted(files, key=str):
-        if f.parent!=root: groups.setdefault(f.parent.name, []).append(page(f, root).with_suffix('').as_posix())
-    captions = dict(tutorials='Tutorials', explanations='Explanations', api='Reference')
-    return mk_cell('\n\n'.join(f'```{{toctree}}\n:hidden:\n:caption: {captions[d]}\n\n' + '\n'.join(groups[d]) + '\n```'
-        for d in captions if d in groups), 'markdown')
+def place(f):
+    "What notebooks of a folder are sorted by"
+    return (reading_order.index(f.stem) if f.stem in reading_order else -1, f.name)
+
+def toctree(caption, docs): return f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(docs) + '\n```'
+
+def navigation(files, root):
+    "Cell with the navigation: one group per folder of `nbs/`, and the project's own pages"
+    groups = {d: [page(f, root).with_suffix('').as_posix() for f in sorted(files, key=place) if f.parent.name==d] for d in captions}
+    if groups['api']: groups['api'].insert(0, 'reference')
+    trees = [toctree(captions[d], o) for d,o in groups.items() if o]
+    return mk_cell('\n\n'.join([*trees, toctree('Project', project_pages.values())]), 'markdown')
+
+def title_of(nb):
+    "The heading and the sentence below it"
+    m = re.match(r'# (.+?)\n+(?:> (.+))?', nb.cells[0].source)
+    return m[1],m[2] or ''
+
+def reference(rooms):
+    "Page of all public names: page -> its title, what it is about, and its symbols"
+    from cards import contents
+    parts = [f'## [{t}]({k})\n\n{about}\n\n{contents(room)}' for k,(t,about,room) in rooms.items()]
+    return '# All names\n\n> What each module has for users, from the lowest module to the highest: one uses only those before it on this page. `from dmlfast.all import *` gives all of it but the commands.\n\n' + '\n\n'.join(parts) + '\n'
 
 def build_pages(dest):
     "Write the processed notebooks to `dest`"
+    from cards import contents
     cfg = get_config()
     root,base = cfg.nbs_path,f"{cfg.doc_host}{cfg.doc_baseurl}/"
     shutil.rmtree(dest, ignore_errors=True)
-    nbs = [Path(f) for f in nbglob(root)]
+    nbs = sorted((Path(f) for f in nbglob(root)), key=str)
     names = {f.name: page(f, root) for f in nbs}
-    done,ids = {},set()
+    done,rooms,full = {},{},{}
     for f in nbs:
         done[f] = nb = read_nb(f)
         SiteFilter()(nb)
-        for c in nb.cells: c.source = re.sub(r'^\(([^()]+)\)=$', lambda m: '' if m[1] in ids else ids.add(m[1]) or m[0], c.source, flags=re.M)
-    def symbol(m): return f'[{m[1]}](#{m[2]})' if m[2] in ids else m[1] # a private name has no card to go to
-    for f in nbs:
-        nb,out = done[f],page(f, root)
-        if f.stem=='index' and f.parent==root: nb.cells.append(toctree(nbs, root))
+        if room := nb.pop('room', None):
+            out = page(f, root).as_posix()
+            rooms[out] = (*title_of(nb),room)
+            full.update({f'{out.removesuffix(".ipynb")}.html#{o.name.lower()}':o.full for o in room})
+            nb.cells.insert(1, mk_cell(contents(room), 'markdown'))
+    def symbol(m): return f'[{m[1]}](#{full[m[2]]})' if m[2] in full else m[1] # a private name has no card to go to
+    def mend(src):
+        "Links to symbols and to notebooks, as Sphinx has them"
+        src = re.sub(rf'\[(`[^`]+`)\]\({re.escape(base)}([^)#]*#[^)]+)\)', symbol, src)
+        return re.sub(r'\]\(([^():]*?)([^/()\s:]+\.ipynb)', lambda m: f']({m[1]}{names.get(m[2], Path(m[2])).name}', src)
+    for f,nb in done.items():
+        out = page(f, root)
+        if f.stem=='index' and f.parent==root: nb.cells.append(navigation(nbs, root))
         for c in nb.cells:
             c.metadata.pop('execution', None)
-            c.source = re.sub(r'^#\| .*\n?', '', c.source, flags=re.M) if c.cell_type=='code' else c.source
-            if c.cell_type!='markdown': continue
-            c.source = re.sub(rf'\[(`[^`]+`)\]\({re.escape(base)}[^)#]*#([^)]+)\)', symbol, c.source) # symbols: the targets `card` makes
-            c.source = re.sub(r'\]\(([^():]*?)([^/()\s:]+\.ipynb)', lambda m: f']({m[1]}{names.get(m[2], Path(m[2])).name}', c.source)
+            c.source = mend(c.source) if c.cell_type=='markdown' else re.sub(r'^#\| .*\n?', '', c.source, flags=re.M)
         nb.metadata = dict(kernelspec=dict(display_name='python3', language='python', name='python3'), language_info=dict(name='python'))
         (dest/out).parent.mkdir(parents=True, exist_ok=True)
         write_nb(nb, dest/out)
@@ -78,11 +88,14 @@ def build_pages(dest):
         if f.suffix in ('.png','.jpg','.svg','.gif','.md'):
             (dest/f.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(f, dest/f.relative_to(root))
+    (dest/'reference.md').write_text(mend(reference(rooms)), encoding='utf-8')
+    for a,b in project_pages.items(): shutil.copy2(cfg.config_path/f'{a}.md', dest/f'{b}.md')
 
 def readme():
     "Write README.md from `index.ipynb`, as `nbdev-readme` would with Quarto: markdown, code, text outputs and images"
     cfg = get_config()
     nb,base,imgs = read_nb(cfg.nbs_path/cfg.readme_nb),f"{cfg.doc_host}{cfg.doc_baseurl}/",cfg.config_path/'index_files'
+    raw = f'{cfg.git_url}/raw/{cfg.branch}'
     shutil.rmtree(imgs, ignore_errors=True)
     out = ['<!-- WARNING: THIS FILE WAS AUTOGENERATED FROM nbs/index.ipynb. DO NOT EDIT! -->']
     for i,c in enumerate(nb.cells):
@@ -90,7 +103,8 @@ def readme():
         add_links(c)
         drop_stderr(c)
         if c.cell_type=='markdown':
-            out.append(re.sub(r'\]\(([^():]+\.ipynb)', lambda m: f']({base}{nbpath2html(Path(m[1])).as_posix()}', c.source))
+            src = re.sub(r'!\[(.*?)\]\((?!\w+:)(.+?)\)', lambda m: f'<img src="{raw}/nbs/{m[2]}" width="720" alt="{m[1]}">', c.source)
+            out.append(re.sub(r'\]\(([^():]+\.ipynb)', lambda m: f']({base}{nbpath2html(Path(m[1])).as_posix()}', src))
         elif c.cell_type=='code':
             out.append(f'```python\n{c.source.strip()}\n```')
             for o in c.outputs:
@@ -98,18 +112,33 @@ def readme():
                 if 'image/png' in d:
                     imgs.mkdir(exist_ok=True)
                     (imgs/f'cell-{i}.png').write_bytes(b64decode(''.join(d['image/png'])))
-                    out.append(f'<img src="{cfg.git_url}/raw/{cfg.branch}/index_files/cell-{i}.png" width="640" alt="output of the cell above">')
+                    out.append(f'<img src="{raw}/index_files/cell-{i}.png" width="640" alt="output of the cell above">')
                 elif 'text/markdown' in d: out.append(''.join(d['text/markdown']))
                 elif txt := ''.join(d.get('text/plain', o.get('text', ''))): out.append(f'```\n{txt.rstrip()}\n```')
     (cfg.config_path/'README.md').write_text('\n\n'.join(out)+'\n', encoding='utf-8')
 
+def fingerprint(root):
+    "Hash of all that a site is made of, and of what makes it"
+    files = [f for o in ('nbs','docs','dmlfast','settings.ini','pyproject.toml','README.md',*(f'{p}.md' for p in project_pages))
+        for f in ([root/o] if (root/o).is_file() else (root/o).rglob('*')) if f.is_file() and not {'_build','_pages','__pycache__','.ipynb_checkpoints'} & set(f.parts)]
+    h = hashlib.sha256(repr([version(o) for o in ('sphinx','myst-nb','furo','nbdev','fastcore')]).encode())
+    for f in sorted(files): h.update(f'{f.relative_to(root)} {hashlib.sha256(f.read_bytes()).hexdigest()}\n'.encode())
+    return h.hexdigest()
+
 def main():
-    "`nbsite.py` builds the site into `docs/_build/html`; `nbsite.py readme` writes README.md"
+    "`nbsite.py` builds the site into `docs/_build/html` unless it is there already; `nbsite.py readme` writes README.md"
     if sys.argv[1:]==['readme']: return readme()
+    here = Path(__file__).parent.resolve()
+    pages,html = here/'_pages',here/'_build'/'html'
+    stamp,now = html/'.fingerprint',fingerprint(here.parent)
+    if stamp.exists() and stamp.read_text()==now: return print(f'{html.relative_to(here.parent)} is up to date')
     from sphinx.cmd.build import main as sphinx
-    here = Path(__file__).parent
-    build_pages(here/'_pages')
-    return sphinx(['-q', '-W', '--keep-going', '-E', '-c', str(here), str(here/'_pages'), str(here/'_build'/'html'), *sys.argv[1:]])
+    from links import dead_links
+    shutil.rmtree(html, ignore_errors=True)
+    build_pages(pages)
+    if status := sphinx(['-q', '-W', '--keep-going', '-E', '-c', str(here), str(pages), str(html), *sys.argv[1:]]): return status
+    if dead := dead_links(html, here.parent): return '\n'.join(dead)
+    stamp.write_text(now)
 
 if __name__ == '__main__':
     os.chdir(get_config(Path(__file__).parent).config_path)

@@ -1,5 +1,6 @@
 "What several tests share: data that is drawn once, and a small learner"
-import os
+import os, subprocess, sys
+from pathlib import Path
 os.environ.setdefault('OMP_NUM_THREADS', '1') # networks this small gain nothing from threads, and on a busy machine they lose a lot by them
 import matplotlib
 matplotlib.use('agg')
@@ -46,6 +47,18 @@ def make_learner(few, tmp_path):
         learn.logger = lambda *a: None
         return learn
     return _make
+
+def pytest_addoption(parser):
+    parser.addoption('--save', action='store_true', help='store the outputs of the notebooks that pass')
+
+@pytest.fixture(scope='session')
+def site():
+    "Folder of the built site; what is there is taken if it is up to date, so that `make docs` afterwards has nothing left to do"
+    pytest.importorskip('sphinx', reason="the site is built with the packages of `pip install -e '.[docs]'`")
+    root = Path(__file__).parent.parent
+    res = subprocess.run([sys.executable, root/'docs'/'nbsite.py'], capture_output=True, text=True, timeout=600)
+    assert res.returncode==0, res.stdout+res.stderr
+    return root/'docs'/'_build'/'html'
 
 def pytest_pycollect_makeitem(collector, name, obj):
     "`from fastai.vision.all import *` brings functions called `test_...`, which are no tests"
