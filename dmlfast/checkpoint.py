@@ -109,7 +109,7 @@ def _rates(learn):
     "The learning rate of each parameter group, in the course of the fit"
     scheds = [o.scheds['lr'] for o in learn.cbs if isinstance(o, ParamScheduler) and 'lr' in o.scheds]
     at = [np.ravel(f(x)) for f in scheds for x in (0.,.25,.5,1.)] or [np.array([h['lr'] for h in learn.opt.hypers])]
-    return ' / '.join('→'.join(dict.fromkeys(f'{o:.4g}' for o in group)) for group in zip(*at))
+    return ' / '.join(dict.fromkeys('→'.join(dict.fromkeys(f'{o:.4g}' for o in group)) for group in zip(*at)))
 
 def _facts(learn):
     "What a fit was called with, in words"

@@ -20,6 +20,7 @@ from fastai.learner import *
 from fastai.optimizer import *
 from fastai.callback.all import *
 from fastai.imports import dispatch
+from fastai.vision.data import get_grid
 from fastprogress.fastprogress import progress_bar
 from .bninception import *
 from .data import *

@@ -166,7 +166,8 @@ def show(self:GradedViews,
     fig,axs = plt.subplots(*ims.shape[:2], squeeze=False, figsize=figsize or (2*ims.shape[1], 2*len(ims)), layout='tight')
     for ax,im in zip(axs.flat, ims.flatten(0, 1)):
         ax.imshow(im if im.shape[-1]==3 else im[...,0], cmap='gray', vmin=0, vmax=1)
-        ax.set_axis_off()
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_color('0.8') # an image may be as white as the page
     for n,ax in enumerate(axs[0]): ax.set_title(f'level {n}')
     return fig
 
@@ -306,7 +307,11 @@ class SelfSupervisedRanking(Callback):
         if key not in self.said: warnings.warn(msg)
         self.said.add(key)
 
-    def __repr__(self): return _call(self, 'm,gamma,p,per,hidden,emb_sz,seed,views', loss=self.rank_loss)
+    def __repr__(self):
+        "Its main arguments, and others where they are not the defaults"
+        n = self.views.n
+        rest = (('hidden',self.hidden,512), ('emb_sz',self.emb_sz,None), ('views',self.views,GradedViews(n, seed=self.seed)), ('loss',self.rank_loss,RankingLoss()), ('seed',self.seed,0))
+        return _call(self, 'm,gamma,p,per', n=n, **{k:v for k,v,default in rest if repr(v)!=repr(default)})
 
 # %% ../nbs/api/40_ranking.ipynb #463d3722
 @patch

@@ -109,7 +109,9 @@ def test_splits_by_name(learn):
         embs,labels = res[kwargs.get('with_input', 0):][:2]
         assert type(embs) is TensorEmbedding and torch.allclose(embs, want, atol=1e-6) and labels.tolist()==ys.tolist()
     assert len(learn.tta(dl='test', n=1)[0])==len(want)==len(learn.tta('test', n=1)[0])
-    assert learn.validate('test')[1]==pytest.approx(learn.evaluate('test', metrics=['recall@1'])['recall@1'], abs=1e-6)==pytest.approx(learn.validate(dl='test')[1])
+    for args,kwargs in ((['test'],{}), ([],dict(dl='test'))):
+        scores = learn.validate(*args, **kwargs)
+        assert dict(zip(learn.recorder.metric_names[2:], scores))['recall@1']==pytest.approx(learn.evaluate('test', metrics=['recall@1'])['recall@1'], abs=1e-6)
     for args,kwargs in ((['test'],{}), ([],dict(dl='test'))):
         fig = learn.show_results(*args, max_n=2, k=2, **kwargs)
         assert {o.get_title() for o in fig.axes[::3]}<={learn.dls.vocab[int(y)] for y in ys}

@@ -173,7 +173,7 @@ def test_a_tracker_of_what_cannot_exist_is_refused(make_learner):
     with pytest.raises(ValueError, match="monitors 'recall_1', and the columns are train_loss, valid_loss, recall@1, recall@2"):
         learn.fit(1, 1e-3, cbs=SaveModelCallback(monitor='recall_1'))
 
-@pytest.mark.parametrize('loss', [TripletLoss, ContrastiveLoss, MarginLoss, NPairLoss, MultiSimilarityLoss, lambda: CombinedLoss([TripletLoss(),NPairLoss()]), ProxyNCALoss, ProxyAnchorLoss, lambda: CombinedLoss([TripletLoss(),ProxyNCALoss()])])
+@pytest.mark.parametrize('loss', [TripletLoss, ContrastiveLoss, MarginLoss, NPairLoss, MultiSimilarityLoss, lambda: CombinedLoss([TripletLoss(),ContrastiveLoss()]), ProxyNCALoss, ProxyAnchorLoss, lambda: CombinedLoss([TripletLoss(),ProxyNCALoss()])])
 def test_batches_without_pairs_are_not_silent(make_learner, loss, recwarn):
     "Once in a fit, and not where proxies stand for classes, nor where batches have pairs"
     loss = loss()
@@ -183,7 +183,7 @@ def test_batches_without_pairs_are_not_silent(make_learner, loss, recwarn):
     def run(**kwargs):
         learn.dls.loaders[0] = learn.dls.train.new(**kwargs)
         recwarn.clear()
-        with learn.added_cbs(Callback(after_train=_stop)): learn.fit(1, 0.)
+        with learn.added_cbs(Callback(after_batch=_stop)): learn.fit(1, 0.)
         return said()
     assert run(bs=16, per_class=4)==[]
     assert len(one := run(bs=16, per_class=1))==1-proxies

@@ -577,8 +577,11 @@ def test_pictures_of_several_classes_are_no_step(make_learner):
     plt.close('all')
 
 def test_it_says_how_it_was_made():
-    for make in (lambda: SelfSupervisedRanking(), lambda: SelfSupervisedRanking(gamma=.5, p=1., per='epoch', emb_sz=8, views=GradedViews(3, strength=.3, seed=2), loss=RankingLoss(alpha=.1))):
-        assert repr(eval(repr(make())))==repr(make())
+    assert repr(SelfSupervisedRanking())=="SelfSupervisedRanking(m=20, gamma=0.8, p=0.8, per='batch', n=4)"
+    for make in (lambda: SelfSupervisedRanking(seed=3, hidden=64), lambda: SelfSupervisedRanking(gamma=.5, p=1., per='epoch', emb_sz=8, views=GradedViews(3, strength=.3, seed=2), loss=RankingLoss(alpha=.1))):
+        a,b = make(),eval(repr(make()))
+        assert repr(a)==repr(b) and repr(a.views)==repr(b.views) and repr(a.rank_loss)==repr(b.rank_loss)
+        assert [getattr(a, o)==getattr(b, o) for o in ('m','gamma','p','per','hidden','emb_sz','seed')]==[True]*7
     assert 'GradedViews(n=3, strength=0.3' in repr(make()) and "per='epoch'" in repr(make()) and 'alpha=0.1' in repr(make())
 
 @pytest.mark.parametrize('loss', [ProxyNCALoss, DRMultiSimilarityLoss, MarginLoss, ContrastiveLoss])
