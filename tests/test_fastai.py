@@ -88,7 +88,7 @@ def test_interpretation(make_learner):
     labels = learn.embed()[1][idxs]
     assert [o.get_title() for o in axs]==[f'{learn.dls.vocab[int(y)]} / {l:.2f}' for y,l in zip(labels[:2], losses[:2])]
     assert plt.gcf()._suptitle.get_text()=='Actual/Loss'
-    ims = [np.asarray(o.images[0].get_array()) for o in axs]
+    ims = [np.asarray(o.images[0].get_array()).astype(int) for o in axs]
     for im,i in zip(ims, idxs): assert np.abs(im-np.asarray(learn.dls.valid_ds[int(i)][0])).max()<=1
     plt.close('all')
     interp.show_results(idxs[:3].tolist())
