@@ -101,6 +101,13 @@ def test_interpretation_without_losses(learn):
     Interpretation.from_learner(learn, ds_idx=0).plot_top_losses(2)
     plt.close('all')
 
+def test_a_classifier_has_fastais_pictures():
+    "Theirs are for predictions, ours for embeddings alone"
+    im = TensorImage(torch.zeros(3,4,4))
+    plot_top_losses(im[None], TensorCategory(torch.tensor([0])), [(im,'a')], [('b',)], torch.tensor([[.3,.7]]), torch.tensor([.5]))
+    assert [o.get_title() for o in plt.gcf().axes if o.images]==['b/a / 0.50 / 0.70']
+    plt.close('all')
+
 def test_splits_by_name(learn):
     "Wherever a loader may be given"
     want,ys = learn.embed('test')
