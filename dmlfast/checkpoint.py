@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/checkpoint.html.md"""
 __all__ = ['Checkpoint']
 
 # %% ../nbs/api/51_checkpoint.ipynb #4931eae2
-import os, random, torch
+import os, random, re, torch
 import numpy as np
 from fastcore.all import *
 from fastai.data.all import *
@@ -90,7 +90,7 @@ class Checkpoint(Callback):
     ):
         store_attr('every,overwrite')
         if not isinstance(every, int) or every<1: raise ValueError(f"`every` is a number of epochs, 1 or more; got {every!r}.")
-        self.folder,self.i_fit,self.logs = Path(folder),-1,[]
+        self.folder,self.i_fit,self.logs,self.facts = Path(folder),-1,[],{}
 
     @property
     def file(self): return self.folder/'checkpoint.pt'
@@ -103,6 +103,22 @@ class Checkpoint(Callback):
         except OSError as e: warn(f"No checkpoint was written after epoch {self.epoch} ({e}); the one before it is kept.")
 
 # %% ../nbs/api/51_checkpoint.ipynb #6d1823e1
+def _code(o): return ' '.join(re.sub(' at 0x[0-9a-f]+', '', repr(o)).split())
+
+def _rates(learn):
+    "The learning rate of each parameter group, in the course of the fit"
+    scheds = [o.scheds['lr'] for o in learn.cbs if isinstance(o, ParamScheduler) and 'lr' in o.scheds]
+    at = [np.ravel(f(x)) for f in scheds for x in (0.,.25,.5,1.)] or [np.array([h['lr'] for h in learn.opt.hypers])]
+    return ' / '.join(dict.fromkeys('→'.join(dict.fromkeys(f'{o:.4g}' for o in group)) for group in zip(*at)))
+
+def _facts(learn):
+    "What a fit was called with, in words"
+    dl,opt,ranking = learn.dls.train,getattr(learn, 'opt_func', None),getattr(learn, 'self_supervised_ranking', None)
+    res = {'learning rate':_rates(learn), 'weight decay':learn.opt.hypers[-1].get('wd'), 'loss':learn.loss_func, 'batch size':getattr(dl, 'bs', None), 'images of a class in a batch':getattr(dl, 'per_class', None),
+        'training images':getattr(dl, 'n', None), 'optimiser':getattr(opt, '__name__', opt), 'ranking':ranking}
+    return {k:v if isinstance(v, str) else _code(v) for k,v in res.items()}
+
+# %% ../nbs/api/51_checkpoint.ipynb #4c50c9f6
 @patch
 def before_fit(self:Checkpoint):
     "Go on from where `resume` found the run, or begin; raises `ValueError` where this is another fit"
@@ -114,7 +130,7 @@ def before_fit(self:Checkpoint):
     same = [o for o in self.learn.cbs if isinstance(o, Checkpoint) and o.folder.resolve()==key]
     self.run = same[-1] is self # the one that is given to the fit, and not that of `resume`
     if not self.run: return
-    self.i_fit = runs.get(key, -1)+1
+    self.i_fit,self.facts = runs.get(key, -1)+1,_facts(self.learn)
     state = self.learn.__dict__.get('_resumed', {}).get(key)
     if state is None: self.begin()
     elif self.i_fit==state['i_fit'] and state['n_epoch']!=self.n_epoch:
@@ -134,12 +150,12 @@ def begin(self:Checkpoint):
         (self.folder/'.try').unlink()
     except OSError as e: raise OSError(f"Checkpoints cannot be written to {str(self.folder)!r}: {e}.") from e
 
-# %% ../nbs/api/51_checkpoint.ipynb #4c50c9f6
+# %% ../nbs/api/51_checkpoint.ipynb #68f60516
 @patch
 def state(self:Checkpoint):
     "All that the rest of the run depends on"
     learn,rec = self.learn,self.recorder
-    return _plain(dict(version=1, i_fit=self.i_fit, epoch=self.epoch+1, n_epoch=self.n_epoch, every=self.every, vocab=_classes(learn.dls),
+    return _plain(dict(version=1, i_fit=self.i_fit, epoch=self.epoch+1, n_epoch=self.n_epoch, every=self.every, facts=self.facts, vocab=_classes(learn.dls),
         model=learn.model.state_dict(), opt=learn.opt.state_dict(), train_iter=learn.train_iter,
         grads=[p.grad for p in learn.model.parameters()] if any(getattr(o, "count", 0) for o in learn.cbs if isinstance(o, GradientAccumulation)) else None,
         scaler=learn.scaler.state_dict() if getattr(learn, 'scaler', None) else None,
@@ -161,7 +177,7 @@ def resume(self:MetricLearner,
     except Exception as e: raise ValueError(f"{str(cb.file)!r} is not a checkpoint: {type(e).__name__}.") from e
     if not isinstance(state, dict) or state.get('version')!=1: raise ValueError(f"{str(cb.file)!r} is not a checkpoint of this version of the library.")
     if state['vocab']!=_classes(self.dls): raise ValueError(f"The run in {str(folder)!r} was on other classes: {_differ(state['vocab'], _classes(self.dls))}.")
-    _load_weights(self.model, state['model'], folder)
+    _load_weights(self.model, state['model'], folder, lambda k: hasattr(self.model, k.split('.')[0]))
     self.__dict__.setdefault('_resumed', {})[cb.folder.resolve()] = state
     self.__dict__.setdefault('_runs', {}).pop(cb.folder.resolve(), None)
     if not any(isinstance(o, Checkpoint) for o in self.cbs): self.add_cb(Checkpoint(folder, state['every']))
@@ -171,9 +187,10 @@ def _differ(a, b):
     if len(a)!=len(b): return f"{len(a)}, and there are {len(b)} here"
     return next(f"{x!r} where here is {y!r}" for x,y in zip(a, b) if x!=y)
 
-def _load_weights(model, sd, folder):
-    "Load `sd` into `model`; what a callback will add at the fit may be missing from it yet"
+def _load_weights(model, sd, folder, there=lambda name: True):
+    "Load `sd` into `model`; what a callback will add at the fit is not `there` yet"
     have = model.state_dict()
+    if left := [k for k in sd if k not in have and there(k)]: raise ValueError(f"The run in {str(folder)!r} had another model: {left[0]!r} is not here.")
     if bad := [k for k,v in have.items() if k not in sd or sd[k].shape!=v.shape]:
         raise ValueError(f"The run in {str(folder)!r} had another model: {bad[0]!r} is {'not in it' if bad[0] not in sd else tuple(sd[bad[0]].shape)}, and {tuple(have[bad[0]].shape)} here.")
     model.load_state_dict({k:v for k,v in sd.items() if k in have})
@@ -186,6 +203,10 @@ def go_on(self:Checkpoint, state):
         print(f"Fit {self.i_fit+1} of the run in {str(self.folder)!r} is complete: skipped.")
         raise CancelFitException
     self.learn._resumed.pop(self.folder.resolve())
+    then = state.get('facts', {})
+    if other := [f"{k} {then[k]} then and {v} now" for k,v in self.facts.items() if k in then and then[k]!=v]:
+        warn(f"This is not the call that was interrupted in {str(self.folder)!r}: {'; '.join(other)}. It goes on from there, with the checkpoint's weights and optimiser (a constant rate and weight decay included) "
+             "and all else as called now, and not to where the run would have ended.")
     self.restore(state)
 
 @patch

@@ -17,7 +17,7 @@ from fastcore.all import *
 from fastai.callback.core import Callback
 from fastai.data.transforms import Normalize
 from fastai.learner import *
-from fastai.torch_core import get_model, norm_bias_params
+from fastai.torch_core import get_model, no_random, norm_bias_params
 from .geometry import full_precision
 
 # %% ../nbs/api/40_ranking.ipynb #7f84d74c
@@ -54,6 +54,16 @@ def _colours(
     return mix*std/std[:,None],offset/std[:,None]
 
 # %% ../nbs/api/40_ranking.ipynb #37c84c7c
+def _check_seed(seed):
+    "Raise `ValueError` for what is no seed"
+    if not isinstance(seed, int): raise ValueError(f"`seed` is a whole number, which makes a run repeatable; got {seed!r}.")
+
+def _call(o, names, **more):
+    "The call that makes `o`, with its attributes `names`, and `more`, as arguments"
+    args = {k:getattr(o, k) for k in names.split(',')} | more
+    return f"{type(o).__name__}({', '.join(f'{k}={v!r}' for k,v in args.items())})"
+
+# %% ../nbs/api/40_ranking.ipynb #32b77eb1
 class GradedViews:
     "Views of images at exact, growing strengths, each image in a random direction of its own"
     def __init__(self,
@@ -65,16 +75,17 @@ class GradedViews:
         seed:int=0, # Determines the directions
     ):
         if not (isinstance(n, int) and n>=2): raise ValueError(f"`n` is the number of levels to put in order, 2 or more; got {n!r}.")
+        _check_seed(seed)
         if not strength>0: raise ValueError(f"`strength` is by how much a level exceeds the one before, greater than 0; got {strength!r}.")
         for name,o in dict(crop=crop, perspective=perspective, jitter=jitter).items():
             if not 0<=o<=1: raise ValueError(f"`{name}` is a share of the strength, 0 to 1; got {o!r}.")
-        store_attr('n,strength,crop,perspective,jitter')
+        store_attr('n,strength,crop,perspective,jitter,seed')
         self.rng = torch.Generator().manual_seed(seed)
 
     @property
     def levels(self): return torch.tanh(self.strength*torch.arange(1., self.n+1))
 
-    def __repr__(self): return f'GradedViews(n={self.n}, strength={self.strength}, crop={self.crop}, perspective={self.perspective}, jitter={self.jitter})'
+    def __repr__(self): return _call(self, 'n,strength,crop,perspective,jitter,seed')
 
 # %% ../nbs/api/40_ranking.ipynb #a227f249
 @patch
@@ -155,7 +166,8 @@ def show(self:GradedViews,
     fig,axs = plt.subplots(*ims.shape[:2], squeeze=False, figsize=figsize or (2*ims.shape[1], 2*len(ims)), layout='tight')
     for ax,im in zip(axs.flat, ims.flatten(0, 1)):
         ax.imshow(im if im.shape[-1]==3 else im[...,0], cmap='gray', vmin=0, vmax=1)
-        ax.set_axis_off()
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_color('0.8') # an image may be as white as the page
     for n,ax in enumerate(axs[0]): ax.set_title(f'level {n}')
     return fig
 
@@ -196,7 +208,7 @@ class RankingLoss(nn.Module):
         "A smooth form of the largest of 0 and the numbers in a row"
         return F.pad(self.s*x, (1,0)).logsumexp(1)/self.s
 
-    def __repr__(self): return f'RankingLoss(s={self.s}, alpha={self.alpha}, beta={self.beta}, lam={self.lam})'
+    def __repr__(self): return _call(self, 's,alpha,beta,lam')
 
 # %% ../nbs/api/40_ranking.ipynb #a5cbe824
 def _linear(n_in, n_out, rng):
@@ -253,24 +265,36 @@ def keep_bn_stats(
         for o in bns: o.track_running_stats = True
 
 # %% ../nbs/api/40_ranking.ipynb #3909b839
+def _check_ranking(m, gamma, p, per, hidden, emb_sz, views, loss, seed):
+    "Raise `ValueError` for an argument that `SelfSupervisedRanking` cannot work with"
+    counts = dict(m=(m, 'images to make views of'), hidden=(hidden, "units in the head's hidden layer"), emb_sz=(ifnone(emb_sz, 1), "dimensions of the head's vectors"))
+    for name,(o,what) in counts.items():
+        if not (isinstance(o, int) and o>=1): raise ValueError(f"`{name}` is the number of {what}, 1 or more; got {o!r}.")
+    if not 0<=gamma<math.inf: raise ValueError(f"`gamma` is the weight of the ranking loss, 0 or more; got {gamma!r}.")
+    if not 0<=p<=1: raise ValueError(f"`p` is a share of the batches, 0 to 1; got {p!r}.")
+    if per not in ('batch','epoch'): raise ValueError(f"The coin is tossed per 'batch' or per 'epoch'; got {per!r}.")
+    if not isinstance(views, (GradedViews,type(None))): raise ValueError(f"`views` are made by a `GradedViews`, such as `GradedViews(strength=0.3)`; got {views!r}.")
+    if loss is not None and (isinstance(loss, type) or not callable(loss)):
+        raise ValueError(f"`loss` is a function of the vectors of views, such as `RankingLoss()`; got {loss!r}.")
+    _check_seed(seed)
+
+# %% ../nbs/api/40_ranking.ipynb #4a0bfe3d
 class SelfSupervisedRanking(Callback):
     "Train the order of graded views beside the metric loss"
     order,run_valid = 5,False # before GradientAccumulation, at 6, divides the loss
     def __init__(self,
         n:int=4, # Levels, 2 or more; those of `views`, if that is given
         m:int=20, # Images of a batch to make views of, 1 or more
-        gamma:float=.8, # Weight of the ranking loss
+        gamma:float=.8, # Weight of the ranking loss, 0 or more
         p:float=.8, # Share of the batches (or epochs) that have one, 0 to 1
         per:str='batch', # Toss the coin for each `'batch'` or each `'epoch'`
-        hidden:int=512, # Width of the head's hidden layer
-        emb_sz:int=None, # Numbers in the head's vectors; as many as the model's embeddings have, if not given
+        hidden:int=512, # Width of the head's hidden layer, 1 or more
+        emb_sz:int=None, # Numbers in the head's vectors, 1 or more; as many as the model's embeddings have, if not given
         views=None, # `GradedViews`; those of `n` levels if not given
         loss=None, # Loss of vectors `(m,n+1,d)`; `RankingLoss()` if not given
         seed:int=0, # Determines the coin, the images that are picked, the head and the views
     ):
-        if not (isinstance(m, int) and m>=1): raise ValueError(f"`m` is the number of images to make views of, 1 or more; got {m!r}.")
-        if not 0<=p<=1: raise ValueError(f"`p` is a share of the batches, 0 to 1; got {p!r}.")
-        if per not in ('batch','epoch'): raise ValueError(f"The coin is tossed per 'batch' or per 'epoch'; got {per!r}.")
+        _check_ranking(m, gamma, p, per, hidden, emb_sz, views, loss, seed)
         store_attr('m,gamma,p,per,hidden,emb_sz,seed')
         self.views,self.rank_loss = ifnone(views, GradedViews(n, seed=seed)),ifnone(loss, RankingLoss())
         if isinstance(self.rank_loss, RankingLoss): self.rank_loss.check(self.views.n)
@@ -282,6 +306,12 @@ class SelfSupervisedRanking(Callback):
         "Warn, unless a warning of this kind was given before"
         if key not in self.said: warnings.warn(msg)
         self.said.add(key)
+
+    def __repr__(self):
+        "Its main arguments, and others where they are not the defaults"
+        n = self.views.n
+        rest = (('hidden',self.hidden,512), ('emb_sz',self.emb_sz,None), ('views',self.views,GradedViews(n, seed=self.seed)), ('loss',self.rank_loss,RankingLoss()), ('seed',self.seed,0))
+        return _call(self, 'm,gamma,p,per', n=n, **{k:v for k,v,default in rest if repr(v)!=repr(default)})
 
 # %% ../nbs/api/40_ranking.ipynb #463d3722
 @patch
@@ -404,7 +434,7 @@ def plot(self:SelfSupervisedRanking,
     ax:plt.Axes=None, # Where to; a new figure if not given
 )->plt.Axes:
     "Draw the metric loss and the ranking loss of each step of the last fit, smoothed"
-    ax = ax or plt.subplots(figsize=(5,3))[1]
+    ax = ax or plt.subplots(figsize=(5,3), layout='tight')[1]
     for name,values in dict(metric=self.metric_losses, ranking=self.ssr_losses).items(): ax.plot(_smooth(values, beta), label=name)
     ax.set(xlabel='steps', ylabel='loss')
     ax.legend()
@@ -416,6 +446,10 @@ def show(self:SelfSupervisedRanking,
     max_n:int=4, # Images
     **kwargs # Passed to `GradedViews.show`
 )->plt.Figure:
-    "Draw the views of some images of a training batch"
-    x = self.learn.dls.train.one_batch()[0]
-    return self.views.show(x, *self.stats(), max_n=max_n, **kwargs)
+    "Draw the views of some images of a training batch, of as many classes as there is room for; no random state is moved by it"
+    dl = self.learn.dls.train
+    state = dl.rng.getstate()
+    with no_random(): x = _check_images(dl.one_batch()[0])
+    dl.rng.setstate(state)
+    rows = torch.linspace(0, len(x)-1, min(max_n, len(x))).long() # a balanced batch has one class after the other
+    return self.views.show(x[rows], *self.stats(), max_n=max_n, **kwargs)

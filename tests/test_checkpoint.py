@@ -4,6 +4,12 @@ import pytest, torch
 from fastai.vision.all import *
 from dmlfast.all import *
 
+@pytest.fixture(scope='module')
+def few(few):
+    "A handful of images of each class: three batches of 32 an epoch"
+    df = few.df[few.df.groupby('label').cumcount()<5]
+    return MetricDataset(df, few.path, few.name, size=None, flip=False)
+
 class Do(Callback):
     "Call something at the beginning of a batch"
     run_valid = False
@@ -33,7 +39,7 @@ def scramble():
     "Another process would have other random states"
     set_seed(random.randint(0, 999))
 
-@pytest.mark.parametrize('at', [0,11,35])
+@pytest.mark.parametrize('at', [0,4,11])
 def test_killed_anywhere_and_resumed_is_a_run_that_was_not(make_learner, tmp_path, at):
     def cbs(name): return [SaveModelCallback(monitor='recall@1', fname=name), EarlyStoppingCallback(monitor='map@r', patience=3), GradientAccumulation(48), CSVLogger(f'{name}.csv')]
     def go(learn, *more, name='a'): learn.fit_one_cycle(4, 1e-2, cbs=[*cbs(name), *more])
@@ -42,6 +48,7 @@ def test_killed_anywhere_and_resumed_is_a_run_that_was_not(make_learner, tmp_pat
     go(whole)
     killed(lambda: go(make_learner(ProxyNCALoss()), Checkpoint(run), Do(at, die), name='b'))
     scramble()
+    assert len(whole.dls.train)==3 # `at` is before all, within an epoch, and in the last batch
     learn = make_learner(ProxyNCALoss(), seed=9)
     if (run/'checkpoint.pt').exists(): learn.resume(run)
     else: learn = make_learner(ProxyNCALoss())
@@ -172,7 +179,12 @@ def test_what_cannot_be_resumed(make_learner, tmp_path, few):
     for _ in range(2):
         with pytest.raises(ValueError, match='one of 1 epochs, and this one is of 3'): learn.fit(3, 1e-2)
     with pytest.raises(ValueError, match=r"another model: 'head.*\(16, .*and \(8, "): make_learner(emb_sz=8).resume(run)
-    with pytest.raises(ValueError, match='another model'): make_learner(ProxyNCALoss()).resume(run)
+    with pytest.raises(ValueError, match="another model: 'loss_func.proxies' is not in it"): make_learner(ProxyNCALoss()).resume(run)
+    make_learner(ProxyNCALoss()).fit(1, 1e-2, cbs=Checkpoint(tmp_path/'proxies'))
+    with pytest.raises(ValueError, match="another model: 'loss_func.proxies' is not here"): make_learner().resume(tmp_path/'proxies')
+    make_learner(cbs=SelfSupervisedRanking(n=2, m=4)).fit(1, 1e-2, cbs=Checkpoint(tmp_path/'ranked'))
+    learn = make_learner().resume(tmp_path/'ranked')
+    with pytest.raises(ValueError, match="another model: 'ranking_head.* is not here"): learn.fit(1, 1e-2) # forgotten
     learn = make_learner()
     learn.dls.train_ds.tls[1].vocab = ['a']
     with pytest.raises(ValueError, match='on other classes'): learn.resume(run)
@@ -182,6 +194,34 @@ def test_what_cannot_be_resumed(make_learner, tmp_path, few):
         (run/'checkpoint.pt').write_bytes(bad)
         with pytest.raises(ValueError, match='is not a checkpoint'): make_learner().resume(run)
     with pytest.raises(ValueError, match='`every` is a number of epochs'): Checkpoint(run, every=0)
+
+@pytest.mark.parametrize('how', ['the same','rate','loss','batches','ranking','flat'])
+def test_another_call_goes_on_and_says_so(make_learner, tmp_path, how, recwarn):
+    "One sentence with what differs, and none where nothing does"
+    def make(loss=None, bs=32, seed=0, m=4): return make_learner(loss or TripletLoss(margin=.2), seed=seed, bs=bs, cbs=SelfSupervisedRanking(n=2, m=m))
+    def go(learn, lr=1e-2, **kwargs): getattr(learn, 'fit' if how=='flat' else 'fit_one_cycle')(3, lr, **kwargs)
+    learn,run = make(),tmp_path/'run'
+    with pytest.raises(KeyboardInterrupt): go(learn, cbs=[Checkpoint(run), Do(4, stop)])
+    learn = make(**dict(loss=dict(loss=TripletLoss(margin=.3)), batches=dict(bs=16), ranking=dict(m=6)).get(how, {}), seed=1).resume(run)
+    recwarn.clear()
+    go(learn, **{'lr':1e-3} if how in ('rate','flat') else {})
+    said = [str(o.message) for o in recwarn if 'is not the call' in str(o.message)]
+    assert len(said)==(how!='the same')
+    names = ['learning rate','weight decay','loss','batch size','images of a class','training images','optimiser','ranking']
+    want = dict(rate='learning rate 0.0004→0.01→', loss='loss TripletLoss(margin=0.2', batches='batch size 32 then and 16 now', ranking='SelfSupervisedRanking(m=4', flat='learning rate 0.01 then and 0.001 now')
+    if said:
+        assert want[how] in said[0]
+        differ = [o for o in names if re.search(f'(: |; ){o} ', said[0])]
+        assert differ==dict(rate=['learning rate'], loss=['loss'], batches=['batch size'], ranking=['ranking'], flat=['learning rate'])[how]
+    assert len(learn.recorder.values)==3
+    if how=='flat': assert learn.opt.hypers[-1]['lr']==1e-2 # as the sentence says
+
+def test_facts_have_no_addresses(make_learner, tmp_path, recwarn):
+    "A loss or an optimiser that is a function is not another one in another process"
+    def make(): return make_learner(lambda e,y: e.pow(2).mean(), opt_func=lambda p, lr: SGD(p, lr, mom=.9))
+    with pytest.raises(KeyboardInterrupt): make().fit(2, 1e-2, cbs=[Checkpoint(tmp_path/'run'), Do(4, stop)])
+    make().resume(tmp_path/'run').fit(2, 1e-2)
+    assert not [o for o in recwarn if 'is not the call' in str(o.message)]
 
 def test_lr_find_is_no_fit_of_the_run(make_learner, tmp_path):
     learn = make_learner(cbs=Checkpoint(tmp_path/'run'))

@@ -1,5 +1,6 @@
 "What fastai users do after a fit, with a loss that has weights, with and without self-supervised ranking"
 import pytest, torch
+from matplotlib import pyplot as plt
 from fastai.vision.all import *
 from dmlfast.all import *
 
@@ -62,10 +63,13 @@ def test_export_and_predict(learn):
         other = load_learner(learn.path/'export.pkl')
     emb2,none = other.predict(item)
     assert torch.allclose(emb, emb2, atol=1e-6) and len(near)==5 and none==[]
+    assert [o.item for o in other.predict(item, gallery='train')[1]]==[o.item for o in near]
+    a,b = (o.evaluate('test') for o in (learn,other)) # a split has its name there too
+    assert a['map@r']==pytest.approx(b['map@r'], abs=1e-6) and '_source' not in vars(learn) and '_source' not in vars(other)
+    with pytest.raises(ValueError, match="a loaded learner has none until it is given a split's name or a loader"): other.evaluate()
     assert not any('ranking' in k or 'proxies' in k for k in learn.export_embedder(learn.path/'e', overwrite=True).model.state_dict())
 
 def test_what_is_shown(learn):
-    from matplotlib import pyplot as plt
     learn.dls.show_batch(max_n=8)
     assert learn.show_results(max_n=2, k=3).axes
     assert 'Total params' in repr(learn.summary())
@@ -74,14 +78,65 @@ def test_what_is_shown(learn):
     plt.close('all')
 
 def test_interpretation(make_learner):
-    from matplotlib import pyplot as plt
     learn = make_learner(MultiSimilarityLoss())
     interp = Interpretation.from_learner(learn)
     losses,idxs = interp.top_losses(4)
     want = learn.get_preds(with_loss=True)[2]
     assert torch.allclose(losses, want.topk(4)[0], atol=1e-6) and torch.allclose(want[idxs], losses, atol=1e-6)
-    interp.plot_top_losses(2)
+    interp.plot_top_losses(2, figsize=(4,2))
+    axs = [o for o in plt.gcf().axes if o.images]
+    labels = learn.embed()[1][idxs]
+    assert [o.get_title() for o in axs]==[f'{learn.dls.vocab[int(y)]} / {l:.2f}' for y,l in zip(labels[:2], losses[:2])]
+    assert plt.gcf()._suptitle.get_text()=='Actual/Loss'
+    ims = [np.asarray(o.images[0].get_array()).astype(int) for o in axs]
+    for im,i in zip(ims, idxs): assert np.abs(im-np.asarray(learn.dls.valid_ds[int(i)][0])).max()<=1
     plt.close('all')
+    interp.show_results(idxs[:3].tolist())
+    assert {o.get_title() for o in plt.gcf().axes if o.images}=={learn.dls.vocab[int(y)] for y in labels[:3]}
+    plt.close('all')
+
+def test_interpretation_without_losses(learn):
+    "A loss with weights for training classes only has none for others: said with what to do instead, and training images have them"
+    with pytest.raises(ValueError, match=r"`RetrievalInterpretation.from_learner\(learn\)` and `learn.show_results\(\)`"): Interpretation.from_learner(learn).plot_top_losses(2)
+    Interpretation.from_learner(learn, ds_idx=0).plot_top_losses(2)
+    plt.close('all')
+
+def test_a_classifier_has_fastais_pictures():
+    "Theirs are for predictions, ours for embeddings alone"
+    im = TensorImage(torch.zeros(3,4,4))
+    plot_top_losses(im[None], TensorCategory(torch.tensor([0])), [(im,'a')], [('b',)], torch.tensor([[.3,.7]]), torch.tensor([.5]))
+    assert [o.get_title() for o in plt.gcf().axes if o.images]==['b/a / 0.50 / 0.70']
+    plt.close('all')
+
+def test_splits_by_name(learn):
+    "Wherever a loader may be given"
+    want,ys = learn.embed('test')
+    for args,kwargs in ((['test'],{}), ([],dict(dl='test')), ([],dict(dl='test', with_decoded=True, with_loss=True)), ([],dict(ds_idx='test', with_input=True))):
+        res = learn.get_preds(*args, **kwargs)
+        embs,labels = res[kwargs.get('with_input', 0):][:2]
+        assert type(embs) is TensorEmbedding and torch.allclose(embs, want, atol=1e-6) and labels.tolist()==ys.tolist()
+    assert len(learn.tta(dl='test', n=1)[0])==len(want)==len(learn.tta('test', n=1)[0])
+    for args,kwargs in ((['test'],{}), ([],dict(dl='test'))):
+        scores = learn.validate(*args, **kwargs)
+        assert dict(zip(learn.recorder.metric_names[2:], scores))['recall@1']==pytest.approx(learn.evaluate('test', metrics=['recall@1'])['recall@1'], abs=1e-6)
+    for args,kwargs in ((['test'],{}), ([],dict(dl='test'))):
+        fig = learn.show_results(*args, max_n=2, k=2, **kwargs)
+        assert {o.get_title() for o in fig.axes[::3]}<={learn.dls.vocab[int(y)] for y in ys}
+    plt.close('all')
+    for f in (learn.get_preds,learn.show_results,learn.tta,learn.validate,learn.embed,learn.evaluate):
+        with pytest.raises(ValueError, match="no split 'tset'; its splits are train, val, test"): f('tset')
+    res = learn.get_preds(with_preds=False, with_loss=True)
+    assert res[0] is None and len(res[2])==len(learn.dls.valid.items)
+    with pytest.raises(ValueError, match='no labels, so their neighbours are neither right nor wrong'): learn.show_results(dl=learn.dls.test_dl(learn.dls.valid.items))
+
+def test_a_loaded_learner_without_a_data_set(few, tmp_path):
+    dblock = DataBlock(blocks=(ImageBlock, ClassBlock), get_items=lambda o: few.items('train'), get_y=parent_label, splitter=ClassSplitter(parent_label))
+    learn = metric_learner(dblock.dataloaders(tmp_path, bs=16, dl_type=BalancedDL, per_class=4, num_workers=0), 'test_resnet', pretrained=False, path=tmp_path)
+    learn.export()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        other = load_learner(tmp_path/'export.pkl')
+    with pytest.raises(ValueError, match=r"not made by a `MetricDataset`, so they know no split 'test': pass a loader, such as `dls.test_dl\(items, with_labels=True\)`"): other.evaluate('test')
 
 def test_tta(learn):
     embs,ys = learn.tta(n=2)

@@ -173,6 +173,48 @@ def test_a_tracker_of_what_cannot_exist_is_refused(make_learner):
     with pytest.raises(ValueError, match="monitors 'recall_1', and the columns are train_loss, valid_loss, recall@1, recall@2"):
         learn.fit(1, 1e-3, cbs=SaveModelCallback(monitor='recall_1'))
 
+@pytest.mark.parametrize('loss', [TripletLoss, ContrastiveLoss, MarginLoss, NPairLoss, MultiSimilarityLoss, lambda: CombinedLoss([TripletLoss(),ContrastiveLoss()]), ProxyNCALoss, ProxyAnchorLoss, lambda: CombinedLoss([TripletLoss(),ProxyNCALoss()])])
+def test_batches_without_pairs_are_not_silent(make_learner, loss, recwarn):
+    "Once in a fit, and not where proxies stand for classes, nor where batches have pairs"
+    loss = loss()
+    proxies = isinstance(loss, ProxyLoss) or isinstance(loss, CombinedLoss) and any(isinstance(o, ProxyLoss) for o in loss.losses)
+    learn = make_learner(loss)
+    said = lambda: [str(o.message) for o in recwarn if 'has nothing to compare' in str(o.message)]
+    def run(**kwargs):
+        learn.dls.loaders[0] = learn.dls.train.new(**kwargs)
+        recwarn.clear()
+        with learn.added_cbs(Callback(after_batch=_stop)): learn.fit(1, 0.)
+        return said()
+    assert run(bs=16, per_class=4)==[]
+    assert len(one := run(bs=16, per_class=1))==1-proxies
+    assert len(all_ := run(bs=4, per_class=4))==1-proxies
+    if not proxies:
+        assert f'The first batch, of 16, has no two images of one class, so that {type(loss).__name__} has nothing to compare' in one[0] and '`per_class=4`' in one[0]
+        assert 'of 4, has images of one class only' in all_[0] and 'make `bs` a larger' in all_[0]
+
+def _stop(self): raise CancelFitException
+
+def test_a_foreign_loss_and_pairs(make_learner, recwarn):
+    from pytorch_metric_learning.losses import MultiSimilarityLoss as Theirs, ProxyAnchorLoss as TheirProxies
+    for loss,n in ((Theirs(), 1), (TheirProxies(20, 16), 0), (lambda embs, labels: embs.pow(2).mean(), 0)):
+        learn = make_learner(loss)
+        recwarn.clear()
+        learn.check_pairs(torch.arange(8))
+        assert sum('nothing to compare' in str(o.message) for o in recwarn)==n
+
+def test_plain_table(make_learner, capsys):
+    "Its head is printed once in a fit, and not at all by what trains nothing"
+    from dmlfast.learner import PlainTable
+    learn = make_learner(cbs=PlainTable)
+    learn.logger = print
+    learn.tta(n=1)
+    learn.get_preds(); learn.validate(); learn.evaluate()
+    assert capsys.readouterr().out==''
+    learn.fit(2, 1e-3)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines)==3 and lines[0].split()[:3]==['epoch','train_loss','valid_loss'] and [o.split()[0] for o in lines[1:]]==['0','1']
+    assert learn.logger is print
+
 def test_validation_batches_are_mixed(make_learner):
     "A batch to measure the loss on has several classes, so that it is not 0 for want of negatives"
     learn = make_learner(bs=16)
@@ -207,6 +249,10 @@ def test_predict_sees_new_weights(make_learner):
 def test_wrong_arguments_are_named(few):
     dls = few.dataloaders(bs=8, per_class=4, num_workers=0)
     with pytest.raises(ValueError, match="no model 'resnet_10t'; the nearest names are 'resnet10t'"): metric_learner(dls, 'resnet_10t', pretrained=False)
+    with pytest.raises(ValueError, match="no model 'resnet5O'; the nearest names are .*'resnet50'"): metric_learner(dls, 'resnet5O', pretrained=False)
+    for wrong,right in dict(pooling='pool', loss='loss_func', embsz='emb_sz', pretrain='pretrained').items():
+        with pytest.raises(TypeError, match=f"`metric_learner` has no argument '{wrong}'; the nearest name is '{right}'"): metric_learner(dls, 'test_resnet', **{wrong:1})
+    with pytest.raises(TypeError, match="no argument 'xyzzy'; it has dls, arch, loss_func, "): metric_learner(dls, 'test_resnet', xyzzy=1)
     with pytest.raises(ValueError, match="1 or more; got 0"): metric_learner(dls, 'test_resnet', emb_sz=0, pretrained=False)
     with pytest.raises(ValueError, match="`arch` is the name of a timm model"): metric_learner(dls, resnet18, pretrained=False)
     with pytest.raises(ValueError, match=r"such as DRTripletLoss\(\), and not its class"): metric_learner(dls, 'test_resnet', DRTripletLoss, pretrained=False)

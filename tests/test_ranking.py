@@ -160,7 +160,7 @@ def test_views_of_no_images(x):
     with pytest.raises(ValueError, match="Graded views are made of images"): GradedViews()(x)
 
 @pytest.mark.parametrize('kw,said', [(dict(n=1),'2 or more; got 1'), (dict(n=2.5),'got 2.5'), (dict(strength=0),'greater than 0'), (dict(crop=1.2),'`crop`'),
-    (dict(perspective=-1),'`perspective`'), (dict(jitter=2),'`jitter`')])
+    (dict(perspective=-1),'`perspective`'), (dict(jitter=2),'`jitter`'), (dict(seed=None),'`seed` is a whole number')])
 def test_views_arguments(kw, said):
     with pytest.raises(ValueError, match=said): GradedViews(**kw)
 
@@ -549,6 +549,41 @@ def test_pictures(make_learner):
     assert len(ssr.show(max_n=3).axes)==15
     plt.close('all')
 
+def test_pictures_of_several_classes_are_no_step(make_learner):
+    "Those of a batch's classes, not of its first; and neither a generator, the loader nor the next fit takes notice"
+    class Keep(GradedViews):
+        def show(self, x, *args, **kwargs):
+            self.shown = x
+            return super().show(x, *args, **kwargs) if len(x)<4 else None # many small plots take long
+    def state(learn):
+        dl,ssr = learn.dls.train,learn.self_supervised_ranking
+        return torch.get_rng_state().tolist(),random.getstate(),str(np.random.get_state()),dl.rng.getstate(),dl.epoch,ssr.rng.get_state().tolist(),ssr.views.rng.get_state().tolist()
+    plain,learn = make_learner(cbs=make_ssr(views=Keep())),make_learner(cbs=make_ssr(views=Keep()))
+    before = state(learn)
+    ssr = learn.self_supervised_ranking
+    ssr.show(max_n=2)
+    ssr.show(max_n=8)
+    assert state(learn)==before
+    x,y = learn.dls.train.one_batch() # what was drawn from, but for a random crop or flip
+    assert len(ssr.views.shown)==8 and len(y.unique())==8
+    near = torch.cdist(ssr.views.shown.flatten(1), x.as_subclass(Tensor).flatten(1)).argmin(1)
+    assert len(y[near].unique())==8
+    for o in (plain,learn):
+        set_seed(1)
+        o.fit(1, 1e-3)
+    assert torch.equal(weights(plain), weights(learn))
+    ssr.show(max_n=100)
+    assert len(ssr.views.shown)==32
+    plt.close('all')
+
+def test_it_says_how_it_was_made():
+    assert repr(SelfSupervisedRanking())=="SelfSupervisedRanking(m=20, gamma=0.8, p=0.8, per='batch', n=4)"
+    for make in (lambda: SelfSupervisedRanking(seed=3, hidden=64), lambda: SelfSupervisedRanking(gamma=.5, p=1., per='epoch', emb_sz=8, views=GradedViews(3, strength=.3, seed=2), loss=RankingLoss(alpha=.1))):
+        a,b = make(),eval(repr(make()))
+        assert repr(a)==repr(b) and repr(a.views)==repr(b.views) and repr(a.rank_loss)==repr(b.rank_loss)
+        assert [getattr(a, o)==getattr(b, o) for o in ('m','gamma','p','per','hidden','emb_sz','seed')]==[True]*7
+    assert 'GradedViews(n=3, strength=0.3' in repr(make()) and "per='epoch'" in repr(make()) and 'alpha=0.1' in repr(make())
+
 @pytest.mark.parametrize('loss', [ProxyNCALoss, DRMultiSimilarityLoss, MarginLoss, ContrastiveLoss])
 def test_any_loss(make_learner, loss):
     learn = make_learner(loss(), cbs=make_ssr())
@@ -605,6 +640,9 @@ def test_small_batches(make_learner):
 
 def test_bad_arguments(make_learner, few):
     for kw,said in ((dict(n=1),'`n` is the number of levels'), (dict(m=0),'`m` is the number of images'), (dict(p=1.1),'`p` is a share'), (dict(per='step'),"per 'batch' or per 'epoch'"),
+        (dict(gamma=-.1),'`gamma` is the weight of the ranking loss, 0 or more; got -0.1'), (dict(gamma=math.nan),'`gamma` is'), (dict(hidden=0),"`hidden` is the number of units in the head's hidden layer, 1 or more; got 0"),
+        (dict(hidden=None),'`hidden` is'), (dict(emb_sz=0),"`emb_sz` is .*, 1 or more; got 0"), (dict(emb_sz=.5),'got 0.5'), (dict(views=4),'`views` are made by a `GradedViews`.*got 4'), (dict(views=GradedViews),'`views` are made by'),
+        (dict(seed=None),'`seed` is a whole number.*got None'), (dict(seed=1.5),'got 1.5'), (dict(loss=3),r'`loss` is a function of the vectors of views, such as `RankingLoss\(\)`; got 3'), (dict(loss=RankingLoss),'`loss` is'),
         (dict(n=12),'12 levels with 0.05 between neighbours do not fit above 0.5')):
         with pytest.raises(ValueError, match=said): SelfSupervisedRanking(**kw)
     dls = few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0)
