@@ -93,7 +93,9 @@ class Checkpoint(Callback):
         self.folder,self.i_fit,self.logs,self.facts = Path(folder),-1,[],{}
 
     @property
-    def file(self): return self.folder/'checkpoint.pt'
+    def file(self):
+        "Where the last checkpoint is"
+        return self.folder/'checkpoint.pt'
     def __repr__(self): return f"Checkpoint({str(self.folder)!r}, every={self.every})"
 
     def after_epoch(self):
@@ -197,7 +199,9 @@ def _load_weights(model, sd, folder, there=lambda name: True):
 
 # %% ../nbs/api/51_checkpoint.ipynb #67c23be2
 @patch
-def go_on(self:Checkpoint, state):
+def go_on(self:Checkpoint,
+    state:dict, # What `resume` read
+):
     "Put everything back, or skip a fit that was complete"
     if self.i_fit<state['i_fit']:
         print(f"Fit {self.i_fit+1} of the run in {str(self.folder)!r} is complete: skipped.")
@@ -210,7 +214,9 @@ def go_on(self:Checkpoint, state):
     self.restore(state)
 
 @patch
-def restore(self:Checkpoint, state):
+def restore(self:Checkpoint,
+    state:dict, # What `resume` read
+):
     "Put everything back as it was after the last stored epoch"
     learn,rec = self.learn,self.recorder
     _load_weights(learn.model, state['model'], self.folder)

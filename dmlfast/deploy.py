@@ -76,7 +76,9 @@ class Preprocess:
         x = torch.from_numpy(np.array(im)).view(im.height, im.width, -1).permute(2,0,1).float().div_(255)
         return x if self.mean is None else (x-torch.tensor(self.mean)[:,None,None])/torch.tensor(self.std)[:,None,None]
 
-    def spec(self): return dict(steps=self.steps, mean=self.mean, std=self.std, mode=self.mode)
+    def spec(self):
+        "The arguments that make it again, as JSON can hold them"
+        return dict(steps=self.steps, mean=self.mean, std=self.std, mode=self.mode)
     def __repr__(self): return f"Preprocess({', '.join(f'{n} {w}×{h}' for n,(w,h),_ in self.steps)})"
 
 # %% ../nbs/api/32_deploy.ipynb #2b9e7810
@@ -95,9 +97,13 @@ class ImageEmbedder:
         self.embs,self.labels,self.items = None,[],[]
 
     @property
-    def device(self): return next((p.device for p in self.model.parameters()), torch.device('cpu'))
+    def device(self):
+        "Where the model is"
+        return next((p.device for p in self.model.parameters()), torch.device('cpu'))
 
-    def to(self, device):
+    def to(self,
+        device, # `'cpu'`, `'cuda'` or a `torch.device`
+    ):
         "Move the model to `device`"
         self.model.to(device)
         return self
@@ -206,7 +212,10 @@ def save(self:ImageEmbedder,
     return folder
 
 @patch
-def write(self:ImageEmbedder, folder, about):
+def write(self:ImageEmbedder,
+    folder, # An empty folder
+    about:dict, # What `embedder.json` will hold, but for the hashes
+):
     "Write the files, the one with the hashes last"
     save_file({k:v.detach().cpu().contiguous() for k,v in self.model.embedder_state().items()}, folder/'weights.safetensors')
     if len(self):

@@ -79,9 +79,15 @@ class PlainTable(Callback):
         if not self.begun: self.print(self.names)
         self.begun = True
 
-    def print(self, cells): print('  '.join(o.ljust(n) for o,n in zip(cells, self.widths)).rstrip())
+    def print(self,
+        cells, # Text of each column
+    ):
+        "Print cells in columns"
+        print('  '.join(o.ljust(n) for o,n in zip(cells, self.widths)).rstrip())
 
-    def write(self, log):
+    def write(self,
+        log, # Numbers and texts of an epoch, as `Recorder` has them
+    ):
         "Print one row, under the names of its columns"
         self.begin()
         self.print([f'{o:.4f}' if isinstance(o, float) else str(o) for o in log])
@@ -111,7 +117,10 @@ class MetricLearner(Learner):
         self.check_cbs(L(self.cbs) + L(cbs))
         super().fit(n_epoch, lr, wd, cbs, **kwargs)
 
-    def export(self, fname='export.pkl', **kwargs):
+    def export(self,
+        fname='export.pkl', # File to write, in the learner's folder
+        **kwargs # Passed to `Learner.export`
+    ):
         "As any learner, with the table of its data set, so that splits keep their names"
         self._source = getattr(self.dls, 'source', None)
         try: super().export(fname, **kwargs)
@@ -123,7 +132,10 @@ class MetricLearner(Learner):
 
 # %% ../nbs/api/50_learner.ipynb #6ff8a0b7
 @patch
-def check_tracker(self:MetricLearner, o, names):
+def check_tracker(self:MetricLearner,
+    o, # fastai `TrackerCallback`
+    names, # Columns there will be
+):
     "Raise `ValueError` where `o` monitors a column which will not be there, or a `valid_loss` which cannot exist"
     if o.monitor not in names and not getattr(self.recorder, 'train_metrics', False):
         raise ValueError(f"{type(o).__name__} monitors {o.monitor!r}, and the columns are {', '.join(names)}.")
@@ -131,7 +143,9 @@ def check_tracker(self:MetricLearner, o, names):
         raise ValueError(f"{type(o).__name__} monitors 'valid_loss', which {type(self.loss_func).__name__} does not have on unseen classes: monitor='recall@1' is what you want.")
 
 @patch
-def check_cbs(self:MetricLearner, cbs):
+def check_cbs(self:MetricLearner,
+    cbs, # All callbacks of a fit
+):
     "Raise `ValueError` for a callback that cannot work, and show TensorBoard's projector where the embeddings are"
     names = ['train_loss','valid_loss'] + list(L(self.metrics).attrgot('name')) + [c.name for o in cbs for c in getattr(o, 'columns', ())]
     for o in cbs:
@@ -416,7 +430,12 @@ def evaluate(self:MetricLearner,
 # %% ../nbs/api/50_learner.ipynb #1f5281a4
 class TensorEmbedding(TensorCategory):
     "Embeddings in the place of classes: fastai's pictures leave them out"
-    def show(self, ctx=None, **kwargs): return ctx
+    def show(self,
+        ctx=None, # Axes
+        **kwargs # Not used
+    ):
+        "Draw nothing"
+        return ctx
 
 @patch
 def _named(self:MetricLearner, ds_idx, dl):
@@ -436,12 +455,20 @@ def get_preds(self:MetricLearner, ds_idx=1, dl=None, with_input=False, with_deco
 
 @patch
 @delegates(Learner.tta)
-def tta(self:MetricLearner, ds_idx=1, dl=None, **kwargs):
+def tta(self:MetricLearner,
+    ds_idx=1, # Which loader of `dls`, or the name of a split
+    dl=None, # Loader, or the name of a split
+    **kwargs
+):
     "As of any learner; `ds_idx` or `dl` may be the name of a split"
     return super(MetricLearner, self).tta(ds_idx, self._named(ds_idx, dl), **kwargs)
 
 @patch
-def validate(self:MetricLearner, ds_idx=1, dl=None, cbs=None):
+def validate(self:MetricLearner,
+    ds_idx=1, # Which loader of `dls`, or the name of a split
+    dl=None, # Loader, or the name of a split
+    cbs=None, # Callbacks
+):
     "As of any learner; `ds_idx` or `dl` may be the name of a split"
     return super(MetricLearner, self).validate(ds_idx, self._named(ds_idx, dl), cbs)
 

@@ -83,7 +83,9 @@ class GradedViews:
         self.rng = torch.Generator().manual_seed(seed)
 
     @property
-    def levels(self): return torch.tanh(self.strength*torch.arange(1., self.n+1))
+    def levels(self):
+        "By how much each level is changed, `(n,)`, between 0 and 1"
+        return torch.tanh(self.strength*torch.arange(1., self.n+1))
 
     def __repr__(self): return _call(self, 'n,strength,crop,perspective,jitter,seed')
 
@@ -204,7 +206,9 @@ class RankingLoss(nn.Module):
             sim = (z[:,1:]@z[:,0,:,None])[...,0]
             return (self.soft(sim.diff(dim=1)+self.alpha)+self.lam*self.soft(self.beta-sim)).mean()
 
-    def soft(self, x):
+    def soft(self,
+        x, # Numbers, `(m,n)`
+    ):
         "A smooth form of the largest of 0 and the numbers in a row"
         return F.pad(self.s*x, (1,0)).logsumexp(1)/self.s
 
@@ -230,7 +234,9 @@ class RankingHead(nn.Sequential):
         super().__init__(_linear(n_features, hidden, rng), nn.ReLU(), _linear(hidden, emb_sz, rng))
 
     @property
-    def widths(self): return tuple(self[0].weight.shape[::-1])+(len(self[2].weight),)
+    def widths(self):
+        "Numbers that go in, in the hidden layer, and that come out"
+        return tuple(self[0].weight.shape[::-1])+(len(self[2].weight),)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if not any(k.startswith(prefix) for k in state_dict): state_dict.update(self.state_dict(prefix=prefix))
@@ -302,7 +308,10 @@ class SelfSupervisedRanking(Callback):
         self.column = ValueMetric(self.epoch_value, 'ssr_loss')
         self.columns,self.ssr_losses,self.metric_losses,self.epoch_start,self.said = [self.column],[],[],0,set()
 
-    def say_once(self, key, msg):
+    def say_once(self,
+        key:str, # The kind of warning
+        msg:str, # What to say
+    ):
         "Warn, unless a warning of this kind was given before"
         if key not in self.said: warnings.warn(msg)
         self.said.add(key)
