@@ -57,7 +57,7 @@ def test_it_says_how_the_run_was_made(run, page, few):
     learn,_ = run
     rows = {o[0]:o[1:] for o in page.cells if o}
     assert rows['loss']==[repr(learn.loss_func)] and rows['network']==['test_resnet'] and rows['greatest learning rate']==['0.001']
-    assert '32 items, 4 of a class, seed 0' in rows['batches'] and 'TrainingDoctor(every=1)' in rows['callbacks'][0]
+    assert '32 items, 4 of a class, seed 0' in rows['batches'] and 'TrainingDoctor(every=1)' in rows['callbacks'][0] and rows['epochs']==['2'] and rows['steps']==[str(2*len(learn.dls.train))]
     assert rows['hash of the splits']==[split_hash(learn.dls)] and rows['torch']==[torch.__version__]
     for split,o in few.summary().iterrows(): assert rows[split]==[str(o.images),str(o.classes)]
     assert re.fullmatch(r'[\d.]+ s', rows['time of the fit'][0]) and re.fullmatch(r'[\d.]+ s', rows['time of this report'][0])
@@ -89,6 +89,24 @@ def test_findings_are_on_the_page(run, tmp_path):
     doctor.steps = kept[:3]
     try: assert 'too few to say' in Page(learn.report(tmp_path, n_queries=1, overwrite=True)).text
     finally: doctor.steps = kept
+
+def test_a_colleague_can_read_it(run, page, tmp_path):
+    "What metrics and panels mean, which items search, and no words that only who trained it knows"
+    assert 'Each item searches for items of its class among all the others.' in page.text
+    assert all(o in page.text for o in ('share of queries with an item of their class','mean of classes','class of its nearest','How to read the doctor','Over how many directions'))
+    assert not [o for o in ('model_kwargs','macro','nan','None,') if o in page.text.replace('miner=None','').replace("miner=None)",'')]
+    titles = [o.get_title() for o in run[0].training_doctor.plot().axes if o.get_title()]
+    assert titles and all(o in page.text for o in titles)
+
+def test_queries_and_galleries(few, tmp_path):
+    roles = np.where(np.arange(len(few.df))%3==0, 'query', 'gallery')
+    ds = MetricDataset(few.df.assign(role=roles), few.path, 'few with roles', size=None, flip=False, ks=(1,10,20))
+    learn = metric_learner(ds.dataloaders(bs=32, per_class=4, seed=0, num_workers=0), 'test_resnet', emb_sz=8, pretrained=False, path=tmp_path)
+    with learn.no_bar():
+        p,res = Page(learn.report(tmp_path/'r', 'test', n_queries=1)),learn.evaluate('test')
+    rows,q = {o[0]:o for o in p.cells if o},(ds.df[ds.df.split=='test'].role=='query').sum()
+    assert rows['recall@20'][1]==f'{res["recall@20"]:.4f}' and rows['map@r'][1]==f'{res["map@r"]:.4f}' and 'recall@8' not in rows
+    assert f'{q} queries search for items of their class in a gallery of {(ds.df.split=="test").sum()-q}' in p.text
 
 def test_a_report_is_not_overwritten_unasked(run, tmp_path):
     learn,file = run
@@ -137,7 +155,7 @@ def test_the_hash_is_of_items_labels_and_splits(few):
 def test_curves_say_what_they_show(run):
     learn,_ = run
     a,b,c = plot_curves(learn).axes
-    assert (a.get_xlabel(),a.get_ylabel(),b.get_xlabel(),c.get_ylabel())==('steps','loss','epochs','rate of the last group')
+    assert (a.get_xlabel(),a.get_ylabel(),b.get_xlabel(),c.get_ylabel())==('steps','loss','epochs','learning rate of the head')
     assert len(a.lines[0].get_xdata())==2*len(learn.dls.train) and a.lines[1].get_ydata().tolist()==[o[1] for o in learn.recorder.values]
     names = [o.get_label() for o in b.lines]
     assert names==['recall@1','recall@2','recall@4','recall@8','map@r']
