@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/interpret.html.md"""
 __all__ = ['RetrievalInterpretation', 'items_of', 'triplet_table']
 
 # %% ../nbs/api/60_interpret.ipynb #fafbd3a3
-import textwrap, torch
+import torch
 import numpy as np, pandas as pd
 import matplotlib.pyplot as plt
 from functools import cached_property
@@ -415,10 +415,14 @@ def plot_map(self:RetrievalInterpretation,
     for o in ax.spines.values(): o.set_visible(method=='pca' and o.spine_type in ('left','bottom'))
     if method=='pca': ax.set(xlabel='first component', ylabel='second component')
     for i,c in enumerate(cls):
-        ax.scatter(*xy[y==c].T, s=18, color=_colours[i%8], marker=_markers[i//8%8], lw=0, label=textwrap.shorten(self.name(c), 24, placeholder='…'))
-    if thumbs and self.draw is not None: _draw_thumbs(self, ax, idx, xy, {c:_colours[i%8] for i,c in enumerate(cls)}, seed)
+        ax.scatter(*xy[y==c].T, s=18, color=_colours[i%8], marker=_markers[i//8%8], lw=0, label=_shortened(self.name(c)))
     if len(cls)<=24: ax.legend(frameon=False, fontsize=10, markerscale=1.5, loc='center left', bbox_to_anchor=(1, .5))
+    if thumbs and self.draw is not None: _draw_thumbs(self, ax, idx, xy, {c:_colours[i%8] for i,c in enumerate(cls)}, seed) # after the legend, which takes room
     return ax
+
+def _shortened(name, n=26):
+    "`name` in one line"
+    return name if len(name)<=n else name[:n-1]+'…'
 
 def _draw_thumbs(self, ax, idx, xy, colours, seed, points=26):
     "Draw the images of those of the items `idx` whose images do not overlap"

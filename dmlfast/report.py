@@ -282,7 +282,7 @@ def _what(interp):
     "How was it measured?"
     who = 'Each item searches for items of its class among all the others' if interp.all_search else f'{len(interp.queries):,} queries search for items of their class in a gallery of {len(interp.gallery):,}'
     drawn = f' of one random item of each class; the numbers are means over {interp.random_gallery} such galleries, the pictures of the first' if interp.random_gallery else ''
-    return f'{who}{drawn}. Of two items, the nearer are those whose embeddings have the greater cosine similarity.'
+    return f'{who}{drawn}. The nearer of two items is the one whose embedding has the greater cosine similarity.'
 
 def _well(learn):
     "What there is to say if nothing was found"

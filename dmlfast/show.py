@@ -15,16 +15,18 @@ import matplotlib.pyplot as plt
 _right,_wrong = '#1a7f37','#c4320a'
 
 # %% ../nbs/api/33_show.ipynb #51a8d6f7
-def _wrapped(name, width=14):
-    "`name` in lines of `width` letters, three at most"
-    return '\n'.join(textwrap.wrap(name.replace('_', ' ').strip(), width, max_lines=3, placeholder='…')) or name.strip()[:width]
+def _wrapped(name, mark='', width=15):
+    "`name` in lines of `width` letters, three at most, with a mark before the first"
+    name = str(name).replace('_', ' ').strip()
+    if mark: name = f'{mark}\xa0{name}' if len(name.split(' ')[0])<width-1 else f'{mark} {name}' # no line of its own, if there is room
+    return '\n'.join(textwrap.wrap(name, width, max_lines=3, placeholder='…')).replace('\xa0', ' ')
 
 # %% ../nbs/api/33_show.ipynb #8e424b49
 def _draw_image(ax, im, title, color=None, mark=''):
     "Draw one image, in a frame, under a title of at most three lines"
     ax.imshow(np.asarray(im), cmap='gray', vmin=0, vmax=255)
     ax.set(xticks=[], yticks=[])
-    ax.set_title(_wrapped(f'{mark} {title}'), fontsize=9, color=color or 'black', pad=6, parse_math=False)
+    ax.set_title(_wrapped(title, mark), fontsize=9, color=color or 'black', pad=6, parse_math=False)
     for o in ax.spines.values(): o.set(visible=color is not None, color=color, linewidth=3)
 
 # %% ../nbs/api/33_show.ipynb #a0aa5b8e
@@ -47,6 +49,7 @@ def show_neighbours(
     k,high = max(map(len, z)),sum(_title_height([y[r],*row], name) for r,row in enumerate(z))/72
     fig,axs = plt.subplots(len(y), k+1, figsize=((k+1.2)*size, len(y)*size*1.1+high), squeeze=False,
         gridspec_kw=dict(width_ratios=[1.15]+[1]*k), layout='constrained')
+    fig.get_layout_engine().set(h_pad=.07) # inches, so that a similarity stands nearer to its own image than to the next row
     for r,(row,i) in enumerate(zip(axs, queries)):
         _draw_image(row[0], image(int(i)), name(y[r]))
         row[0].set_ylabel('query', fontsize=8, color='gray')
@@ -57,4 +60,4 @@ def show_neighbours(
             if scores is not None: ax.set_xlabel(f'{scores[r][c]:.2f}', fontsize=8, labelpad=2)
     return fig
 
-def _title_height(labels, name): return max(12*(_wrapped(f'✓ {name(o)}').count('\n')+1) for o in labels) # points
+def _title_height(labels, name): return max(12*(_wrapped(name(o), '✓').count('\n')+1) for o in labels) # points

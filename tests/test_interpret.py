@@ -117,6 +117,17 @@ def test_map_has_every_item_once_and_says_what_it_leaves_out(method):
     assert 1<=len(ax.artists)<=18
     assert len(r.plot_map(method, n_classes=4, max_n=18, thumbs=False).artists)==0
 
+def test_long_names_on_a_map_are_cut_and_leave_room():
+    "The legend takes its room before images are placed, which do not cover one another"
+    g = np.random.default_rng(0)
+    names = [f'{i:03}.{"Northern_Rough_winged_Swallow_of_the_south" if i else "Ani"}' for i in range(8)]
+    r = RetrievalInterpretation(g.normal(size=(160,6)), np.repeat(range(8), 20), vocab=names, image=lambda i: np.zeros((9,9,3), dtype=np.uint8))
+    ax = r.plot_map('pca', figsize=(8,5))
+    assert [o.get_text() for o in ax.get_legend().get_texts()]==['000.Ani']+[f'{i:03}.Northern_Rough_winged…' for i in range(1, 8)]
+    ax.figure.canvas.draw()
+    boxes = [o.get_window_extent() for o in ax.artists]
+    assert len(boxes)>20 and not any(a.overlaps(b) for i,a in enumerate(boxes) for b in boxes[:i])
+
 def test_map_of_one_dimension_and_of_few_items():
     assert RetrievalInterpretation([[1.],[2.],[-1.],[3.]], [0,0,1,1]).plot_map('pca').get_title()
     assert RetrievalInterpretation(angles(0,5,90), [0,0,1]).plot_map().get_title()

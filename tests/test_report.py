@@ -87,7 +87,7 @@ def test_findings_are_on_the_page(run, tmp_path):
     finally: doctor.steps = kept
     assert 'The embeddings collapse' in p.text and 'class="finding"' in p.html
     doctor.steps = kept[:3]
-    try: assert 'too few to say' in Page(learn.report(tmp_path, n_queries=1, overwrite=True)).text
+    try: assert 'too few to tell' in Page(learn.report(tmp_path, n_queries=1, overwrite=True)).text
     finally: doctor.steps = kept
 
 def test_a_colleague_can_read_it(run, page, tmp_path):
