@@ -12,8 +12,8 @@ def points(noise=.6, shuffle_labels=False, n=24, per=16, bs=48):
     y = torch.arange(n).repeat_interleave(per)
     x,h = torch.randn(n, 16, generator=g)[y]+noise*torch.randn(n*per, 16, generator=g),n*per//2
     seen = y[:h][torch.randperm(h, generator=g)] if shuffle_labels else y[:h]
-    train = BalancedDL(list(zip(x[:h],seen)), bs=bs, per_class=8, labels=seen.numpy(), shuffle=True, seed=0)
-    return DataLoaders(train, TfmdDL(list(zip(x[h:],y[h:])), bs=96))
+    train = BalancedDL(list(zip(x[:h],seen)), bs=bs, per_class=8, labels=seen.numpy(), shuffle=True, seed=0, num_workers=0)
+    return DataLoaders(train, TfmdDL(list(zip(x[h:],y[h:])), bs=96, num_workers=0))
 
 class Net(nn.Module):
     "Features, and a head whose embeddings are scaled to length 1"

@@ -78,7 +78,12 @@ def test_pictures_are_whole_and_described(page):
         assert (im.width//2,im.height//2)==(int(d['width']),int(d['height'])) and im.width<=2100
         assert len(d['alt'])>20 and np.asarray(im.convert('L')).std()>5
 
-def test_findings_are_on_the_page(run, tmp_path):
+@pytest.fixture
+def no_pictures(monkeypatch):
+    "Reports without figures, where a test looks at words"
+    monkeypatch.setattr('dmlfast.report._figures', lambda *args: iter(()))
+
+def test_findings_are_on_the_page(run, tmp_path, no_pictures):
     learn,_ = run
     doctor = learn.training_doctor
     kept = doctor.steps
@@ -98,7 +103,7 @@ def test_a_colleague_can_read_it(run, page, tmp_path):
     titles = [o.get_title() for o in run[0].training_doctor.plot().axes if o.get_title()]
     assert titles and all(o in page.text for o in titles)
 
-def test_queries_and_galleries(few, tmp_path):
+def test_queries_and_galleries(few, tmp_path, no_pictures):
     roles = np.where(np.arange(len(few.df))%3==0, 'query', 'gallery')
     ds = MetricDataset(few.df.assign(role=roles), few.path, 'few with roles', size=None, flip=False, ks=(1,10,20))
     learn = metric_learner(ds.dataloaders(bs=32, per_class=4, seed=0, num_workers=0), 'test_resnet', emb_sz=8, pretrained=False, path=tmp_path)
@@ -131,8 +136,8 @@ class Net(nn.Module):
 def test_items_that_are_no_images(tmp_path):
     g = torch.Generator().manual_seed(0)
     x,y = torch.randn(48, 4, generator=g),torch.arange(48)//4
-    train = BalancedDL(list(zip(x[:24],y[:24])), bs=12, per_class=4, labels=y[:24].numpy(), shuffle=True, seed=0)
-    dls = DataLoaders(train, TfmdDL(list(zip(x[24:],y[24:])), bs=12))
+    train = BalancedDL(list(zip(x[:24],y[:24])), bs=12, per_class=4, labels=y[:24].numpy(), shuffle=True, seed=0, num_workers=0)
+    dls = DataLoaders(train, TfmdDL(list(zip(x[24:],y[24:])), bs=12, num_workers=0))
     learn = metric_learner(dls, Net(), TripletLoss(), path=tmp_path)
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-3)
