@@ -66,7 +66,8 @@ def _repeat():
         return '','\n\n'.join(o.strip() for o in shell.user_ns.get('In', []) if o.strip())
     file = Path(getattr(sys.modules['__main__'], '__file__', None) or '')
     code = file.read_text(encoding='utf-8') if file.suffix=='.py' and file.is_file() and file.stat().st_size<2**17 else ''
-    return shlex.join([Path(sys.executable).name,*sys.argv]),code
+    told = sys.argv[0] not in ('','-') # else the code came from a console, and no command has it
+    return shlex.join([Path(sys.executable).name,*sys.orig_argv[1:]]) if told else '',code
 
 def _said(o): return o if isinstance(o, str) else getattr(o, '__name__', None) or (f'{_said(o.func)}({", ".join(f"{k}={v!r}" for k,v in o.keywords.items())})' if hasattr(o, 'keywords') else repr(o))
 

@@ -1,5 +1,5 @@
 "The page about a run: what it says, that it loads nothing, and that a browser has nothing to complain of"
-import base64, io, json, re, shutil, subprocess
+import base64, io, json, os, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 import numpy as np, pytest, torch
 from PIL import Image
@@ -125,6 +125,18 @@ def test_an_untrained_learner_and_strange_names(make_learner, tmp_path):
     assert 'There is no fit to tell of' in p.text and 'No TrainingDoctor looked at this run' in p.text
     assert 'alert(1)' in p.text and '<script>alert' not in p.html
     assert 'fig-curves' not in p.ims and 'fig-neighbours' in p.ims
+
+@pytest.mark.parametrize('args,stdin,command', [(['-c','{}'],'','-c'), (['-'],'{}',''), (['{file}','a b'],'',"run.py 'a b'"), (['-m','run','x'],'','-m run x')])
+def test_the_command_repeats_the_run(tmp_path, args, stdin, command):
+    "Code given with `-c` is in the command; what came from a console is in no command"
+    code = 'from dmlfast.report import _repeat; print(_repeat()[0])'
+    file = tmp_path/'run.py'
+    file.write_text(code)
+    res = subprocess.run([sys.executable,*(o.replace('{file}', str(file)).replace('{}', code) for o in args)], input=stdin.replace('{}', code), capture_output=True, text=True,
+        cwd=tmp_path, env=os.environ|{'PYTHONPATH':os.pathsep.join([str(Path(__file__).parent.parent),os.environ.get('PYTHONPATH', '')])})
+    said = res.stdout.strip()
+    assert res.returncode==0 and (command in said and said.startswith('python') if command else said==''), res.stderr
+    if '-c' in args: assert code in said
 
 class Net(nn.Module):
     "Points to unit vectors"
