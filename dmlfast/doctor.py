@@ -106,14 +106,14 @@ class TrainingDoctor(Callback):
     "Look at a training run, and say what is wrong with it"
     order,run_valid = 60,False # after the metrics, at 45 and 50, and after mixed precision leaves autocast, at 10
     def __init__(self,
-        every:int=20, # Look at one of so many steps, 1 or more
+        every:int=None, # Look at one of so many steps, 1 or more; 20 if not given, fewer in a short fit
         say:bool=True, # Print what is wrong after the fit?
     ):
-        if not (isinstance(every, int) and every>=1): raise ValueError(f"`every` is a number of steps, 1 or more; got {every!r}.")
+        if every is not None and not (isinstance(every, int) and every>=1): raise ValueError(f"`every` is a number of steps, 1 or more; got {every!r}.")
         store_attr()
         self.steps,self.epochs,self.hooks,self.start,self.seconds = [],[],[],{},0.
 
-    def __repr__(self): return f'TrainingDoctor(every={self.every})'
+    def __repr__(self): return f'TrainingDoctor({"" if self.every is None else f"every={self.every}"})'
 
 # %% ../nbs/api/61_doctor.ipynb #d0d3bc89
 @patch
@@ -123,7 +123,8 @@ def before_fit(self:TrainingDoctor):
     if not self.run: return
     self.unhook()
     self.steps,self.epochs,self.due,self.now,self.seconds,self.began = [],[],False,{},0.,time.perf_counter()
-    self.start = {k:p.detach().clone() for k,p in self.proxies().items()}
+    self.period = ifnone(self.every, min(20, max(1, self.n_epoch*len(self.dls.train)//24)))
+    self.start = {k:p.detach().clone() for k,p in self.watched().items()}
     model = get_model(self.learn.model)
     if isinstance(head := getattr(model, 'head', None), torch.nn.Module):
         self.hooks += [head.register_forward_pre_hook(lambda m,x: self.watch('metric', x[0])), head.register_forward_hook(lambda m,i,o: self.lengths(o))]
@@ -143,6 +144,19 @@ def proxies(self:TrainingDoctor)->dict:
     return {k:p for k,p in loss.named_parameters() if p.ndim==2} if isinstance(loss, torch.nn.Module) else {}
 
 @patch
+def watched(self:TrainingDoctor)->dict:
+    "Weights whose way is measured: the proxies, and those of the head's layers where they are trained"
+    head = getattr(get_model(self.learn.model), 'head', None)
+    return self.proxies() | ({f'head.{k}':p for k,p in head.named_parameters() if p.ndim==2 and p.requires_grad} if isinstance(head, torch.nn.Module) else {})
+
+@patch
+def way(self:TrainingDoctor, names):
+    "The longest way from the start of some weights, relative to their length; None where there are none"
+    now = self.watched()
+    ways = [(now[k].detach()-self.start[k]).norm()/self.start[k].norm().clamp(min=1e-30) for k in names if k in now and k in self.start]
+    return max(ways) if ways else None
+
+@patch
 def watch(self:TrainingDoctor, name, feats):
     "Keep the length of the gradient that arrives at some features"
     if self.due and isinstance(feats, Tensor) and feats.requires_grad:
@@ -157,7 +171,7 @@ def lengths(self:TrainingDoctor, embs):
 @patch
 def before_batch(self:TrainingDoctor):
     "Is this a step to look at?"
-    self.due = self.learn.iter==0 or self.learn.train_iter%self.every==0
+    self.due = self.learn.iter==0 or self.learn.train_iter%self.period==0
     self.now = {}
 
 @patch
@@ -188,7 +202,8 @@ def _ours(loss):
 def after_batch(self:TrainingDoctor):
     "Write down what was seen"
     if not self.due or 'loss' not in self.now: return
-    if self.start: self.now['moved'] = max((p.detach()-self.start[k]).norm()/self.start[k].norm().clamp(min=1e-30) for k,p in self.proxies().items())
+    proxies = self.proxies()
+    self.now |= dict(moved=self.way(proxies), head=self.way(self.start.keys()-proxies))
     now = {k:float(v) for k,v in self.now.items() if v is not None}
     if 'grad_ssr' in now and 'grad_metric' in now: now['ssr'] = now['grad_ssr']/max(now['grad_ssr']+now['grad_metric'], 1e-30)
     self.steps.append(dict(now, step=self.learn.train_iter, epoch=self.learn.epoch))
@@ -224,13 +239,13 @@ def state_dict(self:TrainingDoctor)->dict:
 def load_state_dict(self:TrainingDoctor, d):
     "Put it back"
     self.steps,self.epochs,self.seconds = list(d['steps']),list(d['epochs']),d['seconds']
-    now = self.proxies()
+    now = self.watched()
     self.start = {k:v.to(now[k].device) for k,v in d['start'].items() if k in now}
 
 # %% ../nbs/api/61_doctor.ipynb #a0bd2113
 @patch
 def recent(self:TrainingDoctor,
-    name:str, # What was seen: `pos`, `neg`, `rank`, `active`, `rows`, `length`, `dr`, `ssr`, `moved`, `loss`, `d_pos` or `d_neg`
+    name:str, # What was seen: `pos`, `neg`, `rank`, `active`, `rows`, `length`, `dr`, `ssr`, `moved`, `head`, `loss`, `d_pos` or `d_neg`
 )->float: # nan where it was not seen, or too seldom
     "Mean over the last third of the steps that were looked at"
     values = [o[name] for o in self.steps if name in o and math.isfinite(o[name])]
@@ -241,11 +256,31 @@ def enough(self:TrainingDoctor)->bool:
     "Were enough steps looked at to say something?"
     return len(self.steps)>=6
 
-def _collapse(self):
+def _part(self, cls):
+    "The first loss of a kind in the learner's"
+    loss = self.learn.loss_func
+    return next((o for o in loss.modules() if isinstance(o, cls)), None) if isinstance(loss, MetricLoss) else None
+
+def _asked(self):
+    "Name and value of the margin that the loss asks for, and what the distances have on average; nan where it asks for none"
+    loss,pos,neg = _part(self, (TripletLoss,ContrastiveLoss)),self.recent('d_pos'),self.recent('d_neg')
+    if loss is None: return '',math.nan,math.nan
+    if isinstance(loss, ContrastiveLoss): return 'neg_margin',loss.neg_margin,neg
+    return 'margin',loss.margin,neg**2-pos**2 if loss.squared else neg-pos
+
+def _collapsed(self):
     neg,rank,most = (self.recent(o) for o in ('neg','rank','most'))
-    if neg>.9 or (most>=4 and rank<1+.1*(most-1)):
-        return (f'The embeddings collapse: those of different classes have a similarity of {neg:.2f} on average, and {rank:.1f} directions are used of the {most:.0f} that could be. '
-            'Lower the learning rate, and learn from easier triplets: all of them, or those of `SemiHardMiner`, rather than the hardest.')
+    return neg>.9 or (most>=4 and rank<1+.1*(most-1))
+
+def _collapse(self):
+    if not _collapsed(self): return
+    name,asked,has = _asked(self)
+    triplet = _part(self, TripletLoss)
+    if has>asked: remedy = f'The loss asks for no more: raise its `{name}`, which is {asked:g}.'
+    elif triplet and triplet.miner: remedy = 'Lower the learning rate, and learn from easier triplets: all of them, or those of `SemiHardMiner`, rather than the hardest.'
+    else: remedy = 'Lower the learning rate; if that does not help, see that the loss pushes classes apart.'
+    return (f'The embeddings collapse: those of different classes have a similarity of {self.recent("neg"):.2f} on average, and {self.recent("rank"):.1f} directions are used '
+        f'of the {self.recent("most"):.0f} that could be. {remedy}')
 
 def _inactive(self):
     rows,active = self.recent('rows'),self.recent('active')
@@ -256,17 +291,17 @@ def _inactive(self):
 def _lengths(self):
     values = [o['length'] for o in self.steps if 'length' in o]
     if len(values)<6: return
-    r = self.recent('length')/max(sum(values[:2])/2, 1e-30)
+    r = self.recent('length')/max(values[0], 1e-30)
     if r>10: return f'Before they are normalised, embeddings are {r:.0f} times as long as at the beginning, which divides their gradient by as much. Lower the learning rate, or raise the weight decay.'
     if r<.1: return f'Before they are normalised, embeddings have shrunk to {r:.1%} of their length, which makes their gradient as much larger. Lower the learning rate, or the weight decay of the head.'
 
 def _dr(self):
     x = self.recent('dr')
-    if x>.9: return f'Direction regularisation makes {x:.0%} of the gradient, and little is left for the loss itself. Lower `gamma`.'
+    if x>.9: return f'Direction regularisation makes {math.floor(100*x)} % of the gradient, and little is left for the loss itself. Lower `gamma`.'
 
 def _ssr(self):
     x = self.recent('ssr')
-    if x>.9: return f'Self-supervised ranking makes {x:.0%} of the gradient that reaches the backbone, and little is left for the metric loss. Lower its `gamma`.'
+    if x>.9: return f'Self-supervised ranking makes {math.floor(100*x)} % of the gradient that reaches the backbone, and little is left for the metric loss. Lower its `gamma`.'
 
 def _proxies(self):
     x = self.recent('moved')
@@ -274,21 +309,32 @@ def _proxies(self):
         'See that the optimiser has them (`metric_learner` sees to it) and is not told to freeze them, and raise `lr_mult`.')
 
 def _stuck(self):
-    loss = next((o for o in self.learn.loss_func.modules() if isinstance(o, TripletLoss)), None) if isinstance(self.learn.loss_func, MetricLoss) else None
-    gap,value = self.recent('d_neg')-self.recent('d_pos'),self.recent('loss')
-    if loss and gap<.1*loss.margin and (loss.gamma or value>.9*loss.margin):
+    loss,gap,value = _part(self, TripletLoss),self.recent('d_neg')-self.recent('d_pos'),self.recent('loss')
+    if loss and not _collapsed(self) and gap<.1*loss.margin and (loss.gamma or value>.9*loss.margin):
         return (f'The loss stands at {value:.3g}, with a margin of {loss.margin:g}: negatives are no farther away than positives ({self.recent("d_neg"):.3g} and {self.recent("d_pos"):.3g} on average), so nothing has been learned. '
             'Look for a learning rate with `lr_find`, learn from all triplets before the hardest ones, and look at the labels.')
 
+def _still(self):
+    x = self.recent('head')
+    if x<1e-3 and not (_stuck(self) or _inactive(self)):
+        return f'The network hardly moves: in {self.steps[-1]["step"]} steps the weights of its head went {x:.1e} of their length. Raise the learning rate; `lr_find` looks for one.'
+
+def _margin(self):
+    loss,active = _part(self, TripletLoss),self.recent('active')
+    if loss and loss.normalize_embs and not loss.miner and not _collapsed(self) and loss.margin>(2 if loss.squared else 1) and active>.9:
+        return (f'The margin of {loss.margin:g} cannot be met: {math.floor(100*active)} % of the triplets violate it, for embeddings of length 1 that have nothing in common are {"2 (squared)" if loss.squared else "1.4"} apart. '
+            'Lower it: 0.05 to 0.5 is usual.')
+
 def _runaway(self):
     es = [o for o in self.epochs if not math.isnan(o['recall'])]
-    if len(es)<4: return
+    if len(es)<4 or _still(self) or _margin(self): return
     best,last = max(es, key=lambda o: o['recall']),es[-1]
-    if last['epoch']-best['epoch']>=2 and last['recall']<.95*best['recall']-.01 and last['gap']>best['gap']+.02:
+    apart = best['gap']+max(.05, min(.1, .25*best['gap']))
+    if last['epoch']-best['epoch']>=2 and last['recall']<.95*best['recall']-.01 and last['gap']>apart:
         return (f'recall@1 fell from {best["recall"]:.3f} in epoch {best["epoch"]} to {last["recall"]:.3f}, while the training classes still move apart: they are learned by heart. '
             "Keep the best epoch (`SaveModelCallback(monitor='recall@1')`), and use more augmentation, more weight decay or a lower learning rate.")
 
-TrainingDoctor.diagnoses = dict(collapse=_collapse, inactive=_inactive, lengths=_lengths, dr=_dr, ssr=_ssr, proxies=_proxies, stuck=_stuck, runaway=_runaway)
+TrainingDoctor.diagnoses = dict(collapse=_collapse, inactive=_inactive, lengths=_lengths, dr=_dr, ssr=_ssr, proxies=_proxies, stuck=_stuck, still=_still, margin=_margin, runaway=_runaway)
 
 @patch(as_prop=True)
 def findings(self:TrainingDoctor)->list: # `Finding`s, none where all is well
@@ -296,13 +342,15 @@ def findings(self:TrainingDoctor)->list: # `Finding`s, none where all is well
     return [Finding(k, text) for k,f in self.diagnoses.items() if (text := f(self))]
 
 # %% ../nbs/api/61_doctor.ipynb #e043b550
-_panels = (('Similarity of training pairs', 'cosine similarity', dict(pos='same class', neg='different classes')),
-    ('Directions in use', 'effective rank', dict(rank='', most='classes in the batch')),
-    ('What is learned from', 'share', dict(active='triplets or pairs', rows='embeddings with a gradient')),
-    ('Loss', 'loss', dict(loss='')),
-    ('Embeddings before normalisation', 'mean length', dict(length='')),
-    ('Share of the gradient', 'share', dict(dr='direction regularisation', ssr='self-supervised ranking')),
-    ('Proxies', 'way from the start / length', dict(moved='')))
+_panels = (('Similarity of training pairs', 'cosine similarity', dict(pos='same class', neg='different classes'), 'How alike two embeddings of a batch are, 1 for equal ones. The lines should move apart; both near 1 is a collapse.'),
+    ('Directions in use', 'effective rank', dict(rank='in use', most='classes in the batch, or dimensions'), 'Over how many directions the embeddings of a batch spread. Near 1, all lie on a line.'),
+    ('What is learned from', 'share', dict(active='triplets or pairs', rows='embeddings with a gradient'), 'How much of a batch the loss still has something to say about. Near 0, the batches have become too easy.'),
+    ('Loss', 'loss', dict(loss=''), 'The loss of the batch, not smoothed. Where only active terms count, it may stand still while the embedding improves.'),
+    ('Embeddings before normalisation', 'mean length', dict(length=''), 'Their length before they are scaled to 1. The longer, the smaller the steps of the head.'),
+    ('Share of the gradient', 'share', dict(dr='direction regularisation', ssr='self-supervised ranking'), 'How much of the gradient comes from a regulariser. Near 1, it has taken over.'),
+    ('Way of the weights', 'way / length', dict(moved='proxies', head='head of the network'), 'How far weights are from where they began, relative to their length. Near 0, they do not learn.'))
+_against = ('Training against validation', 'similarity, recall', dict(gap='training: same minus different', recall='validation: recall@1'),
+    'How much more alike pairs of one class are than others in training, and recall on unseen classes. If the first rises while the second falls, the training classes are learned by heart.')
 _styles = dict(color=_blue, lw=1.8),dict(color=_orange, lw=1.8, ls='--')
 
 def _draw_series(ax, title, ylabel, names, rows, x):
@@ -313,17 +361,22 @@ def _draw_series(ax, title, ylabel, names, rows, x):
     if ylabel in ('share','cosine similarity','similarity, recall'): ax.set_ylim(min(-.02, ax.get_ylim()[0]), 1.02)
     else: ax.set_ylim(0, 1.1*ax.get_ylim()[1])
     if ax.get_legend_handles_labels()[0] and any(names.values()): ax.legend(frameon=False, fontsize=8)
+    ax.xaxis.set_major_locator(plt.MaxNLocator('auto', integer=True))
+
+@patch(as_prop=True)
+def panels(self:TrainingDoctor)->list: # Title, name of the vertical axis, series, rows that have them, horizontal axis, and what it means
+    "What there is to draw"
+    res = [(t,y,n,self.steps,'steps',why) for t,y,n,why in _panels if any(k in o for o in self.steps for k in n)]
+    return res + ([(*_against[:3],self.epochs,'epochs',_against[3])] if any(not math.isnan(o['recall']) for o in self.epochs) else [])
 
 @patch
 def plot(self:TrainingDoctor)->plt.Figure:
     "Draw what was seen, with what is wrong above it; raises `ValueError` before a fit"
     if not self.steps: raise ValueError('there is nothing to draw yet: the doctor has seen no training step')
-    panels = [(t,y,n,self.steps,'steps') for t,y,n in _panels if any(k in o for o in self.steps for k in n)]
-    if any(not math.isnan(o['recall']) for o in self.epochs):
-        panels.append(('Training against validation', 'similarity, recall', dict(gap='training: positives above negatives', recall='validation: recall@1'), self.epochs, 'epochs'))
+    panels = self.panels
     rows = -(-len(panels)//3)
     fig,axs = plt.subplots(rows, 3, figsize=(10, 2.7*rows+.5), layout='constrained', squeeze=False)
-    for ax,o in zip(axs.flat, panels): _draw_series(ax, *o)
+    for ax,o in zip(axs.flat, panels): _draw_series(ax, *o[:5])
     for ax in axs.flat[len(panels):]: ax.set_axis_off()
     text = [textwrap.fill(o.text, 125) for o in self.findings] or ['Nothing wrong was found.' if self.enough else 'Too few steps were looked at to say whether something is wrong.']
     fig.suptitle('\n'.join(text), fontsize=10, x=.01, ha='left', color=_orange if self.findings else 'black')

@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/interpret.html.md"""
 __all__ = ['RetrievalInterpretation', 'items_of', 'triplet_table']
 
 # %% ../nbs/api/60_interpret.ipynb #fafbd3a3
-import textwrap, torch
+import torch
 import numpy as np, pandas as pd
 import matplotlib.pyplot as plt
 from functools import cached_property
@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from fastcore.basics import patch
 from .data import BalancedSampler
+from .evaluate import protocol_of
 from .geometry import *
 from .learner import *
 from .losses import *
@@ -24,11 +25,16 @@ from .mining import *
 from .retrieval import *
 from .retrieval import _embeddings, _labels, _unit_
 from .show import *
-from .show import _draw_image, _right, _wrong
+from .show import _draw_image, _right, _title_height, _wrong
 
 # %% ../nbs/api/60_interpret.ipynb #c5ad13b3
+def _check_role(role, n):
+    "Raise `ValueError` where items have no roles that a search could go by"
+    if role.shape!=(n,) or set(role)-{'query','gallery',''}: raise ValueError(f"role must be 'query', 'gallery' or '' (both) for each of {n} items")
+    if (role=='gallery').all() or (role=='query').all(): raise ValueError(f'all {n} items are {role[0]}: a search needs queries and a gallery')
+
 class RetrievalInterpretation:
-    "What an embedding takes for near in a set of items, each of which searches among all the others"
+    "What an embedding takes for near in a set of items, each of which searches among all the others, or as their roles say"
     def __init__(self,
         embs, # Embeddings, `(n,d)` float; they are compared by cosine
         labels, # Class of each item, `(n,)` integer
@@ -37,16 +43,26 @@ class RetrievalInterpretation:
         image=None, # Function from an index to an image: PIL or an array `(h,w)` or `(h,w,3)` of 0 to 255
         loss=None, # The loss that it was trained with, for its miner, margin and γ
         block:int=None, # Queries scored at a time; about 64 MiB of scores if not given
+        role=None, # Of each item `'query'`, `'gallery'` or `''` for both, `(n,)` str; all are both if not given
+        ignore=None, # Ids, `(n,)` integer: a query does not see what has its id
+        random_gallery:int=0, # Score with galleries of one random item of each class, this many, whatever the roles; pictures are of the first
+        ks=(1,2,4,8,16,32), # k of recall@k
     ):
         self.embs = _embeddings(embs).cpu()
         self.labels = _labels(labels, len(self.embs), device='cpu')
         if len(self.embs)<2: raise ValueError('to interpret an embedding takes two items at least, and there is 1')
         if items is not None and len(items)!=len(self.embs): raise ValueError(f'items must be one for each of {len(self.embs)} embeddings, not {len(items)}')
-        self.items,self.vocab,self.draw,self.loss,self.block = items,vocab,image,loss,block
+        self.items,self.vocab,self.draw,self.loss,self.block,self.ks = items,vocab,image,loss,block,tuple(ks)
+        self.role,self.random_gallery = None if role is None else np.asarray(role),random_gallery
+        if self.role is not None: _check_role(self.role, len(self.embs))
+        self.ids = torch.arange(len(self.embs)) if ignore is None else _labels(ignore, len(self.embs), 'ignore', 'cpu')
+        self.ignore = None if ignore is None else self.ids
         self._nearest = None
 
     def __len__(self): return len(self.embs)
-    def __repr__(self): return f'{len(self):,} items of {len(self.labels.unique()):,} classes, {self.embs.shape[1]} dimensions'
+    def __repr__(self):
+        res = f'{len(self):,} items of {len(self.labels.unique()):,} classes, {self.embs.shape[1]} dimensions'
+        return res if self.all_search else f'{res}, {len(self.queries):,} queries in a gallery of {len(self.gallery):,}'
 
     def label(self,
         i:int, # Index of an item
@@ -68,29 +84,69 @@ class RetrievalInterpretation:
         return im
 
 # %% ../nbs/api/60_interpret.ipynb #c09dedb6
+@patch(as_prop=True)
+def all_search(self:RetrievalInterpretation)->bool:
+    "Does each item search among all the others?"
+    return self.role is None and not self.random_gallery
+
+def _lazy(f):
+    "Make `_name` an attribute `name` of an interpretation that is computed once"
+    res,name = cached_property(f),f.__name__[1:]
+    setattr(RetrievalInterpretation, name, res)
+    res.__set_name__(RetrievalInterpretation, name)
+
+@_lazy
+def _result(self):
+    "Metrics, as `evaluate_protocol` has them"
+    return evaluate_protocol(self.embs, self.labels, self.role, self.ignore, self.random_gallery, metrics=['recall','r_precision','map@r','map','pr_curve'], ks=self.ks, block=self.block)
+
+@_lazy
+def _queries(self):
+    "Indices of the items that search, `(q,)` int64"
+    every = np.arange(len(self))
+    if self.random_gallery: return torch.from_numpy(self.result.items[:len(self)-len(self.labels.unique())])
+    return torch.from_numpy(every if self.role is None else every[self.role!='gallery'])
+
+@_lazy
+def _gallery(self):
+    "Indices of the items that are searched, `(g,)` int64"
+    every = np.arange(len(self))
+    if self.random_gallery: return torch.from_numpy(np.setdiff1d(every, self.queries))
+    return torch.from_numpy(every if self.role is None else every[self.role!='query'])
+
+@patch
+def values(self:RetrievalInterpretation,
+    name:str, # A metric of `result`, such as `'map'`
+)->np.ndarray: # `(q,)`, nan where there is nothing to find
+    "Value of a metric for each of the `queries`"
+    return self.result.values[name][:len(self.queries)]
+
+# %% ../nbs/api/60_interpret.ipynb #cb30b04f
 @patch
 def nearest(self:RetrievalInterpretation,
-    k:int=1, # How many; at most as many as there are others
-)->tuple: # Similarities, `(n,k)` float32; indices, `(n,k)` int64
-    "The `k` nearest others of each item, nearest first"
-    k = min(k, len(self)-1)
-    if self._nearest is None or self._nearest[0].shape[1]<k: self._nearest = neighbours(self.embs, k=min(max(k, 8), len(self)-1), block=self.block)
+    k:int=1, # How many; at most as many as there are
+)->tuple: # Similarities, `(q,k)` float32, $-\infty$ where fewer are left to find; indices of items, `(q,k)` int64
+    "The `k` nearest items to each of the `queries`, nearest first"
+    if self._nearest is None or self._nearest[0].shape[1]<min(k, self.most): self._nearest = self.nearest_of(self.queries, max(k, 8))
     return tuple(o[:,:k] for o in self._nearest)
+
+@_lazy
+def _most(self):
+    "As many neighbours each query has at least, but for those to ignore"
+    return len(self.gallery)-int(np.isin(self.queries, self.gallery).any())
 
 @patch
 def nearest_of(self:RetrievalInterpretation,
-    queries, # Indices, `(q,)`
-    k:int, # How many; at most as many as there are others
-)->tuple: # Similarities, `(q,k)`; indices, `(q,k)`
-    "The `k` nearest others of some items only"
-    q = torch.as_tensor(np.asarray(queries), dtype=torch.int64)
-    return neighbours(self.embs[q], self.embs, k=min(k, len(self)-1), self_exclude=q, block=self.block)
-
-# %% ../nbs/api/60_interpret.ipynb #cb30b04f
-_ks = (1,2,4,8,16,32)
-def _result(self): return evaluate_retrieval(self.embs, self.labels, metrics=['recall','r_precision','map@r','map','pr_curve'], ks=_ks, block=self.block)
-RetrievalInterpretation.result = cached_property(_result)
-RetrievalInterpretation.result.__set_name__(RetrievalInterpretation, 'result')
+    queries, # Indices of items, `(q,)`
+    k:int, # How many; at most as many as there are
+)->tuple: # As `nearest` gives them
+    "The `k` nearest items to some items only"
+    q,g = torch.as_tensor(np.asarray(queries), dtype=torch.int64),self.gallery
+    at = torch.full((len(self),), -1)
+    at[g] = torch.arange(len(g))
+    x,ids = self.embs if self.all_search else self.embs[g],None if self.ignore is None else (self.ids[q],self.ids[g])
+    s,i = neighbours(self.embs[q], x, k=min(k, len(g)-int((at[q]>=0).any())), self_exclude=at[q], ignore=ids, block=self.block)
+    return s,g[i]
 
 # %% ../nbs/api/60_interpret.ipynb #44190f43
 def items_of(
@@ -110,37 +166,24 @@ def from_learner(cls:RetrievalInterpretation,
     embs,ys = learn.embed(dl)
     if ys is None: raise ValueError("These items have no labels, so their neighbours are neither right nor wrong.")
     items = items_of(dl)
-    return cls(embs, ys, None if items is None else [item_name(o) for o in items], getattr(learn.dls, 'vocab', None), lambda i: dl.dataset[i][0], learn.loss_func)
+    return cls(embs, ys, None if items is None else [item_name(o) for o in items], getattr(learn.dls, 'vocab', None), lambda i: dl.dataset[i][0], learn.loss_func, **protocol_of(learn.dls, dl))
 
 # %% ../nbs/api/60_interpret.ipynb #75d8e6b1
 @patch
 def plot_neighbours(self:RetrievalInterpretation,
-    queries=None, # Indices of the queries; drawn at random if not given
+    queries=None, # Indices of items; queries drawn at random if not given
     max_n:int=6, # Number of queries to draw
     k:int=6, # Neighbours of each
     seed:int=0, # Of the draw
     **kwargs # Passed to `show_neighbours`
 )->plt.Figure:
     "Draw queries with their nearest neighbours, right ones framed green with a tick, wrong ones red with a cross, the similarity under each"
-    if queries is None: queries = np.random.default_rng(seed).permutation(len(self))[:max_n]
+    if queries is None: queries = self.queries.numpy()[np.random.default_rng(seed).permutation(len(self.queries))[:max_n]]
     scores,nn = self.nearest_of(queries, k)
-    fig = show_neighbours(self.image, queries, nn, _Labels(self), scores=scores, **kwargs)
-    fig.suptitle('Queries and their nearest neighbours, with the cosine similarity', fontsize=11)
+    found = [(s>-torch.inf).sum() for s in scores]
+    fig = show_neighbours(self.image, queries, [i[:n] for i,n in zip(nn, found)], self.labels, scores=scores, names=self.name, **kwargs)
+    fig.suptitle('Queries and their nearest neighbours'+' in the gallery'*(not self.all_search)+', with the cosine similarity', fontsize=11)
     return fig
-
-class _Label(str):
-    "A name short enough to stand over an image, equal to another if the classes are"
-    def __new__(cls, name, c):
-        res = super().__new__(cls, '\n'.join(textwrap.wrap(name.replace('_', ' '), 14, max_lines=2, placeholder='…')) or name[:14])
-        res.c = c
-        return res
-    def __eq__(self, o): return self.c==o.c
-    def __hash__(self): return hash(self.c)
-
-class _Labels:
-    "Labels of an interpretation, for titles"
-    def __init__(self, interp): self.interp = interp
-    def __getitem__(self, i): return _Label(self.interp.label(i), self.interp.labels[int(i)].item())
 
 # %% ../nbs/api/60_interpret.ipynb #dd3aec1a
 @patch
@@ -148,12 +191,13 @@ def top_losses(self:RetrievalInterpretation,
     n:int=10, # How many
 )->pd.DataFrame: # One row a query, indexed as the items are
     "The queries with the least average precision, worst first; raises `ValueError` where no class has two items"
-    ap = self.result.values['map']
-    order = np.argsort(ap, kind='stable')[:min(n, int(self.result.used.sum()))]
+    ap = self.values('map')
+    order = np.argsort(ap, kind='stable')[:min(n, int((~np.isnan(ap)).sum()))]
     if not len(order): raise ValueError('no class has two items, so that there is nothing to find for any query')
-    found = self.nearest_of(order, 1)[1][:,0]
-    return pd.DataFrame(dict(label=[self.label(i) for i in order], average_precision=ap[order], nearest=[self.label(i) for i in found],
-        item=[self.item(i) for i in order]), index=order)
+    idx = self.queries.numpy()[order]
+    found = self.nearest_of(idx, 1)[1][:,0]
+    return pd.DataFrame(dict(label=[self.label(i) for i in idx], average_precision=ap[order], nearest=[self.label(i) for i in found],
+        item=[self.item(i) for i in idx]), index=idx)
 
 @patch
 def item(self:RetrievalInterpretation, i): return '' if self.items is None else str(self.items[int(i)])
@@ -179,11 +223,12 @@ def most_confused(self:RetrievalInterpretation,
     k:int=1, # Neighbours of each query to look at
 )->pd.DataFrame: # One row a pair: class of the query, class that was found, how often, and out of how many
     "Pairs of classes by how often one is among the nearest neighbours of the other"
-    i = self.nearest(k)[1]
-    y,z = self.labels[:,None].expand_as(i).flatten(),self.labels[i].flatten()
+    s,i = self.nearest(k)
+    there = s>-torch.inf
+    y,z = self.labels[self.queries][:,None].expand_as(i)[there],self.labels[i][there]
     pairs,count = torch.stack([y,z])[:,y!=z].unique(dim=1, return_counts=True)
     order = count.argsort(descending=True, stable=True)[:n]
-    size = self.labels.bincount()*i.shape[1]
+    size = y.bincount()
     a,b = pairs[:,order].tolist()
     return pd.DataFrame(dict(query=[self.name(o) for o in a], found=[self.name(o) for o in b], count=count[order].tolist(), of=size[a].tolist(), a=a, b=b))
 
@@ -192,13 +237,12 @@ def _draw_pairs(self, axs, pairs, sims):
     "Draw pairs of items side by side, in rows of axes `(r, 3*c-1)` with an empty one between two pairs"
     rows,cols = len(axs),(axs.shape[1]+1)//3
     for ax in axs.flat: ax.set_axis_off()
-    names = _Labels(self)
     for (r,c),(i,j),s in zip(np.ndindex(rows, cols), pairs, sims):
         a,b = axs[r,3*c:3*c+2]
         ok = self.labels[int(i)]==self.labels[int(j)]
         a.set_axis_on(), b.set_axis_on()
-        _draw_image(a, self.image(i), names[i])
-        _draw_image(b, self.image(j), names[j], _right if ok else _wrong, '✓' if ok else '✗')
+        _draw_image(a, self.image(i), self.label(i))
+        _draw_image(b, self.image(j), self.label(j), _right if ok else _wrong, '✓' if ok else '✗')
         b.set_xlabel(f'{s:.3f}', fontsize=8, labelpad=2)
 
 def _pair_axes(fig, rows, cols): return fig.subplots(rows, 3*cols-1, squeeze=False, gridspec_kw=dict(width_ratios=([1,1,.25]*cols)[:-1]))
@@ -213,25 +257,36 @@ def plot_most_confused(self:RetrievalInterpretation,
     conf = self.most_confused(max_n)
     if not len(conf): raise ValueError('nothing is confused: the nearest neighbour of each item is of its class')
     s,i = (o[:,0] for o in self.nearest())
-    fig = plt.figure(figsize=(2.25*each*size, len(conf)*size*1.65), layout='constrained')
+    titles = sum(_title_height([o.a,o.b], self.name)/72 for o in conf.itertuples())
+    fig = plt.figure(figsize=(2.25*each*size, len(conf)*(size*1.15+.4)+titles), layout='constrained')
     for sub,o in zip(np.atleast_1d(fig.subfigures(len(conf), 1)), conf.itertuples()):
-        wrong = ((self.labels==o.a)&(self.labels[i]==o.b)).nonzero()[:,0]
+        wrong = ((self.labels[self.queries]==o.a)&(self.labels[i]==o.b)&(s>-torch.inf)).nonzero()[:,0]
         wrong = wrong[s[wrong].argsort(descending=True, stable=True)][:each]
-        _draw_pairs(self, _pair_axes(sub, 1, each), [(j,i[j]) for j in wrong], s[wrong])
+        _draw_pairs(self, _pair_axes(sub, 1, each), [(self.queries[j],i[j]) for j in wrong], s[wrong])
         sub.suptitle(f'{o.query} takes {o.found} for nearest: {o.count} of {o.of} times', x=0.01, ha='left', fontsize=10)
     return fig
 
 # %% ../nbs/api/60_interpret.ipynb #36069664
 _blue,_orange,_grey = '#0072B2','#D55E00','#6e6e6e'
 
-def _relevant(self):
-    "For each query that is used, how many items are relevant"
-    return self.labels.bincount()[self.labels].numpy()[self.result.used]-1
+def _count(values, among):
+    "How many of `among` equal each of `values`"
+    inv = torch.cat([values,among]).unique(return_inverse=True, dim=0)[1]
+    return inv[len(values):].bincount(minlength=int(inv.max())+1)[inv[:len(values)]]
+
+def _searched(self):
+    "Distinct pairs of how many items a query searches and how many of them are relevant, `(2,m)`, and how many queries have them; without queries that have nothing to find"
+    q,g,y = self.queries,self.gallery,self.labels
+    both = torch.stack([y,self.ids], 1)
+    n,r = len(g)-_count(self.ids[q], self.ids[g]),_count(y[q], y[g])-_count(both[q], both[g])
+    (n,r),count = torch.stack([n,r])[:,r>0].unique(dim=1, return_counts=True)
+    return n.numpy(),r.numpy(),count.numpy()
 
 def _chance(self, k):
     "recall@k of a random order"
-    r,j,n = _relevant(self)[:,None],np.arange(min(k, len(self)-1)),len(self)-1
-    return 1-np.prod(np.maximum(0, 1-r/(n-j)), 1).mean()
+    n,r,count = _searched(self)
+    left = np.maximum(n[:,None]-np.arange(min(k, n.max())), 1)
+    return 1-np.average(np.prod(np.maximum(0, 1-r[:,None]/left), 1), weights=count)
 
 def _axes(ax, **kwargs):
     "`ax` or a new one, with titles and a light grid"
@@ -249,9 +304,10 @@ def plot_pr(self:RetrievalInterpretation,
 )->plt.Axes:
     "Draw the precision at each recall, the mean over the queries"
     r = self.result
-    ax = _axes(ax, xlabel='recall', ylabel='precision', xlim=(0,1), ylim=(0,1.02), title=f'Precision and recall\nmap {r["map"]:.3f}, {r.used.sum():,} queries')
+    ax = _axes(ax, xlabel='recall', ylabel='precision', xlim=(0,1), ylim=(0,1.02), title=f'Precision and recall\nmap {r["map"]:.3f}, {_n_used(self):,} queries')
     ax.plot(*r.curve, color=_blue, lw=2, label='this embedding')
-    ax.axhline((_relevant(self)/(len(self)-1)).mean(), color=_grey, ls='--', label='chance')
+    n,relevant,count = _searched(self)
+    ax.axhline(np.average(relevant/n, weights=count), color=_grey, ls='--', label='chance')
     ax.legend(frameon=False)
     return ax
 
@@ -260,31 +316,32 @@ def plot_recall(self:RetrievalInterpretation,
     ax:plt.Axes=None, # Where to; a new figure if not given
 )->plt.Axes:
     "Draw recall@k against k, with 95 % intervals where there are enough classes"
-    r,ks = self.result,[k for k in _ks if k<len(self)]
+    r,ks = self.result,[k for k in self.ks if k<=self.most] or [self.ks[0]]
     vals,ends = [r[f'recall@{k}'] for k in ks],[r.interval(f'recall@{k}') for k in ks]
     ax = _axes(ax, xlabel='neighbours looked at, k', ylabel='recall@k', ylim=(0,1.02),
-        title=f'Queries that find their class\nrecall@1 {vals[0]:.3f}, {r.used.sum():,} queries')
-    ax.set_xscale('log', base=2)
+        title=f'Queries that find their class\nrecall@{ks[0]} {vals[0]:.3f}, {_n_used(self):,} queries')
+    if min(b/a for a,b in zip(ks, [*ks[1:],np.inf]))>1.5: ax.set_xscale('log', base=2) # else the ticks would touch
     ax.set_xticks(ks, map(str, ks))
     if all(ends): ax.fill_between(ks, *zip(*ends), color=_blue, alpha=.2, lw=0, label='95 % interval')
     ax.plot(ks, vals, color=_blue, lw=2, marker='o', label='this embedding')
     ax.plot(ks, [_chance(self, k) for k in ks], color=_grey, ls='--', label='chance')
-    ax.legend(frameon=False, loc='lower right')
+    ax.legend(frameon=False, loc='best')
     return ax
+
+def _n_used(self): return int((~np.isnan(self.values('map'))).sum())
 
 # %% ../nbs/api/60_interpret.ipynb #7b8e4d09
 @patch
 def similarities(self:RetrievalInterpretation,
-    max_n:int=2000, # Queries, each of which is compared with all items
+    max_n:int=2000, # Queries, each of which is compared with all that it searches
     bins:int=100, # From -1 to 1
     seed:int=0, # Of the draw
 )->dict: # `edges (bins+1,)`; shares `pos` and `neg`, `(bins,)`, which add up to 1; `pos_mean`, `neg_mean`, `overlap` and `n_queries`
     "Histograms of the similarities of positive and negative pairs, and their overlap"
-    q = torch.from_numpy(np.random.default_rng(seed).permutation(len(self))[:max_n])
-    x,count,total = _unit_(self.embs.clone()),torch.zeros(2*bins, dtype=torch.int64),torch.zeros(2, dtype=torch.float64)
+    q,g = self.queries[torch.from_numpy(np.random.default_rng(seed).permutation(len(self.queries))[:max_n])],self.gallery
+    x,count,total = _unit_(self.embs[g]),torch.zeros(2*bins, dtype=torch.int64),torch.zeros(2, dtype=torch.float64)
     for rows in q.split(max(1, 2**21//len(x))):
-        s,same = x[rows]@x.T,self.labels[rows,None]==self.labels
-        other = torch.ones_like(same).scatter_(1, rows[:,None], False)
+        s,same,other = _unit_(self.embs[rows])@x.T,self.labels[rows,None]==self.labels[g],self.ids[rows,None]!=self.ids[g]
         s,same = s[other],same[other]
         count += ((s+1)*(bins/2)).long().clamp_(0, bins-1).add_(same.long()*bins).bincount(minlength=2*bins)
         total += torch.stack([s[~same].sum(dtype=torch.float64),s[same].sum(dtype=torch.float64)])
@@ -358,10 +415,14 @@ def plot_map(self:RetrievalInterpretation,
     for o in ax.spines.values(): o.set_visible(method=='pca' and o.spine_type in ('left','bottom'))
     if method=='pca': ax.set(xlabel='first component', ylabel='second component')
     for i,c in enumerate(cls):
-        ax.scatter(*xy[y==c].T, s=18, color=_colours[i%8], marker=_markers[i//8%8], lw=0, label=textwrap.shorten(self.name(c), 24, placeholder='…'))
-    if thumbs and self.draw is not None: _draw_thumbs(self, ax, idx, xy, {c:_colours[i%8] for i,c in enumerate(cls)}, seed)
+        ax.scatter(*xy[y==c].T, s=18, color=_colours[i%8], marker=_markers[i//8%8], lw=0, label=_shortened(self.name(c)))
     if len(cls)<=24: ax.legend(frameon=False, fontsize=10, markerscale=1.5, loc='center left', bbox_to_anchor=(1, .5))
+    if thumbs and self.draw is not None: _draw_thumbs(self, ax, idx, xy, {c:_colours[i%8] for i,c in enumerate(cls)}, seed) # after the legend, which takes room
     return ax
+
+def _shortened(name, n=26):
+    "`name` in one line"
+    return name if len(name)<=n else name[:n-1]+'…'
 
 def _draw_thumbs(self, ax, idx, xy, colours, seed, points=26):
     "Draw the images of those of the items `idx` whose images do not overlap"
@@ -375,9 +436,15 @@ def _draw_thumbs(self, ax, idx, xy, colours, seed, points=26):
         ax.add_artist(AnnotationBbox(box, xy[i], pad=.1, bboxprops=dict(edgecolor=colours[self.labels[idx[i]].item()], lw=1.5)))
 
 # %% ../nbs/api/60_interpret.ipynb #45a0fa57
+@_lazy
+def _among_all(self):
+    "Similarities and indices of the eight nearest others of each item"
+    if self.all_search: return self.nearest(8)
+    return neighbours(self.embs, k=min(8, len(self)-1), ignore=self.ignore, block=self.block)
+
 def _near_pairs(self, min_sim, same, n):
     "Table of the pairs of near neighbours under one label or under two, nearest first"
-    s,i = self.nearest(8)
+    s,i = self.among_all
     a = torch.arange(len(self))[:,None].expand_as(i)
     own = self.labels[i]==self.labels[:,None]
     keep = (s>=min_sim)&(own if same else ~own)
@@ -386,7 +453,7 @@ def _near_pairs(self, min_sim, same, n):
     sim = torch.zeros(pairs.shape[1]).scatter_(0, inv, s[keep])
     order = sim.argsort(descending=True, stable=True)[:n]
     def agree(u, v):
-        other = i[u]!=v[:,None]
+        other = (i[u]!=v[:,None])&(s[u]>-torch.inf)
         return ((own[u]&other).sum(1)/other.sum(1).clamp(min=1)).numpy()
     u,v = pairs[:,order]
     names = {f'{k}_{o}':[f(x) for x in j.tolist()] for k,f in dict(label=self.label, item=self.item).items() for o,j in zip('ab', (u,v))}
@@ -419,7 +486,8 @@ def plot_pairs(self:RetrievalInterpretation,
     if not len(pairs): raise ValueError('there are no such pairs: a lower `min_sim` finds more')
     cols = min(4, len(pairs))
     rows = -(-len(pairs)//cols)
-    fig = plt.figure(figsize=(max(2.25*cols, 4)*size, rows*size*1.4+.4), layout='constrained')
+    titles = rows*_title_height([*pairs.label_a,*pairs.label_b], str)/72
+    fig = plt.figure(figsize=(max(2.25*cols, 4)*size, rows*size*1.15+titles+.4), layout='constrained')
     _draw_pairs(self, _pair_axes(fig, rows, cols), pairs[['a','b']].to_numpy(), pairs.similarity)
     fig.suptitle(f'Nearly equal, under {"one label" if (pairs.label_a==pairs.label_b).all() else "two labels"}', fontsize=11)
     return fig
@@ -461,10 +529,9 @@ def _draw_triangle(ax, t):
 
 def _draw_triplet(self, axs, t, idx, gamma):
     "Draw the images of a triplet, its triangle and its numbers"
-    names = _Labels(self)
     for ax,i,color,mark,d in zip(axs, (t.a,t.p,t.n), (None,_right,_wrong), ('','✓','✗'), ('anchor',f'd = {t.d_ap:.2f}',f'd = {t.d_an:.2f}')):
         i = idx[int(i)]
-        _draw_image(ax, self.image(i), names[i], color, mark)
+        _draw_image(ax, self.image(i), self.label(i), color, mark)
         ax.set_xlabel(d, fontsize=8, labelpad=2)
     _draw_triangle(axs[3], t)
     axs[4].set_axis_off()
@@ -495,8 +562,10 @@ def plot_triplets(self:RetrievalInterpretation,
         torch.manual_seed(seed)
         t = triplet_table(x, self.labels[idx], **settings)
     if not len(t): raise ValueError('there are no triplets: it takes two classes, and two items of one of them')
-    fig = plt.figure(figsize=(5.6*size, min(max_n, len(t))*size*1.35+.4), layout='constrained')
-    axs = fig.subplots(min(max_n, len(t)), 5, squeeze=False, gridspec_kw=dict(width_ratios=[1,1,1,1.1,1.1]))
+    rows = min(max_n, len(t))
+    titles = rows*_title_height([self.labels[idx[int(i)]] for o in t[:rows].itertuples() for i in (o.a,o.p,o.n)], self.name)/72
+    fig = plt.figure(figsize=(5.6*size, rows*size*1.15+titles+.4), layout='constrained')
+    axs = fig.subplots(rows, 5, squeeze=False, gridspec_kw=dict(width_ratios=[1,1,1,1.1,1.1]))
     for row,o in zip(axs, t.itertuples()): _draw_triplet(self, row, o, idx, settings['gamma'])
     fig.suptitle(f'{len(t):,} triplets of a batch of {len(idx)}, {(t.violation>0).mean():.0%} violate a margin of {settings["margin"]:g}; the worst', fontsize=11)
     return fig

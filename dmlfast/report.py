@@ -11,6 +11,7 @@ __all__ = ['split_hash', 'plot_curves']
 import base64, datetime, hashlib, importlib.metadata, io, json, platform, shlex, sys, time, torch
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from jinja2 import Environment, StrictUndefined
 from fastcore.all import *
@@ -65,7 +66,8 @@ def _repeat():
         return '','\n\n'.join(o.strip() for o in shell.user_ns.get('In', []) if o.strip())
     file = Path(getattr(sys.modules['__main__'], '__file__', None) or '')
     code = file.read_text(encoding='utf-8') if file.suffix=='.py' and file.is_file() and file.stat().st_size<2**17 else ''
-    return shlex.join([Path(sys.executable).name,*sys.argv]),code
+    told = sys.argv[0] not in ('','-') # else the code came from a console, and no command has it
+    return shlex.join([Path(sys.executable).name,*sys.orig_argv[1:]]) if told else '',code
 
 def _said(o): return o if isinstance(o, str) else getattr(o, '__name__', None) or (f'{_said(o.func)}({", ".join(f"{k}={v!r}" for k,v in o.keywords.items())})' if hasattr(o, 'keywords') else repr(o))
 
@@ -75,14 +77,22 @@ def _settings(learn):
     "Rows of the table of settings"
     model,dl = learn.model,learn.dls.train
     spec = dict(model=type(model).__name__)
-    if hasattr(model, 'spec'): spec = dict(network=model.arch, embedding=f'{model.emb_sz} numbers'+', of length 1'*model.normalize, **{k:_said(v) for k,v in model.named.items() if v})
+    if hasattr(model, 'spec'): spec = _network(model)
     n,trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True,False))
     hypers = learn.opt.hypers[-1] if learn.opt is not None else {}
     lrs = getattr(learn.recorder, 'lrs', [])
-    return spec|dict(weights=f'{n:,}, of which {trained:,} are trained', loss=repr(learn.loss_func), optimiser=_said(learn.opt_func),
-        **({'greatest learning rate':f'{max(lrs):.3g}'} if lrs else {}), **{k:f'{hypers[a]:.3g}' for k,a in {'weight decay':'wd','momentum':'mom'}.items() if isinstance(hypers.get(a), (int,float))},
+    return spec|dict(parameters=f'{n:,}, of which {trained:,} are trained', loss=repr(learn.loss_func), optimiser=_said(learn.opt_func),
+        **({'epochs':str(len(_epochs(learn)[1])), 'steps':f'{len(lrs):,}', 'greatest learning rate':f'{max(lrs):.3g}'} if lrs else {}), **{k:f'{hypers[a]:.3g}' for k,a in {'weight decay':'wd','momentum':'mom'}.items() if isinstance(hypers.get(a), (int,float))},
         batches=f'{dl.bs} items' + (f', {dl.per_class} of a class, seed {dl.seed}' if hasattr(dl, 'per_class') else ''), transforms=_tfms(dl) or 'none',
         callbacks=', '.join(_callback(o) for o in learn.cbs.sorted('order')), device=_device(learn))
+
+def _network(model):
+    "Rows about an `Embedder`"
+    frozen = dict(freeze_bn='yes' if model.freeze_bn is True else _said(model.freeze_bn)) if model.freeze_bn else {}
+    named = {k:', '.join(f'{a}={v!r}' for a,v in o.items()) if isinstance(o, dict) else _said(o) for k,o in model.named.items() if o}
+    return dict(network=model.arch, embedding=f'{model.emb_sz} numbers'+', of length 1'*model.normalize) | {_rows.get(k, k):v for k,v in (named|frozen).items()}
+
+_rows = dict(pool='pooling', model_kwargs='options of the network', freeze_bn='batch norm frozen')
 
 def _callback(o): return repr(o) if type(o).__repr__ is not Callback.__repr__ else type(o).__name__
 
@@ -102,6 +112,11 @@ def _smooth(losses, beta=.98):
         res.append(mean/(1-beta**i))
     return res
 
+def _draw_metric(ax, name, x, y, share):
+    "Recalls from dark to light, other metrics in orange"
+    style = dict(color=plt.get_cmap('cividis')(.75*share), marker='.') if name.startswith('recall') else dict(color=_orange, ls='--', marker='x', ms=5)
+    ax.plot(x, y, label=name, **style)
+
 def plot_curves(
     learn:MetricLearner, # A learner after a fit
 )->plt.Figure:
@@ -116,10 +131,10 @@ def plot_curves(
     a.legend(frameon=False, fontsize=8)
     _axes(b, title='Validation metrics', xlabel='epochs', ylabel='metric', ylim=(0,1.02))
     for i,k in enumerate(head[3:], 3):
-        if k.startswith(('recall','map','r_prec','precision','mrr','nmi','ami','f1')): b.plot([o[0] for o in rows], [o[i] for o in rows], marker='.', label=k, color=plt.get_cmap('cividis')((i-3)/max(1, len(head)-4)))
+        if k.startswith(('recall','map','r_prec','precision','mrr','nmi','ami','f1')): _draw_metric(b, k, [o[0] for o in rows], [o[i] for o in rows], (i-3)/max(1, len(head)-4))
     if b.lines: b.legend(frameon=False, fontsize=8)
     b.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
-    _axes(c, title='Learning rate', xlabel='steps', ylabel='rate of the last group')
+    _axes(c, title='Learning rate', xlabel='steps', ylabel='learning rate of the head')
     c.plot(range(1, len(rec.lrs)+1), rec.lrs, color=_blue)
     c.ticklabel_format(axis='y', style='sci', scilimits=(-2,3))
     return fig
@@ -144,7 +159,8 @@ nav { margin: .8rem 0; font-size: .9rem } nav a { margin-right: .9rem; white-spa
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .7rem; margin: 1rem 0 }
 .tile { background: var(--soft); border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem }
 .tile b { display: block; font-size: 1.5rem; font-weight: 600; line-height: 1.3 } .tile span { color: var(--grey); font-size: .85rem; display: block }
-.finding, .well { border-left: 4px solid var(--red); background: #fdf3ee; padding: .6rem .9rem; margin: .5rem 0 } .well { border-color: #1a7f37; background: #eff8f1 }
+.finding, .well, .unknown { border-left: 4px solid var(--red); background: #fdf3ee; padding: .6rem .9rem; margin: .5rem 0 } .well { border-color: #1a7f37; background: #eff8f1 } .unknown { border-color: var(--grey); background: var(--soft) }
+dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem .9rem; font-size: .9rem; margin: .6rem 0 } dt { font-weight: 600 } dd { margin: 0 }
 .scroll, figure { overflow-x: auto; margin: .8rem 0 }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap } th { font-weight: 600; background: var(--soft) }
@@ -162,29 +178,33 @@ summary { cursor: pointer; color: var(--blue) }
 <header>
 <h1>{{ title }}</h1>
 <p class="note">{{ when }} · measured on {{ split }}: {{ n_items }} items of {{ n_classes }} classes</p>
+<p>{{ what }}</p>
 <nav aria-label="Sections">{% for id, name in sections %}<a href="#{{ id }}">{{ name }}</a>{% endfor %}</nav>
 <div class="tiles">{% for name, value, note in tiles %}<div class="tile"><span>{{ name }}</span><b>{{ value }}</b><span>{{ note }}</span></div>{% endfor %}</div>
 </header>
 {% macro figure(f) %}<figure id="fig-{{ f.name }}"><img{% if f.width > 500 %} class="wide"{% endif %} src="{{ f.src }}" width="{{ f.width }}" height="{{ f.height }}" alt="{{ f.text }}"><figcaption>{{ f.text }}</figcaption></figure>{% endmacro %}
 {% macro pairs(d) %}<table class="pairs">{% for k, v in d.items() %}<tr><th scope="row">{{ k }}</th><td>{{ v }}</td></tr>{% endfor %}</table>{% endmacro %}
 {% macro table(head, rows, left=1) %}<div class="scroll" tabindex="0"><table><thead><tr>{% for o in head %}<th scope="col"{% if loop.index <= left %} class="l"{% endif %}>{{ o }}</th>{% endfor %}</tr></thead><tbody>{% for r in rows %}<tr>{% for o in r %}<td{% if loop.index <= left %} class="l"{% endif %}>{{ o }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endmacro %}
+{% macro terms(d) %}<dl>{% for k, v in d.items() %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl>{% endmacro %}
 {% macro pictures(names) %}{% for n in names if n in figures %}{{ figure(figures[n]) }}{% endfor %}{% endmacro %}
 <main>
 <h2 id="findings">What is wrong</h2>
-{% for o in findings %}<p class="finding">{{ o }}</p>{% endfor %}{% if well %}<p class="well">{{ well }}</p>{% endif %}
+{% for o in findings %}<p class="finding">{{ o }}</p>{% endfor %}{% if well %}<p class="{{ well[0] }}">{{ well[1] }}</p>{% endif %}
 <h2 id="metrics">Metrics</h2>
 {{ table(*metrics[:2]) }}{% for o in metrics[2] %}<p class="note">{{ o }}</p>{% endfor %}
+{{ terms(meanings) }}
 {{ pictures(['curves_retrieval']) }}
 <h2 id="neighbours">Neighbours</h2>
 {% if images %}{{ pictures(['neighbours', 'worst']) }}{% else %}<p class="note">These items are no images that could be drawn.</p>{% endif %}
 <h2 id="confusions">Confusions</h2>
-{% if confused[1] %}{{ table(*confused, left=2) }}{{ pictures(['confused']) }}{% else %}<p>The nearest neighbour of each item is of its class.</p>{% endif %}
+{% if confused[1] %}<p>How often the nearest neighbour of a query is of another class, for the pairs of classes where this happens most.</p>{{ table(*confused, left=2) }}{{ pictures(['confused']) }}{% else %}<p>The nearest neighbour of each item is of its class.</p>{% endif %}
 <h2 id="training">Training</h2>
-{% if epochs[1] %}{{ pictures(['curves', 'doctor']) }}<details><summary>All epochs</summary>{{ table(*epochs) }}</details>{% else %}<p>There is no fit to tell of: this learner was not trained, or its record was overwritten.</p>{% endif %}
+{% if epochs[1] %}{{ pictures(['curves', 'doctor']) }}{% if panels %}<details><summary>How to read the doctor's panels</summary>{{ terms(panels) }}</details>{% endif %}<details><summary>All epochs</summary>{{ table(*epochs) }}</details>{% else %}<p>There is no fit to tell of: this learner was not trained, or its record was overwritten.</p>{% endif %}
 <h2 id="settings">Settings</h2>
 {{ pairs(settings) }}
 <h2 id="data">Data</h2>
 {{ table(*data) }}{{ pairs(hashes) }}
+<p class="note">The hash is the SHA-256 of the sorted lines of split, class and path of all items: runs with the same hash had the same items in the same splits.</p>
 <h2 id="repeat">Do it again</h2>
 {% if command %}<p>Command:</p><pre><code>{{ command }}</code></pre>{% endif %}{% if code %}<p>Code:</p><pre><code>{{ code }}</code></pre>{% endif %}{% if not (command or code) %}<p class="note">The code of this run is not known: pass it as <code>code</code>.</p>{% endif %}
 <h2 id="versions">Versions</h2>
@@ -198,11 +218,12 @@ summary { cursor: pointer; color: var(--blue) }
 # %% ../nbs/api/62_report.ipynb #e29e316e
 def _figure(name, fig, text, photos=False):
     "A figure for the template: JPEG where there are photos in it, PNG with a palette where there are none"
-    buf = io.BytesIO()
     fig = getattr(fig, 'figure', fig)
-    fig.savefig(buf, dpi=200, facecolor='white')
+    fig.set_dpi(200)
+    canvas = FigureCanvasAgg(fig) # `savefig` would draw twice, and write a file that is read at once
+    canvas.draw()
+    im,out = Image.fromarray(np.asarray(canvas.buffer_rgba())[...,:3]),io.BytesIO()
     plt.close(fig)
-    im,out = Image.open(buf).convert('RGB'),io.BytesIO()
     if photos: im.save(out, 'jpeg', quality=88)
     else: im.quantize(128).save(out, 'png', optimize=True)
     src = f'data:image/{"jpeg" if photos else "png"};base64,{base64.b64encode(out.getvalue()).decode()}'
@@ -218,13 +239,14 @@ def _figures(learn, interp, n, images, confused):
     "All figures by name"
     fig,axs = plt.subplots(1, 3, figsize=(10,3.4), layout='constrained')
     interp.plot_recall(axs[0]), interp.plot_pr(axs[1]), interp.plot_similarities(axs[2])
-    yield 'curves_retrieval',fig,'Queries that find their class among their k nearest; precision at each recall; cosine similarities of pairs of items.'
+    yield 'curves_retrieval',fig,('Left: the share of queries with their class among their k nearest. Middle: of the items that are listed until a share of the right ones is found (recall), how many are right (precision). '
+        'Right: the similarities of pairs of one class and of two; the less they overlap, the better.')
     if images:
         yield 'neighbours',interp.plot_neighbours(max_n=n),'Queries drawn at random and their nearest neighbours, nearest first. A tick and a green frame: right; a cross and a red frame: wrong. Below, the cosine similarity.'
         if interp.result.used.any(): yield 'worst',interp.plot_top_losses(max_n=n),'The queries with the least average precision (AP), worst first.'
         if len(confused): yield 'confused',interp.plot_most_confused(),'The classes that are confused most often, and the most confident of these mistakes.'
-    if _epochs(learn)[1]: yield 'curves',plot_curves(learn),'The last fit: losses, metrics on the validation set, learning rate.'
-    if (doctor := _doctor(learn)) and doctor.steps: yield 'doctor',doctor.plot(),'What the training doctor saw in the batches of the last fit.'
+    if _epochs(learn)[1]: yield 'curves',plot_curves(learn),'The last fit: losses, metrics on the validation classes, which are not in training, and the learning rate.'
+    if (doctor := _doctor(learn)) and doctor.steps: yield 'doctor',doctor.plot(),'What the training doctor saw in the training batches of the last fit.'
 
 def _doctor(learn): return next((o for o in learn.cbs if isinstance(o, TrainingDoctor)), None)
 
@@ -235,18 +257,40 @@ def _data(learn):
     "Head and rows of the table of splits"
     splits = {}
     for split,label,_ in _split_rows(learn.dls): splits.setdefault(split, []).append(label)
-    return ['split','images','classes'],[[k,f'{len(v):,}',f'{len(set(v)):,}'] for k,v in splits.items()]
+    order = [k for k in ('train','val','valid','test') if k in splits]
+    return ['split','items','classes'],[[k,f'{len(splits[k]):,}',f'{len(set(splits[k])):,}'] for k in dict.fromkeys([*order,*splits])]
 
 def _tile(r, name):
     ends = r.interval(name)
     return name,f'{r[name]:.3f}' if np.isfinite(r[name]) else '-',f'95 %: {ends[0]:.3f} to {ends[1]:.3f}' if ends else 'no interval'
 
+def _metrics(r):
+    "Head, rows and notes of the table of metrics"
+    head,rows,_ = r._table()
+    n,reps = len(r.labels),r.settings.get('repeats', 1)
+    notes = [f'{n//reps:,} queries'+(f', each in {reps} galleries' if reps>1 else '')+(f'; {r.n_left_out:,} are left out, for nothing is relevant to them' if r.n_left_out else '')+'.']
+    notes += [f'2.5 % and 97.5 % are the ends of a 95 % interval, from {r.n_boot:,} samples of the {r.ci}.'] if any(map(r.interval, r.keys())) else []
+    return ['metric','mean of queries','mean of classes',*head[3:]],rows,notes+[o[0].upper()+o[1:]+'.' for o in dict.fromkeys(filter(None, map(r.why_no_interval, r.keys())))]
+
+def _meanings(r):
+    "What the metrics in the table mean"
+    res = {'recall@k':'share of queries with an item of their class among the k nearest',
+        'r_precision':'share of right ones among the R nearest, where R is how many right ones there are', 'map@r':'the same, and right ones count for more the nearer they stand (mean average precision at R)',
+        'map':'mean average precision: the precision at each right item of the whole ranking, averaged'}
+    return {k:v for k,v in res.items() if k in r.keys() or k=='recall@k'}
+
+def _what(interp):
+    "How was it measured?"
+    who = 'Each item searches for items of its class among all the others' if interp.all_search else f'{len(interp.queries):,} queries search for items of their class in a gallery of {len(interp.gallery):,}'
+    drawn = f' of one random item of each class; the numbers are means over {interp.random_gallery} such galleries, the pictures of the first' if interp.random_gallery else ''
+    return f'{who}{drawn}. The nearer of two items is the one whose embedding has the greater cosine similarity.'
+
 def _well(learn):
     "What there is to say if nothing was found"
     doctor = _doctor(learn)
-    if doctor is None or not doctor.steps: return 'No TrainingDoctor looked at this run: with cbs=TrainingDoctor() this is where it says what is wrong.'
-    if not doctor.enough: return f'The training doctor looked at {len(doctor.steps)} steps, too few to say: `every` is how seldom it looks.'
-    if not doctor.findings: return f'Nothing: the training doctor looked at {len(doctor.steps)} steps.'
+    if doctor is None or not doctor.steps: return 'unknown','No TrainingDoctor looked at this run: with cbs=TrainingDoctor() this is where it says what is wrong.'
+    if not doctor.enough: return 'unknown',f'The training doctor looked at {len(doctor.steps)} steps only, too few to tell whether something is wrong.'
+    if not doctor.findings: return 'well',f'Nothing was found: the training doctor looked at {len(doctor.steps)} of {doctor.steps[-1]["step"]} steps for a collapse of the embeddings, batches that teach nothing, regularisers that take over, weights that do not move and overfitting.'
 
 def _seconds(learn, began):
     "How long it took, as far as it is known"
@@ -284,9 +328,10 @@ def _context(learn, interp, dl, title, code, n, began):
     findings = [o.text for o in doctor.findings] if doctor and doctor.steps else []
     return dict(title=name, when=datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'), split=_split_name(learn, dl), n_items=f'{len(interp):,}', n_classes=f'{len(interp.labels.unique()):,}',
         sections=[('findings','What is wrong'),('metrics','Metrics'),('neighbours','Neighbours'),('confusions','Confusions'),('training','Training'),('settings','Settings'),('data','Data'),('repeat','Do it again'),('versions','Versions')],
-        tiles=[_tile(r, o) for o in ('recall@1','recall@8','map@r')]+[('overlap of similarities',f'{interp.similarities()["overlap"]:.2f}','0: classes apart, 1: no difference')],
-        findings=findings, well=_well(learn), metrics=r._table(), figures=figures, images=images,
-        confused=(['query','found','times','of'],confused[['query','found','count','of']].values.tolist()), epochs=(head,[[_fmt(o) for o in row] for row in rows]),
+        what=_what(interp), meanings=_meanings(r), panels={t:why for t,*_,why in doctor.panels} if doctor and doctor.steps else {},
+        tiles=[_tile(r, o) for o in dict.fromkeys((f'recall@{interp.ks[0]}',f'recall@{max([k for k in interp.ks if k<=10] or interp.ks[:1])}','map@r'))]+[('overlap of similarities',f'{interp.similarities()["overlap"]:.2f}','0: classes apart, 1: no difference')],
+        findings=findings, well=_well(learn), metrics=_metrics(r), figures=figures, images=images,
+        confused=(['class of the query','class of its nearest','times','of'],confused[['query','found','count','of']].values.tolist()), epochs=(head,[[_fmt(o) for o in row] for row in rows]),
         settings=_settings(learn)|_seconds(learn, began), data=_data(learn), hashes={'data set':getattr(source, 'name', '(not named)'),'hash of the splits':split_hash(learn.dls)},
         command=command, code=own, versions=_versions(), result=r.to_dict())
 

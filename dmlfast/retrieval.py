@@ -232,6 +232,15 @@ def _as_scores(scores, v):
     if scores.metric!='l2': return v*scores.scale
     return -(scores.q.pow(2).sum(1, keepdim=True) - 2*v).clamp(min=0).sqrt()*scores.scale
 
+# %% ../nbs/api/30_retrieval.ipynb #81fda4b6
+def _ignore_ids(ignore, q, g, same):
+    "Ids of queries and gallery, renumbered, or None"
+    if ignore is None: return None
+    a,b = (ignore,ignore) if same else ignore
+    a,b = _labels(a, len(q), 'ignore', q.device),_labels(b, len(g), 'ignore', q.device)
+    ids = torch.cat([a,b]).unique(return_inverse=True)[1].int()
+    return ids[:len(a)],ids[len(a):]
+
 # %% ../nbs/api/30_retrieval.ipynb #a2d633d9
 def neighbours(
     query, # Embeddings, (q,d) float
@@ -241,18 +250,19 @@ def neighbours(
     self_exclude=None, # Each query's own index in the gallery, (q,) int, -1 for none; or True or False; True without a gallery
     backend:str='auto', # `'torch'`, `'faiss'`, or `'auto'`, which is `'torch'`
     block:int|None=None, # Queries scored at a time; about 64 MiB of scores if not given
-)->tuple: # Scores, (q,k) float32, larger is nearer; indices in the gallery, (q,k) int64
+    ignore=None, # Ids, (n,) int: a query does not see what has its id. With a gallery a pair of such, (q,) and (n,)
+)->tuple: # Scores, (q,k) float32, larger is nearer, $-\infty$ where nothing is left to find; indices in the gallery, (q,k) int64
     "The `k` nearest items of the gallery to each query, exactly, nearest first, equal ones by index"
     q,g,own = _resolve(query, gallery, self_exclude, 'query')
     n = len(g)-(own is not None and bool((own>=0).any()))
     if not 1<=k<=n: raise ValueError(f'k must be between 1 and {n}, the number of items there are to find, not {k}')
     if backend not in ('auto','torch','faiss'): raise ValueError(f"backend must be 'auto', 'torch' or 'faiss', not {backend!r}")
     v,i = torch.empty(len(q), k, device=q.device),torch.empty(len(q), k, dtype=torch.int64, device=q.device)
-    todo = torch.arange(len(q), device=q.device)
+    todo,ids = torch.arange(len(q), device=q.device),_ignore_ids(ignore, q, g, gallery is None)
     with _full_precision(q.device):
         c = q.clone()
-        scores = _Scores(c, c if g is q else g.clone(), metric, own, block=block)
-        if backend=='faiss' and _faiss(): todo = _topk_faiss(scores, k, v, i)
+        scores = _Scores(c, c if g is q else g.clone(), metric, own, ids, block=block)
+        if backend=='faiss' and ids is None and _faiss(): todo = _topk_faiss(scores, k, v, i)
         _topk_torch(scores, k, v, i, todo)
         return _as_scores(scores, v),i
 
@@ -388,15 +398,6 @@ def _metric_names(metrics, ks):
 def _k_needed(names):
     "How many irrelevant items must be told apart, beside the R of each query; 0 for all"
     return 0 if {'map','mrr','pr_curve'} & set(names) else max([1]+[int(o.split('@')[1]) for o in names if o[-1].isdecimal() and '@' in o])
-
-# %% ../nbs/api/30_retrieval.ipynb #81fda4b6
-def _ignore_ids(ignore, q, g, same):
-    "Ids of queries and gallery, renumbered, or None"
-    if ignore is None: return None
-    a,b = (ignore,ignore) if same else ignore
-    a,b = _labels(a, len(q), 'ignore', q.device),_labels(b, len(g), 'ignore', q.device)
-    ids = torch.cat([a,b]).unique(return_inverse=True)[1].int()
-    return ids[:len(a)],ids[len(a):]
 
 # %% ../nbs/api/30_retrieval.ipynb #d6c97d08
 def _ranked_values(blocks, names, n_queries):

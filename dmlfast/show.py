@@ -8,42 +8,56 @@ Docs: https://dmlfast.github.io/dmlfast/api/show.html.md"""
 __all__ = ['show_neighbours']
 
 # %% ../nbs/api/33_show.ipynb #c99c028d
-import numpy as np, torch
+import numpy as np, textwrap
 import matplotlib.pyplot as plt
 
 # %% ../nbs/api/33_show.ipynb #c523f043
 _right,_wrong = '#1a7f37','#c4320a'
 
 # %% ../nbs/api/33_show.ipynb #51a8d6f7
+def _wrapped(name, mark='', width=15):
+    "`name` in lines of `width` letters, three at most, with a mark before the first"
+    name = str(name).replace('_', ' ').strip()
+    if mark: name = f'{mark}\xa0{name}' if len(name.split(' ')[0])<width-1 else f'{mark} {name}' # no line of its own, if there is room
+    return '\n'.join(textwrap.wrap(name, width, max_lines=3, placeholder='…')).replace('\xa0', ' ')
+
+# %% ../nbs/api/33_show.ipynb #8e424b49
 def _draw_image(ax, im, title, color=None, mark=''):
-    "Draw one image, in a frame"
+    "Draw one image, in a frame, under a title of at most three lines"
     ax.imshow(np.asarray(im), cmap='gray', vmin=0, vmax=255)
     ax.set(xticks=[], yticks=[])
-    ax.set_title(f'{mark} {title}'.strip(), fontsize=9, color=color or 'black', pad=3, parse_math=False)
+    ax.set_title(_wrapped(title, mark), fontsize=9, color=color or 'black', pad=6, parse_math=False)
     for o in ax.spines.values(): o.set(visible=color is not None, color=color, linewidth=3)
 
-# %% ../nbs/api/33_show.ipynb #b9f9ca4b
+# %% ../nbs/api/33_show.ipynb #a0aa5b8e
 def show_neighbours(
     image, # Function from an index to an image: PIL or an array `(h,w)` or `(h,w,3)` of 0 to 255
     queries, # Indices of the queries, `(q,)`
-    neighbours, # Indices of each query's neighbours, nearest first, `(q,k)`
-    labels, # Label of each image, indexed as the images are
+    neighbours, # Indices of each query's neighbours, nearest first, `(q,k)`; of one with fewer than `k` a shorter row
+    labels, # Class of each image, indexed as the images are
     scores=None, # Similarity of each neighbour, `(q,k)`
     gallery=None, # Function from an index to an image of the gallery; `image` if not given
-    gallery_labels=None, # Label of each image of the gallery; `labels` if not given
+    gallery_labels=None, # Class of each image of the gallery; `labels` if not given
     size:float=1.15, # Inches to an image
-    titles:bool=True, # Write the label over each image?
+    titles:bool=True, # Write the class over each image?
+    names=str, # Function from a class to what is written
 ):
     "Draw queries, each with its neighbours: right ones framed green with a tick, wrong ones red with a cross"
     gallery,gallery_labels = gallery or image, labels if gallery_labels is None else gallery_labels
-    q,k = len(queries),len(neighbours[0])
-    fig,axs = plt.subplots(q, k+1, figsize=((k+1.2)*size, q*size*(1.28 if titles else 1.1)), squeeze=False,
+    y,z = [labels[int(i)] for i in queries],[[gallery_labels[int(j)] for j in row] for row in neighbours]
+    name = names if titles else lambda c: ''
+    k,high = max(map(len, z)),sum(_title_height([y[r],*row], name) for r,row in enumerate(z))/72
+    fig,axs = plt.subplots(len(y), k+1, figsize=((k+1.2)*size, len(y)*size*1.1+high), squeeze=False,
         gridspec_kw=dict(width_ratios=[1.15]+[1]*k), layout='constrained')
+    fig.get_layout_engine().set(h_pad=.07) # inches, so that a similarity stands nearer to its own image than to the next row
     for r,(row,i) in enumerate(zip(axs, queries)):
-        _draw_image(row[0], image(int(i)), labels[int(i)] if titles else '')
+        _draw_image(row[0], image(int(i)), name(y[r]))
         row[0].set_ylabel('query', fontsize=8, color='gray')
+        for ax in row[1+len(z[r]):]: ax.set_axis_off()
         for c,(ax,j) in enumerate(zip(row[1:], neighbours[r])):
-            ok = labels[int(i)]==gallery_labels[int(j)]
-            _draw_image(ax, gallery(int(j)), gallery_labels[int(j)] if titles else '', _right if ok else _wrong, '✓' if ok else '✗')
+            ok = bool(y[r]==z[r][c])
+            _draw_image(ax, gallery(int(j)), name(z[r][c]), _right if ok else _wrong, '✓' if ok else '✗')
             if scores is not None: ax.set_xlabel(f'{scores[r][c]:.2f}', fontsize=8, labelpad=2)
     return fig
+
+def _title_height(labels, name): return max(12*(_wrapped(name(o), '✓').count('\n')+1) for o in labels) # points

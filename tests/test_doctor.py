@@ -12,8 +12,8 @@ def points(noise=.6, shuffle_labels=False, n=24, per=16, bs=48):
     y = torch.arange(n).repeat_interleave(per)
     x,h = torch.randn(n, 16, generator=g)[y]+noise*torch.randn(n*per, 16, generator=g),n*per//2
     seen = y[:h][torch.randperm(h, generator=g)] if shuffle_labels else y[:h]
-    train = BalancedDL(list(zip(x[:h],seen)), bs=bs, per_class=8, labels=seen.numpy(), shuffle=True, seed=0)
-    return DataLoaders(train, TfmdDL(list(zip(x[h:],y[h:])), bs=96))
+    train = BalancedDL(list(zip(x[:h],seen)), bs=bs, per_class=8, labels=seen.numpy(), shuffle=True, seed=0, num_workers=0)
+    return DataLoaders(train, TfmdDL(list(zip(x[h:],y[h:])), bs=96, num_workers=0))
 
 class Net(nn.Module):
     "Features, and a head whose embeddings are scaled to length 1"
@@ -57,6 +57,8 @@ def test_a_healthy_run_gets_none(name, capsys):
 sick = dict(
     collapse=(PullTogether, dict(n_epoch=10), 'similarity of 0.99'),
     inactive=(lambda: TripletLoss(margin=.01), dict(noise=.05, n_epoch=8), '0.00% of the triplets'),
+    still=(DRTripletLoss, dict(lr=1e-6), 'Raise the learning rate'),
+    margin=(lambda: TripletLoss(margin=2.), {}, 'margin of 2 cannot be met'),
     lengths=(lambda: TripletLoss(margin=1.), dict(lr=1., n_epoch=3, every=1, wd=0.), 'times as long'),
     dr=(lambda: DRTripletLoss(gamma=20.), {}, 'of the gradient'),
     proxies=(lambda: proxy(lr_mult=0.), dict(n_epoch=3, every=1), 'do not move'),
@@ -73,6 +75,19 @@ def test_a_sick_run_gets_its_diagnosis(name, capsys):
     assert found[name] in capsys.readouterr().out
     assert ' '.join(learn.training_doctor.plot()._suptitle.get_text().split())==found[name]
 
+@pytest.mark.parametrize('loss,said', [(lambda: TripletLoss(margin=2.), 'raise its `margin`, which is 2.'), (lambda: TripletLoss(margin=3.), 'Lower the learning rate; if'),
+    (lambda: TripletLoss(margin=3., miner=BatchHardMiner()), 'easier triplets'), (lambda: TripletLoss(margin=5., squared=True), 'raise its `margin`'), (lambda: TripletLoss(margin=7., squared=True), 'Lower'),
+    (lambda: ContrastiveLoss(neg_margin=3.), 'raise its `neg_margin`, which is 3.'), (lambda: ContrastiveLoss(neg_margin=4.), 'Lower'), (ProxyNCALoss, 'Lower the learning rate; if')])
+def test_the_remedy_of_a_collapse_fits_its_cause(loss, said):
+    "Negatives 3.5 apart and positives 1, so that a margin is met up to 2.5; where distances are squared, 2.6 and 1, and up to 5.76"
+    doctor = TrainingDoctor()
+    doctor.learn = SimpleNamespace(loss_func=loss())
+    squared = getattr(doctor.learn.loss_func, 'squared', False)
+    d_pos,d_neg = (1.,2.6) if squared and doctor.learn.loss_func.__class__ is TripletLoss else (1.,3.5)
+    doctor.steps = [dict(pos=.97, neg=.95, rank=5., most=16, d_pos=d_pos, d_neg=d_neg, loss=.1)]*6
+    text, = [o.text for o in doctor.findings]
+    assert said in text and 'similarity of 0.95' in text
+
 def test_ranking_that_takes_over_is_found(make_learner):
     def fit(gamma):
         learn = make_learner(DRTripletLoss(), cbs=[SelfSupervisedRanking(m=8, p=.9, gamma=gamma), TrainingDoctor(every=1)])
@@ -84,7 +99,7 @@ def test_ranking_that_takes_over_is_found(make_learner):
     assert names(ill)==['ssr'] and 'Lower its `gamma`' in ill.training_doctor.findings[0].text
     assert sum('ssr' in o for o in ill.training_doctor.steps)==sum(not math.isnan(o) for o in ill.self_supervised_ranking.ssr_losses)
     shown = [o.get_title() for o in ill.training_doctor.plot().axes if o.get_title()]
-    assert shown==['Similarity of training pairs','Directions in use','What is learned from','Loss','Embeddings before normalisation','Share of the gradient','Training against validation']
+    assert shown==['Similarity of training pairs','Directions in use','What is learned from','Loss','Embeddings before normalisation','Share of the gradient','Way of the weights','Training against validation']
 
 def test_share_of_ranking_is_that_of_two_backward_passes(make_learner):
     "The gradients at the pooled features, each from a backward pass of its own"
@@ -123,6 +138,15 @@ def test_it_looks_seldom(make_learner):
     n = len(learn.dls.train)
     assert [o['step']-1 for o in learn.training_doctor.steps]==sorted({*range(0, 2*n, 5),0,n})
     assert names(learn)==[] # too little was seen
+
+def test_a_short_fit_is_looked_at_often_enough_and_a_long_one_seldom():
+    learn = run(TripletLoss(), n_epoch=3, every=None)
+    n = 3*len(learn.dls.train)
+    assert n<48 and len(learn.training_doctor.steps)==n and learn.training_doctor.enough
+    learn.training_doctor.learn.n_epoch = 480//len(learn.dls.train)+1
+    learn.training_doctor.before_fit()
+    assert learn.training_doctor.period==20
+    learn.training_doctor.after_fit()
 
 def test_losses_from_elsewhere_and_losses_of_ones_own():
     "They are not computed a second time, for they may remember what they saw"

@@ -117,6 +117,17 @@ def test_map_has_every_item_once_and_says_what_it_leaves_out(method):
     assert 1<=len(ax.artists)<=18
     assert len(r.plot_map(method, n_classes=4, max_n=18, thumbs=False).artists)==0
 
+def test_long_names_on_a_map_are_cut_and_leave_room():
+    "The legend takes its room before images are placed, which do not cover one another"
+    g = np.random.default_rng(0)
+    names = [f'{i:03}.{"Northern_Rough_winged_Swallow_of_the_south" if i else "Ani"}' for i in range(8)]
+    r = RetrievalInterpretation(g.normal(size=(160,6)), np.repeat(range(8), 20), vocab=names, image=lambda i: np.zeros((9,9,3), dtype=np.uint8))
+    ax = r.plot_map('pca', figsize=(8,5))
+    assert [o.get_text() for o in ax.get_legend().get_texts()]==['000.Ani']+[f'{i:03}.Northern_Rough_winged…' for i in range(1, 8)]
+    ax.figure.canvas.draw()
+    boxes = [o.get_window_extent() for o in ax.artists]
+    assert len(boxes)>20 and not any(a.overlaps(b) for i,a in enumerate(boxes) for b in boxes[:i])
+
 def test_map_of_one_dimension_and_of_few_items():
     assert RetrievalInterpretation([[1.],[2.],[-1.],[3.]], [0,0,1,1]).plot_map('pca').get_title()
     assert RetrievalInterpretation(angles(0,5,90), [0,0,1]).plot_map().get_title()
@@ -174,6 +185,70 @@ def test_from_learner_and_batch(make_learner, few):
     assert len(b)==32 and b.labels.tolist()==batch[1].tolist()
     shown = np.asarray(b.image(0))
     assert shown.dtype==np.uint8 and shown.max()>200 and shown.std()>20 # dark strokes on white, as they were
+
+# queries and galleries
+
+def test_queries_search_the_gallery_only():
+    "Directions 0 and 3 are queries of class x, 1 one of y; 2 (x), 10 (y) and 20 (x) are in the gallery, 11 (y) is both"
+    r = RetrievalInterpretation(angles(0,3,1,2,10,20,11), [0,0,1,0,1,0,1], vocab=['x','y'], image=grey, role=['query']*3+['gallery']*3+[''])
+    assert (r.queries.tolist(),r.gallery.tolist())==([0,1,2,6],[3,4,5,6]) and '4 queries in a gallery of 4' in repr(r)
+    s,i = r.nearest(3)
+    assert i.tolist()==[[3,4,6],[3,4,6],[3,4,6],[4,3,5]] # 11 degrees: 10, then 2 and 20 tie and the earlier is first
+    assert s[0].tolist()==pytest.approx(np.cos(np.radians([2,10,11])), abs=1e-6)
+    assert r.result['recall@1']==3/4 and r.top_losses(1).index.tolist()==[2]
+    assert r.top_losses(1).average_precision[2]==pytest.approx((1/2+2/3)/2) # x, y, y, x
+    assert r.most_confused()[['query','found','count','of']].values.tolist()==[['y','x',1,2]]
+    fig = r.plot_neighbours(max_n=4, k=2)
+    assert {o.get_images()[0].get_array()[0,0] for o in fig.axes[::3]}=={0,20,40,120} # queries, each 20 times its index
+    assert {o.get_images()[0].get_array()[0,0] for o in fig.axes if o.get_xlabel()}<={60,80,100,120} and 'in the gallery' in fig.get_suptitle()
+    assert r.plot_most_confused().subfigs[0].axes[0].get_images()[0].get_array()[0,0]==40
+    chance = r.plot_recall().get_lines()[1].get_ydata()[0]
+    assert chance==pytest.approx(np.mean([2/4,2/4,2/4,1/3])) # the last does not see itself
+    h = r.similarities(bins=20)
+    same = np.cos(np.radians([0-2,0-20,3-2,3-20,1-10,1-11,11-10])).mean()
+    assert h['pos_mean']==pytest.approx(same, abs=1e-6) and h['n_queries']==4
+    assert {tuple(o) for o in r.label_noise(min_sim=np.cos(np.radians(1.5)))[['a','b']].values}=={(0,2),(2,3)} # among all, whatever their roles
+
+def test_what_is_to_be_ignored_is_not_seen():
+    "Two films: items 0 to 2 and 3 to 4; item 5 is of none"
+    r = RetrievalInterpretation(angles(0,1,2,30,31,60), [0,0,0,0,1,1], image=grey, ignore=[0,0,0,1,1,2])
+    assert r.nearest(3)[1][0].tolist()==[3,4,5] and r.nearest(5)[0][0].isinf().tolist()==[False]*3+[True]*2
+    assert len(r.duplicates(min_sim=.99))==0 and len(RetrievalInterpretation(angles(0,1,2,30,31,60), [0,0,0,0,1,1]).duplicates(min_sim=.99))==3
+    assert [o.axison for o in r.plot_neighbours([0,3], k=5).axes]==[True]*4+[False]+[True]*5 # the first finds three, the other four
+    assert r.most_confused(k=5).query('a==0').of.tolist()==[3*3+4] # each of the first three sees three, the fourth sees four
+    every = [(3,1),(3,1),(3,1),(4,3),(4,1),(5,1)] # for each query, how many it sees and how many of them are relevant
+    assert r.plot_recall().get_lines()[1].get_ydata()[0]==pytest.approx(np.mean([b/a for a,b in every]))
+
+@pytest.mark.parametrize('kind', ['roles','films','both','random'])
+def test_numbers_are_those_of_evaluate(few, tmp_path, kind):
+    rng = np.random.default_rng(0)
+    df,kwargs = few.df.copy(),dict(ks=(1,10,20))
+    if kind in ('roles','both'): df['role'] = rng.choice(['query','gallery',''], len(df))
+    if kind in ('films','both'): df['sequence'] = rng.integers(3, size=len(df)).astype(str)
+    if kind=='random': kwargs.update(random_gallery=3, ks=(1,5))
+    ds = MetricDataset(df, few.path, 'few with roles', size=None, flip=False, **kwargs)
+    learn = metric_learner(ds.dataloaders(bs=32, per_class=4, seed=0, num_workers=0), 'test_resnet', emb_sz=8, pretrained=False, path=tmp_path)
+    with learn.no_bar():
+        r,res = RetrievalInterpretation.from_learner(learn, 'test'),learn.evaluate('test')
+        for k in ('recall@1',f'recall@{kwargs["ks"][-1]}','map@r','map'): assert r.result[k]==res[k]
+    test = ds.df[ds.df.split=='test']
+    q,g = set(r.queries.tolist()),set(r.gallery.tolist())
+    if 'role' in test: assert q==set(np.flatnonzero(test.role!='gallery')) and g==set(np.flatnonzero(test.role!='query'))
+    if kind=='random': assert len(g)==test.label.nunique()==len({r.label(i) for i in g}) and not q&g and len(q|g)==len(test)
+    s,i = r.nearest(8)
+    assert set(i[s>-torch.inf].tolist())<=g
+    worst = r.top_losses(3)
+    for j,row in worst.iterrows(): # average precision, from the similarities
+        u = torch.nn.functional.normalize(r.embs)
+        seen = [o for o in g if o!=j and ('sequence' not in test or test.label.iloc[o]!=test.label.iloc[j] or test.sequence.iloc[o]!=test.sequence.iloc[j])]
+        right = np.array([r.labels[o]==r.labels[j] for o in sorted(seen, key=lambda o: -(u[o]@u[j]).item())])
+        assert row.average_precision==pytest.approx((np.cumsum(right)/np.arange(1, len(right)+1))[right].mean(), abs=1e-6)
+    assert r.plot_pr() and r.plot_recall() and r.plot_neighbours(max_n=2, k=3)
+
+def test_roles_that_cannot_be_searched_are_refused(fan):
+    with pytest.raises(ValueError, match="for each of 6 items"): RetrievalInterpretation(fan.embs, fan.labels, role=['query'])
+    with pytest.raises(ValueError, match="'query', 'gallery' or ''"): RetrievalInterpretation(fan.embs, fan.labels, role=['probe']*6)
+    with pytest.raises(ValueError, match='all 6 items are query'): RetrievalInterpretation(fan.embs, fan.labels, role=['query']*6)
 
 def test_items_without_labels_are_refused(make_learner, few):
     learn = make_learner()

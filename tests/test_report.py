@@ -1,5 +1,5 @@
 "The page about a run: what it says, that it loads nothing, and that a browser has nothing to complain of"
-import base64, io, json, re, shutil, subprocess
+import base64, io, json, os, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 import numpy as np, pytest, torch
 from PIL import Image
@@ -57,7 +57,7 @@ def test_it_says_how_the_run_was_made(run, page, few):
     learn,_ = run
     rows = {o[0]:o[1:] for o in page.cells if o}
     assert rows['loss']==[repr(learn.loss_func)] and rows['network']==['test_resnet'] and rows['greatest learning rate']==['0.001']
-    assert '32 items, 4 of a class, seed 0' in rows['batches'] and 'TrainingDoctor(every=1)' in rows['callbacks'][0]
+    assert '32 items, 4 of a class, seed 0' in rows['batches'] and 'TrainingDoctor(every=1)' in rows['callbacks'][0] and rows['epochs']==['2'] and rows['steps']==[str(2*len(learn.dls.train))]
     assert rows['hash of the splits']==[split_hash(learn.dls)] and rows['torch']==[torch.__version__]
     for split,o in few.summary().iterrows(): assert rows[split]==[str(o.images),str(o.classes)]
     assert re.fullmatch(r'[\d.]+ s', rows['time of the fit'][0]) and re.fullmatch(r'[\d.]+ s', rows['time of this report'][0])
@@ -78,7 +78,12 @@ def test_pictures_are_whole_and_described(page):
         assert (im.width//2,im.height//2)==(int(d['width']),int(d['height'])) and im.width<=2100
         assert len(d['alt'])>20 and np.asarray(im.convert('L')).std()>5
 
-def test_findings_are_on_the_page(run, tmp_path):
+@pytest.fixture
+def no_pictures(monkeypatch):
+    "Reports without figures, where a test looks at words"
+    monkeypatch.setattr('dmlfast.report._figures', lambda *args: iter(()))
+
+def test_findings_are_on_the_page(run, tmp_path, no_pictures):
     learn,_ = run
     doctor = learn.training_doctor
     kept = doctor.steps
@@ -87,8 +92,26 @@ def test_findings_are_on_the_page(run, tmp_path):
     finally: doctor.steps = kept
     assert 'The embeddings collapse' in p.text and 'class="finding"' in p.html
     doctor.steps = kept[:3]
-    try: assert 'too few to say' in Page(learn.report(tmp_path, n_queries=1, overwrite=True)).text
+    try: assert 'too few to tell' in Page(learn.report(tmp_path, n_queries=1, overwrite=True)).text
     finally: doctor.steps = kept
+
+def test_a_colleague_can_read_it(run, page, tmp_path):
+    "What metrics and panels mean, which items search, and no words that only who trained it knows"
+    assert 'Each item searches for items of its class among all the others.' in page.text
+    assert all(o in page.text for o in ('share of queries with an item of their class','mean of classes','class of its nearest','How to read the doctor','Over how many directions'))
+    assert not [o for o in ('model_kwargs','macro','nan','None,') if o in page.text.replace('miner=None','').replace("miner=None)",'')]
+    titles = [o.get_title() for o in run[0].training_doctor.plot().axes if o.get_title()]
+    assert titles and all(o in page.text for o in titles)
+
+def test_queries_and_galleries(few, tmp_path, no_pictures):
+    roles = np.where(np.arange(len(few.df))%3==0, 'query', 'gallery')
+    ds = MetricDataset(few.df.assign(role=roles), few.path, 'few with roles', size=None, flip=False, ks=(1,10,20))
+    learn = metric_learner(ds.dataloaders(bs=32, per_class=4, seed=0, num_workers=0), 'test_resnet', emb_sz=8, pretrained=False, path=tmp_path)
+    with learn.no_bar():
+        p,res = Page(learn.report(tmp_path/'r', 'test', n_queries=1)),learn.evaluate('test')
+    rows,q = {o[0]:o for o in p.cells if o},(ds.df[ds.df.split=='test'].role=='query').sum()
+    assert rows['recall@20'][1]==f'{res["recall@20"]:.4f}' and rows['map@r'][1]==f'{res["map@r"]:.4f}' and 'recall@8' not in rows
+    assert f'{q} queries search for items of their class in a gallery of {(ds.df.split=="test").sum()-q}' in p.text
 
 def test_a_report_is_not_overwritten_unasked(run, tmp_path):
     learn,file = run
@@ -103,6 +126,18 @@ def test_an_untrained_learner_and_strange_names(make_learner, tmp_path):
     assert 'alert(1)' in p.text and '<script>alert' not in p.html
     assert 'fig-curves' not in p.ims and 'fig-neighbours' in p.ims
 
+@pytest.mark.parametrize('args,stdin,command', [(['-c','{}'],'','-c'), (['-'],'{}',''), (['{file}','a b'],'',"run.py 'a b'"), (['-m','run','x'],'','-m run x')])
+def test_the_command_repeats_the_run(tmp_path, args, stdin, command):
+    "Code given with `-c` is in the command; what came from a console is in no command"
+    code = 'from dmlfast.report import _repeat; print(_repeat()[0])'
+    file = tmp_path/'run.py'
+    file.write_text(code)
+    res = subprocess.run([sys.executable,*(o.replace('{file}', str(file)).replace('{}', code) for o in args)], input=stdin.replace('{}', code), capture_output=True, text=True,
+        cwd=tmp_path, env=os.environ|{'PYTHONPATH':os.pathsep.join([str(Path(__file__).parent.parent),os.environ.get('PYTHONPATH', '')])})
+    said = res.stdout.strip()
+    assert res.returncode==0 and (command in said and said.startswith('python') if command else said==''), res.stderr
+    if '-c' in args: assert code in said
+
 class Net(nn.Module):
     "Points to unit vectors"
     def __init__(self):
@@ -113,8 +148,8 @@ class Net(nn.Module):
 def test_items_that_are_no_images(tmp_path):
     g = torch.Generator().manual_seed(0)
     x,y = torch.randn(48, 4, generator=g),torch.arange(48)//4
-    train = BalancedDL(list(zip(x[:24],y[:24])), bs=12, per_class=4, labels=y[:24].numpy(), shuffle=True, seed=0)
-    dls = DataLoaders(train, TfmdDL(list(zip(x[24:],y[24:])), bs=12))
+    train = BalancedDL(list(zip(x[:24],y[:24])), bs=12, per_class=4, labels=y[:24].numpy(), shuffle=True, seed=0, num_workers=0)
+    dls = DataLoaders(train, TfmdDL(list(zip(x[24:],y[24:])), bs=12, num_workers=0))
     learn = metric_learner(dls, Net(), TripletLoss(), path=tmp_path)
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-3)
@@ -137,7 +172,7 @@ def test_the_hash_is_of_items_labels_and_splits(few):
 def test_curves_say_what_they_show(run):
     learn,_ = run
     a,b,c = plot_curves(learn).axes
-    assert (a.get_xlabel(),a.get_ylabel(),b.get_xlabel(),c.get_ylabel())==('steps','loss','epochs','rate of the last group')
+    assert (a.get_xlabel(),a.get_ylabel(),b.get_xlabel(),c.get_ylabel())==('steps','loss','epochs','learning rate of the head')
     assert len(a.lines[0].get_xdata())==2*len(learn.dls.train) and a.lines[1].get_ydata().tolist()==[o[1] for o in learn.recorder.values]
     names = [o.get_label() for o in b.lines]
     assert names==['recall@1','recall@2','recall@4','recall@8','map@r']

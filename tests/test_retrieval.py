@@ -289,6 +289,19 @@ def test_neighbours(backend, metric, data):
         np.testing.assert_allclose(v, np.take_along_axis(s, i.numpy(), 1), atol=2e-3 if metric=='l2' else 1e-5)
 
 @pytest.mark.parametrize('backend', ['torch','faiss'])
+def test_neighbours_do_not_see_what_is_to_be_ignored(backend):
+    "Among themselves and in a gallery, against the ranking from the definition; where too little is left, the score says so"
+    rng = np.random.default_rng(0)
+    x,g = rng.normal(size=(30,4)).astype(np.float32),rng.normal(size=(25,4)).astype(np.float32)
+    a,b = rng.integers(3, size=30),rng.integers(3, size=25)
+    for kw,ref in ((dict(ignore=a),ref_rankings(x, x, own=np.arange(30), ignore=(a,a))), (dict(gallery=g, ignore=(a,b)),ref_rankings(x, g, ignore=(a,b)))):
+        v,i = neighbours(x, k=20, backend=backend, block=7, **kw)
+        for row,score,want in zip(i.tolist(), v, ref[0] if isinstance(ref, tuple) else ref):
+            n = min(20, len(want))
+            assert row[:n]==list(want[:n]) and score[:n].isfinite().all() and (score[n:]==-torch.inf).all()
+    with pytest.raises(ValueError, match='ignore'): neighbours(x, ignore=a[:3])
+
+@pytest.mark.parametrize('backend', ['torch','faiss'])
 def test_neighbours_that_tie(backend):
     x = whole(80)
     ref,_ = ref_rankings(x, x, 'dot', np.arange(80))
