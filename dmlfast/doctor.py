@@ -157,13 +157,18 @@ def way(self:TrainingDoctor, names):
     return max(ways) if ways else None
 
 @patch
-def watch(self:TrainingDoctor, name, feats):
+def watch(self:TrainingDoctor,
+    name:str, # What to call them
+    feats, # Features, `(n,d)`
+):
     "Keep the length of the gradient that arrives at some features"
     if self.due and isinstance(feats, Tensor) and feats.requires_grad:
         feats.register_hook(lambda g: self.now.__setitem__(f'grad_{name}', g.detach().float().norm()))
 
 @patch
-def lengths(self:TrainingDoctor, embs):
+def lengths(self:TrainingDoctor,
+    embs, # Output of the head, `(n,d)`
+):
     "Keep the mean length of what the head gives"
     if self.due and isinstance(embs, Tensor): self.now['length'] = embs.detach().float().norm(dim=-1).mean()
 

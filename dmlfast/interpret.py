@@ -70,7 +70,11 @@ class RetrievalInterpretation:
         "Name of the class of an item"
         return self.name(self.labels[int(i)])
 
-    def name(self, c): return str(int(c) if self.vocab is None else self.vocab[int(c)])
+    def name(self,
+        c:int, # Class id
+    )->str:
+        "Name of a class"
+        return str(int(c) if self.vocab is None else self.vocab[int(c)])
 
     def image(self,
         i:int, # Index of an item
@@ -200,7 +204,11 @@ def top_losses(self:RetrievalInterpretation,
         item=[self.item(i) for i in idx]), index=idx)
 
 @patch
-def item(self:RetrievalInterpretation, i): return '' if self.items is None else str(self.items[int(i)])
+def item(self:RetrievalInterpretation,
+    i:int, # Index of an item
+)->str: # Empty where items have no names
+    "What an item is called"
+    return '' if self.items is None else str(self.items[int(i)])
 
 @patch
 def plot_top_losses(self:RetrievalInterpretation,

@@ -534,12 +534,17 @@ def show_results(self:MetricLearner,
     shuffle:bool=True, # Draw the queries at random?
     **kwargs # Passed to `show_neighbours`
 ):
-    "Queries with their nearest neighbours, right ones framed green and wrong ones red"
+    "Queries with their nearest neighbours, as the data set says who searches where; right ones framed green and wrong ones red"
     dl = self._named(ds_idx, dl)
     dl = self.split_dl(self.dls[ds_idx] if dl is None else dl)
     embs,ys = self.embed(dl)
     if ys is None: raise ValueError("These items have no labels, so their neighbours are neither right nor wrong; `embed` gives their embeddings.")
-    scores,nn = neighbours(embs, k=min(k, len(embs)-1))
-    qs = (torch.randperm(len(embs)) if shuffle else torch.arange(len(embs)))[:max_n]
+    proto = protocol_of(self.dls, dl)
+    role,ids = proto.get('role', np.full(len(embs), '')),proto.get('ignore')
+    qs,gal = (torch.tensor(np.flatnonzero(role!=o)) for o in ('gallery','query'))
+    qs = (qs[torch.randperm(len(qs))] if shuffle else qs)[:max_n]
+    own = torch.full((len(embs),), -1)
+    own[gal] = torch.arange(len(gal))
+    scores,nn = neighbours(embs[qs], embs[gal], k=min(k, len(gal)-1), self_exclude=own[qs], ignore=None if ids is None else (ids[qs],ids[gal]))
     labels = L(self.dls.vocab[int(o)] for o in ys)
-    return show_neighbours(lambda i: dl.dataset[i][0], qs, nn[qs], labels, scores=scores[qs], **kwargs)
+    return show_neighbours(lambda i: dl.dataset[i][0], qs, gal[nn], labels, scores=scores, **kwargs)
