@@ -19,3 +19,6 @@ from .export import *
 from .interpret import *
 from .doctor import *
 from .report import *
+from .runs import *
+from .tune import *
+from .protocol import *

@@ -109,6 +109,9 @@ def make_loss(
 
 def _ssr(ssr, seed):
     "The callback of some settings"
+    if 'views' in ssr and 'n' in ssr:
+        if 'n' in ssr['views']: raise ValueError("`ssr.n` and `ssr.views.n` are the same: set one of them.")
+        ssr = {**ssr, 'views':{**ssr['views'], 'n':ssr['n']}}
     made = {k:f(**ssr[k]) for k,f in dict(views=partial(GradedViews, seed=seed), loss=RankingLoss).items() if k in ssr}
     return SelfSupervisedRanking(**{'seed':seed, **ssr, **made})
 
