@@ -9,7 +9,7 @@ __all__ = ['run_args', 'run_settings', 'Refused', 'Interrupted', 'parse_command'
            'run_demo', 'dmlfast_demo', 'dmlfast_train', 'dmlfast_eval', 'dmlfast_tune', 'dmlfast_bench']
 
 # %% ../nbs/api/90_cli.ipynb #1f51e902
-import ast, difflib, inspect, json, re, sys, warnings
+import argparse, ast, difflib, inspect, json, re, sys, warnings
 from contextlib import contextmanager, redirect_stdout
 from functools import wraps
 from pathlib import Path
@@ -72,11 +72,11 @@ def run_args(
     body_lr:float=None, # Rate of the body as a multiple of --lr; 1 if not given
     wd:float=None, # Weight decay; the recipe's, or fastai's 0.01
     sched:str=None, # one_cycle, step, exp or flat; the recipe's, or one_cycle
-    steps:Annotated[int, dict(nargs='*')]=None, # Epochs after which the schedule step multiplies the rate; two thirds of them if not given
+    steps:Annotated[int, dict(nargs='*', action='extend')]=None, # Epochs after which the schedule step multiplies the rate; two thirds of them if not given
     factor:float=None, # By what: step, 0.1 if not given; or exp, in each epoch, to a tenth over all of them if not given
     half:str=None, # Half precision: fp16 or bf16; none if not given
     seed:int=None, # The same seed gives the same numbers; 0 if not given
-    Set:Annotated[str, dict(nargs='*')]=None, # Any setting by its path, such as loss.margin=.3 ssr.m=10; none if not given
+    Set:Annotated[str, dict(nargs='*', action='extend')]=None, # Any setting by its path, such as loss.margin=.3 ssr.m=10; none if not given
 ): pass
 
 # %% ../nbs/api/90_cli.ipynb #bf56e438
@@ -150,7 +150,7 @@ class Interrupted(Exception):
 def _refusing():
     "What is wrong here was found before any work was done"
     try: yield
-    except (ValueError,FileExistsError,FileNotFoundError) as e: raise Refused(str(e)) from e
+    except (ValueError,FileExistsError,FileNotFoundError) as e: raise Refused(re.sub('`(resume|overwrite)`', r'`--\1`', str(e))) from e
 
 def _sentence(e):
     "The sentence of an error, also of one that comes from a process that reads images"
@@ -173,6 +173,9 @@ def parse_command(
         if o.startswith('--') and o.partition('=')[0] not in known:
             near = difflib.get_close_matches(o.partition('=')[0], known, n=1, cutoff=.5)
             raise Refused(f"There is no argument {o!r}" + (f"; the nearest is {near[0]!r}." if near else f". `{_name(func)} --help` lists the arguments."))
+    once = [o for a in p._actions if not isinstance(a, argparse._ExtendAction) for o in a.option_strings]
+    for o in once:
+        if sum(v.partition('=')[0]==o for v in argv)>1: raise Refused(f"{o} is given twice.")
     args = vars(p.parse_args(argv))
     return {k:v for k,v in args.items() if k not in ('pdb','xtra')}
 
@@ -430,7 +433,7 @@ def dmlfast_eval(
     path:str=None, # Folder of the download of a data set by name
     data_args:str=None, # More for the reader of the data, such as val_pct=.2,seed=1; nothing more if not given
     split:str=None, # train, val, test, a part of it, or all; test for the run's own data set and those by name, otherwise all if not given
-    metrics:Annotated[str, dict(nargs='*')]=None, # Such as recall@1 map@r nmi; all if not given
+    metrics:Annotated[str, dict(nargs='*', action='extend')]=None, # Such as recall@1 map@r nmi; all if not given
     ci:str='classes', # What to draw for the intervals: classes or queries
     n_boot:int=1000, # Number of samples for the intervals
     seed:int=0, # Of these samples
@@ -543,7 +546,7 @@ def dmlfast_tune(
     epochs:int=None, # Passes over the training images in a trial; 4 if not given
     folds:int=None, # 1: judge on the split val; more: as many class-disjoint folds of the training classes; 1 if not given
     metric:str=None, # Score, higher is better; map@r if not given
-    space:Annotated[str, dict(nargs='*')]=None, # Where to look: loss.margin=.1:.5 fit.lr=1e-4:1e-2:log model.head=linear,mlp, or a TOML file; the loss's own and fit.lr if not given
+    space:Annotated[str, dict(nargs='*', action='extend')]=None, # Where to look: loss.margin=.1:.5 fit.lr=1e-4:1e-2:log model.head=linear,mlp, or a TOML file; the loss's own and fit.lr if not given
     storage:str=None, # Database of the study, a file or any URL; study.db in --out if not given
     name:str=None, # Name of the study in the database; dmlfast if not given
     resume:store_true=False, # Go on with the search in --out?
@@ -587,7 +590,8 @@ def _best(settings, study):
 def _plan_text(exp, hours, workers):
     "The plan, and how long it will take"
     shared = f', {hours/workers:.1f} with {workers} workers' if workers>1 else ''
-    return f"{exp!r}\n\n" + (f"{len(exp.jobs())} searches and runs are left: about {hours:.1f} hours{shared}." if exp.jobs() else 'All of it is done.')
+    said = f'about {hours:.1f} hours{shared}' if hours==hours else 'for how long is not known before one of them is finished'
+    return f"{exp!r}\n\n" + (f"{len(exp.jobs())} searches and runs are left: {said}." if exp.jobs() else 'All of it is done.')
 
 def _bench_worker(plan, out, until, workers):
     "What each of several processes does"
@@ -639,7 +643,7 @@ def dmlfast_bench(
             if not dry_run and workers>1: _share(plan, exp.out, until, workers)
             elif not dry_run: exp.run(until, print)
         except KeyboardInterrupt: raise Interrupted(f"Interrupted. What is finished is in {str(exp.out)!r}; the same command goes on.") from None
-        res = dict(out=str(exp.out), left=len(exp.jobs()), hours_left=round(exp.hours_left(), 3), runs=exp.rows('run'))
+        res = dict(out=str(exp.out), left=len(exp.jobs()), runs=exp.rows('run'))
     if Json: print(json.dumps(res, ensure_ascii=False))
     elif exp.rows('run') and not dry_run: print(f'{exp.table().to_string()}\n\n{exp.differences().to_string()}\n\n{exp.choices().to_string()}')
     return res

@@ -127,8 +127,9 @@ def check_method(self:Experiment,
     method:str, # Name of a method
 ):
     "Raise `ValueError` where its settings, its space or its trainer cannot be"
-    ours,space = 'trainer' not in self.methods[method],self.space(method)
+    ours = 'trainer' not in self.methods[method]
     try:
+        space = self.space(method)
         if ours:
             if n_epochs(check_settings(self.settings(method))) is None: raise ValueError("nothing says for how many epochs to fit.")
             if space: check_space(self.settings(method), space)
@@ -221,7 +222,7 @@ def train_run(
     if not report: s.setdefault('batch', {}).pop('valid', None)
     doctor = TrainingDoctor()
     if report: s = with_settings(s, {'fit.patience':0, 'fit.monitor':None}) # a trial is scored by its last epoch
-    learn = make_learner(s, ds if report else _no_valid(ds), cbs=[RetrievalMetrics(['map@r','recall@1',*([metric] if metric else [])]),doctor])
+    learn = make_learner(s, ds if report else _no_valid(ds), cbs=[RetrievalMetrics(list(dict.fromkeys(['map@r','recall@1',metric or 'map@r']))),doctor])
     with learn.no_bar(), learn.no_logging(): fit_settings(learn, s, cbs=TrialScore(report, metric or 'map@r') if report else None)
     embs,labels = learn.embed(learn.dls.test_dl(ds.items(valid), with_labels=True), bar=False)
     if save: learn.export_embedder(save, overwrite=True)

@@ -73,7 +73,15 @@ def miner_class(
     return o
 
 # %% ../nbs/api/63_runs.ipynb #22f41394
-_readers = dict(folder=MetricDataset.from_folder, csv=MetricDataset.from_csv, cub200=cub200, cars196=cars196, online_products=online_products, inshop=inshop, vehicle_id=vehicle_id, glyphs=glyphs)
+def _table_file(
+    path, # File
+    images=None, # Folder that relative paths start from; the file's own if not given
+    **kwargs # Passed to `MetricDataset.from_csv`
+):
+    "Data set from a table, its arguments called as those of the other readers are"
+    return MetricDataset.from_csv(path, images, **kwargs)
+
+_readers = dict(folder=MetricDataset.from_folder, csv=_table_file, cub200=cub200, cars196=cars196, online_products=online_products, inshop=inshop, vehicle_id=vehicle_id, glyphs=glyphs)
 
 def _same(a, b):
     "Do two names mean the same loss or miner?"
@@ -162,10 +170,15 @@ _fit = dict(n_epoch=int, lr=float, patience=int, sched=str, wd=float, body_lr=fl
 _model = 'arch','emb_sz','pretrained','weights','normalize','pool','head','init','freeze_bn','frozen_stages','normalize_embs'
 _top = 'data','batch','model','loss','ssr','fit','seed','recipe'
 
+def _data_kinds(name):
+    "Arguments of a reader, with their types"
+    more = (MetricDataset.from_csv,MetricDataset.from_df) if name=='csv' else ()
+    return merge(_kinds(MetricDataset.__init__, ('df','path','seed','check_files')), *(_kinds(f, ('fn','path','df')) for f in more), _kinds(_readers[name]), dict(reader=str))
+
 def _allowed(settings):
     "Names that each table may have, with their types, as `{name of the table: {name: type}}`"
     loss,ssr,learner = settings.get('loss', {}),settings.get('ssr', {}),_kinds(metric_learner)
-    res = dict(data=_kinds(MetricDataset.__init__, ('df','path','seed','check_files'))|_kinds(_readers[_reader(settings.get('data', {}))])|dict(reader=str),
+    res = dict(data=_data_kinds(_reader(settings.get('data', {}))),
         batch=_kinds(MetricDataset.dataloaders, ('item_tfms','batch_tfms'))|dict(device=str), model={k:learner[k] for k in _model}|dict(arch=str, timm=dict),
         loss=dict(name=str), ssr=_kinds(SelfSupervisedRanking.__init__)|dict(views=dict, loss=dict), fit=_fit)
     if 'name' in loss:
@@ -244,8 +257,8 @@ def check_settings(
     if not _is(settings.get('seed', 0), int) or settings.get('seed', 0)<0: raise ValueError(f"`seed` is a whole number, 0 or more; got {settings['seed']!r}.")
     if settings.get('recipe') is not None: recipes[settings['recipe']]
     if settings.get('loss') and 'name' not in settings['loss']: raise ValueError("The table `loss` needs the `name` of the loss.")
+    if isinstance(m := get_setting(settings, 'loss.miner'), dict) and 'name' not in m: raise ValueError("The table `loss.miner` needs the `name` of the miner.")
     for table,kinds in _allowed(settings).items(): _check_table(table, settings, kinds)
-    if settings.get('loss', {}).get('miner') and 'name' not in settings['loss']['miner']: raise ValueError("The table `loss.miner` needs the `name` of the miner.")
     _check_sense(settings)
     return settings
 
@@ -331,6 +344,7 @@ def make_learner(
     kwargs = {k:v for k,v in dict(lr=_lr(fit), wd=fit.get('wd')).items() if v is not None}
     learn = metric_learner(dls, loss_func=make_loss(s.get('loss')), model_kwargs=model.pop('timm', None), recipe=s.get('recipe'), cbs=cbs, **model, **kwargs)
     if p := fit.get('precision'): getattr(learn, f'to_{p}')()
+    learn.settings = s
     return learn
 
 def _trackers(fit):
@@ -389,7 +403,7 @@ def absolute_paths(
     settings:dict, # Tables
 )->dict: # A copy
     "Settings that mean the same wherever they are read"
-    paths = {k:str(Path(o).absolute()) for k in ('data.path','model.weights') if isinstance(o := get_setting(settings, k), (str,Path))}
+    paths = {k:str(Path(o).absolute()) for k in ('data.path','data.images','model.weights') if isinstance(o := get_setting(settings, k), (str,Path))}
     return with_settings(settings, paths)
 
 def _begin(learn, settings, out, resume, overwrite):
@@ -436,7 +450,7 @@ def train_settings(
     fit_settings(learn, settings, cbs=History(out/'history.csv'))
     seconds = time.time()-began
     learn.export_embedder(out/'embedder', overwrite=True)
-    res = dict(scores=_scores(learn), epochs=len(learn.recorder.values), seconds=round(seconds, 1), findings=[o.text for o in learn.training_doctor.findings], **about_run(learn.dls))
+    res = dict(scores=_scores(learn), epochs=len(learn.recorder.__dict__.get('values', [])), seconds=round(seconds, 1), findings=[o.text for o in learn.training_doctor.findings], **about_run(learn.dls))
     if report: learn.report(out/'report', overwrite=True)
     _write_whole(out/'results.json', json.dumps(res, indent=1, ensure_ascii=False))
     return res

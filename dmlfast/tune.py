@@ -272,7 +272,7 @@ def tune_settings(
     ds = read_data(settings.get('data', {})) if ds is None else ds
     names = dict.fromkeys(['map@r','recall@1',kwargs.get('metric', 'map@r')])
     def _build(ds, **params): return make_learner(with_settings(settings, params), ds, cbs=RetrievalMetrics(list(names)))
-    def _fit(learn, n_epoch, cbs): fit_settings(learn, settings, n_epoch, cbs)
+    def _fit(learn, n_epoch, cbs): fit_settings(learn, learn.settings, n_epoch, cbs) # those of the trial
     first = default_params(settings, space)
     return tune(_build, ds, space, **{'fit':_fit, 'first':[first] if first else [], 'about':_about(settings), **kwargs})
 
