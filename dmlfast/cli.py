@@ -393,7 +393,7 @@ def _embedder_of(run):
 
 def _eval_data(file, data, path, data_args, split):
     "Data set and split to measure on"
-    from dmlfast.runs import check_settings, get_setting, load_settings, read_data, with_settings
+    from dmlfast.runs import check_settings, load_settings, read_data, with_settings
     own = file is not None and data is None
     if not own and data is None: raise ValueError("An exported embedder does not know what to be measured on: --data.")
     if own and path is not None: raise ValueError("--path is for --data.")
@@ -404,7 +404,13 @@ def _eval_data(file, data, path, data_args, split):
     if split is None: split = 'test' if own or table.get('reader') not in ('folder','csv') else 'all'
     return ds,split
 
-def _pictures(learn, out, queries, overwrite):
+def _save_figure(fig, file):
+    import matplotlib.pyplot as plt
+    fig = getattr(fig, 'figure', fig)
+    fig.savefig(file, dpi=100)
+    plt.close(fig)
+
+def _pictures(learn, out, queries):
     "Draw neighbours, worst queries and curves"
     import matplotlib.pyplot as plt
     from dmlfast.interpret import RetrievalInterpretation
@@ -413,9 +419,7 @@ def _pictures(learn, out, queries, overwrite):
     interp.plot_recall(axs[0]), interp.plot_pr(axs[1]), interp.plot_similarities(axs[2])
     figs = dict(curves=fig, neighbours=interp.plot_neighbours(max_n=queries))
     if interp.result.used.any(): figs['worst'] = interp.plot_top_losses(max_n=queries)
-    for k,o in figs.items():
-        getattr(o, 'figure', o).savefig(out/f'{k}.png', dpi=100)
-        plt.close(getattr(o, 'figure', o))
+    for k,o in figs.items(): _save_figure(o, out/f'{k}.png')
 
 _eval_files = 'results.json','curves.png','neighbours.png','worst.png','report'
 
@@ -467,7 +471,7 @@ def dmlfast_eval(
             out = Path(out)
             if overwrite: _remove(out, _eval_files)
             out.mkdir(parents=True, exist_ok=True)
-            _pictures(learn, out, queries, overwrite)
+            _pictures(learn, out, queries)
             if report: learn.report(out/'report', learn.dls.valid if split=='all' else split, title=f'{learn.model.arch} on {ds.name}, {split}', n_queries=queries)
             (out/'results.json').write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding='utf-8')
     if Json: print(json.dumps(found))
@@ -576,7 +580,7 @@ def dmlfast_tune(
         except KeyboardInterrupt: raise Interrupted(f"Interrupted. The finished trials are kept; `dmlfast-tune --out {out} --resume` goes on.") from None
         res = _study_results(study)
         save_settings(absolute_paths(_best(settings, study)), out/'best.toml')
-        plot_study(study).savefig(out/'study.png', dpi=100)
+        _save_figure(plot_study(study), out/'study.png')
         (out/'results.json').write_text(json.dumps(res, indent=1), encoding='utf-8')
     if Json: print(json.dumps({'out':str(out), **res}))
     else: print(f"\nBest score {res['score']:.4f}. `dmlfast-train --config {out/'best.toml'}` trains with these settings; {str(out/'study.png')!r} shows the search.")

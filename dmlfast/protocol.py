@@ -132,6 +132,8 @@ def check_method(self:Experiment,
         space = self.space(method)
         if ours:
             if n_epochs(check_settings(self.settings(method))) is None: raise ValueError("nothing says for how many epochs to fit.")
+            for o in ('patience','monitor'):
+                if get_setting(self.settings(method), f'fit.{o}'): raise ValueError(f"`fit.{o}` has nothing to go by: a run trains on all training classes, to its end.")
             if space: check_space(self.settings(method), space)
         elif space: distributions(space)
     except ValueError as e: raise ValueError(f"Method {method!r}: {e}") from None

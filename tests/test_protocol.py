@@ -144,7 +144,7 @@ def test_data_without_test_classes(few, tmp_path):
     (dict(methods=dict(a=dict(twin='b'))), 'the methods are'), (dict(methods=dict(a=dict(twin='a'))), 'the method itself'), (dict(methods=dict(a={}, b=dict(like='a'), c=dict(like='b'))), 'like another one'),
     (dict(methods=dict(a={}, b=dict(like='a', space={'fit.lr':(1.,2.)}))), 'would not be looked at'), (dict(methods=dict(a=dict(settings=dict(x=1)))), 'for a `trainer`'),
     (dict(methods=dict(a=dict(loss=dict(name='triplett')))), "Method 'a': There is no loss"), (dict(methods=dict(a=dict(space={'loss.margn':(.1,.2)}, loss=dict(name='triplet')))), 'loss.margin'),
-    (dict(methods=dict(a=dict(fit=dict(n_epoch=None)))), 'how many epochs'), (dict(methods=dict(a=dict(trainer='toy.py'))), 'file.py:function'), (dict(methods=dict(a=dict(trainer='no.py:train'))), 'no file'),
+    (dict(methods=dict(a=dict(fit=dict(n_epoch=None)))), 'how many epochs'), (dict(methods=dict(a=dict(fit=dict(patience=2)))), 'nothing to go by'), (dict(methods=dict(a=dict(trainer='toy.py'))), 'file.py:function'), (dict(methods=dict(a=dict(trainer='no.py:train'))), 'no file'),
     (dict(methods=dict(a=dict(trainer='TOY:nothing'))), 'no function')])
 def test_plans_that_cannot_be(change, said, few, tmp_path):
     plan = dict(settings=dict(fit=dict(n_epoch=1)), methods=dict(a={}))

@@ -81,6 +81,8 @@ def test_interrupted_and_resumed(few, tmp_path):
     again = train_settings(s, tmp_path/'cut', few, resume=True, plain=True)
     assert again['scores']==whole['scores'] and again['epochs']==3
     assert (tmp_path/'cut'/'history.csv').read_text()==(tmp_path/'whole'/'history.csv').read_text()
+    (tmp_path/'cut'/'results.json').unlink() # as if it had been killed while it measured
+    assert train_settings(s, tmp_path/'cut', few, resume=True, plain=True)['scores']==whole['scores']
     rows = list(csv.DictReader((tmp_path/'whole'/'history.csv').open()))
     assert math.isclose(max(float(o['map@r']) for o in rows), whole['scores']['val']['metrics']['map@r']['mean'], rel_tol=1e-5) # the best epoch is what is left
 
