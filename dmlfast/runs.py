@@ -10,16 +10,15 @@ __all__ = ['loss_class', 'miner_class', 'read_data', 'make_loss', 'get_setting',
            'about_run', 'train_settings', 'PreprocessTransform', 'embedder_learner']
 
 # %% ../nbs/api/63_runs.ipynb #465a8370
-import csv, difflib, inspect, json, math, os, shutil, time, tomli_w, tomllib, torch, types, typing
+import csv, difflib, inspect, json, os, shutil, time, tomli_w, tomllib, torch, types, typing
 from copy import deepcopy
 from pathlib import Path
-from PIL import Image
 from fastcore.all import *
 from fastai.callback.core import Callback
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import *
 from fastai.callback.progress import ProgressCallback
-from fastai.callback.schedule import SchedExp, SchedNo
+from fastai.callback.schedule import SchedExp
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.data.all import *
 from fastai.learner import *

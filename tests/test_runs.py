@@ -14,6 +14,11 @@ class Stop(Callback):
     def before_batch(self):
         if self.training and self.epoch==self.at and self.iter==1: raise KeyboardInterrupt
 
+class Count(Callback):
+    "Epochs that are trained"
+    n = 0
+    def before_train(self): self.n += 1
+
 def _with(changes, base=small):
     from dmlfast.runs import with_settings
     return with_settings(base, changes)
@@ -78,8 +83,9 @@ def test_interrupted_and_resumed(few, tmp_path):
     assert not (tmp_path/'cut'/'results.json').exists()
     assert len((tmp_path/'cut'/'history.csv').read_text().splitlines())==3 # a head and two epochs
     with pytest.raises(FileExistsError, match='interrupted run'): train_settings(s, tmp_path/'cut', few)
-    again = train_settings(s, tmp_path/'cut', few, resume=True, plain=True)
-    assert again['scores']==whole['scores'] and again['epochs']==3
+    count = Count()
+    again = train_settings(s, tmp_path/'cut', few, resume=True, plain=True, cbs=[count])
+    assert again['scores']==whole['scores'] and again['epochs']==3 and count.n==1 # the one that was interrupted
     assert (tmp_path/'cut'/'history.csv').read_text()==(tmp_path/'whole'/'history.csv').read_text()
     (tmp_path/'cut'/'results.json').unlink() # as if it had been killed while it measured
     assert train_settings(s, tmp_path/'cut', few, resume=True, plain=True)['scores']==whole['scores']
