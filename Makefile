@@ -11,7 +11,7 @@ $(VENV)/.installed: settings.ini setup.py pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit('dmlfast needs Python 3.11 or later; this is '+sys.version.split()[0]+'. Name another one: make setup PYTHON=python3.12') if sys.version_info<(3,11) else 0"
 	$(PYTHON) -m venv $(VENV)
 	python -m pip install -q --upgrade pip
-	python -m pip install -q -e '.[cpu,onnx,dev,docs]'
+	python -m pip install -q -e '.[cpu,onnx,tune,dev,docs]'
 	touch $@
 
 demo: setup     ## train an embedding on characters, score it on characters it has never seen

@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/protocol.html.md"""
 __all__ = ['Experiment', 'train_run', 'mean_interval']
 
 # %% ../nbs/api/71_protocol.ipynb #6aa00a12
-import dmlfast, filelock, importlib.util, json, math, platform, subprocess, time, tomllib, torch
+import dmlfast, filelock, hashlib, importlib.util, json, math, platform, subprocess, time, tomllib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -24,31 +24,62 @@ from .export import *
 from .learner import *
 from .report import _versions, split_hash
 from .retrieval import *
+from .retrieval import _metric_names
 from .runs import *
+from .runs import _nearest
 from .tune import *
 from .tune import _optuna, _pruner
 
 # %% ../nbs/api/71_protocol.ipynb #35d89d7f
 _top = 'name','seeds','search','measures','settings','methods','keep_models'
+_search = dict(n_trials=12, n_epoch=4, metric='map@r', seed=0)
 _words = 'twin','like','space','seeds','trainer','settings'
 _tables = 'data','batch','model','loss','ssr','fit'
 
 def _seeds(o):
-    "Seeds as a list"
-    return list(range(o)) if isinstance(o, int) else list(o)
+    "Seeds as a list; raises `ValueError` for what is none"
+    res = list(range(o)) if isinstance(o, int) and not isinstance(o, bool) else list(o) if isinstance(o, (list,tuple)) else []
+    if not res or any(not isinstance(v, int) or isinstance(v, bool) or v<0 for v in res) or len(set(res))<len(res):
+        raise ValueError(f"`seeds` is how many there are, 1 or more, or a list of different whole numbers; got {o!r}.")
+    return res
+
+def _read_plan(file):
+    "The table in a TOML file"
+    if not Path(file).is_file(): raise ValueError(f"There is no file {str(file)!r}.")
+    try: return tomllib.loads(Path(file).read_text(encoding='utf-8'))
+    except (tomllib.TOMLDecodeError,UnicodeDecodeError) as e: raise ValueError(f"{str(file)!r} is not a TOML file: {e}.") from None
+
+def _check_search(search):
+    "Raise `ValueError` for a search that cannot be"
+    for k in search:
+        if k not in _search: raise ValueError(_nearest(f'search.{k}', [f'search.{o}' for o in _search], 'word'))
+    for k in ('n_trials','n_epoch'):
+        if not isinstance(search.get(k, 1), int) or search.get(k, 1)<1: raise ValueError(f"`search.{k}` is 1 or more; got {search[k]!r}.")
+
+def _check_method(name, m, methods):
+    "Raise `ValueError` for a word of a method that is not known, or that contradicts another"
+    if not isinstance(m, dict): raise ValueError(f"Method {name!r} is a table; got {m!r}.")
+    for k in m:
+        if k not in (*_words,*_tables): raise ValueError(f"Method {name!r}: {_nearest(k, (*_tables,*_words), 'word')}")
+    for k in ('twin','like'):
+        if k in m and m[k] not in methods: raise ValueError(f"Method {name!r}: `{k}` is {m[k]!r}, and the methods are {', '.join(map(repr, methods))}.")
+        if m.get(k)==name: raise ValueError(f"Method {name!r}: `{k}` is the method itself.")
+    if 'like' in m and 'like' in methods[m['like']]: raise ValueError(f"Method {name!r} is like {m['like']!r}, which is like another one: name that one.")
+    if 'like' in m and 'space' in m: raise ValueError(f"Method {name!r} takes the settings chosen for {m['like']!r} and has no search, so its `space` would not be looked at.")
+    if 'settings' in m and 'trainer' not in m: raise ValueError(f"Method {name!r}: `settings` are for a `trainer` of its own.")
+    if 'seeds' in m: _seeds(m['seeds'])
 
 def _check_plan(plan):
     "Raise `ValueError` for a word that is not known, or a method that refers to none"
+    if not isinstance(plan, dict): raise ValueError(f"An experiment is a TOML file or a dictionary; got a {type(plan).__name__}.")
     for k in plan:
-        if k not in _top: raise ValueError(f"An experiment has no {k!r}; it has {', '.join(map(repr, _top))}.")
+        if k not in _top: raise ValueError(f"{_nearest(k, _top, 'word')} An experiment has {', '.join(map(repr, _top))}.")
+    _seeds(plan.get('seeds', 5))
+    _check_search(plan.get('search', {}))
+    _metric_names(plan.get('measures', ['map@r']), (1,))
     methods = plan.get('methods') or {}
     if not methods: raise ValueError("The experiment has no `methods`.")
-    for name,m in methods.items():
-        for k in m:
-            if k not in (*_words,*_tables): raise ValueError(f"Method {name!r} has no {k!r}; it has {', '.join(map(repr, (*_tables,*_words)))}.")
-        for k in ('twin','like'):
-            if k in m and m[k] not in methods: raise ValueError(f"Method {name!r}: `{k}` is {m[k]!r}, and the methods are {', '.join(map(repr, methods))}.")
-        if 'like' in m and 'like' in methods[m['like']]: raise ValueError(f"Method {name!r} is like {m['like']!r}, which is like another one: name that one.")
+    for name,m in methods.items(): _check_method(name, m, methods)
 
 # %% ../nbs/api/71_protocol.ipynb #9ed0f077
 class Experiment:
@@ -59,19 +90,19 @@ class Experiment:
         ds:MetricDataset=None, # Data set; that of the settings if not given
     ):
         self.home = Path(plan).parent if isinstance(plan, (str,Path)) else Path('.')
-        self.plan = tomllib.loads(Path(plan).read_text(encoding='utf-8')) if isinstance(plan, (str,Path)) else plan
+        self.plan = _read_plan(plan) if isinstance(plan, (str,Path)) else plan
         _check_plan(self.plan)
         self.out,self._ds = Path(out),ds
         self.name,self.methods = self.plan.get('name', self.out.stem),self.plan['methods']
-        self.search = {**dict(n_trials=12, n_epoch=4, metric='map@r', seed=0), **self.plan.get('search', {})}
-        self.measures = self.plan.get('measures', ['recall@1','recall@2','recall@4','recall@8','map@r'])
-        for o in self.methods:
-            if 'trainer' not in self.methods[o]: check_settings(self.settings(o))
+        self.search = {**_search, **self.plan.get('search', {})}
+        self.measures = _metric_names(self.plan.get('measures', ['recall@1','recall@2','recall@4','recall@8','map@r']), (1,2,4,8))
+        for o in self.methods: self.check_method(o)
+        self.check_rows()
 
     @property
     def ds(self):
         "The data set, read when it is first needed"
-        if self._ds is None: self._ds = read_data(self.plan['settings'].get('data', {}))
+        if self._ds is None: self._ds = read_data(self.plan.get('settings', {}).get('data', {}))
         return self._ds
 
     def seeds(self, method): return _seeds(self.methods[method].get('seeds', self.plan.get('seeds', 5)))
@@ -90,6 +121,31 @@ class Experiment:
 
     def __repr__(self): return f'{self.name}: {len(self.methods)} methods\n{self.todo().to_string(index=False)}'
 
+# %% ../nbs/api/71_protocol.ipynb #bf4040df
+@patch
+def check_method(self:Experiment,
+    method:str, # Name of a method
+):
+    "Raise `ValueError` where its settings, its space or its trainer cannot be"
+    ours = 'trainer' not in self.methods[method]
+    try:
+        space = self.space(method)
+        if ours:
+            if n_epochs(check_settings(self.settings(method))) is None: raise ValueError("nothing says for how many epochs to fit.")
+            for o in ('patience','monitor'):
+                if get_setting(self.settings(method), f'fit.{o}'): raise ValueError(f"`fit.{o}` has nothing to go by: a run trains on all training classes, to its end.")
+            if space: check_space(self.settings(method), space)
+        elif space: distributions(space)
+    except ValueError as e: raise ValueError(f"Method {method!r}: {e}") from None
+    if not ours: self.trainer(method)
+
+@patch
+def check_data(self:Experiment):
+    "Raise `ValueError` where the data set lacks a split that the experiment needs"
+    need = ['test'] + ['val']*any(self.space(o) for o in self.methods)
+    for o in need:
+        if not len(self.ds.items(o)): raise ValueError(f"{self.ds.name} has no split {o!r}: methods are searched for on 'val' and scored on 'test'.")
+
 # %% ../nbs/api/71_protocol.ipynb #9acf3cc8
 @patch
 def rows(self:Experiment,
@@ -99,9 +155,9 @@ def rows(self:Experiment,
     "What is in the file"
     if not self.out.exists(): return []
     found = []
-    for o in self.out.read_text(encoding='utf-8').splitlines():
+    for o in self.out.read_text(encoding='utf-8', errors='replace').split('\n'): # the line that a killed process did not finish may end within a letter
         try: found.append(json.loads(o))
-        except json.JSONDecodeError: continue # a line that a killed process did not finish
+        except json.JSONDecodeError: continue
     return [o for o in found if kind in (None,o['kind']) and method in (None,o['method'])]
 
 @patch
@@ -115,6 +171,21 @@ def write(self:Experiment,
         with self.out.open('a', encoding='utf-8') as f: f.write('\n'*(old not in (b'',b'\n')) + json.dumps(row, ensure_ascii=False) + '\n')
 
 @patch
+def hash_of(self:Experiment,
+    method:str, # Name of a method
+)->str: # 8 hexadecimal digits
+    "What tells whether a line was written by the method as the plan has it now: its settings and where it looks for them"
+    what = dict(settings={k:o for k,o in self.settings(method).items() if k!='data'}, space=self.space(method), search={k:self.search[k] for k in ('n_epoch','metric')})
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+@patch
+def check_rows(self:Experiment):
+    "Raise `ValueError` where the file holds results of a method that was another one then; lines of older versions, which do not say, are taken as they are"
+    for o in self.rows():
+        if o['method'] in self.methods and o.get('plan', self.hash_of(o['method']))!=self.hash_of(o['method']):
+            raise ValueError(f"{str(self.out)!r} holds results of a method {o['method']!r} with other settings than it has in the plan now: give it another name, or the results another file.")
+
+@patch
 def chosen(self:Experiment,
     method:str, # Name of a method
 )->dict: # Tables, or None while its search is not finished
@@ -126,7 +197,9 @@ def chosen(self:Experiment,
     if not self.space(method): return self.settings(method)
     trials = self.rows('trial', method)
     if len(trials)<self.search['n_trials']: return None
-    return with_settings(self.settings(method), max((o for o in trials if o['state']=='COMPLETE'), key=lambda o: o['value'])['params'])
+    done = [o for o in trials if o['state']=='COMPLETE']
+    if not done: raise ValueError(f"None of the {len(trials)} trials of {method!r} came to its end, so that nothing can be chosen.")
+    return with_settings(self.settings(method), max(done, key=lambda o: o['value'])['params'])
 
 @patch
 def todo(self:Experiment)->pd.DataFrame: # One row a method
@@ -143,16 +216,18 @@ def train_run(
     ds:MetricDataset, # Data set
     valid:str, # Split to embed: `'val'` in a trial, which trains on `'train'`; `'test'` in a run, which trains on `'val'` too
     report=None, # Function of epoch and score, in a trial
-    save:Path=None, # Folder to write the embedder to
+    save:Path=None, # Folder to write the embedder to; what a killed process left there is replaced
+    metric:str=None, # Column of the score
 )->tuple: # Embeddings `(n,d)`, labels `(n,)`, and what is worth keeping
     "Train a method of this library"
     s = with_settings(settings, {'batch.valid':valid} if report else {})
     if not report: s.setdefault('batch', {}).pop('valid', None)
     doctor = TrainingDoctor()
-    learn = make_learner(s, ds if report else _no_valid(ds), cbs=[RetrievalMetrics(['map@r','recall@1']),doctor])
-    with learn.no_bar(), learn.no_logging(): fit_settings(learn, s, cbs=TrialScore(report) if report else None)
+    if report: s = with_settings(s, {'fit.patience':0, 'fit.monitor':None}) # a trial is scored by its last epoch
+    learn = make_learner(s, ds if report else _no_valid(ds), cbs=[RetrievalMetrics(list(dict.fromkeys(['map@r','recall@1',metric or 'map@r']))),doctor])
+    with learn.no_bar(), learn.no_logging(): fit_settings(learn, s, cbs=TrialScore(report, metric or 'map@r') if report else None)
     embs,labels = learn.embed(learn.dls.test_dl(ds.items(valid), with_labels=True), bar=False)
-    if save: learn.export_embedder(save)
+    if save: learn.export_embedder(save, overwrite=True)
     return embs,labels,_seen(doctor)
 
 class _no_valid:
@@ -176,6 +251,7 @@ def trainer(self:Experiment,
     where = self.methods[method].get('trainer')
     if where is None: return train_run
     file,_,name = where.partition(':')
+    if not name: raise ValueError(f"Method {method!r}: a trainer is 'file.py:function'; got {where!r}.")
     if not (self.home/file).is_file(): raise ValueError(f"Method {method!r}: there is no file {str(self.home/file)!r}.")
     spec = importlib.util.spec_from_file_location(Path(file).stem, self.home/file)
     module = importlib.util.module_from_spec(spec)
@@ -210,11 +286,13 @@ def run_trial(self:Experiment,
     def _report(epoch, value):
         scores.append(value)
         prune(epoch, value)
-    state,value = 'COMPLETE',None
-    try: self.trainer(method)(with_settings(settings, {'fit.n_epoch':self.search['n_epoch'], **params}), self.ds, 'val', _report)
+    state = 'COMPLETE'
+    ours = {} if 'trainer' in self.methods[method] else dict(metric=self.search['metric'])
+    try: self.trainer(method)(with_settings(settings, {'fit.n_epoch':self.search['n_epoch'], **params}), self.ds, 'val', _report, **ours)
     except optuna.TrialPruned: state = 'PRUNED'
     except Diverged: scores.append(0.)
-    self.write(dict(kind='trial', method=method, number=trial.number, params=params, state=state, value=scores[-1], scores=scores,
+    if not scores: raise ValueError(f"The trainer of {method!r} reported no score in a trial: it calls `report(epoch, score)` after each epoch.")
+    self.write(dict(kind='trial', method=method, plan=self.hash_of(method), number=trial.number, params=params, state=state, value=scores[-1], scores=scores,
         seconds=round(time.time()-began, 1), cpu_seconds=round(time.process_time()-start, 1)))
 
 # %% ../nbs/api/71_protocol.ipynb #e5f0baea
@@ -232,6 +310,15 @@ def facts(self:Experiment)->dict:
     return self._facts
 
 @patch
+def _score(self:Experiment, method, embs, labels):
+    "Scores of the embeddings of the test classes; 0 for a run that diverged"
+    if embs is None: return dict.fromkeys(self.measures, 0.)
+    items = self.ds.items('test')
+    if len(embs)!=len(items) or len(labels)!=len(items): raise ValueError(f"The trainer of {method!r} gave {len(embs)} embeddings and {len(labels)} labels for {len(items)} test images.")
+    res = evaluate_protocol(embs, labels, metrics=self.measures, **self.ds.protocol(items))
+    return {k:round(float(res[k]), 6) for k in self.measures}
+
+@patch
 def run_seed(self:Experiment,
     method:str, # Name of a method
     seed:int, # Determines weights, batches and draws
@@ -240,10 +327,10 @@ def run_seed(self:Experiment,
     settings = with_settings(self.chosen(method), dict(seed=seed))
     save = self.out.parent/f'{self.out.stem}-models'/f'{method}-{seed}' if self.plan.get('keep_models') and 'trainer' not in self.methods[method] else None
     start,began = time.process_time(),time.time()
-    embs,labels,seen = self.trainer(method)(settings, self.ds, 'test', None, **(dict(save=save) if save else {}))
+    try: embs,labels,seen = self.trainer(method)(settings, self.ds, 'test', None, **(dict(save=save) if save else {}))
+    except Diverged: embs,labels,seen = None,None,dict(diverged=True)
     seconds,cpu = time.time()-began,time.process_time()-start
-    res = evaluate_protocol(embs, labels, metrics=self.measures, **self.ds.protocol(self.ds.items('test')))
-    self.write(dict(kind='run', method=method, seed=seed, scores={k:round(float(res[k]), 6) for k in self.measures}, seen=seen, seconds=round(seconds, 1), cpu_seconds=round(cpu, 1),
+    self.write(dict(kind='run', method=method, plan=self.hash_of(method), seed=seed, scores=self._score(method, embs, labels), seen=seen, seconds=round(seconds, 1), cpu_seconds=round(cpu, 1),
         settings={k:o for k,o in settings.items() if k not in ('data','batch')}, when=datetime.now(timezone.utc).isoformat(timespec='seconds'), **self.facts()))
 
 # %% ../nbs/api/71_protocol.ipynb #2b83fae3
@@ -285,6 +372,7 @@ def run(self:Experiment,
     log=None, # Function of a line of text, called for each piece of work
 )->pd.DataFrame: # As `todo`
     "Work until all is done"
+    self.check_data()
     began = time.time()
     while self.jobs() and (until is None or time.time()-began<until):
         if not self.step(): time.sleep(2)
@@ -293,32 +381,45 @@ def run(self:Experiment,
 
 # %% ../nbs/api/71_protocol.ipynb #e3fa8c63
 @patch
-def _rate(self:Experiment):
-    "Seconds for one image of one epoch"
-    n = {o:int((self.ds.df.split!='test').sum()) if o=='run' else int((self.ds.df.split=='train').sum()) for o in ('trial','run')}
-    def _images(o): return n[o['kind']]*(len(o['scores']) if o['kind']=='trial' else self.chosen(o['method']).get('fit', {}).get('n_epoch', 1))
-    rates = [o['seconds']/max(_images(o), 1) for o in self.rows() if o['seconds'] and (o['kind']=='trial' or _images(o))]
-    if rates: return float(np.median(rates)),n
-    name = first(o for o in self.methods if 'trainer' not in self.methods[o])
-    learn = make_learner(with_settings(self.settings(name), {'batch.num_workers':0}), _no_valid(self.ds), cbs=RetrievalMetrics(['map@r']))
-    def _time(k, began=None):
-        began = time.time()
-        with learn.no_bar(), learn.no_logging():
-            for b in list(zip(range(k), learn.dls.train)): learn._split(b[1]), learn.loss_func(learn.model(learn.xb[0]), learn.yb[0]).backward()
-        return time.time()-began
-    _time(1)
-    return _time(3)/3/learn.dls.train.bs,n
+def _n_images(self:Experiment):
+    "Images that a trial trains on in an epoch, and those that a run trains on"
+    split = self.ds.df.split
+    return dict(trial=int((split=='train').sum()), run=int((split!='test').sum()))
 
 @patch
-def hours_left(self:Experiment)->float:
+def _rate(self:Experiment):
+    "Seconds for one image of one epoch: the median of what was measured, or a few steps where nothing was"
+    n = self._n_images()
+    def _images(o): return n[o['kind']]*(len(o['scores']) if o['kind']=='trial' else n_epochs(self.chosen(o['method'])))
+    rows = [o for o in self.rows() if o['method'] in self.methods and o['seconds']]
+    rates = [o['seconds']/k for o in rows if (k := _images(o))]
+    return float(np.median(rates)) if rates else self._timed_rate()
+
+@patch
+def _timed_rate(self:Experiment):
+    "Seconds for one image, from a few steps of the first method that is this library's; nan if there is none"
+    ours = [o for o in self.methods if 'trainer' not in self.methods[o]]
+    if not ours: return math.nan
+    learn = make_learner(with_settings(self.settings(ours[0]), {'batch.num_workers':0}), _no_valid(self.ds), cbs=RetrievalMetrics(['map@r']))
+    learn.model.to(learn.dls.device)
+    def _time(k):
+        began = time.time()
+        for _,(x,y) in zip(range(k), learn.dls.train): learn.loss_func(learn.model(x), y).backward()
+        return time.time()-began
+    _time(1)
+    k = min(3, len(learn.dls.train))
+    return _time(k)/k/learn.dls.train.bs
+
+@patch
+def hours_left(self:Experiment)->float: # nan where only other libraries' methods are left, of which nothing was measured
     "Estimate of the hours of computing that are left, for one process"
-    rate,n = self._rate()
-    total = 0.
-    for name,seed in self.jobs():
-        m = self.settings(name)
-        if seed is not None: total += n['run']*m.get('fit', {}).get('n_epoch', 1)
-        else: total += n['trial']*self.search['n_epoch']*(self.search['n_trials']-len(self.rows('trial', name)))*2/3
-    return total*rate/3600
+    jobs = self.jobs()
+    if not jobs: return 0.
+    n,search = self._n_images(),self.search
+    def _images(name, seed):
+        if seed is not None: return n['run']*ifnone(n_epochs(self.settings(name)), 1)
+        return n['trial']*search['n_epoch']*(search['n_trials']-len(self.rows('trial', name)))*2/3
+    return sum(_images(*o) for o in jobs)*self._rate()/3600
 
 # %% ../nbs/api/71_protocol.ipynb #ad0d05da
 def mean_interval(
@@ -330,6 +431,8 @@ def mean_interval(
     return float(x.mean()),float(x.mean()-half),float(x.mean()+half)
 
 # %% ../nbs/api/71_protocol.ipynb #87d214d7
+def _frame(rows): return pd.DataFrame(rows).set_index('method') if rows else pd.DataFrame()
+
 def _said(m, lo, hi, sign=False):
     return f'{m:+.1f} ({lo:+.1f} to {hi:+.1f})' if sign else f'{m:.1f} ± {hi-m:.1f}' if hi==hi else f'{m:.1f}'
 
@@ -339,6 +442,7 @@ def values(self:Experiment,
     measure:str, # Name of a measure
 )->dict: # Seed to score
     "Scores of the runs of a method, by seed"
+    if measure not in self.measures: raise ValueError(_nearest(measure, self.measures, 'measure'))
     return {o['seed']:o['scores'][measure] for o in self.rows('run', method)}
 
 @patch
@@ -350,7 +454,7 @@ def table(self:Experiment,
         runs = self.rows('run', o)
         scores = {k:_said(*mean_interval([100*v for v in self.values(o, k).values()])) for k in self.measures}
         return {'method':o, **scores, 'seeds':len(runs), 'seconds a run':round(float(np.median([r['cpu_seconds'] for r in runs])))}
-    return pd.DataFrame([_row(o) for o in methods or self.methods if self.rows('run', o)]).set_index('method')
+    return _frame([_row(o) for o in methods or self.methods if self.rows('run', o)])
 
 @patch
 def difference(self:Experiment,
@@ -359,7 +463,8 @@ def difference(self:Experiment,
     measure:str='recall@1', # Name of a measure
 )->np.ndarray: # One number for each seed that both have, in points
     "Differences of runs with the same seed"
-    a,b = self.values(method, measure),self.values(twin or self.methods[method]['twin'], measure)
+    if (twin := twin or self.methods[method].get('twin')) is None: raise ValueError(f"Method {method!r} has no twin: name one.")
+    a,b = self.values(method, measure),self.values(twin, measure)
     return np.array([100*(a[o]-b[o]) for o in sorted(a) if o in b])
 
 @patch
@@ -369,17 +474,17 @@ def differences(self:Experiment)->pd.DataFrame: # One row a pair, in points
         t = self.methods[o]['twin']
         return {'method':o, 'twin':t, **{k:_said(*mean_interval(self.difference(o, measure=k)), sign=True) for k in self.measures}, 'seeds':len(self.difference(o))}
     rows = [_row(o) for o,m in self.methods.items() if 'twin' in m and len(self.difference(o))>1]
-    return pd.DataFrame(rows).set_index('method') if rows else pd.DataFrame()
+    return _frame(rows)
 
 @patch
-def choices(self:Experiment)->pd.DataFrame: # One row a method
+def choices(self:Experiment)->pd.DataFrame: # One row a method; none where no search has begun
     "What each search chose, its score on the validation classes, and how many trials were pruned"
     def _row(o):
         trials = self.rows('trial', o)
         best = max((t for t in trials if t['state']=='COMPLETE'), key=lambda t: t['value'])
         return {'method':o, 'chosen':', '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k,v in best['params'].items()),
             f"{self.search['metric']} there":round(100*best['value'], 2), 'trials':len(trials), 'pruned':sum(t['state']=='PRUNED' for t in trials)}
-    return pd.DataFrame([_row(o) for o in self.methods if any(t['state']=='COMPLETE' for t in self.rows('trial', o))]).set_index('method')
+    return _frame([_row(o) for o in self.methods if any(t['state']=='COMPLETE' for t in self.rows('trial', o))])
 
 # %% ../nbs/api/71_protocol.ipynb #e3ca51f1
 @patch

@@ -6,10 +6,10 @@ Docs: https://dmlfast.github.io/dmlfast/api/tune.html.md"""
 
 # %% auto #0
 __all__ = ['distributions', 'suggest', 'TrialScore', 'make_study', 'tune', 'plot_study', 'importances', 'settings_space',
-           'default_params', 'tune_settings', 'best_settings']
+           'default_params', 'check_space', 'tune_settings', 'best_settings']
 
 # %% ../nbs/api/70_tune.ipynb #9f6fbacf
-import math, torch
+import json, math, warnings
 import matplotlib.pyplot as plt
 from pathlib import Path
 from fastcore.all import *
@@ -28,13 +28,17 @@ def _optuna():
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
+def _sampler(seed):
+    "What proposes parameters: five at random, then near the good ones"
+    return _optuna().samplers.TPESampler(seed=seed, n_startup_trials=5)
+
 # %% ../nbs/api/70_tune.ipynb #8a8f47c0
 def _range(name, o):
     "Low and high end of a range, and whether it is logarithmic"
     if isinstance(o, dict):
         if not {'low','high'}<=set(o)<={'low','high','log'}: raise ValueError(f"The range of {name!r} is {{low, high, log}}; got {o!r}.")
         o = (o['low'],o['high'],*(['log'] if o.get('log') else []))
-    ok = isinstance(o, tuple) and len(o) in (2,3) and all(isinstance(v, (int,float)) and math.isfinite(v) for v in o[:2]) and o[0]<o[1] and o[2:] in ((),('log',))
+    ok = isinstance(o, tuple) and len(o) in (2,3) and all(isinstance(v, (int,float)) and not isinstance(v, bool) and math.isfinite(v) for v in o[:2]) and o[0]<o[1] and o[2:] in ((),('log',))
     if not ok or (len(o)==3 and o[0]<=0): raise ValueError(f"Where to look for {name!r} is (low, high), (low, high, 'log') with low above 0, or a list of choices; got {o!r}.")
     return o[0],o[1],len(o)==3
 
@@ -44,9 +48,11 @@ def distributions(
     "A search space as Optuna has it; raises `ValueError` for what is no range"
     d = _optuna().distributions
     def _one(name, o):
+        if isinstance(o, list) and not o: raise ValueError(f"There are no choices for {name!r}.")
         if isinstance(o, list): return d.CategoricalDistribution(o)
         lo,hi,log = _range(name, o)
         return (d.IntDistribution if isinstance(lo, int) and isinstance(hi, int) else d.FloatDistribution)(lo, hi, log=log)
+    if not isinstance(space, dict) or not space: raise ValueError(f"A space is a dictionary from names to where to look; got {space!r}.")
     return {k:_one(k, o) for k,o in space.items()}
 
 # %% ../nbs/api/70_tune.ipynb #d9bae7be
@@ -103,7 +109,20 @@ def _objective(trial, build, folds, space, n_epoch, metric, fit):
     return sum(done)/len(done)
 
 # %% ../nbs/api/70_tune.ipynb #00adbd13
-def _url(storage): return str(storage) if storage is None or '://' in str(storage) else f'sqlite:///{Path(storage)}'
+def _url(storage): return str(storage) if '://' in str(storage) else f'sqlite:///{Path(storage)}'
+
+def _storage(storage):
+    "A database that notices when the process of a trial has died, and has the trial done again"
+    if storage is None: return None
+    optuna,url = _optuna(),_url(storage)
+    if '://' not in str(storage) and not Path(storage).absolute().parent.is_dir(): raise ValueError(f"There is no folder {str(Path(storage).parent)!r} for the study.")
+    wait = dict(connect_args=dict(timeout=60)) if url.startswith('sqlite') else {} # seconds that a process waits for another one's writing
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
+        retry = optuna.storages.RetryFailedTrialCallback(max_retry=1)
+        try: return optuna.storages.RDBStorage(url, engine_kwargs=wait, heartbeat_interval=60, failed_trial_callback=retry)
+        except ImportError: raise
+        except Exception as e: raise ValueError(f"The storage {str(storage)!r} cannot be opened: {str(e).splitlines()[0]}") from e
 
 def make_study(
     storage=None, # File for SQLite, or a database URL; in memory if not given
@@ -113,16 +132,30 @@ def make_study(
 ): # `optuna.Study`
     "A study that looks for high scores, with median pruning; one of this name in the storage goes on"
     optuna = _optuna()
-    study = optuna.create_study(storage=None if storage is None else _url(storage), study_name=name, load_if_exists=True, direction='maximize',
-        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=5), pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
-    for o in first: study.enqueue_trial(o, skip_if_exists=True)
+    study = optuna.create_study(storage=_storage(storage), study_name=name, load_if_exists=True, direction='maximize',
+        sampler=_sampler(seed), pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
+    tried = [o.system_attrs.get('fixed_params') for o in study.get_trials(deepcopy=False) if o.state.name!='FAIL']
+    for o in first:
+        if o not in tried: study.enqueue_trial(o)
     return study
+
+def _same_search(study, about):
+    "Raise `ValueError` where a study in a storage was another search"
+    about = json.loads(json.dumps(about, default=str))
+    old = study.user_attrs.get('search')
+    if old is None: return study.set_user_attr('search', about)
+    for k in {**old, **about}:
+        if old.get(k)!=about.get(k): raise ValueError(f"The study {study.study_name!r} is another search: its {k} was {old.get(k)} and is {about.get(k)} here. Give this one another name.")
 
 def _done(study):
     "Trials that came to a result"
     s = _optuna().trial.TrialState
     return study.get_trials(deepcopy=False, states=(s.COMPLETE,s.PRUNED))
 
+def _count(name, value):
+    if not isinstance(value, int) or isinstance(value, bool) or value<1: raise ValueError(f"`{name}` is 1 or more; got {value!r}.")
+
+# %% ../nbs/api/70_tune.ipynb #1efc6752
 def tune(
     build, # Function `(ds, **params)` that makes a learner whose validation classes are the data set's `'val'`
     ds:MetricDataset, # Data set
@@ -136,15 +169,21 @@ def tune(
     seed:int=0, # Determines what is proposed
     first=(), # Settings to begin with: dictionaries of parameters
     fit=None, # Function `(learn, n_epoch, cbs)`; one cycle at the learner's rate if not given
+    callbacks=(), # Functions of the study and a trial, called when it has ended
+    about:dict=None, # What else must be the same where a study in a storage goes on
 ): # `optuna.Study`
     "Search for the parameters with the best score on held-out training classes"
-    optuna,parts = _optuna(),[ds] if folds==1 else ds.folds(folds)
+    optuna = _optuna()
     distributions(space)
-    if not isinstance(n_trials, int) or n_trials<1: raise ValueError(f"`n_trials` is 1 or more; got {n_trials!r}.")
+    for k,v in dict(n_trials=n_trials, n_epoch=n_epoch, folds=folds).items(): _count(k, v)
+    parts = [ds] if folds==1 else ds.folds(folds)
     study = make_study(storage, name, seed, first)
-    def _score(trial): return _objective(trial, build, parts, space, n_epoch, metric, fit or _fit)
+    _same_search(study, dict(space=space, n_epoch=n_epoch, folds=folds, metric=metric, **(about or {})))
+    def _score(trial):
+        study.sampler = _sampler(seed+trial.number)
+        return _objective(trial, build, parts, space, n_epoch, metric, fit or _fit)
     s = optuna.trial.TrialState
-    if len(_done(study))<n_trials: study.optimize(_score, callbacks=[optuna.study.MaxTrialsCallback(n_trials, states=(s.COMPLETE,s.PRUNED))])
+    if len(_done(study))<n_trials: study.optimize(_score, callbacks=[*callbacks, optuna.study.MaxTrialsCallback(n_trials, states=(s.COMPLETE,s.PRUNED))])
     return study
 
 # %% ../nbs/api/70_tune.ipynb #e9a39458
@@ -205,6 +244,21 @@ def default_params(
         return value
     return {k:v for k in space if _fits(v := _value(k), space[k])}
 
+def check_space(
+    settings:dict, # Tables
+    space:dict, # Path of a setting to where to look
+)->dict: # The space
+    "Raise `ValueError` for a path that is no setting's, or values that the setting cannot have"
+    distributions(space)
+    for k,o in space.items():
+        for v in o if isinstance(o, list) else _range(k, o)[:2]: check_settings(with_settings(settings, {k:v}))
+    return space
+
+def _about(settings):
+    "What must be the same in all trials of a search, wherever they run"
+    own = {'data':None, 'model.weights':None, 'batch.num_workers':None, 'batch.device':None}
+    return dict(settings=with_settings(settings, {k:v for k,v in own.items() if get_setting(settings, k) is not None}))
+
 def tune_settings(
     settings:dict, # Tables; the table `batch` measures on `'val'`
     space:dict=None, # Path of a setting to where to look; `settings_space` if not given
@@ -213,11 +267,14 @@ def tune_settings(
 ): # `optuna.Study`
     "Search for the best settings of a run"
     check_settings(settings)
-    space,ds = ifnone(space, settings_space(settings)),ds or read_data(settings.get('data', {}))
-    def _build(ds, **params): return make_learner(with_settings(settings, {'batch.valid':'val', **params}), ds, cbs=RetrievalMetrics())
-    def _fit(learn, n_epoch, cbs): fit_settings(learn, with_settings(settings, {'fit.patience':0}), n_epoch, cbs)
+    settings = with_settings(settings, {'batch.valid':'val', 'fit.patience':0, 'fit.monitor':None}) # a trial is scored by its last epoch
+    space = check_space(settings, ifnone(space, settings_space(settings)))
+    ds = read_data(settings.get('data', {})) if ds is None else ds
+    names = dict.fromkeys(['map@r','recall@1',kwargs.get('metric', 'map@r')])
+    def _build(ds, **params): return make_learner(with_settings(settings, params), ds, cbs=RetrievalMetrics(list(names)))
+    def _fit(learn, n_epoch, cbs): fit_settings(learn, learn.settings, n_epoch, cbs) # those of the trial
     first = default_params(settings, space)
-    return tune(_build, ds, space, **{'fit':_fit, 'first':[first] if first else [], **kwargs})
+    return tune(_build, ds, space, **{'fit':_fit, 'first':[first] if first else [], 'about':_about(settings), **kwargs})
 
 def best_settings(
     settings:dict, # Tables that the search began with

@@ -59,3 +59,240 @@ def test_bad_input_gets_one_sentence(folder, tmp_path):
 def test_the_sentence_reaches_the_shell(tmp_path):
     status,out,err = run('--data', tmp_path/'nowhere', cwd=tmp_path)
     assert status==1 and err==[f"dmlfast-demo: There is no folder '{tmp_path}/nowhere'."]
+
+# The commands for runs: in this process where possible, because starting one is slow.
+
+small = '--arch test_resnet --no_pretrained --emb_sz 16 --size 24 --bs 32 --per_class 4 --workers 0 --lr 6e-3 --loss dr_triplet'.split()
+
+def do(func, *args):
+    "Exit status, and what a command writes to standard output and error, in this process"
+    from contextlib import redirect_stderr, redirect_stdout
+    from io import StringIO
+    from dmlfast.cli import run_command
+    out,err = StringIO(),StringIO()
+    with redirect_stdout(out), redirect_stderr(err): status = run_command(func, [str(o) for o in args])
+    return status,out.getvalue(),err.getvalue()
+
+def said(func, *args, status=2):
+    "The sentence of a command that is refused, or fails"
+    res = do(func, *args)
+    assert res[0]==status, res
+    lines = [o for o in res[2].splitlines() if o.startswith(func.__name__.replace('_', '-'))]
+    assert len(lines)==1, res
+    return lines[0]
+
+def shell(func, *args, **kwargs):
+    "A command as a shell runs it"
+    code = f'from dmlfast.cli import {func.__name__} as f; f()'
+    return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+@pytest.fixture
+def table(few, tmp_path):
+    "A table of the images, all of it in one file"
+    df = few.df.assign(path=[str(few.path/o) for o in few.df.path])
+    df[['path','label','split']].to_csv(tmp_path/'few.csv', index=False)
+    return tmp_path/'few.csv'
+
+@pytest.fixture
+def trained(table, tmp_path):
+    "A run on the table, and what was said"
+    from dmlfast.cli import dmlfast_train
+    status,out,err = do(dmlfast_train, '--data', table, *small, '--epochs', 1, '--out', tmp_path/'run', '--json')
+    assert status==0, err
+    return json.loads(out)
+
+def options():
+    "Rows of the table of the two systems' options in the notebook: script, option, and the words of the command line here"
+    import re, shlex
+    from fastcore.nbio import read_nb
+    text = '\n'.join(c.source for c in read_nb(Path(__file__).parent.parent/'nbs'/'api'/'90_cli.ipynb').cells if c.cell_type=='markdown')
+    return [(script,option,shlex.split(here)) for script,option,here in re.findall(r'^\| (`\S+\.py`|Baselines) \| (.+?) \| `(.+?)` \|', text, re.M)]
+
+def test_every_option_of_the_two_systems():
+    import dmlfast.cli as cli
+    theirs = dict(train='''loss mvr_reg margin ms_thresh batch_size images_per_class balanced_sampler_train balanced_sampler_validation lr wdecay emb_dim bn_freeze patience seed gpu_id tnsrbrd_dir
+        model_save_dir exp_name''', test='model_save_dir exp_name', hyper_train='gpu_id', Standard_Training='''dataset lr fc_lr_mul n_epochs kernels bs samples_per_class seed scheduler gamma decay tau p_task loss sampling
+        multitask_loss_gamma margin beta_lr beta nu beta_constant l2npair ranking_bs ranking_distortion_strength ranking_N ranking_s ranking_alfa ranking_beta ranking_lambda k_vals embed_dim
+        g_net_hidden_layer_dim arch not_pretrained num_frozen_submodules gpu savename source_path save_path tensorboard_save_path''', Baselines='proxy_lr grad_measure dist_measure')
+    have = {(s.strip('`').removesuffix('.py'),o.strip('`').removeprefix('--')) for s,o,_ in options()}
+    assert {(k,o) for k,v in theirs.items() for o in v.split()}<=have
+    known = cli.parse_command(cli.dmlfast_train, [])
+    for _,option,(name,*argv) in options():
+        args = cli.parse_command(getattr(cli, name.replace('-', '_')), argv)
+        if name!='dmlfast-eval': cli.run_settings(**{k:v for k,v in args.items() if k in known and (name=='dmlfast-train' or k!='epochs')})
+
+def test_options_mean_what_the_table_says():
+    from dmlfast.cli import dmlfast_train, parse_command, run_settings
+    def _s(words): return run_settings(**parse_command(dmlfast_train, words.split()))
+    assert _s('--sched step --factor .5 --steps 30 50')['fit']==dict(sched='step', factor=.5, steps=[30,50])
+    assert _s('--ssr --ssr-args p=.8,per=epoch,views.strength=.2,loss.alpha=.05')['ssr']==dict(p=.8, per='epoch', views=dict(strength=.2), loss=dict(alpha=.05))
+    assert _s('--loss margin --miner distance_weighted --loss_lr .5 --loss_args learn_beta=false')['loss']==dict(name='margin', miner=dict(name='distance_weighted'), lr_mult=.5, learn_beta=False)
+    assert _s('--freeze_bn affine --half fp16 --no_pretrained --arch_args pad_type=same')==dict(model=dict(freeze_bn='affine', pretrained=False, timm=dict(pad_type='same')), fit=dict(precision='fp16'))
+    assert _s('--set loss.name=ms --set loss.lam=.3 seed=4')==dict(loss=dict(name='ms', lam=.3), seed=4)
+
+def test_arguments_win_over_the_file(tmp_path):
+    from dmlfast.cli import dmlfast_train, parse_command, run_settings
+    (tmp_path/'c.toml').write_text('recipe = "margin"\n[loss]\nname = "DRTripletLoss"\nmargin = 0.1\ngamma = 0.5\n[data]\nreader = "cub200"\npath = "birds"\nval_pct = 0.3\n[fit]\nlr = 0.01\n')
+    def _s(words): return run_settings(**parse_command(dmlfast_train, ['--config',str(tmp_path/'c.toml'),*words.split()]))
+    assert _s('--loss dr_triplet --loss_args gamma=.1')['loss']==dict(name='dr_triplet', margin=.1, gamma=.1)
+    assert _s('--loss ms')['loss']==dict(name='ms')
+    assert _s('--path elsewhere')['data']==dict(reader='cub200', path='elsewhere', val_pct=.3)
+    assert _s('--data glyphs')['data']==dict(reader='glyphs') and _s('--data glyphs')['fit']==dict(lr=.01)
+
+def test_help_is_there_at_once(tmp_path):
+    import re
+    from dmlfast import cli
+    for f in (cli.dmlfast_train, cli.dmlfast_eval, cli.dmlfast_tune, cli.dmlfast_bench):
+        code = f"import sys, resource; from dmlfast.cli import {f.__name__} as f; sys.argv.append('--help')\ntry: f()\nfinally: u = resource.getrusage(resource.RUSAGE_SELF); " \
+            "print('heavy', [o for o in ('torch','fastai','timm','pandas','matplotlib','optuna') if o in sys.modules], u.ru_utime+u.ru_stime)"
+        out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+        assert 'heavy []' in out and float(out.split()[-1])<1
+        shown = set(re.findall(r'(?:^|\s)--([a-z-]+)', out))
+        p = cli.parse_command(f, ['x'] if f in (cli.dmlfast_eval, cli.dmlfast_bench) else [])
+        assert {k.lower().replace('_', '-') for k in p}-{'run','plan'}<=shown
+
+def test_training_on_a_table(trained, table, tmp_path):
+    from dmlfast.cli import dmlfast_train
+    out = tmp_path/'run'
+    assert sorted(o.name for o in out.iterdir())==['checkpoint','embedder','history.csv','results.json','settings.toml']
+    assert trained=={'out':str(out), **json.loads((out/'results.json').read_text())}
+    assert trained['scores']['val']['n_classes']==4 and trained['data']=='few'
+    assert 'holds a finished run' in said(dmlfast_train, '--data', table, *small, '--out', out)
+    status,text,_ = do(dmlfast_train, '--config', out/'settings.toml', '--out', tmp_path/'again', '--json')
+    assert status==0 and json.loads(text)['scores']==trained['scores'] # the file that a run writes repeats it
+    assert (tmp_path/'again'/'settings.toml').read_text()==(out/'settings.toml').read_text()
+    before = (out/'history.csv').stat().st_mtime_ns
+    status,text,_ = do(dmlfast_train, '--out', out, '--resume', '--json')
+    assert status==0 and json.loads(text)==trained and (out/'history.csv').stat().st_mtime_ns==before
+    assert '`fit` was' in said(dmlfast_train, '--out', out, '--resume', '--lr', .5)
+    status,_,err = do(dmlfast_train, '--data', table, *small, '--epochs', 1, '--seed', 2, '--out', out, '--overwrite', '--tensorboard', tmp_path/'tb', '--report', '--monitor', 'map@r', '--patience', 3, '--ssr', '--ssr_args', 'm=4,n=2')
+    assert status==0 and (out/'report'/'index.html').stat().st_size>50_000 and (out/'best.pth').exists() and list((tmp_path/'tb').iterdir()), err
+    assert 'ssr_loss' in (out/'history.csv').read_text()
+
+def test_published_protocol_on_a_folder(folder, tmp_path):
+    from dmlfast.cli import dmlfast_train
+    args = ['--data', folder, *small, '--bs', 16][:-2] + ['--set', 'batch.bs=16']
+    assert "'batch.bs' is given twice" in said(dmlfast_train, *args)
+    args = ['--data', folder, *[16 if o=='32' else o for o in small], '--epochs', 1]
+    status,_,err = do(dmlfast_train, *args, '--valid', 'test', '--out', tmp_path/'run')
+    assert status==0, err
+    assert list(json.loads((tmp_path/'run'/'results.json').read_text())['scores'])==['test']
+    status,_,err = do(dmlfast_train, *args, '--valid', 'none', '--out', tmp_path/'none')
+    assert status==0 and json.loads((tmp_path/'none'/'results.json').read_text())['scores']=={}, err
+
+def test_evaluation(trained, folder, tmp_path):
+    from dmlfast.cli import dmlfast_eval
+    run = tmp_path/'run'
+    status,text,err = do(dmlfast_eval, run, '--split', 'val', '--workers', 0, '--json')
+    assert status==0, err
+    got = json.loads(text)
+    assert got['scores']['metrics']['map@r']['mean']==pytest.approx(trained['scores']['val']['metrics']['map@r']['mean'], abs=1e-6)
+    assert got['data_hash']==trained['data_hash']
+    status,text,err = do(dmlfast_eval, run, '--workers', 0, '--metrics', 'recall@1', 'map@r')
+    assert status==0 and 'few, test' in text and 'recall@1' in text and 'nmi' not in text, err
+    status,text,err = do(dmlfast_eval, run/'embedder', '--data', folder, '--workers', 0, '--out', tmp_path/'scores', '--report')
+    assert status==0 and 'own, all' in text, err
+    assert sorted(o.name for o in (tmp_path/'scores').iterdir())==['curves.png','neighbours.png','report','results.json','worst.png']
+    assert json.loads((tmp_path/'scores'/'results.json').read_text())['scores']['n_queries']==len(list(folder.rglob('*.png')))
+    def no(*args): return said(dmlfast_eval, *args)
+    assert 'holds scores' in no(run, '--out', tmp_path/'scores')
+    assert 'is the folder of a run' in no(run, '--out', run)
+    assert '--data' in no(run/'embedder')
+    assert 'is neither a run' in no(tmp_path/'nowhere')
+    assert "has no split 'tset'" in no(run, '--split', 'tset')
+    assert 'is not a metric' in no(run, '--metrics', 'recal')
+    assert 'needs a folder' in no(run, '--report')
+    assert 'classes or queries' in no(run, '--ci', 'images')
+    (run/'embedder'/'weights.safetensors').write_bytes(b'')
+    assert 'changed or cut off' in no(run)
+
+def test_refused_before_any_work(folder, tmp_path):
+    from dmlfast.cli import dmlfast_bench, dmlfast_train, dmlfast_tune
+    def no(*args): return said(dmlfast_train, *args, '--out', tmp_path/'x')
+    assert "There is no argument '--margn'" in no('--margn', 1)
+    assert "nearest is '--loss-args'" in no('--loss_arg', 'margin=1')
+    assert "invalid int value: 'many'" in no('--epochs', 'many')
+    assert '--lr is given twice' in no('--lr', .1, '--lr', .2)
+    assert 'unrecognized arguments: birds' in no('birds')
+    assert "nearest is 'loss.margin'" in no('--loss', 'triplet', '--loss_args', 'margn=.1')
+    assert 'needs --loss' in no('--loss_args', 'margin=.1') and 'needs --ssr' in no('--ssr_args', 'm=1')
+    assert 'given as name=value' in no('--set', 'loss')
+    assert '--path is the folder' in no('--data', folder, '--path', 'x')
+    assert 'take one of them' in no('--resume', '--overwrite') and 'no run to resume' in no('--resume')
+    assert 'take one of them' in no('--no_pretrained', '--weights', 'w.pth')
+    assert "for the schedule 'step'" in no('--steps', 3)
+    assert 'would choose an epoch' in no('--valid', 'test', '--monitor', 'recall@1')
+    assert "There is no file 'c.toml'" in no('--config', 'c.toml')
+    assert not (tmp_path/'x').exists()
+    assert "timm has no model 'resnett'" in said(dmlfast_train, '--data', folder, '--arch', 'resnett', '--bs', 8, '--out', tmp_path/'x', status=1)
+    assert not (tmp_path/'x').exists()
+    assert "no setting 'loss.magin'" in said(dmlfast_tune, '--loss', 'triplet', '--space', 'loss.magin=.1:.5', '--out', tmp_path/'x')
+    assert 'no file' in said(dmlfast_bench, tmp_path/'no.toml') and not (tmp_path/'x').exists()
+
+def test_ctrl_c_and_resume(table, tmp_path):
+    import signal, time
+    from dmlfast.cli import dmlfast_train
+    args = ['--data', table, *small, '--epochs', 6, '--sched', 'flat']
+    p = shell(dmlfast_train, *args, '--out', tmp_path/'cut', cwd=tmp_path)
+    history = tmp_path/'cut'/'history.csv'
+    for _ in range(2400):
+        if p.poll() is not None or history.exists() and len(history.read_text().splitlines())>=3: break
+        time.sleep(.05)
+    p.send_signal(signal.SIGINT)
+    out,err = p.communicate(timeout=120)
+    assert p.returncode==130, (out,err)
+    last = err.strip().splitlines()
+    assert len(last)==1 and str(tmp_path/'cut'/'checkpoint'/'checkpoint.pt') in last[0] and '--resume' in last[0]
+    assert 'epoch' in out and (tmp_path/'cut'/'checkpoint'/'checkpoint.pt').exists()
+    n = len(history.read_text().splitlines())-1
+    assert 2<=n<6
+    assert 'interrupted run' in said(dmlfast_train, *args, '--out', tmp_path/'cut')
+    assert do(dmlfast_train, '--out', tmp_path/'cut', '--resume')[0]==0
+    assert do(dmlfast_train, *args, '--out', tmp_path/'whole')[0]==0
+    cut,whole = (json.loads((tmp_path/o/'results.json').read_text()) for o in ('cut','whole'))
+    assert cut['epochs']==6 and cut['scores']==whole['scores']
+
+def test_a_search_goes_on(table, tmp_path, monkeypatch):
+    import dmlfast.tune as tune
+    from dmlfast.cli import dmlfast_train, dmlfast_tune
+    args = ['--data', table, *small, '--trials', 3, '--epochs', 1, '--space', 'loss.gamma=.1:.6', 'fit.lr=1e-3:1e-2:log']
+    whole = do(dmlfast_tune, *args, '--out', tmp_path/'whole', '--json')
+    assert whole[0]==0, whole[2]
+    real,calls = tune.suggest,[]
+    def _suggest(*a):
+        calls.append(1)
+        if len(calls)==2: raise KeyboardInterrupt
+        return real(*a)
+    with monkeypatch.context() as m:
+        m.setattr(tune, 'suggest', _suggest)
+        status,_,err = do(dmlfast_tune, *args, '--out', tmp_path/'cut')
+    assert status==130 and '--resume' in err
+    assert (tmp_path/'cut'/'best.toml').exists() # of the one trial that is finished
+    assert '--resume goes on' in said(dmlfast_tune, *args, '--out', tmp_path/'cut')
+    assert '--epochs was 1 and is 2' in said(dmlfast_tune, '--out', tmp_path/'cut', '--resume', '--epochs', 2)
+    status,out,err = do(dmlfast_tune, '--out', tmp_path/'cut', '--resume', '--json')
+    assert status==0, err
+    res = json.loads(out)
+    assert len(res['trials'])==3 and res['trials'][0]['params']==json.loads(whole[1])['trials'][0]['params']=={'loss.gamma':.3, 'fit.lr':6e-3}
+    assert {'best.toml','results.json','search.json','settings.toml','study.db','study.png'}=={o.name for o in (tmp_path/'cut').iterdir()}
+    status,_,err = do(dmlfast_train, '--config', tmp_path/'cut'/'best.toml', '--epochs', 1, '--out', tmp_path/'run')
+    assert status==0, err
+    import tomllib
+    s = tomllib.loads((tmp_path/'run'/'settings.toml').read_text())
+    assert (s['loss']['gamma'],s['fit']['lr'])==(res['best']['loss.gamma'],res['best']['fit.lr']) and 'valid' not in s['batch']
+
+def test_an_experiment(table, tmp_path):
+    from dmlfast.cli import dmlfast_bench
+    (tmp_path/'toy.py').write_text('import os, torch\ndef train(settings, ds, valid, report):\n    y = ds.df.label[ds.df.split==valid].astype("category").cat.codes.to_numpy(copy=True)\n'
+        '    return torch.randn(len(y), 4, generator=torch.Generator().manual_seed(settings["seed"])), torch.tensor(y).long(), dict(pid=os.getpid())\n')
+    (tmp_path/'p.toml').write_text(f'seeds = 6\nmeasures = ["recall@1"]\nsettings = {{data = {{reader = "csv", path = "{table}"}}, fit = {{n_epoch = 1}}}}\n[methods.a]\ntrainer = "toy.py:train"\nspace = {{}}\n[methods.b]\ntrainer = "toy.py:train"\ntwin = "a"\nspace = {{}}\n')
+    status,out,err = do(dmlfast_bench, tmp_path/'p.toml', '--out', tmp_path/'r.jsonl', '--dry_run')
+    assert status==0 and 'a    0/0  0/6' in out and '12 searches and runs are left' in out and not (tmp_path/'r.jsonl').exists(), err
+    p = shell(dmlfast_bench, tmp_path/'p.toml', '--out', tmp_path/'r.jsonl', '--workers', 2, '--json', cwd=tmp_path)
+    out,err = p.communicate(timeout=400)
+    assert p.returncode==0, err
+    res = json.loads(out)
+    assert res['left']==0 and sorted((o['method'],o['seed']) for o in res['runs'])==[(m,i) for m in 'ab' for i in range(6)]
+    lines = (tmp_path/'r.jsonl').read_text()
+    status,out,err = do(dmlfast_bench, tmp_path/'p.toml', '--out', tmp_path/'r.jsonl')
+    assert status==0 and 'All of it is done.' in out and '+0.0' in out and (tmp_path/'r.jsonl').read_text()==lines, err

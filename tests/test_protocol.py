@@ -1,0 +1,168 @@
+"Experiments: each piece of work is done once, whatever happens to the processes, and a plan that cannot be is refused at once"
+import json, math, multiprocessing, os, signal, time
+from pathlib import Path
+import numpy as np
+import pytest
+
+trainer = """
+import os, time, torch, numpy as np
+from dmlfast.evaluate import Diverged
+def train(settings, ds, valid, report):
+    "Embeddings of the labels themselves, with as much noise as `noise` says"
+    s = settings['toy']
+    if 'log' in s:
+        with open(s['log'], 'a') as f: f.write(f"{os.getpid()} {valid} {settings['seed']} {s['noise']}\\n")
+    time.sleep(s.get('wait', 0))
+    if s.get('diverge'): raise Diverged('no longer finite')
+    if report:
+        for e in range(settings['fit']['n_epoch']): report(e, 1-s['noise'])
+    labels = ds.df.label[ds.df.split==valid].tolist()
+    ids = torch.tensor([sorted(set(labels)).index(o) for o in labels])
+    g = torch.Generator().manual_seed(settings['seed'])
+    return torch.nn.functional.one_hot(ids).float()+s['noise']*torch.randn(len(ids), int(ids.max())+1, generator=g), ids, {}
+"""
+
+def _plan(tmp_path, **toy):
+    (tmp_path/'toy.py').write_text(trainer)
+    ours = dict(trainer=str(tmp_path/'toy.py')+':train', settings=dict(toy=dict(noise=.5, **toy)), space={'toy.noise':(.1,2.)})
+    return dict(name='toys', seeds=3, search=dict(n_trials=4, n_epoch=2), measures=['recall@1','map@r'],
+        methods={'a':ours, 'γ':{**ours, 'twin':'a'}, 'louder':dict(like='a', settings=dict(toy=dict(noise=3.)), twin='a', seeds=[1,5], trainer=ours['trainer'])})
+
+def _exp(tmp_path, ds, plan=None):
+    from dmlfast.protocol import Experiment
+    return Experiment(plan or _plan(tmp_path), tmp_path/'r.jsonl', ds)
+
+def _keys(exp): return sorted([(o['kind'],o['method'],o.get('seed', o.get('number'))) for o in exp.rows()])
+
+all_work = sorted([('trial',m,i) for m in ('a','γ') for i in range(4)] + [('run',m,i) for m in ('a','γ') for i in range(3)] + [('run','louder',i) for i in (1,5)])
+
+def test_all_of_it(few, tmp_path):
+    exp = _exp(tmp_path, few)
+    exp.run()
+    assert _keys(exp)==all_work
+    best = max(exp.rows('trial', 'a'), key=lambda o: o['value'] if o['state']=='COMPLETE' else -1)
+    assert exp.chosen('a')['toy']['noise']==best['params']['toy.noise']
+    assert exp.chosen('louder')['toy']==dict(noise=3.) and exp.chosen('louder')['seed']==0
+    assert list(exp.values('louder', 'map@r'))==[1,5]
+    d = exp.difference('louder', measure='recall@1') # seed 1 is the only one that both have
+    assert len(d)==1 and d[0]==100*(exp.values('louder', 'recall@1')[1]-exp.values('a', 'recall@1')[1]) and d[0]<0
+    assert list(exp.differences().index)==['γ'] # one seed in common is no interval
+    assert list(exp.choices().index)==['a','γ'] and list(exp.table().index)==['a','γ','louder']
+    assert exp.hours_left()==0 and exp.jobs()==[]
+
+def test_killed_and_started_again(few, tmp_path):
+    "A process that is killed loses the piece that it was in; what it half wrote, within a letter, is not in the way"
+    plan = _plan(tmp_path, wait=.15)
+    p = multiprocessing.get_context('fork').Process(target=_exp(tmp_path, few, plan).run)
+    p.start()
+    while len(_exp(tmp_path, few, plan).rows())<3: time.sleep(.05)
+    os.kill(p.pid, signal.SIGKILL)
+    p.join()
+    whole = '{"kind": "run", "method": "γ", "seed": 0, "sco'.encode()
+    with open(tmp_path/'r.jsonl', 'ab') as f: f.write(whole[:whole.index('γ'.encode())+1])
+    n = len(_exp(tmp_path, few, plan).rows())
+    exp = _exp(tmp_path, few, plan)
+    exp.run()
+    assert n>=3 and _keys(exp)==all_work
+    other = tmp_path/'whole'
+    other.mkdir()
+    whole = _exp(other, few, _plan(other))
+    whole.run()
+    assert [o['params'] for o in exp.rows('trial', 'γ')]==[o['params'] for o in whole.rows('trial', 'γ')] # the search that it would have been
+    assert exp.values('γ', 'map@r')==whole.values('γ', 'map@r')
+
+def test_two_processes_do_each_thing_once(few, tmp_path):
+    plan = _plan(tmp_path, wait=.1, log=str(tmp_path/'log'))
+    ctx = multiprocessing.get_context('fork')
+    ps = [ctx.Process(target=_exp(tmp_path, few, plan).run) for _ in range(2)]
+    for p in ps: p.start()
+    for p in ps: p.join(120)
+    assert [p.exitcode for p in ps]==[0,0] and _keys(_exp(tmp_path, few, plan))==all_work
+    lines = (tmp_path/'log').read_text().splitlines()
+    assert len(lines)==len(all_work) and len({o.split()[0] for o in lines})==2
+
+def test_lines_of_an_older_version(few, tmp_path):
+    "Lines that do not say of which plan they are"
+    exp = _exp(tmp_path, few)
+    exp.run()
+    rows = [{k:v for k,v in o.items() if k!='plan'} for o in exp.rows()]
+    (tmp_path/'r.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    again = _exp(tmp_path, few)
+    assert again.jobs()==[] and again.table().equals(exp.table())
+
+def test_a_method_that_was_changed(few, tmp_path):
+    exp = _exp(tmp_path, few)
+    for _ in range(2): exp.step()
+    plan = _plan(tmp_path)
+    plan['methods']['a']['settings'] = dict(toy=dict(noise=.7))
+    with pytest.raises(ValueError, match="method 'a' with other settings"): _exp(tmp_path, few, plan)
+    plan = {**_plan(tmp_path), 'seeds':5, 'search':dict(n_trials=6, n_epoch=2)} # more of the same
+    assert len(_exp(tmp_path, few, plan).rows())==2
+    del plan['methods']['louder'], plan['methods']['a'], plan['methods']['γ']['twin']
+    exp = _exp(tmp_path, few, plan) # lines of a method that is no longer in the plan
+    assert exp.hours_left()>=0 or math.isnan(exp.hours_left())
+
+def test_a_run_that_diverged(few, tmp_path):
+    plan = _plan(tmp_path)
+    plan['methods'] = dict(a={**plan['methods']['a'], 'space':{}, 'settings':dict(toy=dict(noise=1., diverge=True))})
+    exp = _exp(tmp_path, few, plan)
+    exp.run()
+    assert [o['scores']['map@r'] for o in exp.rows('run')]==[0,0,0] and exp.rows('run')[0]['seen']['diverged']
+
+def test_hours_left(few, tmp_path):
+    plan = _plan(tmp_path)
+    del plan['methods']['γ'], plan['methods']['louder']
+    plan['settings'] = dict(fit=dict(n_epoch=5))
+    exp = _exp(tmp_path, few, plan)
+    exp.write(dict(kind='run', method='a', seed=0, scores={}, seconds=360.))
+    exp.write(dict(kind='trial', method='a', number=0, params={'toy.noise':.5}, state='COMPLETE', value=.5, scores=[.5,.5], seconds=0.))
+    for i in (1,2,3): exp.write(dict(kind='trial', method='a', number=i, params={'toy.noise':.5}, state='PRUNED', value=.1, scores=[.1], seconds=0.))
+    assert abs(exp.hours_left()-.2)<1e-9 # two runs are left, and one took 6 minutes
+
+def test_our_own_methods(few, tmp_path):
+    "Time before anything was measured, a kept model, a model that a killed process left half of"
+    run = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=8), fit=dict(n_epoch=1, lr=1e-3))
+    plan = dict(seeds=1, keep_models=True, settings=run, methods=dict(untrained=dict(fit=dict(n_epoch=0), space={}), triplet=dict(loss=dict(name='triplet'), space={})))
+    exp = _exp(tmp_path, few, plan)
+    assert 0<exp.hours_left()<1
+    left = tmp_path/'r-models'/'untrained-0'
+    left.mkdir(parents=True)
+    (left/'embedder.json').write_text('{')
+    exp.run()
+    from dmlfast.deploy import load_embedder
+    assert load_embedder(left).model.emb_sz==8 and len(exp.rows('run'))==2
+
+def test_data_without_test_classes(few, tmp_path):
+    from dmlfast.tables import MetricDataset
+    ds = MetricDataset(few.df[few.df.split!='test'], few.path, 'no test', size=None)
+    with pytest.raises(ValueError, match="has no split 'test'"): _exp(tmp_path, ds).run()
+    assert not (tmp_path/'r.jsonl').exists()
+
+@pytest.mark.parametrize('change,said', [
+    (dict(seed=3), "nearest is 'seeds'"), (dict(seeds=0), 'seeds'), (dict(seeds=[1,1]), 'seeds'), (dict(seeds=True), 'seeds'), (dict(search=dict(trials=3)), 'search.n_trials'), (dict(search=dict(n_epoch=0)), '1 or more'),
+    (dict(measures=['recal@1']), 'is not a metric'), (dict(methods={}), 'no `methods`'), (dict(methods=dict(a=1)), 'is a table'), (dict(methods=dict(a=dict(tvin='b'))), "nearest is 'twin'"),
+    (dict(methods=dict(a=dict(twin='b'))), 'the methods are'), (dict(methods=dict(a=dict(twin='a'))), 'the method itself'), (dict(methods=dict(a={}, b=dict(like='a'), c=dict(like='b'))), 'like another one'),
+    (dict(methods=dict(a={}, b=dict(like='a', space={'fit.lr':(1.,2.)}))), 'would not be looked at'), (dict(methods=dict(a=dict(settings=dict(x=1)))), 'for a `trainer`'),
+    (dict(methods=dict(a=dict(loss=dict(name='triplett')))), "Method 'a': There is no loss"), (dict(methods=dict(a=dict(space={'loss.margn':(.1,.2)}, loss=dict(name='triplet')))), 'loss.margin'),
+    (dict(methods=dict(a=dict(fit=dict(n_epoch=None)))), 'how many epochs'), (dict(methods=dict(a=dict(fit=dict(patience=2)))), 'nothing to go by'), (dict(methods=dict(a=dict(trainer='toy.py'))), 'file.py:function'), (dict(methods=dict(a=dict(trainer='no.py:train'))), 'no file'),
+    (dict(methods=dict(a=dict(trainer='TOY:nothing'))), 'no function')])
+def test_plans_that_cannot_be(change, said, few, tmp_path):
+    plan = dict(settings=dict(fit=dict(n_epoch=1)), methods=dict(a={}))
+    _plan(tmp_path)
+    text = json.dumps({**plan, **change}).replace('TOY', str(tmp_path/'toy.py'))
+    with pytest.raises(ValueError, match=said.replace('[', r'\[')): _exp(tmp_path, few, json.loads(text))
+
+def test_trainers_that_break_their_word(few, tmp_path):
+    (tmp_path/'bad.py').write_text('import torch\ndef silent(s, ds, valid, report): return None\ndef few(s, ds, valid, report): return torch.eye(2), torch.arange(2), {}\n')
+    def _one(name, space): return dict(seeds=1, methods=dict(a=dict(trainer=f'{tmp_path}/bad.py:{name}', space=space)))
+    with pytest.raises(ValueError, match='reported no score'): _exp(tmp_path, few, _one('silent', {'x':(0.,1.)})).step()
+    with pytest.raises(ValueError, match='2 embeddings'): _exp(tmp_path, few, _one('few', {})).step()
+
+def test_files(few, tmp_path):
+    from dmlfast.protocol import Experiment
+    with pytest.raises(ValueError, match='no file'): Experiment(tmp_path/'no.toml', tmp_path/'r.jsonl')
+    (tmp_path/'p.toml').write_text('methods = [')
+    with pytest.raises(ValueError, match='not a TOML file'): Experiment(tmp_path/'p.toml', tmp_path/'r.jsonl')
+    with pytest.raises(ValueError, match='no twin'): _exp(tmp_path, few).difference('a')
+    with pytest.raises(ValueError, match="nearest is 'map@r'"): _exp(tmp_path, few).values('a', 'map@R')
+    assert _exp(tmp_path, few).table().empty and _exp(tmp_path, few).choices().empty and _exp(tmp_path, few).differences().empty

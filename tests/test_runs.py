@@ -1,0 +1,136 @@
+"Runs as settings: names, types and sense are checked before any work, files say what was meant, and a run goes on where it was"
+import copy, csv, json, math
+from pathlib import Path
+import numpy as np
+import pytest
+from fastai.callback.core import Callback
+
+small = dict(seed=3, batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=16),
+    loss=dict(name='dr_triplet', gamma=.2), fit=dict(n_epoch=3, lr=6e-3))
+
+class Stop(Callback):
+    "Ctrl-C in the middle of an epoch"
+    def __init__(self, epoch): self.at = epoch
+    def before_batch(self):
+        if self.training and self.epoch==self.at and self.iter==1: raise KeyboardInterrupt
+
+class Count(Callback):
+    "Epochs that are trained"
+    n = 0
+    def before_train(self): self.n += 1
+
+def _with(changes, base=small):
+    from dmlfast.runs import with_settings
+    return with_settings(base, changes)
+
+def test_round_trip(tmp_path):
+    from dmlfast.runs import load_settings, save_settings
+    s = _with({'data':dict(reader='csv', path=Path('some')/'täble.csv', columns=dict(label='species')), 'batch.valid':'none', 'loss.miner':dict(name='distance_weighted', upper=math.inf),
+        'ssr':dict(m=4, views=dict(n=3, strength=.1), loss=dict(alpha=.01)), 'fit.sched':'step', 'fit.steps':[1,2], 'fit.factor':.5, 'model.timm':dict(pad_type='same'), 'recipe':'margin'})
+    save_settings(s, tmp_path/'a.toml')
+    back = load_settings(tmp_path/'a.toml')
+    assert back==_with({'data.path':'some/täble.csv'}, s)
+    save_settings(back, tmp_path/'b.toml')
+    assert (tmp_path/'a.toml').read_bytes()==(tmp_path/'b.toml').read_bytes()
+    with pytest.raises(ValueError, match='inf means the same'): save_settings(_with({'loss.miner':dict(name='distance_weighted', upper=None)}), tmp_path/'c.toml')
+
+@pytest.mark.parametrize('path,near', [('data.val_pc','data.val_pct'), ('batch.per_clas','batch.per_class'), ('model.archi','model.arch'), ('loss.gama','loss.gamma'), ('loss.miner.marg','loss.miner.margin'),
+    ('ssr.gama','ssr.gamma'), ('ssr.views.stength','ssr.views.strength'), ('ssr.loss.alfa','ssr.loss.alpha'), ('fit.n_epochs','fit.n_epoch'), ('seeds','seed')])
+def test_every_unknown_name(path, near):
+    from dmlfast.runs import check_settings
+    full = _with({'loss.miner':dict(name='semi_hard'), 'ssr':dict(views={}, loss={}), 'data':dict(reader='folder', path='x')})
+    check_settings(full)
+    with pytest.raises(ValueError, match=f'nearest is {near!r}'): check_settings(_with({path:1}, full))
+
+@pytest.mark.parametrize('changes,said', [
+    ({'batch.bs':'64'}, 'whole number'), ({'batch.bs':64.}, 'whole number'), ({'batch.bs':True}, 'whole number'), ({'loss.gamma':'x'}, 'is a number'), ({'loss.gamma':math.nan}, 'is a number'),
+    ({'model.pretrained':'no'}, 'true or false'), ({'loss.miner':'semi_hard'}, 'is a table'), ({'loss.miner':dict(margin=.1)}, 'needs the `name`'), ({'loss':dict(margin=.1)}, 'nearest is'),
+    ({'fit.lr':0.}, 'greater than 0'), ({'fit.n_epoch':-1}, '0 or more'), ({'batch.per_class':0}, '1 or more'), ({'batch.bs':33}, 'multiple of'), ({'seed':-1}, '0 or more'), ({'seed':1.5}, 'whole number'),
+    ({'fit.sched':'stp'}, "nearest is 'step'"), ({'fit.steps':[2]}, "for the schedule 'step'"), ({'fit.sched':'step', 'fit.steps':[2,1]}, 'greater than the one before'), ({'fit.factor':.5}, 'for the schedules'),
+    ({'fit.precision':'fp8'}, 'fp16'), ({'fit.patience':2, 'batch.valid':'none'}, 'measures on nothing'), ({'fit.monitor':'recall@1', 'batch.valid':'test'}, 'would choose an epoch'),
+    ({'batch.device':'gpu'}, 'cpu'), ({'ssr':dict(p=2.)}, '0 to 1'), ({'ssr':dict(n=3, views=dict(n=3))}, 'set one of them'), ({'recipe':'dr_tripplet'}, 'dr_triplet'), ({'ssr':dict(gamma=[1])}, 'is a number')])
+def test_what_makes_no_sense(changes, said):
+    from dmlfast.runs import check_settings
+    base = {k:v for k,v in small.items() if k!='loss'} if changes=={'loss':dict(margin=.1)} else small
+    if base is not small: said = 'needs the `name`'
+    with pytest.raises(ValueError, match=said): check_settings(_with(changes, base))
+
+def test_a_rate_of_the_body_alone():
+    from dmlfast.runs import check_settings
+    with pytest.raises(ValueError, match='multiple of `fit.lr`'): check_settings(dict(fit=dict(body_lr=.1)))
+
+def test_steps_of_the_rate_in_a_fit(few):
+    from dmlfast.runs import fit_settings, make_learner
+    s = _with({'fit':dict(sched='step', steps=[1,2], factor=.5, body_lr=.1)})
+    learn = make_learner(s, few)
+    with learn.no_bar(), learn.no_logging(): fit_settings(learn, s)
+    lrs = np.array(learn.recorder.lrs).reshape(3, -1)
+    assert np.allclose(lrs, np.array([[6e-3],[3e-3],[1.5e-3]])*np.ones_like(lrs))
+
+def test_settings_are_not_changed_by_their_use(few):
+    from dmlfast.runs import make_learner
+    s = _with({'ssr':dict(n=3, views=dict(strength=.1), m=4), 'model.timm':{}, 'batch.valid':'none'})
+    before = copy.deepcopy(s)
+    learn = make_learner(s, few)
+    assert s==before and not len(learn.dls.valid.dataset)
+    assert (learn.self_supervised_ranking.views.n, learn.self_supervised_ranking.views.strength)==(3,.1)
+
+def test_interrupted_and_resumed(few, tmp_path):
+    from dmlfast.runs import train_settings
+    s = _with({'fit.monitor':'map@r'})
+    whole = train_settings(s, tmp_path/'whole', few, plain=True)
+    with pytest.raises(KeyboardInterrupt): train_settings(s, tmp_path/'cut', few, plain=True, cbs=[Stop(2)])
+    assert not (tmp_path/'cut'/'results.json').exists()
+    assert len((tmp_path/'cut'/'history.csv').read_text().splitlines())==3 # a head and two epochs
+    with pytest.raises(FileExistsError, match='interrupted run'): train_settings(s, tmp_path/'cut', few)
+    count = Count()
+    again = train_settings(s, tmp_path/'cut', few, resume=True, plain=True, cbs=[count])
+    assert again['scores']==whole['scores'] and again['epochs']==3 and count.n==1 # the one that was interrupted
+    assert (tmp_path/'cut'/'history.csv').read_text()==(tmp_path/'whole'/'history.csv').read_text()
+    (tmp_path/'cut'/'results.json').unlink() # as if it had been killed while it measured
+    assert train_settings(s, tmp_path/'cut', few, resume=True, plain=True)['scores']==whole['scores']
+    rows = list(csv.DictReader((tmp_path/'whole'/'history.csv').open()))
+    assert math.isclose(max(float(o['map@r']) for o in rows), whole['scores']['val']['metrics']['map@r']['mean'], rel_tol=1e-5) # the best epoch is what is left
+
+def test_interrupted_in_the_first_epoch(few, tmp_path):
+    from dmlfast.runs import train_settings
+    s = _with({'fit.n_epoch':1})
+    with pytest.raises(KeyboardInterrupt): train_settings(s, tmp_path/'cut', few, plain=True, cbs=[Stop(0)])
+    assert train_settings(s, tmp_path/'cut', few, resume=True, plain=True)['epochs']==1
+
+def test_nothing_of_anyone_else_is_touched(few, tmp_path):
+    from dmlfast.runs import train_settings
+    s,out = _with({'fit.n_epoch':0}),tmp_path/'run'
+    out.mkdir()
+    (out/'thesis.txt').write_text('years of work')
+    for o in (False,True):
+        with pytest.raises(FileExistsError, match='holds no run'): train_settings(s, out, few, overwrite=o)
+    (out/'thesis.txt').rename(tmp_path/'thesis.txt')
+    train_settings(s, out, few)
+    (tmp_path/'thesis.txt').rename(out/'thesis.txt')
+    train_settings(s, out, few, overwrite=True)
+    assert (out/'thesis.txt').read_text()=='years of work'
+    with pytest.raises(FileNotFoundError, match='no run to resume'): train_settings(s, tmp_path/'nowhere', few, resume=True)
+    with pytest.raises(ValueError, match='take one'): train_settings(s, out, few, resume=True, overwrite=True)
+
+def test_nothing_is_written_for_a_run_that_cannot_be(few, tmp_path):
+    from dmlfast.runs import train_settings
+    for changes in ({'model.arch':'resnett'}, {'batch.bs':4096}, {'fit.monitor':'recal@1'}, {'fit.n_epoch':None}, {'model.weights':'no.pth'}):
+        with pytest.raises(ValueError): train_settings(_with(changes), tmp_path/'run', few)
+        assert not (tmp_path/'run').exists()
+
+def test_an_exported_embedder_is_measured_as_the_learner_was(few, tmp_path):
+    "Also with roles, and on a split whose images the training loaders never saw"
+    from dmlfast.all import MetricDataset, load_embedder
+    from dmlfast.runs import embedder_learner, fit_settings, make_learner
+    df = few.df.assign(role=['query' if i%2 else 'gallery' for i in range(len(few.df))])
+    ds = MetricDataset(df, few.path, 'roles', size=24, flip=False)
+    learn = make_learner(small, ds)
+    with learn.no_bar(), learn.no_logging(): fit_settings(learn, small, 1)
+    learn.export_embedder(tmp_path/'e')
+    want = learn.evaluate('test')
+    got = embedder_learner(load_embedder(tmp_path/'e'), ds, 'test', num_workers=0).evaluate()
+    assert got.keys()==want.keys() and len(got.labels)==len(want.labels)
+    assert all(abs(got[k]-want[k])<.01 for k in ('recall@1','map@r','mrr'))
+    assert abs(got['map@r']-want['map@r'])<1e-5
+    with pytest.raises(ValueError, match='has no split'): embedder_learner(load_embedder(tmp_path/'e'), ds, 'tset')

@@ -1,0 +1,129 @@
+"Searches: judged on training classes, given up where they fall behind, and the same whether interrupted or not"
+import contextlib, math
+from pathlib import Path
+import pytest
+
+class Toy:
+    "What `tune` needs of a learner: its score after epoch `e` is known"
+    def __init__(self, f, **params): self.f,self.params = f,params
+    def measures_on_test(self): return False
+    def no_bar(self): return contextlib.nullcontext()
+    def no_logging(self): return contextlib.nullcontext()
+
+def _fit(learn, n_epoch, score):
+    for e in range(n_epoch):
+        score.value = learn.f(e, **learn.params)
+        score.report(e, score.value)
+
+def _search(ds, f=lambda e, x: -(x-.3)**2*(e+1), n=6, space={'x':(0.,1.)}, seen=None, **kwargs):
+    from dmlfast.tune import tune
+    def _build(ds, **params):
+        if seen is not None: seen.append(ds)
+        return Toy(f, **params)
+    return tune(_build, ds, space, n_trials=n, **{'fit':_fit, 'n_epoch':3, **kwargs})
+
+def _xs(study): return [o.params for o in study.trials if o.state.name in ('COMPLETE','PRUNED')]
+
+def test_folds_are_of_training_classes_and_disjoint(few):
+    seen = []
+    _search(few, n=1, folds=3, seen=seen)
+    classes = {s:set(few.df.label[few.df.split==s]) for s in ('train','val','test')}
+    vals = [set(o.df.label[o.df.split=='val']) for o in seen]
+    assert len(seen)==3 and set.union(*vals)==classes['train']|classes['val'] and sum(map(len, vals))==len(set.union(*vals))
+    for o,val in zip(seen, vals):
+        assert not val & set(o.df.label[o.df.split=='train']) and set(o.df.label[o.df.split=='test'])==classes['test']
+
+def test_interrupted_search_is_the_search(few, tmp_path):
+    whole = _search(few, n=9)
+    _search(few, n=4, storage=tmp_path/'s.db')
+    parts = _search(few, n=9, storage=tmp_path/'s.db')
+    assert _xs(parts)==_xs(whole) and len({o['x'] for o in _xs(whole)})==9
+
+def test_ctrl_c_in_a_trial(few, tmp_path):
+    tries = []
+    def _f(e, x):
+        tries.append(x)
+        if len(tries)==4: raise KeyboardInterrupt # in the second trial
+        return x
+    with pytest.raises(KeyboardInterrupt): _search(few, _f, storage=tmp_path/'s.db', first=[dict(x=.5)], n=3)
+    study = _search(few, _f, storage=tmp_path/'s.db', first=[dict(x=.5)], n=3)
+    assert len(_xs(study))==3 and _xs(study)[0]==dict(x=.5) and sum(o==dict(x=.5) for o in _xs(study))==1
+
+def test_the_first_settings_are_tried_again_if_their_trial_failed(few, tmp_path):
+    tries = []
+    def _f(e, x):
+        tries.append(x)
+        if len(tries)==1: raise KeyboardInterrupt
+        return x
+    with pytest.raises(KeyboardInterrupt): _search(few, _f, storage=tmp_path/'s.db', first=[dict(x=.5)], n=2)
+    assert dict(x=.5) in _xs(_search(few, _f, storage=tmp_path/'s.db', first=[dict(x=.5)], n=2))
+
+def test_a_process_that_died_in_a_trial(few, tmp_path):
+    "Its trial is done again once its heart has not beaten for long enough"
+    import sqlite3
+    from dmlfast.tune import make_study
+    study = make_study(tmp_path/'s.db', first=[dict(x=.5)])
+    trial = study.ask()
+    assert trial.suggest_float('x', 0., 1.)==.5
+    study._storage.record_heartbeat(trial._trial_id)
+    with sqlite3.connect(tmp_path/'s.db') as db: db.execute("update trial_heartbeats set heartbeat = datetime('now', '-1 hour')")
+    study = _search(few, lambda e, x: x, storage=tmp_path/'s.db', first=[dict(x=.5)], n=3)
+    assert [o.state.name for o in study.trials].count('FAIL')==1 and dict(x=.5) in _xs(study)
+
+def test_trials_that_fall_behind_are_given_up(few):
+    study = _search(few, lambda e, x: (1-x)*(e+1), n=15, space={'x':[0.,.2,.4,.6,.8,1.]})
+    pruned = [o for o in study.trials if o.state.name=='PRUNED']
+    assert pruned and all(len(o.intermediate_values)<=3 for o in pruned) and any(len(o.intermediate_values)<3 for o in pruned)
+    assert study.best_value==3. and all(o.params['x']>study.best_params['x'] for o in pruned)
+
+def test_a_trial_that_diverged_scores_nothing(few):
+    from dmlfast.evaluate import Diverged
+    def _f(e, x):
+        if x>.5: raise Diverged('no longer finite')
+        return x
+    study = _search(few, _f, n=8)
+    bad = [o for o in study.trials if o.params['x']>.5]
+    assert bad and all(o.value==0 for o in bad) and study.best_params['x']<=.5 and len(_xs(study))==8
+
+def test_a_real_search_fits_with_what_it_tries(few, monkeypatch):
+    "The rate of a trial is the rate of its fit; where it is too high for the weights to stay finite, the trial scores nothing"
+    from dmlfast.learner import MetricLearner
+    from dmlfast.tune import tune_settings
+    s = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=8), loss=dict(name='triplet'), fit=dict(lr=1e-3, sched='flat'))
+    rates,real = [],MetricLearner.fit_recipe
+    monkeypatch.setattr(MetricLearner, 'fit_recipe', lambda self, *args, **kwargs: (rates.append(args[1]), real(self, *args, **kwargs)))
+    study = tune_settings(s, {'fit.lr':[1e-3,1e36]}, few, n_trials=4, n_epoch=2)
+    tried = [o.params['fit.lr'] for o in study.trials]
+    assert rates==tried and set(tried)=={1e-3,1e36}
+    assert all(o.value==0 for o in study.trials if o.params['fit.lr']==1e36) and study.best_params=={'fit.lr':1e-3}
+
+def test_another_search_under_the_same_name(few, tmp_path):
+    _search(few, n=1, storage=tmp_path/'s.db')
+    for kwargs,said in ((dict(n_epoch=2), 'n_epoch was 3 and is 2'), (dict(space={'x':(0.,2.)}), 'space'), (dict(folds=2), 'folds'), (dict(about=dict(settings=1)), 'settings')):
+        with pytest.raises(ValueError, match=said): _search(few, n=2, storage=tmp_path/'s.db', **kwargs)
+    assert len(_search(few, n=1, storage=tmp_path/'s.db', name='other', n_epoch=2).trials)==1
+
+@pytest.mark.parametrize('space', [{}, [], {'x':()}, {'x':(1,)}, {'x':(1.,0.)}, {'x':(0.,1.,'log')}, {'x':(0.,1.,'lin')}, {'x':[]}, {'x':(0.,math.inf)}, {'x':dict(low=1.)}, {'x':(False,True)}, {'x':'a'}])
+def test_what_is_no_space(space, few):
+    with pytest.raises(ValueError): _search(few, space=space)
+
+def test_wrong_arguments(few, tmp_path):
+    from dmlfast.tune import check_space, tune_settings
+    for k in ('n_epoch','folds'):
+        with pytest.raises(ValueError, match=k): _search(few, **{k:0})
+    with pytest.raises(ValueError, match='n_trials'): _search(few, n=True)
+    with pytest.raises(ValueError, match='no folder'): _search(few, storage=tmp_path/'no'/'s.db')
+    with pytest.raises(ValueError, match='cannot be opened'): _search(few, storage='nosql://here')
+    with pytest.raises(ValueError, match='score is nan'): _search(few, lambda e, x: math.nan)
+    s = dict(loss=dict(name='triplet'))
+    for o in ({'loss.margn':(.1,.5)}, {'loss.margin':['a','b']}, {'fit.lr':(-1.,1.)}, {'seed.x':(1,2)}):
+        with pytest.raises(ValueError): check_space(s, o)
+        with pytest.raises(ValueError): tune_settings(s, o, few)
+
+def test_test_classes_stay_out(few):
+    "Whatever the settings say, a search measures on `val`; patience and best epochs are not for trials"
+    from dmlfast.tune import tune_settings
+    s = dict(batch=dict(bs=32, per_class=4, num_workers=0, valid='test'), model=dict(arch='test_resnet', pretrained=False, emb_sz=8), loss=dict(name='triplet'), fit=dict(lr=1e-3))
+    looked,items = [],type(few).items
+    study = tune_settings(s, {'loss.margin':(.1,.3)}, few, n_trials=1, n_epoch=1, callbacks=[lambda study, trial: looked.append(trial.value)])
+    assert len(looked)==1 and 0<looked[0]<1
