@@ -258,7 +258,19 @@ def demo_data(
 
 # %% ../nbs/api/90_cli.ipynb #ed84dd73
 def run_demo(
-    data=None, arch=None, weights=None, arch_args=None, epochs=None, lr=None, size=None, bs=None, per_class=None, emb_sz=128, seed=0, out='dmlfast-demo', skip_bad=False,
+    data=None, # Folder with a folder of images for each class; `glyphs` if not given
+    arch=None, # timm model
+    weights=None, # File of the body's weights
+    arch_args=None, # Arguments of the timm model, as text
+    epochs=None, # Passes over the training images
+    lr=None, # Highest learning rate
+    size=None, # Pixels to a side
+    bs=None, # Images in a batch
+    per_class=None, # Images of one class in a batch
+    emb_sz=128, # Numbers in an embedding
+    seed=0, # Determines weights and batches
+    out='dmlfast-demo', # Folder for the picture and the scores
+    skip_bad=False, # Leave out images that cannot be read?
 )->dict: # Scores on unseen classes: raw pixels, untrained, trained
     "What `dmlfast-demo` does, for Python"
     from fastai.callback.channelslast import ChannelsLast
