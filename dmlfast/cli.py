@@ -77,7 +77,8 @@ def run_args(
     half:str=None, # Half precision: fp16 or bf16; none if not given
     seed:int=None, # The same seed gives the same numbers; 0 if not given
     Set:Annotated[str, dict(nargs='*', action='extend')]=None, # Any setting by its path, such as loss.margin=.3 ssr.m=10; none if not given
-): pass
+):
+    "The arguments that `dmlfast-train` and `dmlfast-tune` have in common"
 
 # %% ../nbs/api/90_cli.ipynb #bf56e438
 _paths = dict(recipe='recipe', arch='model.arch', weights='model.weights', emb_sz='model.emb_sz', pool='model.pool', head='model.head', frozen_stages='model.frozen_stages',

@@ -150,7 +150,9 @@ def watched(self:TrainingDoctor)->dict:
     return self.proxies() | ({f'head.{k}':p for k,p in head.named_parameters() if p.ndim==2 and p.requires_grad} if isinstance(head, torch.nn.Module) else {})
 
 @patch
-def way(self:TrainingDoctor, names):
+def way(self:TrainingDoctor,
+    names, # Which of the `watched` weights
+):
     "The longest way from the start of some weights, relative to their length; None where there are none"
     now = self.watched()
     ways = [(now[k].detach()-self.start[k]).norm()/self.start[k].norm().clamp(min=1e-30) for k in names if k in now and k in self.start]

@@ -105,16 +105,24 @@ class Experiment:
         if self._ds is None: self._ds = read_data(self.plan.get('settings', {}).get('data', {}))
         return self._ds
 
-    def seeds(self, method): return _seeds(self.methods[method].get('seeds', self.plan.get('seeds', 5)))
+    def seeds(self,
+        method:str, # Name of a method
+    )->list: # Whole numbers
+        "Seeds of a method's runs"
+        return _seeds(self.methods[method].get('seeds', self.plan.get('seeds', 5)))
 
-    def settings(self, method):
+    def settings(self,
+        method:str, # Name of a method
+    )->dict: # Tables
         "What a method begins with"
         m = self.methods[method]
         if 'like' in m: base = self.settings(m['like'])
         else: base = {'seed':0, **self.plan.get('settings', {})}
         return with_settings(with_settings(base, {k:m[k] for k in _tables if k in m}), m.get('settings', {}))
 
-    def space(self, method):
+    def space(self,
+        method:str, # Name of a method
+    )->dict: # Path of a setting to where to look
         "Where to look for its settings; nothing for a method without a search"
         m = self.methods[method]
         return {} if 'like' in m else m['space'] if 'space' in m else settings_space(self.settings(method))
