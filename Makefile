@@ -18,7 +18,7 @@ demo: setup     ## train an embedding on characters, score it on characters it h
 	dmlfast-demo
 
 test: setup     ## every notebook and everything in tests/
-	python -m pytest -q
+	python -m pytest -q -n 2 --dist loadfile tests/test_notebooks.py tests
 
 docs: setup     ## build the site into docs/_build/html
 	python docs/nbsite.py

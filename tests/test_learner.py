@@ -392,7 +392,7 @@ def test_fit_recipe(make_learner):
     learn.rates.lrs = []
     learn.fit_recipe(1, sched=lambda lr: SchedNo(lr*2, lr*2))
     assert np.allclose(learn.rates.lrs, [2e-4,2e-3])
-    with pytest.raises(ValueError, match="Schedules are 'flat', 'exp', 'step' or a function; got 'cosine'"): learn.fit_recipe(1, sched='cosine')
+    with pytest.raises(ValueError, match="Schedules are 'flat', 'exp', 'step', 'one_cycle' or a function; got 'cosine'"): learn.fit_recipe(1, sched='cosine')
     with pytest.raises(ValueError, match='no recipe that says for how many epochs'): make_learner().fit_recipe()
 
 def test_patience_is_not_for_test_classes(few, make_learner):
