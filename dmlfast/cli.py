@@ -90,11 +90,12 @@ def _data_table(data, path, old):
     "The table `data` that arguments mean"
     from dmlfast.runs import _nearest, _readers
     if data is None and path is None: return old
-    named = data in _readers or data is None and 'reader' in old
+    names = [o for o in _readers if o not in ('folder','csv')]
+    named = data in names or data is None and 'reader' in old
     if path is not None and not named: raise ValueError("--path is the folder of the download of a data set by name, such as --data cub200 --path downloads.")
     if named: new = dict(reader=data or old['reader']) | ({} if path is None else dict(path=path))
     elif Path(data).exists(): new = dict(reader='folder' if Path(data).is_dir() else 'csv', path=data)
-    else: raise ValueError(_nearest(data, _readers, 'data set, folder or table'))
+    else: raise ValueError(_nearest(data, names, 'data set, folder or table'))
     return {**(old if old.get('reader')==new['reader'] else {}), **new}
 
 def _changes(args):
@@ -133,7 +134,8 @@ def run_settings(
     "The settings that arguments stand for; raises `ValueError` for what is unknown, contradictory or would be ignored"
     from dmlfast.runs import check_settings, load_settings, with_settings
     res = load_settings(args['config']) if args.get('config') else {} if base is None else base
-    res = with_settings(res, {k:dict(name=args[o]) for k,o in {'loss':'loss'}.items() if args.get(o)})
+    if args.get('loss'): res = with_settings(res, dict(loss=dict(name=args['loss'])))
+    elif base is None and not _has(res, 'loss.name') and not (args.get('recipe') or res.get('recipe')): res = with_settings(res, {'loss.name':'dr_triplet'})
     if args.get('miner'): res = with_settings(res, {'loss.miner':dict(name=args['miner'])})
     if args.get('ssr') and 'ssr' not in res: res = {**res, 'ssr':{}}
     if data := _data_table(args.get('data'), args.get('path'), res.get('data', {})): res = {**res, 'data':data}
@@ -391,7 +393,9 @@ def dmlfast_train(
         except KeyboardInterrupt: raise Interrupted(_left_by_training(out)) from None
     if Json: print(json.dumps({'out':str(out), **res}))
     else:
-        for split,o in res['scores'].items(): print(f"\nOn the {o['n_classes']} classes of {split!r}, with 95 % intervals:\n{_metrics_table(o)}")
+        for split,o in res['scores'].items():
+            some = any(m['low'] is not None for m in o['metrics'].values())
+            print(f"\nOn the {o['n_classes']} classes of {split!r}, {'with 95 % intervals' if some else 'which are too few for intervals, and to choose settings by'}:\n{_metrics_table(o)}")
         print(f"\nAll of it is in {str(out)!r}; the embedder is {str(Path(out)/'embedder')!r}.")
     return res
 

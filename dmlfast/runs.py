@@ -327,6 +327,10 @@ def _loaders(s, ds, seed):
     batch = {'seed':seed, **r, **s.get('batch', {})}
     if batch.get('valid')=='none': batch['valid'] = None
     if batch.get('device'): batch['device'] = torch.device(batch['device'])
+    if 'bs' not in batch:
+        n,per_class = ds.df.label[ds._held_out(batch.get('valid', 'val'))[0]].nunique(),batch.get('per_class', 4)
+        batch['bs'] = min(64, n*per_class)
+        if batch['bs']<64: warnings.warn(f"Batches have {batch['bs']} images, since there are {n} training classes, with {per_class} images of each.")
     return ds.dataloaders(**batch)
 
 def make_learner(
