@@ -145,7 +145,7 @@ def nearest_of(self:RetrievalInterpretation,
     k:int, # How many; at most as many as there are
 )->tuple: # As `nearest` gives them
     "The `k` nearest items to some items only"
-    q,g = torch.as_tensor(np.asarray(queries), dtype=torch.int64),self.gallery
+    q,g = torch.tensor(np.asarray(queries), dtype=torch.int64),self.gallery
     at = torch.full((len(self),), -1)
     at[g] = torch.arange(len(g))
     x,ids = self.embs if self.all_search else self.embs[g],None if self.ignore is None else (self.ids[q],self.ids[g])

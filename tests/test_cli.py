@@ -127,7 +127,7 @@ def test_options_mean_what_the_table_says():
     assert _s('--sched step --factor .5 --steps 30 50')['fit']==dict(sched='step', factor=.5, steps=[30,50])
     assert _s('--ssr --ssr-args p=.8,per=epoch,views.strength=.2,loss.alpha=.05')['ssr']==dict(p=.8, per='epoch', views=dict(strength=.2), loss=dict(alpha=.05))
     assert _s('--loss margin --miner distance_weighted --loss_lr .5 --loss_args learn_beta=false')['loss']==dict(name='margin', miner=dict(name='distance_weighted'), lr_mult=.5, learn_beta=False)
-    assert _s('--freeze_bn affine --half fp16 --no_pretrained --arch_args pad_type=same')==dict(model=dict(freeze_bn='affine', pretrained=False, timm=dict(pad_type='same')), fit=dict(precision='fp16'))
+    assert _s('--freeze_bn affine --half fp16 --no_pretrained --arch_args pad_type=same')==dict(loss=dict(name='dr_triplet'), model=dict(freeze_bn='affine', pretrained=False, timm=dict(pad_type='same')), fit=dict(precision='fp16'))
     assert _s('--set loss.name=ms --set loss.lam=.3 seed=4')==dict(loss=dict(name='ms', lam=.3), seed=4)
 
 def test_arguments_win_over_the_file(tmp_path):
@@ -215,7 +215,8 @@ def test_refused_before_any_work(folder, tmp_path):
     assert '--lr is given twice' in no('--lr', .1, '--lr', .2)
     assert 'unrecognized arguments: birds' in no('birds')
     assert "nearest is 'loss.margin'" in no('--loss', 'triplet', '--loss_args', 'margn=.1')
-    assert 'needs --loss' in no('--loss_args', 'margin=.1') and 'needs --ssr' in no('--ssr_args', 'm=1')
+    assert "nearest is 'loss.margin'" in no('--loss_args', 'margn=.1') and 'needs --ssr' in no('--ssr_args', 'm=1')
+    assert "There is no data set, folder or table 'folder'" in no('--data', 'folder')
     assert 'given as name=value' in no('--set', 'loss')
     assert '--path is the folder' in no('--data', folder, '--path', 'x')
     assert 'take one of them' in no('--resume', '--overwrite') and 'no run to resume' in no('--resume')

@@ -134,3 +134,14 @@ def test_an_exported_embedder_is_measured_as_the_learner_was(few, tmp_path):
     assert all(abs(got[k]-want[k])<.01 for k in ('recall@1','map@r','mrr'))
     assert abs(got['map@r']-want['map@r'])<1e-5
     with pytest.raises(ValueError, match='has no split'): embedder_learner(load_embedder(tmp_path/'e'), ds, 'tset')
+
+def test_batches_fit_few_classes(few):
+    "Where nothing says how large a batch is, it has no more classes than there are to train on, and says so"
+    from dmlfast.runs import make_learner
+    df = few.df[few.df.split!='val']
+    keep = df.label[df.split=='train'].unique()[:3]
+    ds = few.__class__(df[df.label.isin(keep)], few.path, 'three classes', size=None, flip=False)
+    s = _with({'batch':dict(per_class=4, num_workers=0, valid='none')})
+    del s['batch']['bs']
+    with pytest.warns(UserWarning, match='Batches have 12 images, since there are 3 training classes, with 4 images of each'): learn = make_learner(s, ds)
+    assert learn.dls.train.bs==12
