@@ -10,7 +10,7 @@ __all__ = ['loss_class', 'miner_class', 'read_data', 'make_loss', 'get_setting',
            'about_run', 'train_settings', 'PreprocessTransform', 'embedder_learner']
 
 # %% ../nbs/api/63_runs.ipynb #465a8370
-import csv, difflib, inspect, json, os, shutil, time, tomli_w, tomllib, torch, types, typing
+import csv, difflib, inspect, json, os, shutil, time, tomli_w, tomllib, torch, types, typing, warnings
 from copy import deepcopy
 from pathlib import Path
 from fastcore.all import *
