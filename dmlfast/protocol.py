@@ -228,20 +228,14 @@ def train_run(
     metric:str=None, # Column of the score
 )->tuple: # Embeddings `(n,d)`, labels `(n,)`, and what is worth keeping
     "Train a method of this library"
-    s = with_settings(settings, {'batch.valid':valid} if report else {})
-    if not report: s.setdefault('batch', {}).pop('valid', None)
+    s = with_settings(settings, {'batch.valid':valid if report else 'none'})
     doctor = TrainingDoctor()
     if report: s = with_settings(s, {'fit.patience':0, 'fit.monitor':None}) # a trial is scored by its last epoch
-    learn = make_learner(s, ds if report else _no_valid(ds), cbs=[RetrievalMetrics(list(dict.fromkeys(['map@r','recall@1',metric or 'map@r']))),doctor])
+    learn = make_learner(s, ds, cbs=[RetrievalMetrics(list(dict.fromkeys(['map@r','recall@1',metric or 'map@r']))),doctor])
     with learn.no_bar(), learn.no_logging(): fit_settings(learn, s, cbs=TrialScore(report, metric or 'map@r') if report else None)
     embs,labels = learn.embed(learn.dls.test_dl(ds.items(valid), with_labels=True), bar=False)
     if save: learn.export_embedder(save, overwrite=True)
     return embs,labels,_seen(doctor)
-
-class _no_valid:
-    "A data set whose loaders measure on nothing"
-    def __init__(self, ds): self.ds = ds
-    def dataloaders(self, *args, valid=None, **kwargs): return self.ds.dataloaders(*args, valid=None, **kwargs)
 
 def _seen(doctor):
     "Means of what the doctor saw in the last epoch"
@@ -408,7 +402,7 @@ def _timed_rate(self:Experiment):
     "Seconds for one image, from a few steps of the first method that is this library's; nan if there is none"
     ours = [o for o in self.methods if 'trainer' not in self.methods[o]]
     if not ours: return math.nan
-    learn = make_learner(with_settings(self.settings(ours[0]), {'batch.num_workers':0}), _no_valid(self.ds), cbs=RetrievalMetrics(['map@r']))
+    learn = make_learner(with_settings(self.settings(ours[0]), {'batch.num_workers':0, 'batch.valid':'none'}), self.ds, cbs=RetrievalMetrics(['map@r']))
     learn.model.to(learn.dls.device)
     def _time(k):
         began = time.time()

@@ -120,8 +120,8 @@ def test_hours_left(few, tmp_path):
     assert abs(exp.hours_left()-.2)<1e-9 # two runs are left, and one took 6 minutes
 
 def test_our_own_methods(few, tmp_path):
-    "Time before anything was measured, a kept model, a model that a killed process left half of"
-    run = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=8), fit=dict(n_epoch=1, lr=1e-3))
+    "Time before anything was measured, batches as large as there are classes for, a kept model, a model that a killed process left half of"
+    run = dict(batch=dict(per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=8), fit=dict(n_epoch=1, lr=1e-3))
     plan = dict(seeds=1, keep_models=True, settings=run, methods=dict(untrained=dict(fit=dict(n_epoch=0), space={}), triplet=dict(loss=dict(name='triplet'), space={})))
     exp = _exp(tmp_path, few, plan)
     assert 0<exp.hours_left()<1
