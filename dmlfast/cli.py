@@ -610,8 +610,9 @@ def _best(settings, study):
 # %% ../nbs/api/90_cli.ipynb #6fa579dc
 def _plan_text(exp, hours, workers):
     "The plan, and how long it will take"
-    shared = f', {hours/workers:.1f} with {workers} workers' if workers>1 else ''
-    said = f'about {hours:.1f} hours{shared}' if hours==hours else 'for how long is not known before one of them is finished'
+    def _time(h): return f'{h:.1f} hours' if h>=1 else f'{60*h:.0f} minutes'
+    shared = f', {_time(hours/workers)} with {workers} workers' if workers>1 else ''
+    said = f'about {_time(hours)}{shared}' if hours==hours else 'for how long is not known before one of them is finished'
     return f"{exp!r}\n\n" + (f"{len(exp.jobs())} searches and runs are left: {said}." if exp.jobs() else 'All of it is done.')
 
 def _bench_worker(plan, out, until, workers):

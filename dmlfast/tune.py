@@ -241,7 +241,7 @@ def default_params(
         if value is None and table in ('loss','ssr') and len(rest)==1:
             made = make_loss(settings['loss']) if table=='loss' else SelfSupervisedRanking()
             value = getattr(made, rest[0], None)
-        return value
+        return defaults.lr if value is None and path=='fit.lr' and not settings.get('recipe') else value
     return {k:v for k in space if _fits(v := _value(k), space[k])}
 
 def check_space(

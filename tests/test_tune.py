@@ -127,3 +127,10 @@ def test_test_classes_stay_out(few):
     looked,items = [],type(few).items
     study = tune_settings(s, {'loss.margin':(.1,.3)}, few, n_trials=1, n_epoch=1, callbacks=[lambda study, trial: looked.append(trial.value)])
     assert len(looked)==1 and 0<looked[0]<1
+
+def test_the_first_trial_has_the_rate_that_a_learner_would_have():
+    from fastai.learner import defaults
+    from dmlfast.tune import default_params, settings_space
+    s = dict(loss=dict(name='triplet'))
+    assert default_params(s, settings_space(s))=={'fit.lr':defaults.lr, 'loss.margin':.2}
+    assert 'fit.lr' not in default_params(dict(s, recipe='triplet'), settings_space(s)) # it has rates of its own
