@@ -235,6 +235,7 @@ def test_ctrl_c_and_resume(table, tmp_path):
     args = ['--data', table, *small, '--epochs', 6, '--sched', 'flat']
     press = '''
 import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background job is born deaf to Ctrl-C
 from dmlfast.ranking import Callback
 from dmlfast.learner import defaults
 class Press(Callback):
