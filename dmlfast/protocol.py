@@ -43,11 +43,19 @@ def _seeds(o):
         raise ValueError(f"`seeds` is how many there are, 1 or more, or a list of different whole numbers; got {o!r}.")
     return res
 
-def _read_plan(file):
-    "The table in a TOML file"
+def _read_toml(file):
     if not Path(file).is_file(): raise ValueError(f"There is no file {str(file)!r}.")
     try: return tomllib.loads(Path(file).read_text(encoding='utf-8'))
     except (tomllib.TOMLDecodeError,UnicodeDecodeError) as e: raise ValueError(f"{str(file)!r} is not a TOML file: {e}.") from None
+
+def _read_plan(file):
+    "The table in a TOML file, with what it takes over from its base"
+    plan = _read_toml(file)
+    if (name := plan.pop('base', None)) is None: return plan
+    base = _read_toml(Path(file).parent/name)
+    if 'base' in base: raise ValueError(f"{name!r} is the base of {str(file)!r} and has one itself: name that one.")
+    both = lambda k: (base.get(k, {}),plan.get(k, {}))
+    return {**base, **plan, 'settings':with_settings(*both('settings')), 'methods':merge(*both('methods'))}
 
 def _check_search(search):
     "Raise `ValueError` for a search that cannot be"
