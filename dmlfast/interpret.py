@@ -28,11 +28,6 @@ from .show import *
 from .show import _draw_image, _right, _title_height, _wrong
 
 # %% ../nbs/api/60_interpret.ipynb #c5ad13b3
-def _check_role(role, n):
-    "Raise `ValueError` where items have no roles that a search could go by"
-    if role.shape!=(n,) or set(role)-{'query','gallery',''}: raise ValueError(f"role must be 'query', 'gallery' or '' (both) for each of {n} items")
-    if (role=='gallery').all() or (role=='query').all(): raise ValueError(f'all {n} items are {role[0]}: a search needs queries and a gallery')
-
 class RetrievalInterpretation:
     "What an embedding takes for near in a set of items, each of which searches among all the others, or as their roles say"
     def __init__(self,
@@ -54,7 +49,7 @@ class RetrievalInterpretation:
         if items is not None and len(items)!=len(self.embs): raise ValueError(f'items must be one for each of {len(self.embs)} embeddings, not {len(items)}')
         self.items,self.vocab,self.draw,self.loss,self.block,self.ks = items,vocab,image,loss,block,tuple(ks)
         self.role,self.random_gallery = None if role is None else np.asarray(role),random_gallery
-        if self.role is not None: _check_role(self.role, len(self.embs))
+        query_gallery(self.role, len(self.embs))
         self.ids = torch.arange(len(self.embs)) if ignore is None else _labels(ignore, len(self.embs), 'ignore', 'cpu')
         self.ignore = None if ignore is None else self.ids
         self._nearest = None
@@ -105,18 +100,22 @@ def _result(self):
     return evaluate_protocol(self.embs, self.labels, self.role, self.ignore, self.random_gallery, metrics=['recall','r_precision','map@r','map','pr_curve'], ks=self.ks, block=self.block)
 
 @_lazy
-def _queries(self):
-    "Indices of the items that search, `(q,)` int64"
-    every = np.arange(len(self))
-    if self.random_gallery: return torch.from_numpy(self.result.items[:len(self)-len(self.labels.unique())])
-    return torch.from_numpy(every if self.role is None else every[self.role!='gallery'])
+def _search(self):
+    "Who searches where, as `query_gallery` has it; of drawn galleries the first"
+    if not self.random_gallery: return query_gallery(self.role, len(self))
+    drawn = np.full(len(self), 'gallery')
+    drawn[self.result.items[:len(self)-len(self.labels.unique())]] = 'query'
+    return query_gallery(drawn, len(self))
 
-@_lazy
-def _gallery(self):
-    "Indices of the items that are searched, `(g,)` int64"
-    every = np.arange(len(self))
-    if self.random_gallery: return torch.from_numpy(np.setdiff1d(every, self.queries))
-    return torch.from_numpy(every if self.role is None else every[self.role!='query'])
+@patch(as_prop=True)
+def queries(self:RetrievalInterpretation)->torch.Tensor: # `(q,)` int64
+    "Indices of the items that search"
+    return self.search[0]
+
+@patch(as_prop=True)
+def gallery(self:RetrievalInterpretation)->torch.Tensor: # `(g,)` int64
+    "Indices of the items that are searched"
+    return self.search[1]
 
 @patch
 def values(self:RetrievalInterpretation,
@@ -137,7 +136,8 @@ def nearest(self:RetrievalInterpretation,
 @_lazy
 def _most(self):
     "As many neighbours each query has at least, but for those to ignore"
-    return len(self.gallery)-int(np.isin(self.queries, self.gallery).any())
+    q,g,own = self.search
+    return len(g)-int((own[q]>=0).any())
 
 @patch
 def nearest_of(self:RetrievalInterpretation,
@@ -145,11 +145,9 @@ def nearest_of(self:RetrievalInterpretation,
     k:int, # How many; at most as many as there are
 )->tuple: # As `nearest` gives them
     "The `k` nearest items to some items only"
-    q,g = torch.tensor(np.asarray(queries), dtype=torch.int64),self.gallery
-    at = torch.full((len(self),), -1)
-    at[g] = torch.arange(len(g))
+    q,(_,g,own) = torch.tensor(np.asarray(queries), dtype=torch.int64),self.search
     x,ids = self.embs if self.all_search else self.embs[g],None if self.ignore is None else (self.ids[q],self.ids[g])
-    s,i = neighbours(self.embs[q], x, k=min(k, len(g)-int((at[q]>=0).any())), self_exclude=at[q], ignore=ids, block=self.block)
+    s,i = neighbours(self.embs[q], x, k=min(k, len(g)-int((own[q]>=0).any())), self_exclude=own[q], ignore=ids, block=self.block)
     return s,g[i]
 
 # %% ../nbs/api/60_interpret.ipynb #44190f43

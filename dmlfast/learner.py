@@ -540,11 +540,8 @@ def show_results(self:MetricLearner,
     embs,ys = self.embed(dl)
     if ys is None: raise ValueError("These items have no labels, so their neighbours are neither right nor wrong; `embed` gives their embeddings.")
     proto = protocol_of(self.dls, dl)
-    role,ids = proto.get('role', np.full(len(embs), '')),proto.get('ignore')
-    qs,gal = (torch.tensor(np.flatnonzero(role!=o)) for o in ('gallery','query'))
+    (qs,gal,own),ids = query_gallery(proto.get('role'), len(embs)),proto.get('ignore')
     qs = (qs[torch.randperm(len(qs))] if shuffle else qs)[:max_n]
-    own = torch.full((len(embs),), -1)
-    own[gal] = torch.arange(len(gal))
     scores,nn = neighbours(embs[qs], embs[gal], k=min(k, len(gal)-1), self_exclude=own[qs], ignore=None if ids is None else (ids[qs],ids[gal]))
     labels = L(self.dls.vocab[int(o)] for o in ys)
     return show_neighbours(lambda i: dl.dataset[i][0], qs, gal[nn], labels, scores=scores, **kwargs)

@@ -248,7 +248,7 @@ def test_numbers_are_those_of_evaluate(few, tmp_path, kind):
 def test_roles_that_cannot_be_searched_are_refused(fan):
     with pytest.raises(ValueError, match="for each of 6 items"): RetrievalInterpretation(fan.embs, fan.labels, role=['query'])
     with pytest.raises(ValueError, match="'query', 'gallery' or ''"): RetrievalInterpretation(fan.embs, fan.labels, role=['probe']*6)
-    with pytest.raises(ValueError, match='all 6 items are query'): RetrievalInterpretation(fan.embs, fan.labels, role=['query']*6)
+    with pytest.raises(ValueError, match='6 items are queries and 0 are in the gallery'): RetrievalInterpretation(fan.embs, fan.labels, role=['query']*6)
 
 def test_items_without_labels_are_refused(make_learner, few):
     learn = make_learner()
