@@ -578,7 +578,7 @@ def dmlfast_tune(
     "Search for the best settings on training classes that are held out; the test classes are not looked at"
     with _stdout_for(Json):
         from dmlfast.runs import _remove, absolute_paths, load_settings, save_settings
-        from dmlfast.tune import check_space, plot_study, settings_space, tune_settings
+        from dmlfast.tune import best_settings, check_space, plot_study, settings_space, tune_settings
         given = dict(trials=trials, epochs=epochs, folds=folds, metric=metric, storage=storage, name=name)
         out = Path(out)
         with _refusing():
@@ -596,16 +596,12 @@ def dmlfast_tune(
             storage=search['storage'] or out/'study.db', name=search['name'], seed=settings.get('seed', 0), callbacks=[_after_trial(settings, out, search['trials'])])
         except KeyboardInterrupt: raise Interrupted(f"Interrupted. The finished trials are kept; `dmlfast-tune --out {out} --resume` goes on.") from None
         res = _study_results(study)
-        save_settings(absolute_paths(_best(settings, study)), out/'best.toml')
+        save_settings(absolute_paths(best_settings(settings, study)), out/'best.toml')
         _save_figure(plot_study(study), out/'study.png')
         (out/'results.json').write_text(json.dumps(res, indent=1), encoding='utf-8')
     if Json: print(json.dumps({'out':str(out), **res}))
     else: print(f"\nBest score {res['score']:.4f}. `dmlfast-train --config {out/'best.toml'}` trains with these settings; {str(out/'study.png')!r} shows the search.")
     return res
-
-def _best(settings, study):
-    from dmlfast.tune import best_settings
-    return best_settings(settings, study)
 
 # %% ../nbs/api/90_cli.ipynb #6fa579dc
 def _plan_text(exp, hours, workers):

@@ -21,8 +21,8 @@ from .deploy import *
 from .doctor import *
 from .evaluate import *
 from .export import *
+from .interpret import _blue, _orange
 from .learner import *
-from .report import _versions, split_hash
 from .retrieval import *
 from .retrieval import _metric_names
 from .runs import *
@@ -315,8 +315,7 @@ def _commit():
 def facts(self:Experiment)->dict:
     "What a run was made with: versions, commit, and a hash of which image has which label in which split"
     if not hasattr(self, '_facts'):
-        keep = 'dmlfast','fastai','torch','timm'
-        self._facts = dict(versions={k:v for k,v in _versions().items() if k in keep}, commit=_commit(), data=split_hash(self.ds.dataloaders(valid=None, num_workers=0))[:16], machine=platform.machine())
+        self._facts = dict(**about_run(self.ds.dataloaders(valid=None, num_workers=0)), commit=_commit(), machine=platform.machine())
     return self._facts
 
 @patch
@@ -443,8 +442,9 @@ def mean_interval(
 # %% ../nbs/api/71_protocol.ipynb #87d214d7
 def _frame(rows): return pd.DataFrame(rows).set_index('method') if rows else pd.DataFrame()
 
-def _said(m, lo, hi, sign=False):
-    return f'{m:+.1f} ({lo:+.1f} to {hi:+.1f})' if sign else f'{m:.1f} ± {hi-m:.1f}' if hi==hi else f'{m:.1f}'
+def _said(m, lo, hi): return f'{m:.{_digits(m)}f}' + (f' ± {hi-m:.{_digits(m)}f}' if hi==hi else '')
+
+def _digits(mean): return 1 if mean>=10 else 2
 
 @patch
 def values(self:Experiment,
@@ -482,7 +482,10 @@ def differences(self:Experiment)->pd.DataFrame: # One row a pair, in points
     "Each method less its twin, seed by seed: mean and 95 % interval"
     def _row(o):
         t = self.methods[o]['twin']
-        return {'method':o, 'twin':t, **{k:_said(*mean_interval(self.difference(o, measure=k)), sign=True) for k in self.measures}, 'seeds':len(self.difference(o))}
+        def _gain(k):
+            n = _digits(100*np.mean(list(self.values(t, k).values())))
+            return '{:+.{n}f} ({:+.{n}f} to {:+.{n}f})'.format(*mean_interval(self.difference(o, measure=k)), n=n)
+        return {'method':o, 'twin':t, **{k:_gain(k) for k in self.measures}, 'seeds':len(self.difference(o))}
     rows = [_row(o) for o,m in self.methods.items() if 'twin' in m and len(self.difference(o))>1]
     return _frame(rows)
 
@@ -495,6 +498,14 @@ def choices(self:Experiment)->pd.DataFrame: # One row a method; none where no se
         return {'method':o, 'chosen':', '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k,v in best['params'].items()),
             f"{self.search['metric']} there":round(100*best['value'], 2), 'trials':len(trials), 'pruned':sum(t['state']=='PRUNED' for t in trials)}
     return _frame([_row(o) for o in self.methods if any(t['state']=='COMPLETE' for t in self.rows('trial', o))])
+
+@patch
+def seen(self:Experiment,
+    methods=None, # Names; all that have runs if not given
+)->pd.DataFrame: # One row a method, a column for each number
+    "What trainers gave beside the embeddings, means over the runs: `train_run` what the `TrainingDoctor` saw in the last epoch"
+    rows = {o:pd.DataFrame([r['seen'] for r in self.rows('run', o)]) for o in methods or self.methods}
+    return _frame([{'method':k, **o.mean().to_dict()} for k,o in rows.items() if o.size])
 
 # %% ../nbs/api/71_protocol.ipynb #e3ca51f1
 @patch
@@ -510,11 +521,31 @@ def plot(self:Experiment,
     for y,o in enumerate(names):
         v = 100*np.array(list(self.values(o, measure).values()))
         m,lo,hi = mean_interval(v)
-        color = '#d55e00' if 'twin' in self.methods[o] else '#0072b2'
+        color = _orange if 'twin' in self.methods[o] else _blue
         ax.plot(v, [y+.18]*len(v), 'o', ms=4, color=color, alpha=.6)
         ax.errorbar(m, y-.1, xerr=None if math.isnan(lo) else [[m-lo],[hi-m]], fmt='D', ms=5, capsize=3, color=color)
     ax.set(xlabel=f'{measure} on unseen classes, per cent', title=self.name)
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.grid(axis='x', alpha=.3)
+    return ax
+
+@patch
+def plot_sweep(self:Experiment,
+    path:str, # The setting, such as `'loss.gamma'`
+    like:str, # Name of a method, whose likes are drawn
+    measure:str='recall@1', # Name of a measure
+    ax:plt.Axes=None, # Where to; a new figure if not given
+)->plt.Axes:
+    "Draw the runs of methods that are like another one against the setting in which they differ, with mean and 95 % interval"
+    names = [o for o,m in self.methods.items() if m.get('like')==like and self.rows('run', o)]
+    if not names: raise ValueError(f"There is nothing to draw yet: no method that is like {like!r} has a run.")
+    ax = ax or plt.subplots(figsize=(6,3.5), layout='tight')[1]
+    x = [get_setting(self.settings(o), path) for o in names]
+    runs = [100*np.array(list(self.values(o, measure).values())) for o in names]
+    m,lo,hi = np.array([mean_interval(o) for o in runs]).T
+    ax.errorbar(x, m, yerr=(m-lo,hi-m), fmt='-D', ms=5, capsize=3, color=_orange)
+    for a,o in zip(x, runs): ax.plot([a]*len(o), o, 'o', ms=4, color=_orange, alpha=.5)
+    ax.set(xlabel=path, ylabel=f'{measure}, per cent', title=f'{self.name}: {like}')
+    ax.grid(alpha=.3)
     return ax

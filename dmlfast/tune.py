@@ -17,6 +17,7 @@ from fastai.callback.core import Callback
 from fastai.learner import *
 from .datasets import *
 from .evaluate import *
+from .interpret import _blue, _orange
 from .learner import *
 from .ranking import *
 from .runs import *
@@ -197,13 +198,13 @@ def plot_study(
     names = list(done[0].params)
     fig,axs = plt.subplots(1, len(names)+1, figsize=figsize or (3*len(names)+3, 2.8), layout='tight', squeeze=False, sharey=True)
     values = [o.value for o in done]
-    axs[0,0].plot([o.number for o in done], values, 'o', color='#0072b2')
-    axs[0,0].step([o.number for o in done], [max(values[:i+1]) for i in range(len(values))], where='post', color='#d55e00', label='best so far')
+    axs[0,0].plot([o.number for o in done], values, 'o', color=_blue)
+    axs[0,0].step([o.number for o in done], [max(values[:i+1]) for i in range(len(values))], where='post', color=_orange, label='best so far')
     axs[0,0].set(xlabel='trial', ylabel='score')
     axs[0,0].legend()
     weight = importances(study)
     for ax,name in zip(axs[0,1:], names):
-        ax.plot([o.params[name] for o in done], values, 'o', color='#0072b2')
+        ax.plot([o.params[name] for o in done], values, 'o', color=_blue)
         if getattr(done[0].distributions[name], 'log', False): ax.set_xscale('log')
         ax.set(xlabel=name, title=f'importance {weight[name]:.0%}' if weight else None)
     return fig

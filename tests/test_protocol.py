@@ -166,3 +166,38 @@ def test_files(few, tmp_path):
     with pytest.raises(ValueError, match='no twin'): _exp(tmp_path, few).difference('a')
     with pytest.raises(ValueError, match="nearest is 'map@r'"): _exp(tmp_path, few).values('a', 'map@R')
     assert _exp(tmp_path, few).table().empty and _exp(tmp_path, few).choices().empty and _exp(tmp_path, few).differences().empty
+
+def test_a_plan_with_a_base(few, tmp_path):
+    "It changes settings of the base, adds methods to its methods, and replaces all else"
+    from dmlfast.protocol import Experiment
+    def _write(name, text): (tmp_path/name).write_text(text)
+    _write('all.toml', 'seeds = 4\nname = "all"\n[settings]\nfit = {n_epoch = 2, lr = 1e-3}\nmodel = {arch = "resnet18"}\n[methods.triplet]\nloss = {name = "triplet"}\n[methods.ms]\nloss = {name = "ms"}\n')
+    _write('one.toml', 'base = "all.toml"\nname = "one"\nsettings.fit.n_epoch = 3\n[methods.margin]\nloss = {name = "margin"}\n[methods.ms]\nloss = {name = "ms", lam = 0.7}\n')
+    exp = Experiment(tmp_path/'one.toml', tmp_path/'r.jsonl', few)
+    assert exp.name=='one' and exp.seeds('ms')==[0,1,2,3] and list(exp.methods)==['triplet','ms','margin']
+    assert exp.settings('triplet')['fit']==dict(n_epoch=3, lr=1e-3) and exp.settings('triplet')['model']==dict(arch='resnet18') and exp.settings('ms')['loss']['lam']==.7
+    _write('two.toml', 'base = "one.toml"\n')
+    with pytest.raises(ValueError, match="'one.toml' is the base"): Experiment(tmp_path/'two.toml', tmp_path/'r.jsonl', few)
+    _write('none.toml', 'base = "no.toml"\n')
+    with pytest.raises(ValueError, match='no file'): Experiment(tmp_path/'none.toml', tmp_path/'r.jsonl', few)
+
+plans = sorted((Path(__file__).parent.parent/'benchmarks'/'evidence').glob('*.toml'))
+
+@pytest.mark.parametrize('plan', plans, ids=lambda o: o.stem)
+def test_the_plans_of_the_evidence(plan, tmp_path):
+    "Each is complete and consistent, and every regularised method has the twin without"
+    from dmlfast.protocol import Experiment
+    exp = Experiment(plan, tmp_path/'r.jsonl')
+    assert {o:exp.methods[o].get('twin') for o in ('dr_triplet','dr_proxynca','dr_ms','margin_ssr')}==dict(dr_triplet='triplet', dr_proxynca='proxynca', dr_ms='ms', margin_ssr='margin')
+    assert {len(exp.seeds(o)) for o in exp.methods}<={1,3,5} and len(exp.seeds('dr_ms'))==5 and exp.search['n_trials']==12
+
+def test_what_was_seen_and_a_sweep(few, tmp_path):
+    exp = _exp(tmp_path, few)
+    with pytest.raises(ValueError, match='nothing to draw'): exp.plot_sweep('toy.noise', 'a')
+    assert exp.seen().empty
+    for seed,at in enumerate((.2,.4)): exp.write(dict(kind='run', method='a', seed=seed, scores={'recall@1':.5,'map@r':.1}, seen=dict(active=at), seconds=1., cpu_seconds=1.))
+    for seed,r in ((1,.3),(5,.5)): exp.write(dict(kind='run', method='louder', seed=seed, scores={'recall@1':r,'map@r':.05}, seen={}, seconds=1., cpu_seconds=1.))
+    assert exp.seen().loc['a','active']==pytest.approx(.3) and list(exp.seen().index)==['a']
+    ax = exp.plot_sweep('toy.noise', 'a')
+    assert [o.get_xydata().tolist() for o in ax.lines if len(o.get_xdata())==1 and o.get_linestyle()=='-'][0]==[[3.,40.]]
+    assert exp.table()['map@r'].tolist()==['10.0 ± 0.0','5.00 ± 0.00']
