@@ -257,7 +257,7 @@ def demo_data(
         tfms = aug_transforms(do_flip=False, max_rotate=10, max_zoom=1.1, max_warp=0.15, max_lighting=0.1, p_affine=0.9, pad_mode='border')
         return glyphs(size=_or(size, 32)).dataloaders(_or(bs, 128), _or(per_class, 8), 'test', seed=seed, batch_tfms=tfms, num_workers=1)
     ds = MetricDataset.from_folder(data, bad='skip' if skip_bad else 'raise')
-    return ds.dataloaders(_or(bs, 64), _or(per_class, 4), 'test', seed=seed, size=_or(size, 128), num_workers=2)
+    return ds.dataloaders(bs, _or(per_class, 4), 'test', seed=seed, size=_or(size, 128), num_workers=2)
 
 # %% ../nbs/api/90_cli.ipynb #ed84dd73
 def run_demo(

@@ -10,7 +10,7 @@ __all__ = ['loss_class', 'miner_class', 'read_data', 'make_loss', 'get_setting',
            'about_run', 'train_settings', 'PreprocessTransform', 'embedder_learner']
 
 # %% ../nbs/api/63_runs.ipynb #465a8370
-import csv, difflib, inspect, json, os, shutil, time, tomli_w, tomllib, torch, types, typing, warnings
+import csv, difflib, inspect, json, os, shutil, time, tomli_w, tomllib, torch, types, typing
 from copy import deepcopy
 from pathlib import Path
 from fastcore.all import *
@@ -233,8 +233,8 @@ def _check_sense(settings):
         if (o := get_setting(settings, k)) is not None and o<least: raise ValueError(f"`{k}` is {least} or more; got {o!r}.")
     _check_fit(settings)
     r = recipes[settings['recipe']].data if settings.get('recipe') else {}
-    batch = {'bs':64, 'per_class':4, 'valid':'val', **r, **settings.get('batch', {})}
-    if batch['bs']%batch['per_class']: raise ValueError(f"`batch.bs` must be a multiple of `batch.per_class`; got {batch['bs']} and {batch['per_class']}.")
+    batch = {'per_class':4, 'valid':'val', **r, **settings.get('batch', {})}
+    if batch.get('bs') and batch['bs']%batch['per_class']: raise ValueError(f"`batch.bs` must be a multiple of `batch.per_class`; got {batch['bs']} and {batch['per_class']}.")
     for o in ('patience','monitor'):
         if not settings.get('fit', {}).get(o): continue
         if batch['valid'] in (None,'none'): raise ValueError(f"`fit.{o}` needs a score after each epoch, and `batch.valid` measures on nothing.")
@@ -327,10 +327,6 @@ def _loaders(s, ds, seed):
     batch = {'seed':seed, **r, **s.get('batch', {})}
     if batch.get('valid')=='none': batch['valid'] = None
     if batch.get('device'): batch['device'] = torch.device(batch['device'])
-    if 'bs' not in batch:
-        n,per_class = ds.df.label[ds._held_out(batch.get('valid', 'val'))[0]].nunique(),batch.get('per_class', 4)
-        batch['bs'] = min(64, n*per_class)
-        if batch['bs']<64: warnings.warn(f"Batches have {batch['bs']} images, since there are {n} training classes, with {per_class} images of each.")
     return ds.dataloaders(**batch)
 
 def make_learner(

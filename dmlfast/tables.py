@@ -301,10 +301,16 @@ def dblock(self:MetricDataset,
         splitter=_MixedSplitter(label_of, set(self.df.label[held])), item_tfms=item_tfms, batch_tfms=batch_tfms)
 
 # %% ../nbs/api/11_tables.ipynb #3c017d4d
+def _batch_size(n, per_class):
+    "Images in a batch where nobody said: 64 or as near below as whole classes make, and no more classes than there are"
+    most = max(2, 64//per_class)
+    if n<most: warnings.warn(f"Batches have {n*per_class} images, since there are {n} training classes, with {per_class} images of each.")
+    return min(most, n)*per_class
+
 @patch
 @delegates(MetricDataset.dblock)
 def dataloaders(self:MetricDataset,
-    bs:int=64, # Images in a batch, a multiple of `per_class`
+    bs:int=None, # Images in a batch, a multiple of `per_class`; 64 if not given, or what few training classes make
     per_class:int=4, # Images of one class in a batch
     valid:str='val', # Split to measure on: `'val'`, `'test'` (trains on `val` too, the published protocol) or a part of it, or `None`
     seed:int=None, # Determines the batches; drawn if not given
@@ -315,6 +321,7 @@ def dataloaders(self:MetricDataset,
     "`DataLoaders` with balanced batches for training and the images of unseen classes for validation"
     block = self.dblock(valid, **kwargs)
     items = self.items('train', 'val', *([valid] if valid else []))
+    if bs is None: bs = _batch_size(self.df.label[self._held_out(valid)[0]].nunique(), per_class)
     dls = block.dataloaders(items, path=self.path, bs=bs, per_class=per_class, seed=seed, num_workers=num_workers, device=device, dl_type=BalancedDL)
     dls.source = self
     return dls

@@ -145,3 +145,4 @@ def test_batches_fit_few_classes(few):
     del s['batch']['bs']
     with pytest.warns(UserWarning, match='Batches have 12 images, since there are 3 training classes, with 4 images of each'): learn = make_learner(s, ds)
     assert learn.dls.train.bs==12
+    assert few.dataloaders(per_class=5, num_workers=0, size=24).train.bs==60 # whole classes: 12 of them
