@@ -49,9 +49,10 @@ def _simple(name, suffix): return name.lower().replace('_', '').replace('-', '')
 def _classes(module, base): return {k:o for k,o in vars(module).items() if isinstance(o, type) and issubclass(o, base) and k in module.__all__}
 
 def _nearest(name, names, what):
-    "The sentence that names the nearest of some names"
-    near = difflib.get_close_matches(str(name), list(names), n=3, cutoff=.5)
-    return f"There is no {what} {name!r}; " + (f"the nearest is {near[0]!r}." if near else f"there are {', '.join(map(repr, names))}.")
+    "The sentence that names the nearest of some names; of a dictionary its values are said, and its keys compared"
+    said = names if isinstance(names, dict) else {str(o).lower():o for o in names}
+    near = difflib.get_close_matches(str(name).lower(), said, n=1, cutoff=.5)
+    return f"There is no {what} {name!r}; " + (f"the nearest is {said[near[0]]!r}." if near else f"there are {', '.join(map(repr, dict.fromkeys(said.values())))}.")
 
 def loss_class(
     name:str, # `'DRTripletLoss'`, `'dr_triplet'`, `'ms'`
@@ -59,7 +60,7 @@ def loss_class(
     "The loss of a name; raises `ValueError` naming the nearest one where there is none"
     known = {k:o for k,o in _classes(losses, MetricLoss).items() if o not in (MetricLoss,ProxyLoss,OtherLoss,CombinedLoss)}
     simple = {_simple(k, 'loss'):o for k,o in known.items()} | {k:known[o] for k,o in _short.items()}
-    if (o := simple.get(_simple(str(name), 'loss'))) is None: raise ValueError(_nearest(name, known, 'loss'))
+    if (o := simple.get(_simple(str(name), 'loss'))) is None: raise ValueError(_nearest(name, {k:o.__name__ for k,o in simple.items()}, 'loss'))
     return o
 
 def miner_class(
@@ -67,8 +68,8 @@ def miner_class(
 )->type: # Class of the miner
     "The miner of a name; raises `ValueError` naming the nearest one where there is none"
     known = {k:o for k,o in _classes(mining, Miner).items() if o is not Miner}
-    o = {_simple(k, 'miner'):o for k,o in known.items()}.get(_simple(str(name), 'miner'))
-    if o is None: raise ValueError(_nearest(name, known, 'miner'))
+    simple = {_simple(k, 'miner'):o for k,o in known.items()}
+    if (o := simple.get(_simple(str(name), 'miner'))) is None: raise ValueError(_nearest(name, {k:o.__name__ for k,o in simple.items()}, 'miner'))
     return o
 
 # %% ../nbs/api/63_runs.ipynb #22f41394
@@ -91,7 +92,7 @@ def _reader(data):
     "Name of the reader that some settings mean"
     name,path = data.get('reader'),data.get('path')
     if name is None: name = 'glyphs' if path is None else 'csv' if Path(path).is_file() else 'folder'
-    if name not in _readers: raise ValueError(_nearest(name, _readers, 'reader'))
+    if name not in _readers: raise ValueError(_nearest(name, list(_readers), 'reader'))
     return name
 
 # %% ../nbs/api/63_runs.ipynb #54eb4a28

@@ -135,6 +135,11 @@ def test_an_exported_embedder_is_measured_as_the_learner_was(few, tmp_path):
     assert abs(got['map@r']-want['map@r'])<1e-5
     with pytest.raises(ValueError, match='has no split'): embedder_learner(load_embedder(tmp_path/'e'), ds, 'tset')
 
+@pytest.mark.parametrize('name,near', [('tripel','TripletLoss'), ('DRTripletLos','DRTripletLoss'), ('dr-triple','DRTripletLoss'), ('proxy_nca2','ProxyNCALoss'), ('multi_simlarity','MultiSimilarityLoss')])
+def test_the_nearest_loss(name, near):
+    from dmlfast.runs import loss_class
+    with pytest.raises(ValueError, match=f"no loss {name!r}; the nearest is {near!r}"): loss_class(name)
+
 def test_batches_fit_few_classes(few):
     "Where nothing says how large a batch is, it has no more classes than there are to train on, and says so"
     from dmlfast.runs import make_learner
