@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cosine_similarity, normalize
 from pytorch_metric_learning import losses as pml, miners as pml_miners
 from dmlfast.losses import *
+from dmlfast.proxies import *
 from dmlfast.mining import *
 
 class Literal(torch.nn.Module):

@@ -2,6 +2,7 @@
 from .geometry import *
 from .mining import *
 from .losses import *
+from .proxies import *
 from .data import *
 from .tables import *
 from .datasets import *

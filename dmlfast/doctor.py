@@ -203,7 +203,7 @@ def after_loss(self:TrainingDoctor):
 
 def _ours(loss):
     "Is all of this loss of this library? Then to compute it once more changes nothing"
-    return isinstance(loss, MetricLoss) and all(type(o).__module__==MetricLoss.__module__ and not isinstance(o, OtherLoss) for o in loss.modules() if not isinstance(o, torch.nn.ModuleList))
+    return isinstance(loss, MetricLoss) and all(type(o).__module__.startswith('dmlfast.') and not isinstance(o, OtherLoss) for o in loss.modules() if not isinstance(o, torch.nn.ModuleList))
 
 @patch
 def after_batch(self:TrainingDoctor):

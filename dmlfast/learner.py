@@ -27,6 +27,7 @@ from .data import *
 from .deploy import Hit
 from .evaluate import *
 from .losses import *
+from .proxies import *
 from .mining import *
 from .models import *
 from .ranking import *

@@ -25,7 +25,7 @@ from fastai.learner import *
 from fastai.torch_core import set_seed
 from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
-from . import losses, mining
+from . import losses, mining, proxies
 from .checkpoint import *
 from .data import _sorted
 from .datasets import *
@@ -37,6 +37,7 @@ from .learner import *
 from .losses import *
 from .mining import *
 from .models import *
+from .proxies import *
 from .ranking import *
 from .report import *
 from .report import _versions
@@ -58,7 +59,7 @@ def loss_class(
     name:str, # `'DRTripletLoss'`, `'dr_triplet'`, `'ms'`
 )->type: # Class of the loss
     "The loss of a name; raises `ValueError` naming the nearest one where there is none"
-    known = {k:o for k,o in _classes(losses, MetricLoss).items() if o not in (MetricLoss,ProxyLoss,OtherLoss,CombinedLoss)}
+    known = {k:o for k,o in (_classes(losses, MetricLoss)|_classes(proxies, MetricLoss)).items() if o not in (MetricLoss,ProxyLoss,OtherLoss,CombinedLoss)}
     simple = {_simple(k, 'loss'):o for k,o in known.items()} | {k:known[o] for k,o in _short.items()}
     if (o := simple.get(_simple(str(name), 'loss'))) is None: raise ValueError(_nearest(name, {k:o.__name__ for k,o in simple.items()}, 'loss'))
     return o

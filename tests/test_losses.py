@@ -10,6 +10,7 @@ from pytorch_metric_learning.reducers import MeanReducer
 from dmlfast.geometry import *
 from dmlfast.losses import *
 from dmlfast.mining import *
+from dmlfast.proxies import *
 
 f64 = torch.float64
 i = torch.arange(96).reshape(12,8).double()
@@ -518,5 +519,5 @@ def test_combined():
 
 def test_starts_without_fastai():
     import subprocess, sys
-    code = "import sys, dmlfast.losses; sys.exit('fastai' in sys.modules)"
+    code = "import sys, dmlfast.proxies; sys.exit('fastai' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code]).returncode==0
