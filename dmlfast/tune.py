@@ -11,6 +11,7 @@ __all__ = ['distributions', 'suggest', 'TrialScore', 'make_study', 'tune', 'plot
 # %% ../nbs/api/70_tune.ipynb #9f6fbacf
 import json, math, warnings
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from pathlib import Path
 from fastcore.all import *
 from fastai.callback.core import Callback
@@ -188,6 +189,13 @@ def tune(
     return study
 
 # %% ../nbs/api/70_tune.ipynb #e9a39458
+def _log_axis(ax, values):
+    "A logarithmic axis whose labels have room: 1 and 3 of each decade where these are few"
+    ax.set_xscale('log')
+    if max(values)<1000*min(values): ax.xaxis.set_major_locator(LogLocator(subs=(1,3)))
+    ax.xaxis.set_major_formatter(lambda x,_: f'{x:g}')
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
 def plot_study(
     study, # `optuna.Study`
     figsize:tuple=None, # Inches
@@ -201,11 +209,13 @@ def plot_study(
     axs[0,0].plot([o.number for o in done], values, 'o', color=_blue)
     axs[0,0].step([o.number for o in done], [max(values[:i+1]) for i in range(len(values))], where='post', color=_orange, label='best so far')
     axs[0,0].set(xlabel='trial', ylabel='score')
+    axs[0,0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axs[0,0].legend()
     weight = importances(study)
     for ax,name in zip(axs[0,1:], names):
-        ax.plot([o.params[name] for o in done], values, 'o', color=_blue)
-        if getattr(done[0].distributions[name], 'log', False): ax.set_xscale('log')
+        at = [o.params[name] for o in done]
+        ax.plot(at, values, 'o', color=_blue)
+        if getattr(done[0].distributions[name], 'log', False): _log_axis(ax, at)
         ax.set(xlabel=name, title=f'importance {weight[name]:.0%}' if weight else None)
     return fig
 
