@@ -52,6 +52,7 @@ def _read_plan(file):
     "The table in a TOML file, with what it takes over from its base"
     plan = _read_toml(file)
     if (name := plan.pop('base', None)) is None: return plan
+    if not isinstance(name, str): raise ValueError(f"`base` is the name of a file beside {str(file)!r}; got {name!r}.")
     base = _read_toml(Path(file).parent/name)
     if 'base' in base: raise ValueError(f"{name!r} is the base of {str(file)!r} and has one itself: name that one.")
     both = lambda k: (base.get(k, {}),plan.get(k, {}))
@@ -538,7 +539,7 @@ def plot_sweep(self:Experiment,
     ax:plt.Axes=None, # Where to; a new figure if not given
 )->plt.Axes:
     "Draw the runs of methods that are like another one against the setting in which they differ, with mean and 95 % interval"
-    names = [o for o,m in self.methods.items() if m.get('like')==like and self.rows('run', o)]
+    names = sorted((o for o,m in self.methods.items() if m.get('like')==like and self.rows('run', o)), key=lambda o: get_setting(self.settings(o), path))
     if not names: raise ValueError(f"There is nothing to draw yet: no method that is like {like!r} has a run.")
     ax = ax or plt.subplots(figsize=(6,3.5), layout='tight')[1]
     x = [get_setting(self.settings(o), path) for o in names]
