@@ -121,7 +121,7 @@ One training by its recipe (on the last two data sets with four images of a clas
 
 ## Whatever the device
 
-The operations of the same trainings, in units of 10^15 (training counted as three forward passes), and the hours of a device that sustains 10 teraflops per second on them. That number is an assumption: put in that of your own card, or run the script there. The last row is the whole comparison, eight methods with their searches and five seeds each, by the data set's plan in `evidence`.
+The operations of the same trainings, in units of 10^15 (training counted as three forward passes), and the hours of a device that sustains 10^13 of them per second. That number is an assumption: put in that of your own card, or run the script there. The last row is the whole comparison, eight methods with their searches and five seeds each, by the data set's plan in `evidence`.
 
 {ops}
 """)
