@@ -395,5 +395,5 @@ def test_roles_and_what_is_not_seen():
         assert res['recall@1']==first_hits(embs, y, qs, gs, unseen) and len(res.labels)==len(qs)
         values.add(res['recall@1'])
     assert len(values)==2
-    with pytest.raises(ValueError, match='one word for each of 60 rows'): evaluate_protocol(embs, y, role=role[1:])
+    with pytest.raises(ValueError, match='one word for each of 60 items'): evaluate_protocol(embs, y, role=role[1:])
     with pytest.raises(ValueError, match="not 'both'"): evaluate_protocol(embs, y, role=['both']*60)
