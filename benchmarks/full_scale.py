@@ -27,24 +27,15 @@ def epoch_images(name, which):
     per_class = 4 if which in ('online_products','inshop') else recipes[name].data['per_class'] # whose classes have five or six images
     return max(n//bs, math.ceil(n_classes*per_class/bs))*bs
 
-def step(model, x):
-    "Seconds forward and backward"
-    _sync(x)
+def seconds(f, x, grad=True):
+    "Seconds of `f` on the device of `x`, with gradients or without"
+    def _sync():
+        if x.is_cuda: torch.cuda.synchronize()
+    _sync()
     t = time.perf_counter()
-    model(x).square().mean().backward()
-    _sync(x)
+    with torch.set_grad_enabled(grad): f(x)
+    _sync()
     return time.perf_counter()-t
-
-def look(model, x):
-    "Seconds forward alone"
-    _sync(x)
-    t = time.perf_counter()
-    with torch.no_grad(): model(x)
-    _sync(x)
-    return time.perf_counter()-t
-
-def _sync(x):
-    if x.is_cuda: torch.cuda.synchronize()
 
 def saved_bytes(model, x):
     "Bytes that a forward pass keeps for the backward pass, weights apart"
@@ -64,8 +55,9 @@ def measure(name, device, repeats):
     with FlopCounterMode(display=False) as f, torch.no_grad(): model(x[:1])
     res = dict(gflop=f.get_total_flops()/1e9, params=sum(o.numel() for o in model.parameters()), kept=saved_bytes(model, x[:4])/4)
     if device.type=='cuda': torch.cuda.reset_peak_memory_stats()
-    step(model, x), look(model, x)
-    res |= dict(train=median(step(model, x) for _ in range(repeats))/bs, test=median(look(model, x) for _ in range(repeats))/bs)
+    def _step(x): model(x).square().mean().backward()
+    seconds(_step, x), seconds(model, x, grad=False)
+    res |= dict(train=median(seconds(_step, x) for _ in range(repeats))/bs, test=median(seconds(model, x, grad=False) for _ in range(repeats))/bs)
     if device.type=='cuda': res['peak'] = torch.cuda.max_memory_allocated()
     return res
 
