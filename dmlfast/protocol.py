@@ -534,19 +534,19 @@ def plot(self:Experiment,
 @patch
 def plot_sweep(self:Experiment,
     path:str, # The setting, such as `'loss.gamma'`
-    like:str, # Name of a method, whose likes are drawn
+    like:str, # Name of a method
     measure:str='recall@1', # Name of a measure
     ax:plt.Axes=None, # Where to; a new figure if not given
 )->plt.Axes:
-    "Draw the runs of methods that are like another one against the setting in which they differ, with mean and 95 % interval"
-    names = sorted((o for o,m in self.methods.items() if m.get('like')==like and self.rows('run', o)), key=lambda o: get_setting(self.settings(o), path))
-    if not names: raise ValueError(f"There is nothing to draw yet: no method that is like {like!r} has a run.")
+    "Draw the runs of a method and of those that are like it against the setting in which they differ, with mean and 95 % interval; raises `ValueError` where there are none"
+    x = {o:get_setting(self.chosen(o) or {}, path) for o,m in self.methods.items() if like in (o,m.get('like')) and self.rows('run', o)}
+    x = dict(sorted(((o,v) for o,v in x.items() if v is not None), key=lambda o: o[1]))
+    if not x: raise ValueError(f"There is nothing to draw yet: no run of {like!r}, or of a method that is like it, has the setting {path!r}.")
     ax = ax or plt.subplots(figsize=(6,3.5), layout='tight')[1]
-    x = [get_setting(self.settings(o), path) for o in names]
-    runs = [100*np.array(list(self.values(o, measure).values())) for o in names]
+    runs = [100*np.array(list(self.values(o, measure).values())) for o in x]
     m,lo,hi = np.array([mean_interval(o) for o in runs]).T
-    ax.errorbar(x, m, yerr=(m-lo,hi-m), fmt='-D', ms=5, capsize=3, color=_orange)
-    for a,o in zip(x, runs): ax.plot([a]*len(o), o, 'o', ms=4, color=_orange, alpha=.5)
+    ax.errorbar([*x.values()], m, yerr=(m-lo,hi-m), fmt='-D', ms=5, capsize=3, color=_orange)
+    for a,o in zip(x.values(), runs): ax.plot([a]*len(o), o, 'o', ms=4, color=_orange, alpha=.5)
     ax.set(xlabel=path, ylabel=f'{measure}, per cent', title=f'{self.name}: {like}')
     ax.grid(alpha=.3)
     return ax

@@ -86,7 +86,7 @@ _readers = dict(folder=MetricDataset.from_folder, csv=_table_file, cub200=cub200
 
 def _same(a, b):
     "Do two names mean the same loss or miner?"
-    def _s(o): return str({**{k:v for k,v in _short.items()}}.get(_simple(str(o), 'loss'), o))
+    def _s(o): return str(_short.get(_simple(str(o), 'loss'), o))
     return a==b or isinstance(a, str) and isinstance(b, str) and any(_simple(_s(a), o)==_simple(_s(b), o) for o in ('loss','miner'))
 
 def _reader(data):

@@ -196,8 +196,10 @@ def test_what_was_seen_and_a_sweep(few, tmp_path):
     with pytest.raises(ValueError, match='nothing to draw'): exp.plot_sweep('toy.noise', 'a')
     assert exp.seen().empty
     for seed,at in enumerate((.2,.4)): exp.write(dict(kind='run', method='a', seed=seed, scores={'recall@1':.5,'map@r':.1}, seen=dict(active=at), seconds=1., cpu_seconds=1.))
+    for i,v in enumerate((.2,.9,.1,.3)): exp.write(dict(kind='trial', method='a', number=i, params={'toy.noise':.5*i}, state='COMPLETE', value=v, scores=[v]))
     for seed,r in ((1,.3),(5,.5)): exp.write(dict(kind='run', method='louder', seed=seed, scores={'recall@1':r,'map@r':.05}, seen={}, seconds=1., cpu_seconds=1.))
     assert exp.seen().loc['a','active']==pytest.approx(.3) and list(exp.seen().index)==['a']
     ax = exp.plot_sweep('toy.noise', 'a')
-    assert [o.get_xydata().tolist() for o in ax.lines if len(o.get_xdata())==1 and o.get_linestyle()=='-'][0]==[[3.,40.]]
+    assert ax.lines[0].get_xydata().tolist()==[[.5,50.],[3.,40.]] # the method itself with what was chosen for it, and its like
+    with pytest.raises(ValueError, match="the setting 'toy.nose'"): exp.plot_sweep('toy.nose', 'a')
     assert exp.table()['map@r'].tolist()==['10.0 ± 0.0','5.00 ± 0.00']
