@@ -15,7 +15,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated
 from fastcore.meta import delegates
-from fastcore.script import anno_parser, call_parse, store_true
+from fastcore.script import anno_parser, store_true
 
 # %% ../nbs/api/90_cli.ipynb #c54c81d9
 def _value(s):
@@ -261,19 +261,19 @@ def demo_data(
 
 # %% ../nbs/api/90_cli.ipynb #ed84dd73
 def run_demo(
-    data=None, # Folder with a folder of images for each class; `glyphs` if not given
-    arch=None, # timm model
-    weights=None, # File of the body's weights
-    arch_args=None, # Arguments of the timm model, as text
-    epochs=None, # Passes over the training images
-    lr=None, # Highest learning rate
-    size=None, # Pixels to a side
-    bs=None, # Images in a batch
-    per_class=None, # Images of one class in a batch
-    emb_sz=128, # Numbers in an embedding
-    seed=0, # Determines weights and batches
-    out='dmlfast-demo', # Folder for the picture and the scores
-    skip_bad=False, # Leave out images that cannot be read?
+    data:str=None, # Folder with a folder of images for each class; built-in characters if not given
+    arch:str=None, # timm model; resnet10t for characters, mobilenetv2_050 for a folder
+    weights:str=None, # File of the body's weights (.safetensors or .pth); timm's for a folder if not given
+    arch_args:str=None, # Arguments of the timm model, such as pad_type=same
+    epochs:int=None, # Passes over the training images; 12 for characters, 8 for a folder
+    lr:float=None, # Highest learning rate of the one-cycle schedule; 6e-3, or for a folder 3e-3, a tenth of it for the body
+    size:int=None, # Pixels to a side; 32, or 128 for a folder
+    bs:int=None, # Images in a batch; 128, or 64 for a folder
+    per_class:int=None, # Images of one class in a batch; 8, or 4 for a folder
+    emb_sz:int=128, # Numbers in an embedding
+    seed:int=0, # The same seed gives the same numbers
+    out:str='dmlfast-demo', # Folder for the picture and the scores
+    skip_bad:store_true=False, # Leave out images that cannot be read?
 )->dict: # Scores on unseen classes: raw pixels, untrained, trained
     "What `dmlfast-demo` does, for Python"
     from fastai.callback.channelslast import ChannelsLast
@@ -302,28 +302,13 @@ def run_demo(
     return rows
 
 # %% ../nbs/api/90_cli.ipynb #04f36274
-@call_parse
-def dmlfast_demo(
-    data:str=None, # Folder with a folder of images for each class; built-in characters if not given
-    arch:str=None, # timm model; resnet10t for characters, mobilenetv2_050 for a folder
-    weights:str=None, # File of the body's weights (.safetensors or .pth); timm's for a folder if not given
-    arch_args:str=None, # Arguments of the timm model, such as pad_type=same
-    epochs:int=None, # Passes over the training images; 12 for characters, 8 for a folder
-    lr:float=None, # Highest learning rate of the one-cycle schedule; 6e-3, or for a folder 3e-3, a tenth of it for the body
-    size:int=None, # Pixels to a side; 32, or 128 for a folder
-    bs:int=None, # Images in a batch; 128, or 64 for a folder
-    per_class:int=None, # Images of one class in a batch; 8, or 4 for a folder
-    emb_sz:int=128, # Numbers in an embedding
-    seed:int=0, # The same seed gives the same numbers
-    out:str='dmlfast-demo', # Folder for the picture and the scores
-    skip_bad:store_true=False, # Leave out images that cannot be read?
-):
+@command
+@delegates(run_demo)
+def dmlfast_demo(**kwargs):
     "Train an embedding, and show what it learned on classes it has never seen"
-    import warnings
-    warnings.simplefilter('ignore', FutureWarning) # PyTorch's to fastai, no concern of the user's
-    try: rows = run_demo(data, arch, weights, arch_args, epochs, lr, size, bs, per_class, emb_sz, seed, out, skip_bad)
-    except (ValueError, RuntimeError) as e: sys.exit(f'dmlfast-demo: {_sentence(e)}')
-    print(f"\nOn classes it has never seen:\n\n{_table(rows)}\n\nQueries with their nearest neighbours: {Path(out)/'neighbours.png'}")
+    rows = run_demo(**kwargs)
+    print(f"\nOn classes it has never seen:\n\n{_table(rows)}\n\nQueries with their nearest neighbours: {Path(kwargs.get('out', 'dmlfast-demo'))/'neighbours.png'}")
+    return rows
 
 # %% ../nbs/api/90_cli.ipynb #dfeb78ee
 def _metrics_table(scores):

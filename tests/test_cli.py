@@ -59,6 +59,8 @@ def test_bad_input_gets_one_sentence(folder, tmp_path):
 def test_the_sentence_reaches_the_shell(tmp_path):
     status,out,err = run('--data', tmp_path/'nowhere', cwd=tmp_path)
     assert status==1 and err==[f"dmlfast-demo: There is no folder '{tmp_path}/nowhere'."]
+    from dmlfast.cli import dmlfast_demo
+    assert said(dmlfast_demo, '--epoch', 3)=="dmlfast-demo: There is no argument '--epoch'; the nearest is '--epochs'."
 
 # The commands for runs: in this process where possible, because starting one is slow.
 
