@@ -91,6 +91,10 @@ def _check_plan(plan):
     for name,m in methods.items(): _check_method(name, m, methods)
 
 # %% ../nbs/api/71_protocol.ipynb #9ed0f077
+class _Methods(dict):
+    "Methods by name"
+    def __missing__(self, name): raise ValueError(_nearest(name, list(self), 'method'))
+
 class Experiment:
     "Methods to be tuned alike, trained with several seeds and compared"
     def __init__(self,
@@ -102,7 +106,7 @@ class Experiment:
         self.plan = _read_plan(plan) if isinstance(plan, (str,Path)) else plan
         _check_plan(self.plan)
         self.out,self._ds = Path(out),ds
-        self.name,self.methods = self.plan.get('name', self.out.stem),self.plan['methods']
+        self.name,self.methods = self.plan.get('name', self.out.stem),_Methods(self.plan['methods'])
         self.search = {**_search, **self.plan.get('search', {})}
         self.measures = _metric_names(self.plan.get('measures', ['recall@1','recall@2','recall@4','recall@8','map@r']), (1,2,4,8))
         for o in self.methods: self.check_method(o)
@@ -169,7 +173,8 @@ def rows(self:Experiment,
     kind:str=None, # `'trial'` or `'run'`; both if not given
     method:str=None, # Of this method alone
 )->list: # Dictionaries
-    "What is in the file"
+    "What is in the file; raises `ValueError` for a method that the plan does not have"
+    if method is not None: self.methods[method]
     if not self.out.exists(): return []
     found = []
     for o in self.out.read_text(encoding='utf-8', errors='replace').split('\n'): # the line that a killed process did not finish may end within a letter
@@ -479,16 +484,17 @@ def difference(self:Experiment,
     return np.array([100*(a[o]-b[o]) for o in sorted(a) if o in b])
 
 @patch
-def differences(self:Experiment)->pd.DataFrame: # One row a pair, in points
-    "Each method less its twin, seed by seed: mean and 95 % interval"
-    def _row(o):
-        t = self.methods[o]['twin']
+def differences(self:Experiment,
+    pairs=None, # Pairs of names; each method with its twin if not given
+)->pd.DataFrame: # One row a pair that has two seeds or more in common, in points
+    "Each method less another one, seed by seed: mean and 95 % interval"
+    def _row(o, other):
         def _gain(k):
-            n = _digits(100*np.mean(list(self.values(t, k).values())))
-            return '{:+.{n}f} ({:+.{n}f} to {:+.{n}f})'.format(*mean_interval(self.difference(o, measure=k)), n=n)
-        return {'method':o, 'twin':t, **{k:_gain(k) for k in self.measures}, 'seeds':len(self.difference(o))}
-    rows = [_row(o) for o,m in self.methods.items() if 'twin' in m and len(self.difference(o))>1]
-    return _frame(rows)
+            n = _digits(100*np.mean(list(self.values(other, k).values())))
+            return '{:+.{n}f} ({:+.{n}f} to {:+.{n}f})'.format(*mean_interval(self.difference(o, other, k)), n=n)
+        return {'method':o, 'less':other, **{k:_gain(k) for k in self.measures}, 'seeds':len(self.difference(o, other))}
+    if pairs is None: pairs = [(o,m['twin']) for o,m in self.methods.items() if 'twin' in m]
+    return _frame([_row(*o) for o in pairs if len(self.difference(*o))>1])
 
 @patch
 def choices(self:Experiment)->pd.DataFrame: # One row a method; none where no search has begun

@@ -165,6 +165,8 @@ def test_files(few, tmp_path):
     with pytest.raises(ValueError, match='not a TOML file'): Experiment(tmp_path/'p.toml', tmp_path/'r.jsonl')
     with pytest.raises(ValueError, match='no twin'): _exp(tmp_path, few).difference('a')
     with pytest.raises(ValueError, match="nearest is 'map@r'"): _exp(tmp_path, few).values('a', 'map@R')
+    for f in (lambda e: e.table(['a','lowder']), lambda e: e.difference('lowder'), lambda e: e.differences([('a','lowder')]), lambda e: e.chosen('lowder')):
+        with pytest.raises(ValueError, match="no method 'lowder'; the nearest is 'louder'"): f(_exp(tmp_path, few))
     assert _exp(tmp_path, few).table().empty and _exp(tmp_path, few).choices().empty and _exp(tmp_path, few).differences().empty
 
 def test_a_plan_with_a_base(few, tmp_path):
@@ -203,3 +205,10 @@ def test_what_was_seen_and_a_sweep(few, tmp_path):
     assert ax.lines[0].get_xydata().tolist()==[[.5,50.],[3.,40.]] # the method itself with what was chosen for it, and its like
     with pytest.raises(ValueError, match="the setting 'toy.nose'"): exp.plot_sweep('toy.nose', 'a')
     assert exp.table()['map@r'].tolist()==['10.0 ± 0.0','5.00 ± 0.00']
+
+def test_differences_of_any_two(few, tmp_path):
+    "Seeds 0 and 1 in common: 40 - 50 and 30 - 50, 25 - 10 and 5 - 10; Student's t of one degree of freedom is 12.706; none in common with γ"
+    exp = _exp(tmp_path, few)
+    for method,seed,r,m in (('a',0,.5,.1),('a',1,.5,.1),('louder',0,.4,.25),('louder',1,.3,.05),('louder',5,.9,.9),('γ',2,.1,.1)):
+        exp.write(dict(kind='run', method=method, seed=seed, scores={'recall@1':r,'map@r':m}, seen={}, seconds=1., cpu_seconds=1.))
+    assert exp.differences([('louder','a'),('louder','γ')]).to_dict('records')==[{'less':'a', 'recall@1':'-15.0 (-78.5 to +48.5)', 'map@r':'+5.0 (-122.1 to +132.1)', 'seeds':2}]
