@@ -285,6 +285,8 @@ def _collapse(self):
     triplet = _part(self, TripletLoss)
     if _lengths(self): remedy = 'Lower the learning rate.'
     elif has>asked: remedy = f'The loss asks for no more: raise its `{name}`, which is {asked:g}.'
+    elif triplet and triplet.gamma>=2*triplet.margin: remedy = (f'Where all of them are equally far apart the direction cosine is 0.5, and `gamma` times this, {triplet.gamma/2:g}, '
+        f'takes all of the margin of {triplet.margin:g}, so that nothing is asked of them there: lower `gamma`, or raise the margin.')
     elif triplet and triplet.miner: remedy = 'Lower the learning rate, and learn from easier triplets: all of them, or those of `SemiHardMiner`, rather than the hardest.'
     else: remedy = 'Lower the learning rate; if that does not help, see that the loss pushes classes apart.'
     return (f'The embeddings collapse: those of different classes have a similarity of {self.recent("neg"):.2f} on average, and {self.recent("rank"):.1f} directions are used '

@@ -77,7 +77,8 @@ def test_a_sick_run_gets_its_diagnosis(name, capsys):
 
 @pytest.mark.parametrize('loss,said', [(lambda: TripletLoss(margin=2.), 'raise its `margin`, which is 2.'), (lambda: TripletLoss(margin=3.), 'Lower the learning rate; if'),
     (lambda: TripletLoss(margin=3., miner=BatchHardMiner()), 'easier triplets'), (lambda: TripletLoss(margin=5., squared=True), 'raise its `margin`'), (lambda: TripletLoss(margin=7., squared=True), 'Lower'),
-    (lambda: ContrastiveLoss(neg_margin=3.), 'raise its `neg_margin`, which is 3.'), (lambda: ContrastiveLoss(neg_margin=4.), 'Lower'), (ProxyNCALoss, 'Lower the learning rate; if')])
+    (lambda: ContrastiveLoss(neg_margin=3.), 'raise its `neg_margin`, which is 3.'), (lambda: ContrastiveLoss(neg_margin=4.), 'Lower'), (ProxyNCALoss, 'Lower the learning rate; if'),
+    (lambda: DRTripletLoss(margin=3., gamma=6.), 'lower `gamma`'), (lambda: DRTripletLoss(margin=3., gamma=5.9), 'Lower the learning rate; if')])
 def test_the_remedy_of_a_collapse_fits_its_cause(loss, said):
     "Negatives 3.5 apart and positives 1, so that a margin is met up to 2.5; where distances are squared, 2.6 and 1, and up to 5.76"
     doctor = TrainingDoctor()
@@ -87,6 +88,10 @@ def test_the_remedy_of_a_collapse_fits_its_cause(loss, said):
     doctor.steps = [dict(pos=.97, neg=.95, rank=5., most=16, d_pos=d_pos, d_neg=d_neg, loss=.1)]*6
     text, = [o.text for o in doctor.findings]
     assert said in text and 'similarity of 0.95' in text
+
+def test_a_regulariser_that_takes_the_margin_away():
+    learn = run(DRTripletLoss(margin=.05, gamma=.6), noise=2., n_epoch=15)
+    assert names(learn)==['collapse'] and 'lower `gamma`' in learn.training_doctor.findings[0].text
 
 def test_ranking_that_takes_over_is_found(make_learner):
     def fit(gamma):
