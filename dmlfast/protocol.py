@@ -140,7 +140,7 @@ class Experiment:
         m = self.methods[method]
         return {} if 'like' in m else m['space'] if 'space' in m else settings_space(self.settings(method))
 
-    def __repr__(self): return f'{self.name}: {len(self.methods)} methods\n{self.todo().to_string(index=False)}'
+    def __repr__(self): return f'{self.name}: {len(self.methods)} methods\n{self.todo().to_string()}'
 
 # %% ../nbs/api/71_protocol.ipynb #bf4040df
 @patch
@@ -223,6 +223,8 @@ def chosen(self:Experiment,
     if not done: raise ValueError(f"None of the {len(trials)} trials of {method!r} came to its end, so that nothing can be chosen.")
     return with_settings(self.settings(method), max(done, key=lambda o: o['value'])['params'])
 
+def _frame(rows): return pd.DataFrame(rows).set_index('method').rename_axis(index=None, columns='method') if rows else pd.DataFrame() # one line of names
+
 @patch
 def todo(self:Experiment)->pd.DataFrame: # One row a method
     "Trials and runs of each method: how many there are, and how many there will be"
@@ -230,7 +232,7 @@ def todo(self:Experiment)->pd.DataFrame: # One row a method
         n_trials = self.search['n_trials'] if self.space(name) else 0
         done = {o['seed'] for o in self.rows('run', name)}
         return dict(method=name, trials=f"{len(self.rows('trial', name))}/{n_trials}", runs=f'{sum(o in done for o in self.seeds(name))}/{len(self.seeds(name))}')
-    return pd.DataFrame([_row(o) for o in self.methods])
+    return _frame([_row(o) for o in self.methods])
 
 # %% ../nbs/api/71_protocol.ipynb #edf93a2c
 def train_run(
@@ -446,8 +448,6 @@ def mean_interval(
     return float(x.mean()),float(x.mean()-half),float(x.mean()+half)
 
 # %% ../nbs/api/71_protocol.ipynb #87d214d7
-def _frame(rows): return pd.DataFrame(rows).set_index('method') if rows else pd.DataFrame()
-
 def _said(m, lo, hi): return f'{m:.{_digits(m)}f}' + (f' ± {hi-m:.{_digits(m)}f}' if hi==hi else '')
 
 def _digits(mean): return 1 if mean>=10 else 2
