@@ -14,6 +14,7 @@ from fastcore.all import *
 from fastai.data.all import *
 from fastai.learner import *
 from fastai.callback.all import *
+from .evaluate import *
 from .learner import *
 
 # %% ../nbs/api/51_checkpoint.ipynb #afea36bf
@@ -124,7 +125,7 @@ def _facts(learn):
 @patch
 def before_fit(self:Checkpoint):
     "Go on from where `resume` found the run, or begin; raises `ValueError` where this is another fit"
-    self.run = not any(hasattr(self.learn, o) for o in ('lr_finder','gather_preds'))
+    self.run = is_fitting(self.learn)
     if not self.run: return
     self.logs = []
     runs = self.learn.__dict__.setdefault('_runs', {})

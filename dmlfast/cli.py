@@ -321,6 +321,8 @@ def _with_epochs(settings, n_epoch):
     from dmlfast.runs import n_epochs, with_settings
     return with_settings(settings, {'fit.n_epoch':n_epoch}) if n_epochs(settings) is None and n_epoch else settings
 
+def _any_given(args): return any(not (o is None or o is False) for o in args.values()) # 0 is given
+
 def _resumed(out, args, changed):
     "Settings of an interrupted run; raises `ValueError` where arguments say otherwise"
     from dmlfast.runs import _plain, absolute_paths, load_settings
@@ -371,7 +373,7 @@ def dmlfast_train(
         args = dict(kwargs, epochs=epochs, valid=valid, patience=patience, monitor=monitor)
         with _refusing():
             _check_run_folder(Path(out), resume, overwrite)
-            settings = _resumed(out, args, any(o not in (None,False) for o in args.values())) if resume else run_settings(**args)
+            settings = _resumed(out, args, _any_given(args)) if resume else run_settings(**args)
             settings = _with_epochs(settings, 10)
             cbs = [_tensorboard(tensorboard)] if tensorboard else []
         try: res = train_settings(settings, out, resume=resume, overwrite=overwrite, report=report, plain=not sys.stdout.isatty(), cbs=cbs)
@@ -568,7 +570,7 @@ def dmlfast_tune(
         out = Path(out)
         with _refusing():
             _check_tune_folder(out, resume, overwrite)
-            settings = _resumed(out, kwargs, any(o not in (None,False) for o in kwargs.values())) if resume else run_settings(**kwargs)
+            settings = _resumed(out, kwargs, _any_given(kwargs)) if resume else run_settings(**kwargs)
             search = _search_args(out, {**given, 'space':_space(space)}, resume)
             where = search['space'] = search['space'] or settings_space(settings)
             check_space(settings, where)

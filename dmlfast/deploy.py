@@ -146,7 +146,8 @@ def add(self:ImageEmbedder,
     "Put images into the gallery"
     embs = self.embed(images)
     if embs.ndim==1: embs,images = embs[None],[images]
-    return self.add_embs(embs, labels if isinstance(labels, (list,tuple)) or hasattr(labels, '__array__') else [labels]*len(embs), _names(images) if items is None else items)
+    one = isinstance(labels, str) or not hasattr(labels, '__len__') or getattr(labels, 'shape', None)==()
+    return self.add_embs(embs, [labels]*len(embs) if one else labels, _names(images) if items is None else items)
 
 @patch
 def add_embs(self:ImageEmbedder,
@@ -189,6 +190,16 @@ def check_folder(
     if not overwrite: raise FileExistsError(f"{str(folder)!r} is there already: `overwrite=True` replaces it.")
     return folder
 
+def _take_place(new, folder):
+    "Move `new` to where `folder` is, which is given up only then"
+    old = new.with_name(f'{new.name}.old')
+    if folder.exists(): folder.rename(old)
+    try: new.rename(folder)
+    except OSError:
+        if old.exists(): old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
 @patch
 def save(self:ImageEmbedder,
     folder, # Where to write; must not be there
@@ -205,10 +216,8 @@ def save(self:ImageEmbedder,
     try:
         self.write(tmp, about)
         tmp.chmod(0o755)
-        if folder.exists(): folder.rename(tmp.with_suffix('.old'))
-        tmp.rename(folder)
-    finally:
-        for o in (tmp,tmp.with_suffix('.old')): shutil.rmtree(o, ignore_errors=True)
+        _take_place(tmp, folder)
+    finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
 @patch

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastcore.basics import ifnone, patch, store_attr
 from fastai.callback.core import Callback
 from fastai.torch_core import get_model
+from .evaluate import is_fitting
 from .geometry import *
 from .losses import *
 from .mining import *
@@ -119,7 +120,7 @@ class TrainingDoctor(Callback):
 @patch
 def before_fit(self:TrainingDoctor):
     "Begin anew"
-    self.run = not any(hasattr(self.learn, o) for o in ('lr_finder','gather_preds'))
+    self.run = is_fitting(self.learn)
     if not self.run: return
     self.unhook()
     self.steps,self.epochs,self.due,self.now,self.seconds,self.began = [],[],False,{},0.,time.perf_counter()

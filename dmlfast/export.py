@@ -65,11 +65,11 @@ def export_embedder(self:MetricLearner,
 )->ImageEmbedder: # What `load_embedder(folder)` gives
     "Write weights, preprocessing and gallery, without the training; raises `ValueError` for what cannot be described"
     check_folder(folder, overwrite)
-    if not hasattr(self.model, 'spec'): raise ValueError(f"Only the models that `metric_learner` makes by name can be built again elsewhere, and this is a {type(self.model).__name__}.")
+    if not hasattr(self.model, 'spec'): raise ValueError(f"Only the models that `metric_learner` makes by name can be built again elsewhere, and this one was given as it is.")
     res = ImageEmbedder(self.model, preprocess_of(self.dls), _facts(self))
     if gallery is not None:
         dl = self.split_dl(gallery)
         embs,ys = self.embed(dl)
         if ys is None: raise ValueError("The items of the gallery have no labels, so a search could not say what it found.")
-        res.add_embs(embs, [self.dls.vocab[int(o)] for o in ys], [_short_name(o, self.dls.path) for o in dl.items])
+        res.add_embs(embs, [self.dls.vocab[int(o)] for o in ys], [_short_name(o, self.dls.path) for o in ifnone(items_of(dl), [None]*len(embs))])
     return load_embedder(res.save(folder, overwrite=overwrite))

@@ -11,7 +11,7 @@ __all__ = ['check_batch', 'MetricLoss', 'reduce_terms', 'reduce_masked', 'triple
            'MultiSimilarityLoss', 'DRMultiSimilarityLoss', 'OtherLoss', 'CombinedLoss', 'lr_mults']
 
 # %% ../nbs/api/02_losses.ipynb #ac1d7e12
-import inspect, math, torch
+import copy, inspect, math, torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
@@ -574,7 +574,8 @@ class OtherLoss(MetricLoss):
 
     def compute(self, embs, labels):
         unseen = self.seen_only and not self.training and self.n_classes and (labels>=self.n_classes).any()
-        return embs.sum()*math.nan if unseen else self.loss(embs, labels)
+        if unseen: return embs.sum()*math.nan
+        return (self.loss if self.training else copy.deepcopy(self.loss))(embs, labels) # a copy may remember what it likes
 
 # %% ../nbs/api/02_losses.ipynb #8f99e7f1
 class CombinedLoss(MetricLoss):

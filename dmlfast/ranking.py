@@ -254,6 +254,7 @@ def _join_last_group(
     if not new: return
     opt.param_lists = L(opt.param_lists[:-1]) + L([[*opt.param_lists[-1],*new]])
     if getattr(opt, 'slow_weights', None): opt.slow_weights[-1] = L([*opt.slow_weights[-1],*(p.detach().clone() for p in new)])
+    for p in new: opt.state.setdefault(p, {}) # after a `load` fastai's state is a plain dict
     if not learn.wd_bn_bias:
         for p in norm_bias_params(module): opt.state[p]['do_wd'] = False
     for p in new: p.requires_grad_(opt.frozen_idx<len(opt.param_lists))
@@ -330,7 +331,7 @@ def attach(self:SelfSupervisedRanking,
     "Give the model its ranking head; raises `ValueError` for a model without pooled features, or with a head of other widths"
     model = get_model(learn.model)
     if not (callable(getattr(model, 'features', None)) and isinstance(getattr(model, 'n_features', None), int)):
-        raise ValueError(f"Self-supervised ranking shares the backbone's pooled features: {type(model).__name__} needs a method `features(x)` that gives them, "
+        raise ValueError(f"Self-supervised ranking shares the backbone's pooled features: the model needs a method `features(x)` that gives them, "
             "(n,n_features), and an attribute `n_features`, as `Embedder` has.")
     widths = model.n_features,self.hidden,self.emb_sz or getattr(model, 'emb_sz', None) or 128
     if not hasattr(model, 'ranking_head'): model.ranking_head = RankingHead(*widths, seed=self.seed).to(next(model.parameters()).device)

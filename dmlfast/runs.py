@@ -32,6 +32,7 @@ from .datasets import *
 from .deploy import *
 from .deploy import _steps
 from .doctor import *
+from .evaluate import is_fitting
 from .export import *
 from .learner import *
 from .losses import *
@@ -394,6 +395,8 @@ class History(Callback):
         file, # Where to
     ): self.file = Path(file)
 
+    def before_fit(self): self.run = is_fitting(self.learn)
+    def after_fit(self): self.after_epoch() # early stopping ends the events of its epoch
     def after_epoch(self):
         names = [str(o) for o in self.recorder.metric_names][1:-1]
         rows = [[i,*o] for i,o in enumerate(self.recorder.values)]

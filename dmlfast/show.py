@@ -35,7 +35,7 @@ def show_neighbours(
     queries, # Indices of the queries, `(q,)`
     neighbours, # Indices of each query's neighbours, nearest first, `(q,k)`; of one with fewer than `k` a shorter row
     labels, # Class of each image, indexed as the images are
-    scores=None, # Similarity of each neighbour, `(q,k)`
+    scores=None, # Similarity of each neighbour, `(q,k)`; where it is $-\infty$ nothing was found, and nothing is drawn
     gallery=None, # Function from an index to an image of the gallery; `image` if not given
     gallery_labels=None, # Class of each image of the gallery; `labels` if not given
     size:float=1.15, # Inches to an image
@@ -43,6 +43,7 @@ def show_neighbours(
     names=str, # Function from a class to what is written
 ):
     "Draw queries, each with its neighbours: right ones framed green with a tick, wrong ones red with a cross"
+    if scores is not None: neighbours = [[j for j,v in zip(row, s) if v>-np.inf] for row,s in zip(neighbours, scores)]
     gallery,gallery_labels = gallery or image, labels if gallery_labels is None else gallery_labels
     y,z = [labels[int(i)] for i in queries],[[gallery_labels[int(j)] for j in row] for row in neighbours]
     name = names if titles else lambda c: ''

@@ -235,7 +235,10 @@ def from_csv(cls:MetricDataset,
     "Data set from a table in a text file; raises `ValueError` naming file and line where one is malformed"
     fn = Path(fn)
     if not fn.is_file(): raise ValueError(f"There is no file {str(fn)!r}.")
-    return cls.from_df(_read_csv(fn, sep, encoding), ifnone(path, fn.parent), **{'name':fn.stem, **kwargs})
+    df = _read_csv(fn, sep, encoding)
+    for o in kwargs.get('subsets', ()):
+        if (o := (kwargs.get('columns') or {}).get(o, o)) in df: df[o] = df[o].map(lambda v: dict(true=True, false=False).get(v.lower(), v))
+    return cls.from_df(df, ifnone(path, fn.parent), **{'name':fn.stem, **kwargs})
 
 # %% ../nbs/api/11_tables.ipynb #22869c32
 def crop_tfms(
@@ -262,13 +265,11 @@ class _LabelOf:
     def __init__(self, path, df): self.labels = dict(zip((path/o for o in df.path), df.label))
     def __call__(self, o): return self.labels[o]
 
-# %% ../nbs/api/11_tables.ipynb #63cb0bea
-class _MixedSplitter:
-    "Training items, and those of the classes held out in a fixed random order"
+# %% ../nbs/api/11_tables.ipynb #8ce05c3e
+class _HeldSplitter:
+    "Training items, and those of the classes held out, mixed"
     def __init__(self, label_of, held_out): store_attr()
-    def __call__(self, items):
-        held = np.array([self.label_of(o) in self.held_out for o in items], dtype=bool)
-        return np.flatnonzero(~held).tolist(), np.random.RandomState(0).permutation(np.flatnonzero(held)).tolist()
+    def __call__(self, items): return split_mixed(np.array([self.label_of(o) in self.held_out for o in items], dtype=bool))
 
 # %% ../nbs/api/11_tables.ipynb #02f7fa74
 @patch
@@ -298,7 +299,7 @@ def dblock(self:MetricDataset,
     if item_tfms is None: item_tfms = crop_tfms(size, min_scale, self.flip) if size else [FlipItem()]*self.flip
     label_of = _LabelOf(self.path, self.df)
     return DataBlock(blocks=(ImageBlock(NamedImage), ClassBlock(vocab+_sorted(self.df.label[~seen]), len(vocab))), get_y=label_of,
-        splitter=_MixedSplitter(label_of, set(self.df.label[held])), item_tfms=item_tfms, batch_tfms=batch_tfms)
+        splitter=_HeldSplitter(label_of, set(self.df.label[held])), item_tfms=item_tfms, batch_tfms=batch_tfms)
 
 # %% ../nbs/api/11_tables.ipynb #3c017d4d
 def _batch_size(n, per_class):

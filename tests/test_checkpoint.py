@@ -223,6 +223,20 @@ def test_facts_have_no_addresses(make_learner, tmp_path, recwarn):
     make().resume(tmp_path/'run').fit(2, 1e-2)
     assert not [o for o in recwarn if 'is not the call' in str(o.message)]
 
+def test_looking_at_an_interrupted_run_changes_nothing(make_learner, tmp_path):
+    "`validate` before and after `resume` is no fit"
+    run = tmp_path/'run'
+    whole = make_learner()
+    whole.fit_one_cycle(3, 1e-2)
+    learn = make_learner(cbs=Checkpoint(run))
+    with pytest.raises(KeyboardInterrupt): learn.fit_one_cycle(3, 1e-2, cbs=Do(4, stop))
+    stored = (run/'checkpoint.pt').read_bytes()
+    learn.validate()
+    new = make_learner(seed=9).resume(run)
+    assert new.validate()[1:]==new.validate()[1:] and (run/'checkpoint.pt').read_bytes()==stored
+    new.fit_one_cycle(3, 1e-2)
+    same(new, whole)
+
 def test_lr_find_is_no_fit_of_the_run(make_learner, tmp_path):
     learn = make_learner(cbs=Checkpoint(tmp_path/'run'))
     learn.lr_find(num_it=3, show_plot=False)

@@ -76,8 +76,20 @@ def test_peeking_moves_nothing(few):
 
 def test_labels_in_a_frame():
     df = pd.DataFrame(dict(path=list('abcd'), label=['x','x','y','y']))
-    assert ClassSplitter('label')(df)==([0,1],[2,3])
-    assert ClassSplitter(lambda r: r.label)(df)==([0,1],[2,3])
+    for train,val in (ClassSplitter('label')(df), ClassSplitter(lambda r: r.label)(df)): assert (train,sorted(val))==([0,1],[2,3])
+
+def test_validation_items_are_mixed():
+    "Class by class, a batch would have no negatives"
+    labels = [i//20 for i in range(200)]
+    train,val = ClassSplitter(lambda i: labels[i])(range(200))
+    assert train==list(range(100)) and sorted(val)==list(range(100,200)) and val==ClassSplitter(lambda i: labels[i])(range(200))[1]
+    assert all(len({labels[i] for i in val[j:j+20]})>1 for j in range(0, 100, 20))
+
+def test_splits_that_are_none():
+    for n in (0,-1,4,7):
+        with pytest.raises(ValueError, match=f'`n_valid` is a number of classes, 1 to 3 of the 4 there are; got {n}'): ClassSplitter(str, n_valid=n)(list('aabbccdd'))
+    for none in (None, float('nan'), pd.NA):
+        with pytest.raises(ValueError, match='2 of 5 items have no label; the first is item 1'): ClassSplitter('label')(pd.DataFrame(dict(label=['x',none,'y','y',none])))
 
 def test_a_corrupt_image_is_named(few, tmp_path):
     for c in sorted(set(few.df.label))[:4]:

@@ -99,11 +99,25 @@ def test_gallery(embedder, photos, tmp_path):
     assert [o[0].item for o in e.search(files[:2], k=1)]==[str(o) for o in files[:2]]
     with pytest.raises(ValueError, match='2 images, 1 labels and 2 names'): e.add(files[:2], ['x'])
     with pytest.raises(ValueError, match='embeddings of 8 numbers, and not of 3'): e.add_embs(torch.zeros(1,3), ['x'], [''])
+    assert ImageEmbedder(embedder.model, embedder.preprocess).add(L(files[:2]), L('x','y')).labels==['x','y']
+    assert ImageEmbedder(embedder.model, embedder.preprocess).add(files[:2], np.int64(7)).labels==['7','7']
     again = load_embedder(e.save(tmp_path/'e'))
     assert again.search(files[1])==e.search(files[1]) and repr(again)==repr(e)
     with pytest.raises(FileExistsError, match='overwrite=True'): e.save(tmp_path/'e')
     assert len(load_embedder(ImageEmbedder(embedder.model, embedder.preprocess).save(tmp_path/'e', overwrite=True)))==0
     assert [o.name for o in tmp_path.iterdir()]==['e']
+
+def test_a_folder_that_cannot_be_replaced_is_kept(embedder, tmp_path, monkeypatch):
+    "As where another process holds the place: the old one is put back"
+    e = embedder
+    folder,rename = e.save(tmp_path/'v1.2'),Path.rename
+    old = sorted((o.name,o.read_bytes()) for o in folder.iterdir())
+    def busy(self, to):
+        if self.name.startswith('.v1.2-') and not self.name.endswith('.old'): raise PermissionError('in use')
+        return rename(self, to)
+    monkeypatch.setattr(Path, 'rename', busy)
+    with pytest.raises(PermissionError): ImageEmbedder(e.model, e.preprocess, dict(new=1)).save(folder, overwrite=True)
+    assert sorted((o.name,o.read_bytes()) for o in folder.iterdir())==old and [o.name for o in tmp_path.iterdir()]==['v1.2']
 
 def test_nothing_else_is_overwritten(embedder, tmp_path, monkeypatch):
     mine = tmp_path/'mine'
@@ -124,7 +138,7 @@ def test_what_cannot_be_written(embedder, photos, tmp_path):
     assert not list(tmp_path.iterdir())
     dls = loaders(photos, Resize(32))
     learn = metric_learner(dls, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3*32*32, 4)), TripletLoss(), path=tmp_path)
-    with pytest.raises(ValueError, match='this is a Sequential'): learn.export_embedder(tmp_path/'x')
+    with pytest.raises(ValueError, match='this one was given as it is'): learn.export_embedder(tmp_path/'x')
 
 class Bomb:
     def __reduce__(self): return os.system, ('touch exploded',)

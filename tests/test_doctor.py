@@ -182,6 +182,9 @@ def test_lr_find_predictions_and_checkpoints(make_learner, tmp_path):
     learn.get_preds()
     assert learn.training_doctor.steps==[]
     learn.fit(2, 1e-3, cbs=Checkpoint(tmp_path/'run'))
+    steps = list(learn.training_doctor.steps)
+    learn.validate()
+    assert steps and learn.training_doctor.steps==steps
     class Trip(Callback):
         def before_batch(self):
             if self.epoch==1: raise KeyboardInterrupt

@@ -209,6 +209,10 @@ def test_queries_search_the_gallery_only():
     assert h['pos_mean']==pytest.approx(same, abs=1e-6) and h['n_queries']==4
     assert {tuple(o) for o in r.label_noise(min_sim=np.cos(np.radians(1.5)))[['a','b']].values}=={(0,2),(2,3)} # among all, whatever their roles
 
+def test_labels_of_any_size():
+    a,b = (RetrievalInterpretation(angles(0,1,2,3), [0,k,0,k], image=grey).most_confused()[['count','of']].values.tolist() for k in (1,10**12))
+    assert a==b and a
+
 def test_what_is_to_be_ignored_is_not_seen():
     "Two films: items 0 to 2 and 3 to 4; item 5 is of none"
     r = RetrievalInterpretation(angles(0,1,2,30,31,60), [0,0,0,0,1,1], image=grey, ignore=[0,0,0,1,1,2])

@@ -254,7 +254,7 @@ def test_wrong_arguments_are_named(few):
         with pytest.raises(TypeError, match=f"`metric_learner` has no argument '{wrong}'; the nearest name is '{right}'"): metric_learner(dls, 'test_resnet', **{wrong:1})
     with pytest.raises(TypeError, match="no argument 'xyzzy'; it has dls, arch, loss_func, "): metric_learner(dls, 'test_resnet', xyzzy=1)
     with pytest.raises(ValueError, match="1 or more; got 0"): metric_learner(dls, 'test_resnet', emb_sz=0, pretrained=False)
-    with pytest.raises(ValueError, match="`arch` is the name of a timm model"): metric_learner(dls, resnet18, pretrained=False)
+    with pytest.raises(ValueError, match="`arch` is the name of a timm model"): metric_learner(dls, 18, pretrained=False)
     with pytest.raises(ValueError, match=r"such as DRTripletLoss\(\), and not its class"): metric_learner(dls, 'test_resnet', DRTripletLoss, pretrained=False)
     with pytest.raises(ValueError, match="got 'triplet'"): metric_learner(dls, 'test_resnet', 'triplet', pretrained=False)
     with pytest.raises(ValueError, match=r'takes data loaders, such as `ds.dataloaders\(\)`; got a MetricDataset'): metric_learner(few, 'test_resnet')
@@ -306,7 +306,119 @@ def test_a_module_is_as_it_is(make_learner):
     net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
     with pytest.raises(ValueError, match="'pool', 'freeze_bn': such arguments are for models by name, and this Sequential"): make_learner(arch=net, pool='gem', freeze_bn=True)
     learn = make_learner(arch=net, emb_sz=4, recipe='dr_ms')
-    assert learn.model is net and learn.wd==5e-4
+    assert learn.model.model is net and learn.wd==5e-4
+    learn.fit(1, 1e-3)
+    assert len(net)==3 and len(learn.embed(bar=False)[0][0])==4 # the loss is not one more layer
+    for kwargs in (dict(weights='w.pth'), dict(model_kwargs=dict(a=1))):
+        with pytest.raises(ValueError, match=f'{next(iter(kwargs))!r}: such arguments are for models by name'): make_learner(arch=net, **kwargs)
+    embedder = Embedder('test_resnet', 8, pretrained=False)
+    assert make_learner(arch=embedder, emb_sz=8).model is embedder
+    with pytest.raises(ValueError, match="'emb_sz': such arguments"): make_learner(arch=embedder, emb_sz=4)
+
+def test_a_function_of_fastai_names_its_model(make_learner):
+    def test_resnet(): pass
+    assert make_learner(arch=test_resnet).model.arch=='test_resnet'
+
+def test_other_statistics_want_other_loaders(few):
+    dls = few.dataloaders(bs=32, per_class=4, num_workers=0)
+    for _ in range(2): metric_learner(dls, 'test_resnet', pretrained=False)
+    assert len(dls.after_batch.fs.filter(risinstance(Normalize)))==1
+    with pytest.raises(ValueError, match='make data loaders of its own'): metric_learner(dls, 'resnet10t', pretrained=False)
+    own = few.dataloaders(bs=32, per_class=4, num_workers=0, batch_tfms=Normalize.from_stats(*imagenet_stats))
+    for arch in ('test_resnet','resnet10t'): metric_learner(own, arch, pretrained=False) # what a user chose is left alone
+
+def test_a_loss_in_two_learners_is_said(make_learner, recwarn):
+    loss,plain = ProxyNCALoss(),TripletLoss()
+    for o in (plain,plain,loss): make_learner(o)
+    assert not [o for o in recwarn if 'another learner' in str(o.message)]
+    with pytest.warns(UserWarning, match='This ProxyNCALoss was given to another learner'): make_learner(loss)
+
+def test_validation_on_training_classes_is_said(few):
+    block = DataBlock(blocks=(ImageBlock, CategoryBlock), get_items=lambda o: few.items('train'), get_y=parent_label, splitter=RandomSplitter(seed=0))
+    with pytest.warns(UserWarning, match='not retrieval of unseen classes'): metric_learner(block.dataloaders('.', bs=32, num_workers=0), 'test_resnet', pretrained=False)
+
+def test_names_of_metrics_in_two_places(make_learner):
+    with pytest.raises(ValueError, match='Names of metrics are given twice.*: mrr belong'): make_learner(metrics=['mrr'], cbs=RetrievalMetrics())
+
+def test_validation_of_training_items_sees_each_once(make_learner):
+    learn = make_learner()
+    before = learn.dls.train.epoch
+    assert np.allclose(learn.validate(0)[1], learn.evaluate(learn.dls.train, 'recall@1')['recall@1']) and learn.dls.train.epoch==before
+
+def test_scores_that_are_not_of_every_epoch(make_learner):
+    learn = make_learner(cbs=RetrievalMetrics(['recall@1'], every=2))
+    learn.fit(4, 1e-3)
+    assert learn.validate()[1]==learn.recorder.values[-1][-1]
+    with pytest.raises(ValueError, match="patience of 1, and 'recall@1' is new only every 2 epochs"): learn.fit(2, 1e-3, cbs=EarlyStoppingCallback('recall@1', patience=1))
+    learn.fit(2, 1e-3, cbs=[EarlyStoppingCallback('recall@1', patience=2), SaveModelCallback('recall@1')])
+
+def test_nothing_to_monitor(make_learner, few, tmp_path):
+    dls = few.dataloaders(bs=32, per_class=4, num_workers=0, valid=None)
+    learn = metric_learner(dls, 'test_resnet', pretrained=False, path=tmp_path)
+    with pytest.raises(ValueError, match="monitors 'recall@1', and there are no validation items"): learn.fit(1, cbs=SaveModelCallback('recall@1'))
+
+class Spoil(Callback):
+    "Make a weight of the head not finite"
+    run_valid = False
+    def __init__(self, at): self.at = at
+    def after_step(self):
+        if self.train_iter==self.at: next(self.model.head.parameters()).data.fill_(math.nan)
+
+def test_a_rate_finder_may_diverge(make_learner):
+    "The weights are as they were before it"
+    learn = make_learner(cbs=Spoil(30))
+    old = {k:v.clone() for k,v in learn.model.state_dict().items()}
+    assert 0<learn.lr_find(num_it=40, stop_div=False, show_plot=False, end_lr=1e-2).valley<1e-2
+    assert len(learn.recorder.losses)==30+1 and all((v==old[k]).all() for k,v in learn.model.state_dict().items())
+    learn.remove_cb(Spoil)
+    learn.add_cb(Spoil(2))
+    with pytest.raises(ValueError, match='ended after 3 of 40 steps, too soon'): learn.lr_find(num_it=40, stop_div=False, show_plot=False)
+    learn.remove_cb(Spoil)
+    learn.fit(1, 1e-3, cbs=Spoil(99))
+
+def test_a_run_that_diverged_leaves_nothing_to_the_next(make_learner, monkeypatch):
+    "No columns, and mixed precision switched off: else its cache of weights would go stale in the next run"
+    from fastai.callback import fp16
+    monkeypatch.setattr(fp16, 'autocast', lambda device, dtype: torch.autocast('cpu', dtype=torch.bfloat16))
+    def go():
+        learn = make_learner(cbs=fp16.MixedPrecision('bf16'))
+        learn.fit(2, 1e-2)
+        return learn.recorder.values
+    alone = go()
+    learn = make_learner(cbs=fp16.MixedPrecision('bf16'))
+    with pytest.raises(Diverged): learn.fit(1, 1e-2, cbs=[Spoil(1), SelfSupervisedRanking(n=2, m=4)])
+    assert not torch.is_autocast_enabled('cpu') and not learn.metrics
+    assert go()==alone
+
+def test_multiples_of_copies_and_of_an_optimiser_that_is_used_again(make_learner):
+    from copy import deepcopy
+    p = nn.Parameter(torch.zeros(1))
+    opt = OptimWrapper([p], torch.optim.SGD, lr=.1)
+    for _ in range(2): multiply_lr(opt, {p:100})
+    p.grad = torch.ones(1)
+    opt.step()
+    assert np.isclose(p.item(), -.1*100)
+    q = nn.Parameter(torch.zeros(1))
+    other = deepcopy(multiply_lr(SGD([q], lr=.1), {q:100}))
+    q = other.param_lists[0][0]
+    q.grad = torch.ones(1)
+    other.step()
+    assert np.isclose(q.item(), -.1*100)
+
+def test_a_table_as_items(few, tmp_path):
+    "What is found has no name where the items are rows"
+    df = few.df.assign(path=[str(few.path/o) for o in few.df.path])
+    block = DataBlock(blocks=(ImageBlock, ClassBlock), get_x=ColReader('path'), get_y=ColReader('label'), splitter=ClassSplitter('label'))
+    learn = metric_learner(block.dataloaders(df, bs=32, dl_type=BalancedDL, num_workers=0), 'test_resnet', pretrained=False, path=tmp_path)
+    hits = learn.predict(df.iloc[0], k=2)[1]
+    assert [o.item for o in hits]==['',''] and hits[0].label in set(df.label)
+    assert set(learn.export_embedder(tmp_path/'e', gallery=learn.dls.valid).items)=={''}
+
+def test_predict_knows_new_loaders(make_learner, few):
+    learn = make_learner()
+    n = len(learn.predict(few.items()[0], k=10**6)[1])
+    learn.dls = few.dataloaders(bs=32, per_class=4, num_workers=0, valid='test')
+    assert len(learn.predict(few.items()[0], k=10**6)[1])==len(learn.dls.train.items)>n
 
 # recipes: the numbers of sections 2, 3 and 4 of the mathematics
 
@@ -355,15 +467,17 @@ def test_recipe_and_overrides(make_learner):
     norm = learn.dls.after_batch.fs.filter(risinstance(Normalize))[0]
     assert np.allclose(norm.mean.flatten().cpu()*255, [128,117,104]) and np.allclose(norm.std.flatten().cpu()*255, 1)
     kwargs = dict(pretrained=False, path=learn.path)
-    learn = metric_learner(learn.dls, recipe='dr_ms', **kwargs)
+    inception = learn.dls
+    learn = metric_learner(inception, recipe='dr_ms', **kwargs)
     assert type(learn.loss_func) is MultiSimilarityLoss and learn.model.body.pretrained_cfg['architecture']=='bn_inception'
     assert (learn.model.emb_sz,learn.model.freeze_bn,learn.lr,learn.wd)==(64,True,3e-5,5e-4)
-    assert learn.loss_func is not metric_learner(learn.dls, 'test_resnet', recipe='dr_ms', **kwargs).loss_func
-    learn = metric_learner(learn.dls, 'test_resnet', emb_sz=8, freeze_bn=False, recipe='margin', lr=.1, wd=.2, opt_func=SGD, head='bnneck', **kwargs)
+    assert learn.loss_func is not metric_learner(inception, recipe='dr_ms', **kwargs).loss_func
+    dls = make_learner().dls
+    learn = metric_learner(dls, 'test_resnet', emb_sz=8, freeze_bn=False, recipe='margin', lr=.1, wd=.2, opt_func=SGD, head='bnneck', **kwargs)
     assert (learn.model.arch,learn.model.emb_sz,learn.model.freeze_bn,learn.lr,learn.wd,learn.opt_func)==('test_resnet',8,False,.1,.2,SGD)
     assert isinstance(learn.loss_func, MarginLoss) and len(learn.model.head)==2
     mine = Recipe(arch='test_resnet', emb_sz=4, fit=dict(n_epoch=1))
-    learn = metric_learner(learn.dls, recipe=mine, **kwargs)
+    learn = metric_learner(dls, recipe=mine, **kwargs)
     assert learn.recipe is mine and learn.model.emb_sz==4 and type(learn.loss_func) is DRTripletLoss
 
 def test_recipe_with_a_callback(make_learner):

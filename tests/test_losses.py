@@ -521,3 +521,14 @@ def test_starts_without_fastai():
     import subprocess, sys
     code = "import sys, dmlfast.proxies; sys.exit('fastai' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code]).returncode==0
+
+def test_a_loss_that_remembers_batches_remembers_those_of_training_alone():
+    from pytorch_metric_learning.losses import ContrastiveLoss as Theirs, CrossBatchMemory
+    loss = OtherLoss(CrossBatchMemory(Theirs(), embedding_size=4, memory_size=64)).setup(n_classes=2)
+    embs,labels = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)),torch.arange(8)//4
+    loss.train()(embs, labels)
+    old = loss.loss.embedding_memory.clone()
+    value = loss.eval()(embs+1, labels+2)
+    assert value.isfinite() and loss.loss.queue_idx==8 and (loss.loss.embedding_memory==old).all()
+    loss.train()(embs+1, labels)
+    assert loss.loss.queue_idx==16

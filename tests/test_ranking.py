@@ -274,6 +274,18 @@ def test_adding_it_later_keeps_what_the_optimiser_knows(make_learner):
     learn.export() # the optimiser is made anew there, and takes back its state
     assert torch.equal(learn.opt.state[p]['grad_avg'], avg)
 
+@pytest.mark.parametrize('before', ['lr_find','load','export'])
+def test_adding_it_after_the_optimiser_was_loaded(make_learner, before):
+    "fastai's optimisers know no further weights then"
+    learn = make_learner()
+    if before=='lr_find': learn.lr_find(num_it=20, show_plot=False, stop_div=False)
+    else:
+        learn.fit(1, 1e-3)
+        learn.save('x')
+        learn.load('x') if before=='load' else learn.export()
+    learn.fit(1, 1e-3, cbs=SelfSupervisedRanking(n=2, m=4))
+    assert np.isfinite(learn.recorder.values[-1]).all() and all(learn.opt.state[p] for p in learn.model.ranking_head.parameters())
+
 def test_one_backward_and_one_step_of_the_joint_loss(make_learner):
     "The gradient of a step is that of metric loss + γ · ranking loss"
     counts = dict(backward=0, step=0)
@@ -647,7 +659,7 @@ def test_bad_arguments(make_learner, few):
         with pytest.raises(ValueError, match=said): SelfSupervisedRanking(**kw)
     dls = few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(3*24*24, 8))
-    with pytest.raises(ValueError, match=r"Sequential needs a method `features\(x\)` that gives them, \(n,n_features\), and an attribute `n_features`"):
+    with pytest.raises(ValueError, match=r"the model needs a method `features\(x\)` that gives them, \(n,n_features\), and an attribute `n_features`"):
         metric_learner(dls, flat, TripletLoss(), cbs=SelfSupervisedRanking())
     learn = make_learner(cbs=[make_ssr(),make_ssr()])
     with pytest.raises(ValueError, match="There are two"): learn.fit(1)

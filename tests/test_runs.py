@@ -92,6 +92,14 @@ def test_interrupted_and_resumed(few, tmp_path):
     rows = list(csv.DictReader((tmp_path/'whole'/'history.csv').open()))
     assert math.isclose(max(float(o['map@r']) for o in rows), whole['scores']['val']['metrics']['map@r']['mean'], rel_tol=1e-5) # the best epoch is what is left
 
+def test_a_run_that_stops_early_has_its_last_epoch(few, tmp_path):
+    from dmlfast.runs import train_settings
+    class Worse(Callback):
+        order = 46
+        def after_validate(self): self.learn.retrieval_metrics.scores['recall@1'] = -self.epoch
+    res = train_settings(_with({'fit.n_epoch':9, 'fit.patience':1, 'fit.monitor':'recall@1'}), tmp_path/'run', few, plain=True, cbs=[Worse()])
+    assert res['epochs']==2 and [o['epoch'] for o in csv.DictReader((tmp_path/'run'/'history.csv').open())]==['0','1']
+
 def test_interrupted_in_the_first_epoch(few, tmp_path):
     from dmlfast.runs import train_settings
     s = _with({'fit.n_epoch':1})
