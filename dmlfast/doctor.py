@@ -359,7 +359,7 @@ _panels = (('Similarity of training pairs', 'cosine similarity', dict(pos='same 
     ('Loss', 'loss', dict(loss=''), 'The loss of the batch, not smoothed. Where only active terms count, it may stand still while the embedding improves.'),
     ('Embeddings before normalisation', 'mean length', dict(length=''), 'Their length before they are scaled to 1. The longer, the smaller the steps of the head.'),
     ('Share of the gradient', 'share', dict(dr='direction regularisation', ssr='self-supervised ranking'), 'How much of the gradient comes from a regulariser. Near 1, it has taken over.'),
-    ('Way of the weights', 'way / length', dict(moved='proxies', head='head of the network'), 'How far weights are from where they began, relative to their length. Near 0, they do not learn.'))
+    ('Distance moved by the weights', 'relative distance', dict(moved='proxies', head='head of the network'), 'How far weights are from where they began, relative to their length. Near 0, they do not learn.'))
 _against = ('Training against validation', 'similarity, recall', dict(gap='training: same minus different', recall='validation: recall@1'),
     'How much more alike pairs of one class are than others in training, and recall on unseen classes. If the first rises while the second falls, the training classes are learned by heart.')
 _styles = dict(color=_blue, lw=1.8),dict(color=_orange, lw=1.8, ls='--')
@@ -369,9 +369,12 @@ def _draw_series(ax, title, ylabel, names, rows, x):
     _axes(ax, title=title, xlabel=x, ylabel=ylabel)
     for (k,label),style in zip(names.items(), _styles):
         if pts := [(o[x.rstrip('s')],o[k]) for o in rows if k in o]: ax.plot(*zip(*pts), label=label, marker='.', ms=4, **style)
-    if ylabel in ('share','cosine similarity','similarity, recall'): ax.set_ylim(min(-.02, ax.get_ylim()[0]), 1.02)
-    else: ax.set_ylim(0, 1.1*ax.get_ylim()[1])
-    if ax.get_legend_handles_labels()[0] and any(names.values()): ax.legend(frameon=False, fontsize=8)
+    n = len(ax.get_legend_handles_labels()[0]) if any(names.values()) else 0
+    if ylabel in ('share','cosine similarity','similarity, recall'):
+        ax.set_ylim(min(-.02, ax.get_ylim()[0]), 1.05+.12*n) # room for the legend
+        ax.set_yticks([o for o in (-1,-.5,0,.25,.5,.75,1) if o>=ax.get_ylim()[0]])
+    else: ax.set_ylim(0, (1.1+.12*n)*ax.get_ylim()[1])
+    if n: ax.legend(frameon=False, fontsize=8, loc='upper right', borderaxespad=.1)
     ax.xaxis.set_major_locator(plt.MaxNLocator('auto', integer=True))
 
 @patch(as_prop=True)

@@ -530,10 +530,10 @@ def plot(self:Experiment,
         m,lo,hi = mean_interval(v)
         color = _orange if 'twin' in self.methods[o] else _blue
         ax.plot(v, [y+.18]*len(v), 'o', ms=4, color=color, alpha=.6)
-        ax.errorbar(m, y-.1, xerr=None if math.isnan(lo) else [[m-lo],[hi-m]], fmt='D', ms=5, capsize=3, color=color)
+        ax.errorbar(m, y-.1, xerr=None if math.isnan(lo) else [[m-max(lo, 0)],[min(hi, 100)-m]], fmt='D', ms=5, capsize=3, color=color)
     ax.set(xlabel=f'{measure} on unseen classes, per cent', title=self.name)
     ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
+    ax.set_ylim(len(names)-.5, -.6)
     ax.grid(axis='x', alpha=.3)
     return ax
 

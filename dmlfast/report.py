@@ -123,7 +123,7 @@ def plot_curves(
     "Draw losses, metrics and learning rate of the last fit"
     head,rows = _epochs(learn)
     rec = learn.recorder
-    fig,(a,b,c) = plt.subplots(1, 3, figsize=(10,3.2), layout='constrained')
+    fig,(a,b,c) = plt.subplots(1, 3, figsize=(11,3.2), layout='constrained')
     _axes(a, title='Losses', xlabel='steps', ylabel='loss')
     a.plot(range(1, len(rec.lrs)+1), _smooth(rec.losses)[-len(rec.lrs):], color=_blue, label='training, smoothed')
     valid = [(i,r[2]) for i,r in zip(rec.iters, rows) if np.isfinite(r[2])]
@@ -132,7 +132,7 @@ def plot_curves(
     _axes(b, title='Validation metrics', xlabel='epochs', ylabel='metric', ylim=(0,1.02))
     for i,k in enumerate(head[3:], 3):
         if k.startswith(('recall','map','r_prec','precision','mrr','nmi','ami','f1')): _draw_metric(b, k, [o[0] for o in rows], [o[i] for o in rows], (i-3)/max(1, len(head)-4))
-    if b.lines: b.legend(frameon=False, fontsize=8)
+    if b.lines: b.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1,.5), borderaxespad=0)
     b.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     _axes(c, title='Learning rate', xlabel='steps', ylabel='learning rate of the head')
     c.plot(range(1, len(rec.lrs)+1), rec.lrs, color=_blue)

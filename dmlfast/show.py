@@ -48,8 +48,8 @@ def show_neighbours(
     y,z = [labels[int(i)] for i in queries],[[gallery_labels[int(j)] for j in row] for row in neighbours]
     name = names if titles else lambda c: ''
     k,high = max(map(len, z)),sum(_title_height([y[r],*row], name) for r,row in enumerate(z))/72
-    fig,axs = plt.subplots(len(y), k+1, figsize=((k+1.2)*size, len(y)*size*1.1+high), squeeze=False,
-        gridspec_kw=dict(width_ratios=[1.15]+[1]*k), layout='constrained')
+    fig,axs = plt.subplots(len(y), k+1, figsize=((k+1.1)*size, len(y)*size*1.1+high), squeeze=False,
+        gridspec_kw=dict(width_ratios=[1]*(k+1)), layout='constrained')
     fig.get_layout_engine().set(h_pad=.07) # inches, so that a similarity stands nearer to its own image than to the next row
     for r,(row,i) in enumerate(zip(axs, queries)):
         _draw_image(row[0], image(int(i)), name(y[r]))

@@ -221,11 +221,11 @@ def plot_study(
 
 def importances(
     study, # `optuna.Study`
-)->dict: # Name to share, 0 to 1; nothing where there are too few trials to tell
+)->dict: # Name to share, 0 to 1; nothing where there are fewer than ten trials to tell it from
     "How much of the spread of the scores each parameter explains, by Optuna's fANOVA"
     optuna = _optuna()
     done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    if len(done)<3 or len({o.value for o in done})<2: return {}
+    if len(done)<10 or len({o.value for o in done})<2: return {}
     return optuna.importance.get_param_importances(study)
 
 # %% ../nbs/api/70_tune.ipynb #5fba1162

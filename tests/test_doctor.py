@@ -104,7 +104,7 @@ def test_ranking_that_takes_over_is_found(make_learner):
     assert names(ill)==['ssr'] and 'Lower its `gamma`' in ill.training_doctor.findings[0].text
     assert sum('ssr' in o for o in ill.training_doctor.steps)==sum(not math.isnan(o) for o in ill.self_supervised_ranking.ssr_losses)
     shown = [o.get_title() for o in ill.training_doctor.plot().axes if o.get_title()]
-    assert shown==['Similarity of training pairs','Directions in use','What is learned from','Loss','Embeddings before normalisation','Share of the gradient','Way of the weights','Training against validation']
+    assert shown==['Similarity of training pairs','Directions in use','What is learned from','Loss','Embeddings before normalisation','Share of the gradient','Distance moved by the weights','Training against validation']
 
 def test_share_of_ranking_is_that_of_two_backward_passes(make_learner):
     "The gradients at the pooled features, each from a backward pass of its own"
