@@ -14,6 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from functools import wraps
 from pathlib import Path
 from typing import Annotated
+from fastcore.imports import IN_NOTEBOOK
 from fastcore.meta import delegates
 from fastcore.script import anno_parser, store_true
 
@@ -278,7 +279,7 @@ def run_demo(
     "What `dmlfast-demo` does, for Python"
     from fastai.callback.channelslast import ChannelsLast
     from fastai.torch_core import set_seed
-    from dmlfast.learner import metric_learner
+    from dmlfast.learner import metric_learner, plain_table
     from dmlfast.losses import DRTripletLoss
     from dmlfast.retrieval import evaluate_retrieval
     own = data is not None
@@ -292,6 +293,7 @@ def run_demo(
     model_kwargs = _kwargs(arch_args) if own or arch or arch_args else dict(channels=(32,64,128,256)) # a resnet10t of half the width
     learn = metric_learner(dls, arch or ('mobilenetv2_050' if own else 'resnet10t'), DRTripletLoss(margin=0.2, gamma=0.3), emb_sz=emb_sz, pretrained=own,
         weights=weights, freeze_bn=own, model_kwargs=model_kwargs, cbs=ChannelsLast()) # channels last makes a CPU half as fast again
+    if not (sys.stdout.isatty() or IN_NOTEBOOK): plain_table(learn) # a log file has no use for bars
     rows['untrained'] = _scores(learn.evaluate(metrics=names))
     learn.fit_one_cycle(epochs, slice(lr/10, lr) if own else lr)
     rows['trained'] = _scores(learn.evaluate(metrics=names))

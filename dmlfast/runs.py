@@ -17,7 +17,6 @@ from fastcore.all import *
 from fastai.callback.core import Callback
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import *
-from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import SchedExp
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.data.all import *
@@ -447,7 +446,7 @@ def train_settings(
     if n_epochs(check_settings(settings)) is None: raise ValueError("Nothing says for how many epochs to fit: set `fit.n_epoch`, or a `recipe`.")
     _check_nones(settings)
     learn = make_learner(settings, ds, L(cbs)+TrainingDoctor())
-    if plain and hasattr(learn, 'progress'): learn.remove_cb(ProgressCallback).add_cb(PlainTable())
+    if plain: plain_table(learn)
     learn.check_cbs(L(learn.cbs)+_trackers(settings.get('fit', {})))
     _begin(learn, settings, out, resume, overwrite)
     learn.path,learn.model_dir,began = out,'.',time.time()

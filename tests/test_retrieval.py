@@ -1,11 +1,11 @@
 "Search and metrics against a brute-force reference in float64, and against what other libraries get right"
-import json, subprocess, sys, warnings
+import json, math, subprocess, sys, warnings
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 import dmlfast.retrieval as retrieval
 from dmlfast.results import Contingency, RetrievalResult
-from dmlfast.retrieval import evaluate_random_gallery, evaluate_retrieval, kmeans, neighbours
+from dmlfast.retrieval import Gallery, evaluate_random_gallery, evaluate_retrieval, kmeans, neighbours
 
 KS = (1,2,4,8)
 RANKED = ['recall','precision@1','r_precision','map@r','map','mrr']
@@ -535,3 +535,21 @@ def test_sklearn_average_precision():
     for i in range(60):
         o = np.arange(60)!=i
         np.testing.assert_allclose(r[i], average_precision_score(y[o]==y[i], s[i,o]), atol=1e-6)
+
+@pytest.mark.parametrize('backend', ['torch','faiss'])
+def test_a_gallery_that_is_ready_gives_the_same(backend):
+    "Bit for bit, with copies, zeros and excluded items, and it is not changed by being searched"
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 8, generator=g)
+    x[100:150],x[7] = x[:50].clone(),0
+    q = torch.randn(20, 8, generator=g)
+    ready = Gallery(x)
+    for kwargs in (dict(), dict(self_exclude=torch.arange(20)), dict(ignore=(torch.arange(20), torch.arange(300)%30))):
+        for _ in range(2):
+            a,b = (neighbours(q, o, k=9, backend=backend, **kwargs) for o in (x,ready))
+            assert (a[0]==b[0]).all() and (a[1]==b[1]).all()
+    assert len(ready)==300
+    for metric in ('l2','dot'):
+        with pytest.raises(ValueError, match=f"searched by 'cosine', not '{metric}'"): neighbours(q, ready, metric=metric)
+    with pytest.raises(ValueError, match='embs has 3 columns, gallery has 8|query has 3 columns, gallery has 8'): neighbours(q[:,:3], ready)
+    with pytest.raises(ValueError, match='1 of 300 rows of gallery are not finite'): Gallery(x.index_fill(0, torch.tensor([3]), math.nan))
