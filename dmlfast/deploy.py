@@ -94,7 +94,7 @@ class ImageEmbedder:
         facts:dict=None, # What is known of its training; anything that JSON holds
     ):
         self.model,self.preprocess,self.facts = model.eval(),preprocess,facts or {}
-        self.embs,self.labels,self.items,self.ready = None,[],[],None
+        self.embs,self.labels,self.items,self._index = None,[],[],(None,None)
 
     @property
     def device(self):
@@ -158,7 +158,7 @@ def add_embs(self:ImageEmbedder,
     "Put embeddings into the gallery; raises `ValueError` where the numbers do not agree"
     if not len(embs)==len(labels)==len(items): raise ValueError(f"{len(embs)} images, {len(labels)} labels and {len(items)} names do not go together.")
     if self.embs is not None and embs.shape[1]!=self.embs.shape[1]: raise ValueError(f"The gallery holds embeddings of {self.embs.shape[1]} numbers, and not of {embs.shape[1]}.")
-    self.embs,self.ready = embs.float() if self.embs is None else torch.cat([self.embs, embs.float()]),None
+    self.embs = embs.float() if self.embs is None else torch.cat([self.embs, embs.float()])
     self.labels,self.items = self.labels+[str(o) for o in labels],self.items+[str(o) for o in items]
     return self
 
@@ -170,8 +170,8 @@ def search(self:ImageEmbedder,
     "The nearest items of the gallery; raises `ValueError` if it is empty"
     if not len(self): raise ValueError("The gallery is empty: `add` images first, or export with `gallery=`.")
     embs = self.embed(images)
-    if self.ready is None: self.ready = Gallery(self.embs)
-    scores,idx = neighbours(embs.reshape(-1, embs.shape[-1]), self.ready, k=min(k, len(self)))
+    if self._index[0] is not self.embs: self._index = self.embs,Gallery(self.embs)
+    scores,idx = neighbours(embs.reshape(-1, embs.shape[-1]), self._index[1], k=min(k, len(self)))
     res = [[Hit(self.labels[j], self.items[j], s) for s,j in zip(*o)] for o in zip(scores.tolist(), idx.tolist())]
     return res[0] if _is_one(images) else res
 

@@ -555,6 +555,12 @@ class DRMultiSimilarityLoss(MultiSimilarityLoss):
         super().__init__(alpha, beta, lam, eps, gamma, reduction, miner)
 
 # %% ../nbs/api/02_losses.ipynb #690facfb
+def _copy_of(loss):
+    "A copy of a module that shares its weights; the loss itself where it is none, or cannot be copied"
+    if not isinstance(loss, nn.Module): return loss
+    try: return copy.deepcopy(loss, {id(p):p for p in loss.parameters()})
+    except (RuntimeError,TypeError): return loss
+
 class OtherLoss(MetricLoss):
     "Any callable of embeddings and labels as a `MetricLoss`"
     reductions = 'mean',
@@ -575,7 +581,7 @@ class OtherLoss(MetricLoss):
     def compute(self, embs, labels):
         unseen = self.seen_only and not self.training and self.n_classes and (labels>=self.n_classes).any()
         if unseen: return embs.sum()*math.nan
-        return (self.loss if self.training else copy.deepcopy(self.loss))(embs, labels) # a copy may remember what it likes
+        return (self.loss if self.training else _copy_of(self.loss))(embs, labels) # a copy may remember what it likes
 
 # %% ../nbs/api/02_losses.ipynb #8f99e7f1
 class CombinedLoss(MetricLoss):

@@ -224,6 +224,14 @@ table = pd.DataFrame(dict(path=[f'{c}{i}.jpg' for c in 'abcdef' for i in range(4
 def test_faults_of_a_table(change, said):
     with pytest.raises(ValueError, match=said): MetricDataset(table.assign(**change), check_files=False, subsets=[o for o in change if o=='part'])
 
+def test_subsets_of_a_file(tmp_path):
+    "A file is all text, so its true and false are words"
+    table.assign(part=['True','false']*12).to_csv(tmp_path/'t.csv', index=False)
+    for kwargs in (dict(subsets=['part']), dict(subsets=['some'], columns=dict(some='part'))):
+        assert len(MetricDataset.from_csv(tmp_path/'t.csv', check_files=False, **kwargs).items(kwargs['subsets'][0]))==12
+    table.assign(part=['True','no']*12).to_csv(tmp_path/'t.csv', index=False)
+    with pytest.raises(ValueError, match="'part' is a column of true and false"): MetricDataset.from_csv(tmp_path/'t.csv', check_files=False, subsets=['part'])
+
 def test_tables_in_files(tmp_path):
     head = 'path,label,split,camera\n'
     rows = [f'{s}{len(c)}{i}.jpg,{c},{s},{i}' for c,s in [('007','train'),('7','train'),('NA','test'),('"a, b"','test')] for i in range(2)]

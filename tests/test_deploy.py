@@ -101,6 +101,10 @@ def test_gallery(embedder, photos, tmp_path):
     with pytest.raises(ValueError, match='embeddings of 8 numbers, and not of 3'): e.add_embs(torch.zeros(1,3), ['x'], [''])
     assert ImageEmbedder(embedder.model, embedder.preprocess).add(L(files[:2]), L('x','y')).labels==['x','y']
     assert ImageEmbedder(embedder.model, embedder.preprocess).add(files[:2], np.int64(7)).labels==['7','7']
+    less = ImageEmbedder(embedder.model, embedder.preprocess).add(files, ['x']*len(files))
+    less.search(files[0])
+    less.embs,less.labels,less.items = less.embs[1:],less.labels[1:],less.items[1:]
+    assert less.search(files[1], k=1)[0].item==str(files[1])
     again = load_embedder(e.save(tmp_path/'e'))
     assert again.search(files[1])==e.search(files[1]) and repr(again)==repr(e)
     with pytest.raises(FileExistsError, match='overwrite=True'): e.save(tmp_path/'e')

@@ -308,6 +308,8 @@ def test_a_module_is_as_it_is(make_learner):
     learn = make_learner(arch=net, emb_sz=4, recipe='dr_ms')
     assert learn.model.model is net and learn.wd==5e-4
     learn.fit(1, 1e-3)
+    class Own(nn.Sequential): emb_sz = 4
+    assert make_learner(ProxyNCALoss(), arch=Own(*net), emb_sz=None).loss_func.emb_sz==4 # what it knows of itself is known
     assert len(net)==3 and len(learn.embed(bar=False)[0][0])==4 # the loss is not one more layer
     for kwargs in (dict(weights='w.pth'), dict(model_kwargs=dict(a=1))):
         with pytest.raises(ValueError, match=f'{next(iter(kwargs))!r}: such arguments are for models by name'): make_learner(arch=net, **kwargs)
@@ -332,10 +334,17 @@ def test_a_loss_in_two_learners_is_said(make_learner, recwarn):
     for o in (plain,plain,loss): make_learner(o)
     assert not [o for o in recwarn if 'another learner' in str(o.message)]
     with pytest.warns(UserWarning, match='This ProxyNCALoss was given to another learner'): make_learner(loss)
+    from pytorch_metric_learning.losses import ArcFaceLoss
+    theirs = ArcFaceLoss(24, 16)
+    with pytest.raises(ValueError, match='no model'): make_learner(theirs, arch='resnt18x')
+    recwarn.clear()
+    first = make_learner([theirs, TripletLoss()])
+    assert not [o for o in recwarn if 'another learner' in str(o.message)]
+    with pytest.warns(UserWarning, match='This ArcFaceLoss was given to another learner'): make_learner(theirs)
 
 def test_validation_on_training_classes_is_said(few):
     block = DataBlock(blocks=(ImageBlock, CategoryBlock), get_items=lambda o: few.items('train'), get_y=parent_label, splitter=RandomSplitter(seed=0))
-    with pytest.warns(UserWarning, match='not retrieval of unseen classes'): metric_learner(block.dataloaders('.', bs=32, num_workers=0), 'test_resnet', pretrained=False)
+    with pytest.warns(UserWarning, match='do not say which classes are for training only'): metric_learner(block.dataloaders('.', bs=32, num_workers=0), 'test_resnet', pretrained=False)
 
 def test_names_of_metrics_in_two_places(make_learner):
     with pytest.raises(ValueError, match='Names of metrics are given twice.*: mrr belong'): make_learner(metrics=['mrr'], cbs=RetrievalMetrics())
@@ -344,6 +353,15 @@ def test_validation_of_training_items_sees_each_once(make_learner):
     learn = make_learner()
     before = learn.dls.train.epoch
     assert np.allclose(learn.validate(0)[1], learn.evaluate(learn.dls.train, 'recall@1')['recall@1']) and learn.dls.train.epoch==before
+    assert learn.validate(dl=learn.dls.train)==learn.validate(0) and learn.dls.train.epoch==before
+
+def test_validate_is_no_epoch_to_keep(make_learner, tmp_path):
+    learn = make_learner(cbs=SaveModelCallback('recall@1', fname='best'))
+    learn.fit(1, 1e-3)
+    stored = (tmp_path/'models'/'best.pth').read_bytes()
+    learn.save_model.best = -1
+    learn.validate()
+    assert (tmp_path/'models'/'best.pth').read_bytes()==stored and learn.save_model.best==-1
 
 def test_scores_that_are_not_of_every_epoch(make_learner):
     learn = make_learner(cbs=RetrievalMetrics(['recall@1'], every=2))
@@ -356,6 +374,8 @@ def test_nothing_to_monitor(make_learner, few, tmp_path):
     dls = few.dataloaders(bs=32, per_class=4, num_workers=0, valid=None)
     learn = metric_learner(dls, 'test_resnet', pretrained=False, path=tmp_path)
     with pytest.raises(ValueError, match="monitors 'recall@1', and there are no validation items"): learn.fit(1, cbs=SaveModelCallback('recall@1'))
+    learn.fit(1, cbs=SaveModelCallback(every_epoch=True))
+    assert (tmp_path/'models'/'model_0.pth').exists()
 
 class Spoil(Callback):
     "Make a weight of the head not finite"
@@ -374,7 +394,21 @@ def test_a_rate_finder_may_diverge(make_learner):
     learn.add_cb(Spoil(2))
     with pytest.raises(ValueError, match='ended after 3 of 40 steps, too soon'): learn.lr_find(num_it=40, stop_div=False, show_plot=False)
     learn.remove_cb(Spoil)
-    learn.fit(1, 1e-3, cbs=Spoil(99))
+    learn.lr_find(1e-6, 1e-3, 20, show_plot=False, stop_div=False) # as fastai's, by position
+    assert np.isclose(learn.recorder.lrs[0], 1e-6) and len(learn.recorder.lrs)==20
+
+def test_what_fails_in_a_rate_finder(make_learner, tmp_path):
+    "An error of the training stays what it is, and switches nothing off for the next fit"
+    learn = make_learner(cbs=[TrainingDoctor(every=1, say=False), Checkpoint(tmp_path/'run')])
+    class Fail(Callback):
+        def __init__(self, error): self.error = error
+        def before_batch(self): raise self.error
+    for error in (IndexError('Target 3 is out of bounds.'), KeyboardInterrupt()):
+        learn.add_cb(Fail(error))
+        with pytest.raises(type(error)): learn.lr_find(num_it=20, show_plot=False)
+        learn.remove_cb(Fail)
+    learn.fit(1, 1e-3)
+    assert learn.training_doctor.steps and (tmp_path/'run'/'checkpoint.pt').exists()
 
 def test_a_run_that_diverged_leaves_nothing_to_the_next(make_learner, monkeypatch):
     "No columns, and mixed precision switched off: else its cache of weights would go stale in the next run"

@@ -532,3 +532,8 @@ def test_a_loss_that_remembers_batches_remembers_those_of_training_alone():
     assert value.isfinite() and loss.loss.queue_idx==8 and (loss.loss.embedding_memory==old).all()
     loss.train()(embs+1, labels)
     assert loss.loss.queue_idx==16
+    class Keeps(torch.nn.Module): # a result that hangs on a graph cannot be copied
+        def forward(self, embs, labels): self.last = embs.pow(2).mean(); return self.last
+    loss = OtherLoss(Keeps())
+    loss(embs.requires_grad_(), labels).backward()
+    assert loss.eval()(embs, labels).isfinite()

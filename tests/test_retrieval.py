@@ -551,5 +551,5 @@ def test_a_gallery_that_is_ready_gives_the_same(backend):
     assert len(ready)==300
     for metric in ('l2','dot'):
         with pytest.raises(ValueError, match=f"searched by 'cosine', not '{metric}'"): neighbours(q, ready, metric=metric)
-    with pytest.raises(ValueError, match='embs has 3 columns, gallery has 8|query has 3 columns, gallery has 8'): neighbours(q[:,:3], ready)
+    with pytest.raises(ValueError, match='query has 3 columns, gallery has 8'): neighbours(q[:,:3], ready)
     with pytest.raises(ValueError, match='1 of 300 rows of gallery are not finite'): Gallery(x.index_fill(0, torch.tensor([3]), math.nan))
