@@ -123,7 +123,7 @@ def plot_curves(
     "Draw losses, metrics and learning rate of the last fit"
     head,rows = _epochs(learn)
     rec = learn.recorder
-    fig,(a,b,c) = plt.subplots(1, 3, figsize=(11,3.2), layout='constrained')
+    fig,(a,b,c) = plt.subplots(1, 3, figsize=(10.5,3.2), layout='constrained')
     _axes(a, title='Losses', xlabel='steps', ylabel='loss')
     a.plot(range(1, len(rec.lrs)+1), _smooth(rec.losses)[-len(rec.lrs):], color=_blue, label='training, smoothed')
     valid = [(i,r[2]) for i,r in zip(rec.iters, rows) if np.isfinite(r[2])]
