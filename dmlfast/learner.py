@@ -197,7 +197,12 @@ def _needs_pairs(loss):
 
 @patch
 @delegates(Learner.lr_find)
-def lr_find(self:MetricLearner, start_lr=1e-7, end_lr=10, num_it=100, **kwargs):
+def lr_find(self:MetricLearner,
+    start_lr=1e-7, # First rate
+    end_lr=10, # Last rate
+    num_it=100, # Steps
+    **kwargs # Passed to `Learner.lr_find`
+):
     "As of any learner; raises `ValueError` where it ended too soon to tell a rate"
     try: return Learner.lr_find(self, start_lr, end_lr, num_it, **kwargs)
     except IndexError as e:
@@ -238,8 +243,8 @@ def _n_classes(dls):
     return len(vocab or ())
 
 # %% ../nbs/api/50_learner.ipynb #fb8beb46
-def _normalize(dls, cfg):
-    "Give `dls` the statistics that the model was trained with, unless it normalises already"
+def _normalize(dls, cfg, trained=True):
+    "Give `dls` the statistics that the model was trained with, unless it normalises already; raises `ValueError` where it has those of another model, and this one was trained"
     has = dls.after_batch.fs.filter(risinstance(Normalize))
     if has and not hasattr(has[0], 'of_model'): return # the user's own
     stats = cfg['mean'],cfg['std']
@@ -248,7 +253,7 @@ def _normalize(dls, cfg):
         norm = Normalize.from_stats(*stats)
         norm.of_model = stats
         dls.add_tfms([norm], 'after_batch')
-    elif not np.allclose(has[0].of_model, stats):
+    elif trained and not np.allclose(has[0].of_model, stats):
         raise ValueError("These data loaders normalise images for the first model that they were given to, and this one has other statistics: make data loaders of its own for it, or pass `normalize=False`.")
 
 # %% ../nbs/api/50_learner.ipynb #bd38217c
@@ -391,7 +396,7 @@ def metric_learner(
         warnings.warn(f"This {type(old[0]).__name__} was given to another learner: it begins with the weights that it has, and both train them. Make a new one for each.")
     given = dict(emb_sz=emb_sz, pool=pool, head=head, init=init, freeze_bn=freeze_bn, frozen_stages=frozen_stages, normalize=normalize_embs)
     model = _model(ifnone(arch, r.arch), weights, pretrained, loss_func.normalize_embs, r, given, model_kwargs)
-    if normalize and hasattr(model, 'cfg'): _normalize(dls, model.cfg)
+    if normalize and hasattr(model, 'cfg'): _normalize(dls, model.cfg, pretrained or weights is not None)
     model.loss_func = loss_func.setup(_n_classes(dls), getattr(model, 'emb_sz', emb_sz or r.emb_sz or 128))
     names,mets = L(metrics).map(str) if metrics and all(isinstance(o, str) for o in L(metrics)) else None,L(metrics)
     cbs = L(cbs)
