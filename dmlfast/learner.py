@@ -132,7 +132,10 @@ class MetricLearner(Learner):
             raise
         self.fitted = True
 
-    def one_batch(self, i, b):
+    def one_batch(self,
+        i:int, # Number of the batch in its epoch
+        b, # The batch, as its loader gives it
+    ):
         "As any learner; what is raised within mixed precision does not leave it switched on"
         amp = getattr(getattr(self, 'mixed_precision', None), 'autocast', None)
         was = amp and torch.is_autocast_enabled(amp.device)
