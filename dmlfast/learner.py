@@ -163,7 +163,7 @@ def check_tracker(self:MetricLearner,
     columns:dict, # Columns there will be, and every how many epochs each is new
 ):
     "Raise `ValueError` where `o` monitors what will not be there, or has no patience to wait for it"
-    if getattr(o, 'every_epoch', False): return # it saves whatever the scores are
+    if getattr(o, 'every_epoch', False) and o.monitor in columns: return # it saves whatever the scores are
     if not getattr(self.recorder, 'train_metrics', False):
         if o.monitor not in columns: raise ValueError(f"{type(o).__name__} monitors {o.monitor!r}, and the columns are {', '.join(columns)}.")
         if o.monitor!='train_loss' and not sum(map(len, self.dls.loaders[1:])): raise ValueError(f"{type(o).__name__} monitors {o.monitor!r}, and there are no validation items to measure it on.")

@@ -377,6 +377,7 @@ def test_nothing_to_monitor(make_learner, few, tmp_path):
     with pytest.raises(ValueError, match="monitors 'recall@1', and there are no validation items"): learn.fit(1, cbs=SaveModelCallback('recall@1'))
     learn.fit(1, cbs=SaveModelCallback(every_epoch=True))
     assert (tmp_path/'models'/'model_0.pth').exists()
+    with pytest.raises(ValueError, match="monitors 'recall@l', and the columns are"): learn.fit(1, cbs=SaveModelCallback('recall@l', every_epoch=True))
 
 class Spoil(Callback):
     "Make a weight of the head not finite"
@@ -502,17 +503,15 @@ def test_recipe_and_overrides(make_learner):
     norm = learn.dls.after_batch.fs.filter(risinstance(Normalize))[0]
     assert np.allclose(norm.mean.flatten().cpu()*255, [128,117,104]) and np.allclose(norm.std.flatten().cpu()*255, 1)
     kwargs = dict(pretrained=False, path=learn.path)
-    inception = learn.dls
-    learn = metric_learner(inception, recipe='dr_ms', **kwargs)
+    learn = metric_learner(learn.dls, recipe='dr_ms', **kwargs)
     assert type(learn.loss_func) is MultiSimilarityLoss and learn.model.body.pretrained_cfg['architecture']=='bn_inception'
     assert (learn.model.emb_sz,learn.model.freeze_bn,learn.lr,learn.wd)==(64,True,3e-5,5e-4)
-    assert learn.loss_func is not metric_learner(inception, recipe='dr_ms', **kwargs).loss_func
-    dls = make_learner().dls
-    learn = metric_learner(dls, 'test_resnet', emb_sz=8, freeze_bn=False, recipe='margin', lr=.1, wd=.2, opt_func=SGD, head='bnneck', **kwargs)
+    assert learn.loss_func is not metric_learner(learn.dls, 'test_resnet', recipe='dr_ms', **kwargs).loss_func
+    learn = metric_learner(learn.dls, 'test_resnet', emb_sz=8, freeze_bn=False, recipe='margin', lr=.1, wd=.2, opt_func=SGD, head='bnneck', **kwargs)
     assert (learn.model.arch,learn.model.emb_sz,learn.model.freeze_bn,learn.lr,learn.wd,learn.opt_func)==('test_resnet',8,False,.1,.2,SGD)
     assert isinstance(learn.loss_func, MarginLoss) and len(learn.model.head)==2
     mine = Recipe(arch='test_resnet', emb_sz=4, fit=dict(n_epoch=1))
-    learn = metric_learner(dls, recipe=mine, **kwargs)
+    learn = metric_learner(learn.dls, recipe=mine, **kwargs)
     assert learn.recipe is mine and learn.model.emb_sz==4 and type(learn.loss_func) is DRTripletLoss
 
 def test_recipe_with_a_callback(make_learner):
