@@ -17,12 +17,18 @@ def drop_stderr(cell):
     "Warnings are for the author, not for the reader"
     if cell.cell_type=='code': cell.outputs = [o for o in cell.outputs if o.get('name')!='stderr']
 
+def keep_together(cell):
+    "In tables, no line ends within a mean with its interval but before the bracket"
+    for o in cell.outputs if cell.cell_type=='code' else []:
+        d = o.get('data', {})
+        if 'text/html' in d: d['text/html'] = re.sub(r'(?<=\d) (±|to) (?=[-+\d])', r'&nbsp;\1&nbsp;', ''.join(d['text/html']))
+
 class SiteFilter(FilterDefaults):
     "nbdev's own documentation processors, with cards of our own and without those that write Quarto syntax"
     def base_procs(self):
         from cards import cards
         return [populate_language, strip_ansi, hide_line, filter_stream_, rm_header_dash, add_links, cards,
-            rm_export, clean_magics, hide_, strip_hidden_metadata, drop_stderr]
+            rm_export, clean_magics, hide_, strip_hidden_metadata, drop_stderr, keep_together]
 
 def page(nb_path, root):
     "Where the page of `nb_path` goes below `root`, named as nbdev names it: `00_core.ipynb` -> `core.ipynb`"
