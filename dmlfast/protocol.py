@@ -492,7 +492,7 @@ def differences(self:Experiment,
         def _gain(k):
             n = _digits(100*np.mean(list(self.values(other, k).values())))
             return '{:+.{n}f} ({:+.{n}f} to {:+.{n}f})'.format(*mean_interval(self.difference(o, other, k)), n=n)
-        return {'method':o, 'less':other, **{k:_gain(k) for k in self.measures}, 'seeds':len(self.difference(o, other))}
+        return {'method':o, 'minus':other, **{k:_gain(k) for k in self.measures}, 'seeds':len(self.difference(o, other))}
     if pairs is None: pairs = [(o,m['twin']) for o,m in self.methods.items() if 'twin' in m]
     return _frame([_row(*o) for o in pairs if len(self.difference(*o))>1])
 
@@ -503,7 +503,7 @@ def choices(self:Experiment)->pd.DataFrame: # One row a method; none where no se
         trials = self.rows('trial', o)
         best = max((t for t in trials if t['state']=='COMPLETE'), key=lambda t: t['value'])
         return {'method':o, 'chosen':', '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k,v in best['params'].items()),
-            f"{self.search['metric']} there":round(100*best['value'], 2), 'trials':len(trials), 'pruned':sum(t['state']=='PRUNED' for t in trials)}
+            f"{self.search['metric']} in validation":round(100*best['value'], 2), 'trials':len(trials), 'pruned':sum(t['state']=='PRUNED' for t in trials)}
     return _frame([_row(o) for o in self.methods if any(t['state']=='COMPLETE' for t in self.rows('trial', o))])
 
 @patch
