@@ -122,7 +122,7 @@ def _needed(args, settings):
     for k,path,option in lacks:
         name = path if path=='ssr' else f'{path}.name'
         if args.get(k) is not None and not _has(settings, name): raise ValueError(f"--{k} says more of what is not named: it needs {option}.")
-    if args.get('no_pretrained') and args.get('weights'): raise ValueError("--no_pretrained begins with random weights, and --weights with those of a file: take one of them.")
+    if args.get('no_pretrained') and args.get('weights'): raise ValueError("--no-pretrained begins with random weights, and --weights with those of a file: take one of them.")
 
 def _has(settings, path):
     from dmlfast.runs import get_setting
@@ -465,7 +465,7 @@ def dmlfast_eval(
             folder,file = _embedder_of(run)
             if report and not out: raise ValueError("--report needs a folder to write to: --out.")
             if ci not in ('classes','queries'): raise ValueError(f"--ci is classes or queries; got {ci!r}.")
-            if min(bs, n_boot, queries)<1: raise ValueError("--bs, --n_boot and --queries are 1 or more.")
+            if min(bs, n_boot, queries)<1: raise ValueError("--bs, --n-boot and --queries are 1 or more.")
             _metric_names(metrics or 'all', (1,))
             if out: _check_eval_folder(out, overwrite)
             ds,split = _eval_data(file, data, path, data_args, split)

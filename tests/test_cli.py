@@ -64,7 +64,7 @@ def test_the_sentence_reaches_the_shell(tmp_path):
 
 # The commands for runs: in this process where possible, because starting one is slow.
 
-small = '--arch test_resnet --no_pretrained --emb_sz 16 --size 24 --bs 32 --per_class 4 --workers 0 --lr 6e-3 --loss dr_triplet'.split()
+small = '--arch test_resnet --no-pretrained --emb-sz 16 --size 24 --bs 32 --per-class 4 --workers 0 --lr 6e-3 --loss dr_triplet'.split()
 
 def do(func, *args):
     "Exit status, and what a command writes to standard output and error, in this process"
@@ -129,14 +129,14 @@ def test_options_mean_what_the_table_says():
     assert _s('--sched step --factor .5 --steps 30 50')['fit']==dict(sched='step', factor=.5, steps=[30,50])
     assert _s('--ssr --ssr-args p=.8,per=epoch,views.strength=.2,loss.alpha=.05')['ssr']==dict(p=.8, per='epoch', views=dict(strength=.2), loss=dict(alpha=.05))
     assert _s('--loss margin --miner distance_weighted --loss_lr .5 --loss_args learn_beta=false')['loss']==dict(name='margin', miner=dict(name='distance_weighted'), lr_mult=.5, learn_beta=False)
-    assert _s('--freeze_bn affine --half fp16 --no_pretrained --arch_args pad_type=same')==dict(loss=dict(name='dr_triplet'), model=dict(freeze_bn='affine', pretrained=False, timm=dict(pad_type='same')), fit=dict(precision='fp16'))
+    assert _s('--freeze-bn affine --half fp16 --no-pretrained --arch-args pad_type=same')==dict(loss=dict(name='dr_triplet'), model=dict(freeze_bn='affine', pretrained=False, timm=dict(pad_type='same')), fit=dict(precision='fp16'))
     assert _s('--set loss.name=ms --set loss.lam=.3 seed=4')==dict(loss=dict(name='ms', lam=.3), seed=4)
 
 def test_arguments_win_over_the_file(tmp_path):
     from dmlfast.cli import dmlfast_train, parse_command, run_settings
     (tmp_path/'c.toml').write_text('recipe = "margin"\n[loss]\nname = "DRTripletLoss"\nmargin = 0.1\ngamma = 0.5\n[data]\nreader = "cub200"\npath = "birds"\nval_pct = 0.3\n[fit]\nlr = 0.01\n')
     def _s(words): return run_settings(**parse_command(dmlfast_train, ['--config',str(tmp_path/'c.toml'),*words.split()]))
-    assert _s('--loss dr_triplet --loss_args gamma=.1')['loss']==dict(name='dr_triplet', margin=.1, gamma=.1)
+    assert _s('--loss dr_triplet --loss-args gamma=.1')['loss']==dict(name='dr_triplet', margin=.1, gamma=.1)
     assert _s('--loss ms')['loss']==dict(name='ms')
     assert _s('--path elsewhere')['data']==dict(reader='cub200', path='elsewhere', val_pct=.3)
     assert _s('--data glyphs')['data']==dict(reader='glyphs') and _s('--data glyphs')['fit']==dict(lr=.01)
@@ -167,7 +167,7 @@ def test_training_on_a_table(trained, table, tmp_path):
     assert status==0 and json.loads(text)==trained and (out/'history.csv').stat().st_mtime_ns==before
     assert '`fit` was' in said(dmlfast_train, '--out', out, '--resume', '--lr', .5)
     assert '--resume goes on' in said(dmlfast_train, '--out', out, '--resume', '--wd', 0) # 0 is said, and not left out
-    status,_,err = do(dmlfast_train, '--data', table, *small, '--epochs', 1, '--seed', 2, '--out', out, '--overwrite', '--tensorboard', tmp_path/'tb', '--report', '--monitor', 'map@r', '--patience', 3, '--ssr', '--ssr_args', 'm=4,n=2')
+    status,_,err = do(dmlfast_train, '--data', table, *small, '--epochs', 1, '--seed', 2, '--out', out, '--overwrite', '--tensorboard', tmp_path/'tb', '--report', '--monitor', 'map@r', '--patience', 3, '--ssr', '--ssr-args', 'm=4,n=2')
     assert status==0 and (out/'report'/'index.html').stat().st_size>50_000 and (out/'best.pth').exists() and list((tmp_path/'tb').iterdir()), err
     assert 'ssr_loss' in (out/'history.csv').read_text()
 
@@ -216,13 +216,13 @@ def test_refused_before_any_work(folder, tmp_path):
     assert "invalid int value: 'many'" in no('--epochs', 'many')
     assert '--lr is given twice' in no('--lr', .1, '--lr', .2)
     assert 'unrecognized arguments: birds' in no('birds')
-    assert "nearest is 'loss.margin'" in no('--loss', 'triplet', '--loss_args', 'margn=.1')
-    assert "nearest is 'loss.margin'" in no('--loss_args', 'margn=.1') and 'needs --ssr' in no('--ssr_args', 'm=1')
+    assert "nearest is 'loss.margin'" in no('--loss', 'triplet', '--loss-args', 'margn=.1')
+    assert "nearest is 'loss.margin'" in no('--loss-args', 'margn=.1') and 'needs --ssr' in no('--ssr-args', 'm=1')
     assert "There is no data set, folder or table 'folder'" in no('--data', 'folder')
     assert 'given as name=value' in no('--set', 'loss')
     assert '--path is the folder' in no('--data', folder, '--path', 'x')
     assert 'take one of them' in no('--resume', '--overwrite') and 'no run to resume' in no('--resume')
-    assert 'take one of them' in no('--no_pretrained', '--weights', 'w.pth')
+    assert 'take one of them' in no('--no-pretrained', '--weights', 'w.pth')
     assert "for the schedule 'step'" in no('--steps', 3)
     assert 'would choose an epoch' in no('--valid', 'test', '--monitor', 'recall@1')
     assert "There is no file 'c.toml'" in no('--config', 'c.toml')
@@ -294,7 +294,7 @@ def test_an_experiment(table, tmp_path):
     (tmp_path/'toy.py').write_text('import os, torch\ndef train(settings, ds, valid, report):\n    y = ds.df.label[ds.df.split==valid].astype("category").cat.codes.to_numpy(copy=True)\n'
         '    return torch.randn(len(y), 4, generator=torch.Generator().manual_seed(settings["seed"])), torch.tensor(y).long(), dict(pid=os.getpid())\n')
     (tmp_path/'p.toml').write_text(f'seeds = 6\nmeasures = ["recall@1"]\nsettings = {{data = {{reader = "csv", path = "{table}"}}, fit = {{n_epoch = 1}}}}\n[methods.a]\ntrainer = "toy.py:train"\nspace = {{}}\n[methods.b]\ntrainer = "toy.py:train"\ntwin = "a"\nspace = {{}}\n')
-    status,out,err = do(dmlfast_bench, tmp_path/'p.toml', '--out', tmp_path/'r.jsonl', '--dry_run')
+    status,out,err = do(dmlfast_bench, tmp_path/'p.toml', '--out', tmp_path/'r.jsonl', '--dry-run')
     assert status==0 and 'a         0/0  0/6' in out and '12 searches and runs are left' in out and not (tmp_path/'r.jsonl').exists(), err
     p = shell(dmlfast_bench, tmp_path/'p.toml', '--out', tmp_path/'r.jsonl', '--workers', 2, '--json', cwd=tmp_path)
     out,err = p.communicate(timeout=400)
