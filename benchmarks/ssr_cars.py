@@ -56,7 +56,7 @@ def finish(args, part, plan):
         with args.out.open('a') as f: f.write(res+'\n')
     while True:
         done = [o for o in rows(args.out) if o['part']==part and (o['gamma'],o['seed']) in plan]
-        if len(done)==len(plan): return done
+        if len({(o['gamma'],o['seed']) for o in done})==len(plan): return done
         time.sleep(10)
 
 def means(done, gamma):

@@ -10,6 +10,7 @@ __all__ = ['Checkpoint']
 # %% ../nbs/api/51_checkpoint.ipynb #4931eae2
 import os, random, re, torch
 import numpy as np
+from collections import Counter
 from fastcore.all import *
 from fastai.data.all import *
 from fastai.learner import *
@@ -63,8 +64,10 @@ def _set_cb_state(cb, d):
 
 def _cb_names(cbs):
     "`cbs` by name, with a number where a name comes twice"
-    res = {}
-    for cb in cbs: res[f'{cb.name}{sum(o.split(":")[0]==cb.name for o in res) and ":"+str(len(res)) or ""}'] = cb
+    n,res = Counter(),{}
+    for cb in cbs:
+        res[f'{cb.name}:{n[cb.name]}' if n[cb.name] else cb.name] = cb
+        n[cb.name] += 1
     return res
 
 # %% ../nbs/api/51_checkpoint.ipynb #f78b13e9

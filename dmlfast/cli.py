@@ -9,7 +9,7 @@ __all__ = ['run_args', 'run_settings', 'Refused', 'Interrupted', 'parse_command'
            'run_demo', 'dmlfast_demo', 'dmlfast_train', 'dmlfast_eval', 'dmlfast_tune', 'dmlfast_bench']
 
 # %% ../nbs/api/90_cli.ipynb #1f51e902
-import argparse, ast, difflib, inspect, json, re, sys, warnings
+import argparse, ast, difflib, inspect, json, re, shlex, sys, warnings
 from contextlib import contextmanager, redirect_stdout
 from functools import wraps
 from pathlib import Path
@@ -53,7 +53,7 @@ def run_args(
     arch_args:str=None, # More for the timm model, such as pad_type=same; nothing more if not given
     no_pretrained:store_true=False, # Begin with random weights?
     emb_sz:int=None, # Numbers in an embedding; the recipe's, or 128
-    pool:str=None, # avg, max, avgmax or gem; the model's own if not given
+    pool:str=None, # avg, max, avgmax or gem; avg if not given, and for tokens the model's own
     head:str=None, # linear, mlp, bnneck or identity; linear if not given
     frozen_stages:int=None, # Stages of the body that are not trained; 0 if not given
     freeze_bn:str=None, # true: keep the running statistics of the body's batch norm; affine: its weights too; the recipe's, or false
@@ -121,7 +121,7 @@ def _needed(args, settings):
     lacks = [('loss_args','loss','--loss'), ('loss_lr','loss','--loss'), ('miner','loss','--loss'), ('miner_args','loss.miner','--miner'), ('ssr_args','ssr','--ssr')]
     for k,path,option in lacks:
         name = path if path=='ssr' else f'{path}.name'
-        if args.get(k) is not None and not _has(settings, name): raise ValueError(f"--{k} says more of what is not named: it needs {option}.")
+        if args.get(k) is not None and not _has(settings, name): raise ValueError(f"--{k.replace('_', '-')} says more of what is not named: it needs {option}.")
     if args.get('no_pretrained') and args.get('weights'): raise ValueError("--no-pretrained begins with random weights, and --weights with those of a file: take one of them.")
 
 def _has(settings, path):
@@ -344,8 +344,8 @@ def _epochs_done(out):
 def _left_by_training(out):
     "What an interrupted run left, in a sentence"
     if not (Path(out)/'settings.toml').is_file(): return 'Interrupted before anything was written.'
-    if not (Path(out)/'checkpoint'/'checkpoint.pt').is_file(): return f"Interrupted in the first epoch. `dmlfast-train --out {out} --resume` begins it again."
-    return f"Interrupted after {_epochs_done(out)} epochs. The checkpoint is {str(Path(out)/'checkpoint'/'checkpoint.pt')!r}; `dmlfast-train --out {out} --resume` goes on with it."
+    if not (Path(out)/'checkpoint'/'checkpoint.pt').is_file(): return f"Interrupted in the first epoch. `dmlfast-train --out {shlex.quote(str(out))} --resume` begins it again."
+    return f"Interrupted after {_epochs_done(out)} epochs. The checkpoint is {str(Path(out)/'checkpoint'/'checkpoint.pt')!r}; `dmlfast-train --out {shlex.quote(str(out))} --resume` goes on with it."
 
 def _tensorboard(folder):
     "The callback that writes to a folder"
@@ -394,7 +394,7 @@ def _embedder_of(run):
     run = Path(run)
     if (run/'embedder.json').is_file(): return run,None
     if (run/'embedder'/'embedder.json').is_file(): return run/'embedder',run/'settings.toml'
-    if (run/'settings.toml').is_file(): raise ValueError(f"{str(run)!r} holds an interrupted run, whose embedder is written at its end: `dmlfast-train --out {run} --resume`.")
+    if (run/'settings.toml').is_file(): raise ValueError(f"{str(run)!r} holds an interrupted run, whose embedder is written at its end: `dmlfast-train --out {shlex.quote(str(run))} --resume`.")
     raise ValueError(f"{str(run)!r} is neither a run of dmlfast-train nor an exported embedder.")
 
 def _eval_data(file, data, path, data_args, split):
@@ -460,7 +460,7 @@ def dmlfast_eval(
     with _stdout_for(Json):
         from dmlfast.deploy import load_embedder
         from dmlfast.retrieval import _metric_names
-        from dmlfast.runs import _remove, about_run, embedder_learner
+        from dmlfast.runs import _remove, _write_whole, about_run, embedder_learner
         with _refusing():
             folder,file = _embedder_of(run)
             if report and not out: raise ValueError("--report needs a folder to write to: --out.")
@@ -479,7 +479,7 @@ def dmlfast_eval(
             out.mkdir(parents=True, exist_ok=True)
             _pictures(learn, out, queries)
             if report: learn.report(out/'report', learn.dls.valid if split=='all' else split, title=f'{learn.model.arch} on {ds.name}, {split}', n_queries=queries)
-            (out/'results.json').write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding='utf-8')
+            _write_whole(out/'results.json', json.dumps(found, indent=1, ensure_ascii=False))
     if Json: print(json.dumps(found))
     else:
         print(f'{ds.name}, {split}\n\n{res}')
@@ -491,9 +491,9 @@ def _space(words):
     "A search space from words, or from a TOML file"
     if not words: return None
     if len(words)==1 and '=' not in words[0]:
-        import tomllib
+        from dmlfast.runs import _read_toml
         if not Path(words[0]).is_file(): raise ValueError(f"--space is name=low:high words or a TOML file; there is no file {words[0]!r}.")
-        return _flat(tomllib.loads(Path(words[0]).read_text(encoding='utf-8')))
+        return _flat(_read_toml(words[0]))
     def _where(v):
         if ':' not in v: return [_value(o) for o in v.split(',')]
         lo,hi,*log = v.split(':')
@@ -566,7 +566,7 @@ def dmlfast_tune(
 ):
     "Search for the best settings on training classes that are held out; the test classes are not looked at"
     with _stdout_for(Json):
-        from dmlfast.runs import _remove, absolute_paths, load_settings, save_settings
+        from dmlfast.runs import _remove, _write_whole, absolute_paths, load_settings, save_settings
         from dmlfast.tune import best_settings, check_space, plot_study, settings_space, tune_settings
         given = dict(trials=trials, epochs=epochs, folds=folds, metric=metric, storage=storage, name=name)
         out = Path(out)
@@ -580,16 +580,16 @@ def dmlfast_tune(
         if overwrite: _remove(out, _tune_files)
         out.mkdir(parents=True, exist_ok=True)
         if not resume: save_settings(absolute_paths(settings), out/'settings.toml')
-        (out/'search.json').write_text(json.dumps({**search, 'space':_as_json(where)}, indent=1), encoding='utf-8')
+        _write_whole(out/'search.json', json.dumps({**search, 'space':_as_json(where)}, indent=1))
         try: study = tune_settings(settings, where, n_trials=search['trials'], n_epoch=search['epochs'], folds=search['folds'], metric=search['metric'],
             storage=search['storage'] or out/'study.db', name=search['name'], seed=settings.get('seed', 0), callbacks=[_after_trial(settings, out, search['trials'])])
-        except KeyboardInterrupt: raise Interrupted(f"Interrupted. The finished trials are kept; `dmlfast-tune --out {out} --resume` goes on.") from None
+        except KeyboardInterrupt: raise Interrupted(f"Interrupted. The finished trials are kept; `dmlfast-tune --out {shlex.quote(str(out))} --resume` goes on.") from None
         res = _study_results(study)
         save_settings(absolute_paths(best_settings(settings, study)), out/'best.toml')
         _save_figure(plot_study(study), out/'study.png')
-        (out/'results.json').write_text(json.dumps(res, indent=1), encoding='utf-8')
+        _write_whole(out/'results.json', json.dumps(res, indent=1))
     if Json: print(json.dumps({'out':str(out), **res}))
-    else: print(f"\nBest score {res['score']:.4f}. `dmlfast-train --config {out/'best.toml'}` trains with these settings; {str(out/'study.png')!r} shows the search.")
+    else: print(f"\nBest score {res['score']:.4f}. `dmlfast-train --config {shlex.quote(str(out/'best.toml'))}` trains with these settings; {str(out/'study.png')!r} shows the search.")
     return res
 
 # %% ../nbs/api/90_cli.ipynb #6fa579dc

@@ -142,7 +142,7 @@ class BalancedSampler:
         self.items = np.argsort(labels, kind='stable') # class after class
         self.starts = _runs(labels[self.items])[0]
         self.counts = np.diff(self.starts, append=len(labels))
-        self.n,self.n_classes,self.p = len(labels),len(self.counts),bs//per_class
+        self.n,self.n_classes,self.p = len(labels),len(self.counts),bs//max(per_class, 1)
         self.check()
         self.round = math.ceil(self.n_classes/self.p) # batches in which every class appears
         self.groups = -(-self.counts//per_class) # groups in which every image of a class appears

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
 from .models import *
+from .models import _load_only
 from .retrieval import *
 
 # %% ../nbs/api/32_deploy.ipynb #61ab4539
@@ -45,8 +46,11 @@ _steps = dict(fit=_fit, squash=_squash, crop=_crop)
 def _pil(im, mode):
     "An image, a path or an array as a PIL image of `mode`; raises `ValueError` for anything else"
     if isinstance(im, (str,Path)):
-        try: im = Image.open(im)
-        except OSError as e: raise ValueError(f"{str(im)!r} cannot be read as an image: {e}.") from e
+        fn = im
+        try:
+            im = Image.open(fn)
+            im.load()
+        except OSError as e: raise ValueError(f"{str(fn)!r} cannot be read as an image: {e}.") from e
     elif isinstance(im, np.ndarray):
         if im.dtype!=np.uint8 or im.ndim not in (2,3): raise ValueError(f"An array is an image if it is (h,w) or (h,w,3) of uint8; got {im.shape} of {im.dtype}.")
         im = Image.fromarray(im)
@@ -71,10 +75,17 @@ class Preprocess:
         im, # PIL image, path, or array `(h,w,3)` or `(h,w)` of uint8
     )->Tensor: # `(c,h,w)` float32
         "What the network takes"
-        im = _pil(im, self.mode)
-        for name,size,resample in self.steps: im = _steps[name](im, size, resample)
+        im = self.resized(im)
         x = torch.from_numpy(np.array(im)).view(im.height, im.width, -1).permute(2,0,1).float().div_(255)
         return x if self.mean is None else (x-torch.tensor(self.mean)[:,None,None])/torch.tensor(self.std)[:,None,None]
+
+    def resized(self,
+        im, # PIL image, path, or array `(h,w,3)` or `(h,w)` of uint8
+    )->Image.Image: # Of the mode and size that the network takes
+        "The part of an image that the network sees"
+        im = _pil(im, self.mode)
+        for name,size,resample in self.steps: im = _steps[name](im, size, resample)
+        return im
 
     def spec(self):
         "The arguments that make it again, as JSON can hold them"
@@ -159,7 +170,7 @@ def add_embs(self:ImageEmbedder,
     if not len(embs)==len(labels)==len(items): raise ValueError(f"{len(embs)} images, {len(labels)} labels and {len(items)} names do not go together.")
     if self.embs is not None and embs.shape[1]!=self.embs.shape[1]: raise ValueError(f"The gallery holds embeddings of {self.embs.shape[1]} numbers, and not of {embs.shape[1]}.")
     self.embs = embs.float() if self.embs is None else torch.cat([self.embs, embs.float()])
-    self.labels,self.items = self.labels+[str(o) for o in labels],self.items+[str(o) for o in items]
+    self.labels,self.items = self.labels+[str(o.item() if hasattr(o, 'item') else o) for o in labels],self.items+[str(o) for o in items]
     return self
 
 @patch
@@ -191,6 +202,18 @@ def check_folder(
     if not overwrite: raise FileExistsError(f"{str(folder)!r} is there already: `overwrite=True` replaces it.")
     return folder
 
+_refused = *_load_only,'pretrained','weights'
+
+def _is_plain(o):
+    "Can JSON hold it?"
+    if isinstance(o, dict): return all(isinstance(k, str) and _is_plain(v) for k,v in o.items())
+    return all(map(_is_plain, o)) if isinstance(o, (list,tuple)) else isinstance(o, (str,int,float,bool,type(None)))
+
+def _check_spec(spec, folder):
+    "Raise `ValueError` where the description of a model has what a folder may not set"
+    if bad := [k for k,v in {**spec, **spec.get('model_kwargs', {})}.items() if k in _refused or k!='model_kwargs' and not _is_plain(v)]:
+        raise ValueError(f"The model described in {str(folder)!r} has an argument that a folder may not set: {bad[0]!r}.")
+
 def _take_place(new, folder):
     "Move `new` to where `folder` is, which is given up only then"
     old = new.with_name(f'{new.name}.old')
@@ -210,7 +233,8 @@ def save(self:ImageEmbedder,
     folder = check_folder(folder, overwrite)
     if not isinstance(self.model, Embedder) or not isinstance(self.preprocess, Preprocess):
         raise ValueError(f"Only an `Embedder` with a `Preprocess` can be written as a folder, and this is a {type(self.model).__name__} with a {type(self.preprocess).__name__}.")
-    about = dict(format=_format, model=self.model.spec(), preprocess=self.preprocess.spec(), facts=self.facts,
+    _check_spec(spec := self.model.spec(), folder)
+    about = dict(format=_format, model=spec, preprocess=self.preprocess.spec(), facts=self.facts,
         versions={o:version(o) for o in ('dmlfast','timm','torch')})
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}-'))
@@ -230,15 +254,12 @@ def write(self:ImageEmbedder,
     save_file({k:v.detach().cpu().contiguous() for k,v in self.model.embedder_state().items()}, folder/'weights.safetensors')
     if len(self):
         save_file({'embs':self.embs.contiguous()}, folder/'gallery.safetensors')
-        (folder/'gallery.json').write_text(json.dumps(dict(labels=self.labels, items=self.items), ensure_ascii=False), encoding='utf-8')
+        (folder/'gallery.json').write_text(json.dumps(dict(labels=self.labels, items=self.items), ensure_ascii=False), encoding='utf-8', errors='surrogateescape')
     about['sha256'] = {o.name:_sha(o) for o in sorted(folder.iterdir())}
     (folder/'embedder.json').write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding='utf-8')
     for o in folder.iterdir(): o.chmod(0o644) # safetensors lets the owner alone read
 
 # %% ../nbs/api/32_deploy.ipynb #7c292a06
-_allowed = (str,int,float,bool,type(None),list)
-_refused = 'checkpoint_path','pretrained','pretrained_cfg','pretrained_cfg_overlay','cache_dir','weights'
-
 def _about(folder):
     "The checked description in `folder`"
     if not (folder/'embedder.json').is_file(): raise FileNotFoundError(f"{str(folder)!r} holds no embedder: there is no 'embedder.json' in it.")
@@ -255,10 +276,8 @@ def _about(folder):
 # %% ../nbs/api/32_deploy.ipynb #14abaef4
 def _build(spec, folder):
     "The model that `spec` describes"
-    kwargs = spec.get('model_kwargs', {})
-    if bad := [k for k,v in {**spec, **kwargs}.items() if k in _refused or k!='model_kwargs' and not isinstance(v, _allowed)]:
-        raise ValueError(f"The model described in {str(folder)!r} has an argument that a folder may not set: {bad[0]!r}.")
-    return Embedder(**{k:v for k,v in spec.items() if k!='model_kwargs'}, pretrained=False, **kwargs)
+    _check_spec(spec, folder)
+    return Embedder(**{k:v for k,v in spec.items() if k!='model_kwargs'}, pretrained=False, **spec.get('model_kwargs', {}))
 
 # %% ../nbs/api/32_deploy.ipynb #4dd7e66e
 def load_embedder(
@@ -273,7 +292,7 @@ def load_embedder(
     except (RuntimeError,SafetensorError,OSError) as e: raise ValueError(f"The weights in {str(folder)!r} do not fit the model that is described there: {str(e).splitlines()[-1].strip()}") from e
     res = ImageEmbedder(model.to(device), Preprocess(**about['preprocess']), about.get('facts'))
     if 'gallery.json' in about['sha256']:
-        g = json.loads((folder/'gallery.json').read_text(encoding='utf-8'))
+        g = json.loads((folder/'gallery.json').read_text(encoding='utf-8', errors='surrogateescape'))
         res.add_embs(load_file(folder/'gallery.safetensors')['embs'], g['labels'], g['items'])
     return res
 

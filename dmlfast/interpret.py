@@ -537,8 +537,9 @@ def _draw_triplet(self, axs, t, idx, gamma):
 
 def _triplet_settings(loss):
     "Miner, margin, γ and `squared` of a loss, and what stands in for what it does not have"
-    loss = next((o for o in getattr(loss, 'losses', [loss]) if hasattr(o, 'margin')), None) # the part of a sum that has a margin
-    if not isinstance(loss, (TripletLoss,MarginLoss)): return dict(miner=BatchHardMiner(), margin=.2, gamma=getattr(loss, 'gamma', 0) or .3, squared=False)
+    parts = getattr(loss, 'losses', [loss]) # of a sum
+    loss = next((o for o in parts if isinstance(o, (TripletLoss,MarginLoss))), None)
+    if loss is None: return dict(miner=BatchHardMiner(), margin=.2, gamma=next((o.gamma for o in parts if getattr(o, 'gamma', 0)), .3), squared=False)
     return dict(miner=loss.miner, margin=loss.margin, gamma=loss.gamma or .3, squared=getattr(loss, 'squared', False))
 
 @patch

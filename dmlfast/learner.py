@@ -615,7 +615,7 @@ def items_of(
 ): # Its items, such as paths; None where there are none, or rows of a table
     "What a loader's data set was made from, without opening it"
     items = getattr(dl, 'items', None)
-    return None if items is None or callable(items) or hasattr(items, 'columns') else items
+    return None if items is None or callable(items) or hasattr(items, 'columns') else list(items)
 
 # %% ../nbs/api/50_learner.ipynb #832c379f
 @patch
@@ -634,6 +634,6 @@ def show_results(self:MetricLearner,
     proto = protocol_of(self.dls, dl)
     (qs,gal,own),ids = query_gallery(proto.get('role'), len(embs)),proto.get('ignore')
     qs = (qs[torch.randperm(len(qs))] if shuffle else qs)[:max_n]
-    scores,nn = neighbours(embs[qs], embs[gal], k=min(k, len(gal)-1), self_exclude=own[qs], ignore=None if ids is None else (ids[qs],ids[gal]))
+    scores,nn = neighbours(embs[qs], embs[gal], k=min(k, len(gal)-int((own[qs]>=0).any())), self_exclude=own[qs], ignore=None if ids is None else (ids[qs],ids[gal]))
     labels = L(self.dls.vocab[int(o)] for o in ys)
     return show_neighbours(lambda i: dl.dataset[i][0], qs, gal[nn], labels, scores=scores, **kwargs)

@@ -593,7 +593,7 @@ class CombinedLoss(MetricLoss):
     ):
         super().__init__()
         self.losses = nn.ModuleList(o if isinstance(o, MetricLoss) else OtherLoss(o) for o in losses)
-        self.weights = tuple(weights or [1.]*len(self.losses))
+        self.weights = tuple([1.]*len(self.losses) if weights is None else weights)
         if len(self.losses)!=len(self.weights): raise ValueError(f'{len(self.losses)} losses and {len(self.weights)} weights')
         wants = {o.normalize_embs for o in self.losses if not isinstance(o, OtherLoss)}
         if len(wants)>1: raise ValueError(f'some of these losses want normalised embeddings and some do not: {list(self.losses)}')

@@ -326,12 +326,15 @@ def _load_from_state_dict(self:Embedder, state_dict, prefix, *args):
     super(Embedder, self)._load_from_state_dict(state_dict, prefix, *args)
 
 # %% ../nbs/api/20_models.ipynb #fc4685b3
+_load_only = 'checkpoint_path','pretrained_cfg','pretrained_cfg_overlay','cache_dir' # timm's arguments that say where weights come from, and not what they are the weights of
+
 @patch
 def spec(self:Embedder)->dict: # Arguments of `Embedder`; those for timm under `model_kwargs`
     "What builds this embedder again; raises `ValueError` where its pooling or head has no name"
     for k in ('pool','head'):
         if not isinstance(self.named[k], (str,type(None))): raise ValueError(f"This embedder's {k} is {self.named[k]!r}, which has no name to build it by.")
-    return dict(arch=self.arch, emb_sz=self.emb_sz, normalize=self.normalize, **self.named)
+    kwargs = {k:v for k,v in self.named['model_kwargs'].items() if k not in _load_only}
+    return dict(arch=self.arch, emb_sz=self.emb_sz, normalize=self.normalize, **{**self.named, 'model_kwargs':kwargs})
 
 @patch
 def embedder_state(self:Embedder)->dict: # Weights and buffers by name

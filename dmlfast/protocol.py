@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/protocol.html.md"""
 __all__ = ['Experiment', 'train_run', 'mean_interval']
 
 # %% ../nbs/api/71_protocol.ipynb #6aa00a12
-import dmlfast, filelock, hashlib, importlib.util, json, math, platform, subprocess, time, tomllib
+import dmlfast, filelock, hashlib, importlib.util, json, math, platform, subprocess, time
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -26,7 +26,7 @@ from .learner import *
 from .retrieval import *
 from .retrieval import _metric_names
 from .runs import *
-from .runs import _nearest
+from .runs import _nearest, _read_toml
 from .tune import *
 from .tune import _optuna, _pruner
 
@@ -42,11 +42,6 @@ def _seeds(o):
     if not res or any(not isinstance(v, int) or isinstance(v, bool) or v<0 for v in res) or len(set(res))<len(res):
         raise ValueError(f"`seeds` is how many there are, 1 or more, or a list of different whole numbers; got {o!r}.")
     return res
-
-def _read_toml(file):
-    if not Path(file).is_file(): raise ValueError(f"There is no file {str(file)!r}.")
-    try: return tomllib.loads(Path(file).read_text(encoding='utf-8'))
-    except (tomllib.TOMLDecodeError,UnicodeDecodeError) as e: raise ValueError(f"{str(file)!r} is not a TOML file: {e}.") from None
 
 def _read_plan(file):
     "The table in a TOML file, with what it takes over from its base"
@@ -203,6 +198,9 @@ def hash_of(self:Experiment,
 @patch
 def check_rows(self:Experiment):
     "Raise `ValueError` where the file holds results of a method that was another one then; lines of older versions, which do not say, are taken as they are"
+    for k in self.methods:
+        if self.rows('run', k) and self.chosen(k) is None:
+            raise ValueError(f"{str(self.out)!r} holds runs of {k!r} after {len(self.rows('trial', k))} trials, and the plan asks for {self.search['n_trials']}, which may choose otherwise: give the results another file.")
     for o in self.rows():
         if o['method'] in self.methods and o.get('plan', self.hash_of(o['method']))!=self.hash_of(o['method']):
             raise ValueError(f"{str(self.out)!r} holds results of a method {o['method']!r} with other settings than it has in the plan now: give it another name, or the results another file.")
@@ -316,7 +314,8 @@ def run_trial(self:Experiment,
 # %% ../nbs/api/71_protocol.ipynb #e5f0baea
 def _commit():
     "Commit of the source, where it is a repository"
-    try: return subprocess.run(['git','rev-parse','--short','HEAD'], cwd=Path(dmlfast.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    def _git(*words): return subprocess.run(['git',*words], cwd=Path(dmlfast.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    try: return _git('ls-files', '--error-unmatch', '__init__.py') and _git('rev-parse', '--short', 'HEAD') # an environment may lie in a repository of others
     except (OSError,subprocess.CalledProcessError): return ''
 
 @patch
@@ -407,7 +406,7 @@ def _n_images(self:Experiment):
 def _rate(self:Experiment):
     "Seconds for one image of one epoch: the median of what was measured, or a few steps where nothing was"
     n = self._n_images()
-    def _images(o): return n[o['kind']]*(len(o['scores']) if o['kind']=='trial' else n_epochs(self.chosen(o['method'])))
+    def _images(o): return n[o['kind']]*(len(o['scores']) if o['kind']=='trial' else ifnone(n_epochs(o['settings']), 1))
     rows = [o for o in self.rows() if o['method'] in self.methods and o['seconds']]
     rates = [o['seconds']/k for o in rows if (k := _images(o))]
     return float(np.median(rates)) if rates else self._timed_rate()
@@ -448,7 +447,7 @@ def mean_interval(
     return float(x.mean()),float(x.mean()-half),float(x.mean()+half)
 
 # %% ../nbs/api/71_protocol.ipynb #87d214d7
-def _said(m, lo, hi): return f'{m:.{_digits(m)}f}' + (f' ± {hi-m:.{_digits(m)}f}' if hi==hi else '')
+def _said(m, _, hi): return f'{m:.{_digits(m)}f}' + (f' ± {hi-m:.{_digits(m)}f}' if hi==hi else '')
 
 def _digits(mean): return 1 if mean>=10 else 2
 

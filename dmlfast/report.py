@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/report.html.md"""
 __all__ = ['split_hash', 'plot_curves']
 
 # %% ../nbs/api/62_report.ipynb #add38007
-import base64, datetime, hashlib, importlib.metadata, io, json, platform, shlex, sys, time, torch
+import base64, datetime, hashlib, importlib.metadata, io, platform, shlex, sys, time, torch
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -43,7 +43,7 @@ def split_hash(
     dls, # `DataLoaders`
 )->str: # 64 hexadecimal digits
     "What tells whether two runs had the same items with the same labels in the same splits"
-    return hashlib.sha256('\n'.join(sorted('\t'.join(o) for o in _split_rows(dls))).encode()).hexdigest()
+    return hashlib.sha256('\n'.join(sorted('\t'.join(o) for o in _split_rows(dls))).encode(errors='surrogateescape')).hexdigest()
 
 # %% ../nbs/api/62_report.ipynb #bd3d70fa
 _packages = 'fastai','fastcore','torch','timm','numpy','scikit-learn','faiss-cpu','faiss-gpu'

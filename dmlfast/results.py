@@ -113,6 +113,7 @@ class RetrievalResult:
         settings:dict=None, # How the values were obtained
     ):
         if ci not in ('classes','queries'): raise ValueError(f"ci must be 'classes' or 'queries', not {ci!r}")
+        if n_boot<1: raise ValueError(f"`n_boot` is a number of samples, 1 or more; got {n_boot}.")
         self.values,self.labels = {k:np.asarray(v) for k,v in values.items()},np.asarray(labels)
         self.items = np.arange(len(self.labels)) if items is None else np.asarray(items)
         self.contingency,self.cluster_names,self.curve = contingency,list(cluster_names),curve
@@ -227,7 +228,7 @@ def _ends(i): return dict(low=i[0], high=i[1]) if i else dict(low=None, high=Non
 def to_dict(self:RetrievalResult)->dict:
     "Means, macro means and intervals, and how they were obtained, as plain numbers and strings"
     ms = {k:dict(mean=_number(self[k]), macro=_number(self.macro(k)), **_ends(self.interval(k))) for k in self.keys()}
-    res = dict(metrics=ms, n_queries=len(self.labels), n_left_out=self.n_left_out, n_classes=len(np.unique(self.labels[self.used])),
+    res = dict(metrics=ms, n_queries=len(self.labels), n_left_out=self.n_left_out, n_classes=len(np.unique(self.labels[self.used] if self.values else self.labels)),
         intervals=dict(over=self.ci, n_boot=self.n_boot, seed=self.seed, none=[o for o in map(self.why_no_interval, self.keys()) if o]),
         **self.settings)
     if self.curve is not None: res['pr_curve'] = dict(recall=self.curve[0].tolist(), precision=[_number(o) for o in self.curve[1]])

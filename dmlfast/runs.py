@@ -10,7 +10,7 @@ __all__ = ['loss_class', 'miner_class', 'read_data', 'make_loss', 'get_setting',
            'about_run', 'train_settings', 'PreprocessTransform', 'embedder_learner']
 
 # %% ../nbs/api/63_runs.ipynb #465a8370
-import csv, difflib, inspect, json, os, shutil, time, tomli_w, tomllib, torch, types, typing
+import csv, difflib, inspect, io, json, os, shutil, time, tomli_w, tomllib, torch, types, typing
 from copy import deepcopy
 from pathlib import Path
 from fastcore.all import *
@@ -27,9 +27,9 @@ from fastai.vision.data import ImageBlock
 from . import losses, mining, proxies
 from .checkpoint import *
 from .data import _sorted
+from .tables import _LabelOf
 from .datasets import *
 from .deploy import *
-from .deploy import _steps
 from .doctor import *
 from .evaluate import is_fitting
 from .export import *
@@ -121,7 +121,7 @@ def _ssr(ssr, seed):
     if 'views' in ssr and 'n' in ssr:
         if 'n' in ssr['views']: raise ValueError("`ssr.n` and `ssr.views.n` are the same: set one of them.")
         ssr = {**ssr, 'views':{**ssr['views'], 'n':ssr['n']}}
-    made = {k:f(**ssr[k]) for k,f in dict(views=partial(GradedViews, seed=seed), loss=RankingLoss).items() if k in ssr}
+    made = {k:f(**ssr[k]) for k,f in dict(views=partial(GradedViews, seed=ssr.get('seed', seed)), loss=RankingLoss).items() if k in ssr}
     return SelfSupervisedRanking(**{'seed':seed, **ssr, **made})
 
 # %% ../nbs/api/63_runs.ipynb #015c7159
@@ -264,13 +264,22 @@ def check_settings(
     return settings
 
 # %% ../nbs/api/63_runs.ipynb #b3233fe0
+def _read_toml(file):
+    if not Path(file).is_file(): raise ValueError(f"There is no file {str(file)!r}.")
+    try: return tomllib.loads(Path(file).read_text(encoding='utf-8'))
+    except (tomllib.TOMLDecodeError,UnicodeDecodeError) as e: raise ValueError(f"{str(file)!r} is not a TOML file: {e}.") from None
+
+def _write_whole(file, text):
+    "Write a file, whole or not at all"
+    tmp = file.with_name(f'.{file.name}.{os.getpid()}')
+    with tmp.open('w', newline='', encoding='utf-8') as f: f.write(text)
+    os.replace(tmp, file)
+
 def load_settings(
     file, # TOML file
 )->dict: # Tables, checked
     "Read settings; raises `ValueError` naming the line where the file is malformed, and for unknown names"
-    if not Path(file).is_file(): raise ValueError(f"There is no file {str(file)!r}.")
-    try: res = tomllib.loads(Path(file).read_text(encoding='utf-8'))
-    except (tomllib.TOMLDecodeError,UnicodeDecodeError) as e: raise ValueError(f"{str(file)!r} is not a TOML file: {e}.") from None
+    res = _read_toml(file)
     try: return check_settings(res)
     except ValueError as e: raise ValueError(f"{str(file)!r}: {e}") from None
 
@@ -291,7 +300,7 @@ def save_settings(
 ):
     "Write settings as TOML; raises `ValueError` for settings that are not right, or that TOML cannot say"
     _check_nones(check_settings(settings))
-    Path(file).write_text(tomli_w.dumps(_plain(settings)), encoding='utf-8')
+    _write_whole(Path(file), tomli_w.dumps(_plain(settings)))
 
 # %% ../nbs/api/63_runs.ipynb #5cf4706f
 def _lr(fit):
@@ -348,8 +357,10 @@ def make_learner(
     learn.settings = s
     return learn
 
-def _trackers(fit):
+def _trackers(settings):
     "Callbacks that keep the best epoch and stop when there is no better one, if there is a column to go by"
+    r = recipes[settings['recipe']].fit if settings.get('recipe') else {}
+    fit = {**r, **settings.get('fit', {})}
     if not (monitor := fit.get('monitor')): return L()
     stop = [EarlyStoppingCallback(monitor, patience=fit['patience'])] if fit.get('patience') else []
     return L(SaveModelCallback(monitor, fname='best')) + stop
@@ -363,7 +374,7 @@ def fit_settings(
     "Fit as some settings say; raises `ValueError` where nothing says for how many epochs"
     fit,n_epoch = settings.get('fit', {}),ifnone(n_epoch, n_epochs(settings))
     if n_epoch is None: raise ValueError("Nothing says for how many epochs to fit: set `fit.n_epoch`, or a `recipe`.")
-    trackers = _trackers(fit)
+    trackers = _trackers(settings)
     if n_epoch: learn.fit_recipe(n_epoch, _lr(fit), _sched(settings, n_epoch), 0 if trackers else fit.get('patience'), L(cbs)+trackers)
     return learn
 
@@ -399,7 +410,8 @@ class History(Callback):
     def after_epoch(self):
         names = [str(o) for o in self.recorder.metric_names][1:-1]
         rows = [[i,*o] for i,o in enumerate(self.recorder.values)]
-        with self.file.open('w', newline='', encoding='utf-8') as f: csv.writer(f).writerows([['epoch',*names],*rows])
+        csv.writer(text := io.StringIO()).writerows([['epoch',*names],*rows])
+        _write_whole(self.file, text.getvalue())
 
 # %% ../nbs/api/63_runs.ipynb #040566e9
 def absolute_paths(
@@ -447,22 +459,17 @@ def train_settings(
     _check_nones(settings)
     learn = make_learner(settings, ds, L(cbs)+TrainingDoctor())
     if plain: plain_table(learn)
-    learn.check_cbs(L(learn.cbs)+_trackers(settings.get('fit', {})))
+    learn.check_cbs(L(learn.cbs)+_trackers(settings))
     _begin(learn, settings, out, resume, overwrite)
-    learn.path,learn.model_dir,began = out,'.',time.time()
+    learn.path,learn.model_dir = out,'.'
     fit_settings(learn, settings, cbs=History(out/'history.csv'))
-    seconds = time.time()-began
     learn.export_embedder(out/'embedder', overwrite=True)
-    res = dict(scores=_scores(learn), epochs=len(learn.recorder.__dict__.get('values', [])), seconds=round(seconds, 1), findings=[o.text for o in learn.training_doctor.findings], **about_run(learn.dls))
+    res = dict(scores=_scores(learn), epochs=len(learn.recorder.__dict__.get('values', [])), seconds=round(learn.training_doctor.seconds, 1), findings=[o.text for o in learn.training_doctor.findings], **about_run(learn.dls))
     if report: learn.report(out/'report', overwrite=True)
     _write_whole(out/'results.json', json.dumps(res, indent=1, ensure_ascii=False))
     return res
 
-def _write_whole(file, text):
-    "Write a file, whole or not at all"
-    tmp = file.with_name(f'.{file.name}.{os.getpid()}')
-    tmp.write_text(text, encoding='utf-8')
-    os.replace(tmp, file)
+
 
 # %% ../nbs/api/63_runs.ipynb #deee9442
 class PreprocessTransform(Transform):
@@ -473,14 +480,7 @@ class PreprocessTransform(Transform):
     ): self.preprocess = preprocess
 
     def encodes(self, im:PILImage):
-        res = im.convert(self.preprocess.mode)
-        for name,size,resample in self.preprocess.steps: res = _steps[name](res, size, resample)
-        return PILImage.create(np.asarray(res))
-
-class _RowLabel:
-    "Label of a path of a data set"
-    def __init__(self, ds): self.labels = dict(zip(ds.items(), ds.df.label))
-    def __call__(self, o): return self.labels[o]
+        return PILImage.create(np.asarray(self.preprocess.resized(im)))
 
 def _both(items): return [list(range(len(items)))]*2
 
@@ -496,7 +496,7 @@ def embedder_learner(
     if not items: raise ValueError(f"{ds.name} has no split {split!r}; its splits are {', '.join(ds.summary().index)}.")
     pre = embedder.preprocess
     norm = [] if pre.mean is None else [Normalize.from_stats(pre.mean, pre.std)]
-    block = DataBlock(blocks=(ImageBlock(NamedImage), CategoryBlock(_sorted(set(ds.df.label)))), get_y=_RowLabel(ds), splitter=_both, item_tfms=[PreprocessTransform(pre)], batch_tfms=norm)
+    block = DataBlock(blocks=(ImageBlock(NamedImage), CategoryBlock(_sorted(set(ds.df.label)))), get_y=_LabelOf(ds.path, ds.df), splitter=_both, item_tfms=[PreprocessTransform(pre)], batch_tfms=norm)
     dls = block.dataloaders(items, path=ds.path, bs=min(bs, len(items)), num_workers=num_workers, device=embedder.device)
     dls.source = ds
     return metric_learner(dls, embedder.model, normalize=False)

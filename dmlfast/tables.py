@@ -201,7 +201,7 @@ def from_df(cls:MetricDataset,
     known = (*_needed,'role','sequence','category',*kwargs.get('subsets', ()))
     if unknown := [o for o in columns if o not in known]: raise ValueError(f"`columns` names {_some(unknown)}; the columns are {_some(known, 99)}.")
     if missing := [o for o in columns.values() if o not in df]: raise ValueError(f"The table has no column {_some(missing)}; it has {_some(df.columns, 9)}.")
-    df = df.drop(columns=[k for k,v in columns.items() if k in df and k!=v]).rename(columns={v:k for k,v in columns.items()})
+    df = df.drop(columns=[k for k in columns if k in df and k not in columns.values()]).rename(columns={v:k for k,v in columns.items()})
     if 'split' not in df and 'label' in df:
         classes = _sorted(df.label.dropna())
         if len(classes)<2: raise ValueError(f"The {len(df)} images of the table are of {len(classes)} classes; a class-disjoint split needs two at least.")
@@ -281,7 +281,7 @@ def _held_out(self:MetricDataset, valid):
     if not seen.any(): raise ValueError(f"{self.name} has no training images.")
     if valid and not held.any():
         raise ValueError(f"{self.name} has no split {valid!r} to measure on: take another one, or valid=None to measure on nothing.")
-    return seen & ~held,held
+    return seen & ~self.df.label.isin(self.df.label[held]),held
 
 # %% ../nbs/api/11_tables.ipynb #486257a1
 @patch
@@ -304,7 +304,7 @@ def dblock(self:MetricDataset,
 # %% ../nbs/api/11_tables.ipynb #3c017d4d
 def _batch_size(n, per_class):
     "Images in a batch where nobody said: 64 or as near below as whole classes make, and no more classes than there are"
-    most = max(2, 64//per_class)
+    most = max(2, 64//max(per_class, 1))
     if n<most: warnings.warn(f"Batches have {n*per_class} images, since there are {n} training classes, with {per_class} images of each.")
     return min(most, n)*per_class
 
@@ -321,8 +321,9 @@ def dataloaders(self:MetricDataset,
 )->DataLoaders: # Training loader with balanced batches, and a loader of the split to measure on
     "`DataLoaders` with balanced batches for training and the images of unseen classes for validation"
     block = self.dblock(valid, **kwargs)
-    items = self.items('train', 'val', *([valid] if valid else []))
-    if bs is None: bs = _batch_size(self.df.label[self._held_out(valid)[0]].nunique(), per_class)
+    seen,held = self._held_out(valid)
+    items = L(self.path/o for o in self.df.path[seen | held])
+    if bs is None: bs = _batch_size(self.df.label[seen].nunique(), per_class)
     dls = block.dataloaders(items, path=self.path, bs=bs, per_class=per_class, seed=seed, num_workers=num_workers, device=device, dl_type=BalancedDL)
     dls.source = self
     return dls

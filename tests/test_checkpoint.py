@@ -243,3 +243,19 @@ def test_lr_find_is_no_fit_of_the_run(make_learner, tmp_path):
     assert not (tmp_path/'run').exists()
     learn.fit(1, 1e-2)
     assert (tmp_path/'run'/'checkpoint.pt').exists()
+
+def test_two_of_a_kind_are_told_apart_wherever_they_stand(make_learner, tmp_path):
+    "`resume` adds the checkpoint before the callbacks of the next call, which must not change what the second of two is called"
+    from fastai.callback.tracker import SaveModelCallback
+    def _two(): return [SaveModelCallback('recall@1', fname='a'), SaveModelCallback('map@r', fname='b')]
+    whole,learn = make_learner(),make_learner()
+    best = _two()
+    whole.fit(3, 1e-2, cbs=best)
+    killed(lambda: learn.fit(3, 1e-2, cbs=[*_two(), Checkpoint(tmp_path/'run'), Do(2*len(whole.dls.train)+1, die)]))
+    learn,cbs = make_learner(seed=4).resume(tmp_path/'run'),_two()
+    class Look(Callback):
+        order = 70
+        def before_epoch(self): self.best = [o.best for o in cbs]
+    look = Look()
+    learn.fit(3, 1e-2, cbs=[*cbs, look])
+    assert all(np.isfinite(look.best)) and [o.best for o in cbs]==[o.best for o in best]

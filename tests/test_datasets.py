@@ -199,6 +199,9 @@ def test_names_that_are_no_utf8(odd, tmp_path):
     dls = ds.dataloaders(bs=6, per_class=2, valid='test', size=16, num_workers=0)
     assert dls.one_batch()[0].shape==(6,3,16,16)
     dls.show_batch()
+    learn = metric_learner(dls, 'test_resnet', emb_sz=8, pretrained=False, path=tmp_path)
+    assert learn.export_embedder(tmp_path/'finder', gallery='test').items==[str(o.relative_to(tmp_path)) for o in ds.items('test')]
+    assert split_hash(dls)!=split_hash(MetricDataset.from_folder(tmp_path, test_pct=.5, val_pct=0).dataloaders(bs=4, per_class=2, valid='test', size=16, num_workers=0))
     rows = [b'path,label'] + [f'{c}/{i}.jpg,{c}'.encode('utf-8', 'surrogateescape') for c in (odd,'tea') for i in range(3)]
     put(tmp_path/'own.csv', b'\n'.join(rows))
     own = MetricDataset.from_csv(tmp_path/'own.csv')
@@ -231,6 +234,20 @@ def test_subsets_of_a_file(tmp_path):
         assert len(MetricDataset.from_csv(tmp_path/'t.csv', check_files=False, **kwargs).items(kwargs['subsets'][0]))==12
     table.assign(part=['True','no']*12).to_csv(tmp_path/'t.csv', index=False)
     with pytest.raises(ValueError, match="'part' is a column of true and false"): MetricDataset.from_csv(tmp_path/'t.csv', check_files=False, subsets=['part'])
+
+def test_a_subset_that_cuts_through_classes(tmp_path):
+    "What is not marked of a class that is held out is neither trained on nor measured"
+    for o in table.path: put(tmp_path/o, jpeg())
+    ds = MetricDataset(table.assign(hard=[o in ('c0.jpg','c1.jpg','e2.jpg') for o in table.path]), tmp_path, subsets=['hard'])
+    seen,held = ds._held_out('hard')
+    assert set(ds.df.label[seen])=={'a','b','d'} and ds.df.path[held].tolist()==['c0.jpg','c1.jpg','e2.jpg']
+    with pytest.warns(UserWarning, match='Batches have 12 images'): dls = ds.dataloaders(valid='hard', size=8, num_workers=0)
+    assert dls.n_train_classes==3 and sorted(o.name for o in dls.valid.items)==['c0.jpg','c1.jpg','e2.jpg'] and {o.name[0] for o in dls.train.items}==set('abd')
+    with pytest.raises(ValueError, match='per_class=0'): ds.dataloaders(valid='hard', size=8, num_workers=0, per_class=0)
+
+def test_columns_that_trade_names():
+    ds = MetricDataset.from_df(table.rename(columns=dict(label='category')).assign(label='x'), '.', columns=dict(label='category', category='label'), check_files=False)
+    assert ds.df.label.tolist()==table.label.tolist() and set(ds.df.category)=={'x'}
 
 def test_tables_in_files(tmp_path):
     head = 'path,label,split,camera\n'

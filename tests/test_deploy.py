@@ -75,7 +75,7 @@ def embedder():
     torch.manual_seed(0)
     return ImageEmbedder(Embedder('test_resnet', 8, pretrained=False), Preprocess([('fit', (32,32), 2)], [.5]*3, [.2]*3), dict(data='noise'))
 
-def test_what_an_image_may_be(embedder, photos):
+def test_what_an_image_may_be(embedder, photos, tmp_path):
     fn = photos/'a'/'0.png'
     im = Image.open(fn)
     want = embedder.embed(fn)
@@ -85,6 +85,11 @@ def test_what_an_image_may_be(embedder, photos):
     assert torch.allclose(embedder.embed([fn]*5, bs=2), want.expand(5, -1), atol=1e-6)
     for bad,says in ((np.zeros((4,4)), r'of uint8; got \(4, 4\) of float64'), (torch.zeros(1,3,4,4).int(), 'Pass an array'), ([3], 'got a int'), ([], 'no images'), (3, 'got a int'), ('nowhere.jpg', 'cannot be read as an image')):
         with pytest.raises(ValueError, match=says): embedder.embed(bad)
+        with pytest.raises(ValueError, match=says): embedder.embed(bad)
+    cut = tmp_path/'cut.jpg'
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (64,64,3), dtype=np.uint8)).save(cut)
+    cut.write_bytes(cut.read_bytes()[:-900])
+    with pytest.raises(ValueError, match=r"cut.jpg' cannot be read as an image: .*truncated"): embedder.embed(cut)
 
 def test_gallery(embedder, photos, tmp_path):
     e = ImageEmbedder(embedder.model, embedder.preprocess)
@@ -101,6 +106,7 @@ def test_gallery(embedder, photos, tmp_path):
     with pytest.raises(ValueError, match='embeddings of 8 numbers, and not of 3'): e.add_embs(torch.zeros(1,3), ['x'], [''])
     assert ImageEmbedder(embedder.model, embedder.preprocess).add(L(files[:2]), L('x','y')).labels==['x','y']
     assert ImageEmbedder(embedder.model, embedder.preprocess).add(files[:2], np.int64(7)).labels==['7','7']
+    for o in (torch.tensor([7,7]), list(torch.tensor([7,7])), np.array([7,7]), torch.tensor(7)): assert ImageEmbedder(embedder.model, embedder.preprocess).add(files[:2], o).labels==['7','7']
     less = ImageEmbedder(embedder.model, embedder.preprocess).add(files, ['x']*len(files))
     less.search(files[0])
     less.embs,less.labels,less.items = less.embs[1:],less.labels[1:],less.items[1:]
@@ -139,6 +145,8 @@ def test_what_cannot_be_written(embedder, photos, tmp_path):
     with pytest.raises(ValueError, match='a Linear with a Preprocess'): ImageEmbedder(torch.nn.Linear(2,2), embedder.preprocess).save(tmp_path/'x')
     with pytest.raises(ValueError, match="head.*no name"): ImageEmbedder(Embedder('test_resnet', 8, pretrained=False, head=lambda a,b: torch.nn.Linear(a,b)), embedder.preprocess).save(tmp_path/'x')
     with pytest.raises(ValueError, match='"?fit, squash, crop; got \'zoom\''): Preprocess([('zoom', (2,2), 2)])
+    model = Embedder('test_resnet', 8, pretrained=False, act_layer=torch.nn.SiLU)
+    with pytest.raises(ValueError, match="may not set: 'act_layer'"): ImageEmbedder(model, embedder.preprocess).save(tmp_path/'x')
     assert not list(tmp_path.iterdir())
     dls = loaders(photos, Resize(32))
     learn = metric_learner(dls, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3*32*32, 4)), TripletLoss(), path=tmp_path)
@@ -146,6 +154,11 @@ def test_what_cannot_be_written(embedder, photos, tmp_path):
 
 class Bomb:
     def __reduce__(self): return os.system, ('touch exploded',)
+
+def test_where_weights_came_from_is_not_part_of_an_embedder(embedder, tmp_path):
+    model = Embedder('test_resnet', 8, pretrained=False, cache_dir=str(tmp_path/'cache'), pretrained_cfg_overlay=dict(file='w.pth'), block_args=dict(attn_layer='eca'))
+    again = load_embedder(ImageEmbedder(model, embedder.preprocess).save(tmp_path/'e'))
+    assert again.model.spec()['model_kwargs']==dict(block_args=dict(attn_layer='eca')) and again.model.state_dict().keys()==model.state_dict().keys()
 
 def test_folders_that_are_not_as_they_were_written(embedder, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -159,7 +159,7 @@ def test_triplets_by_hand():
     assert sq.violation[0]==pytest.approx(9-16+8)
 
 @pytest.mark.parametrize('loss', [None, ProxyNCALoss(), MarginLoss(n_classes=1), DRTripletLoss(margin=.5, gamma=.7, miner=SemiHardMiner()),
-    CombinedLoss([MultiSimilarityLoss(), TripletLoss(margin=.5)]), MultiSimilarityLoss()], ids=lambda o: type(o).__name__)
+    CombinedLoss([MultiSimilarityLoss(), TripletLoss(margin=.5)]), CombinedLoss([ProxyAnchorLoss(), TripletLoss(margin=.5)]), MultiSimilarityLoss()], ids=lambda o: type(o).__name__)
 def test_triplets_of_any_loss(loss):
     g = torch.Generator().manual_seed(0)
     r = RetrievalInterpretation(torch.randn(300, 4, generator=g), torch.arange(300)%30, image=lambda i: np.zeros((4,4), dtype=np.uint8), loss=loss)

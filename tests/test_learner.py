@@ -236,6 +236,18 @@ def test_predict(make_learner):
 
 def fn_label(learn, fn): return learn.dls.vocab[int(learn.dls.valid_ds.tls[1][learn.dls.valid.items.index(fn)])]
 
+@pytest.mark.parametrize('kind', [list, np.array, pd.Series])
+def test_items_of_any_kind(few, kind, tmp_path):
+    "fastai keeps what it was given"
+    paths = [str(o) for o in few.items('train', 'val')]
+    items = pd.Series(paths, index=range(100, 100+len(paths))) if kind is pd.Series else kind(paths)
+    block = DataBlock(blocks=(ImageBlock, ClassBlock), get_y=lambda o: Path(o).parent.name, splitter=ClassSplitter(lambda o: Path(o).parent.name))
+    dls = block.dataloaders(items, bs=8, num_workers=0)
+    assert isinstance(items_of(dls.valid), list) and set(items_of(dls.valid))<set(paths)
+    learn = metric_learner(dls, 'test_resnet', emb_sz=4, pretrained=False, path=tmp_path)
+    hits = learn.predict(paths[0], k=3)[1]
+    assert all(Path(o.item).parent.name==o.label for o in hits)
+
 def test_predict_sees_new_weights(make_learner):
     learn = make_learner()
     fn = learn.dls.valid.items[2]

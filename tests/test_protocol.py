@@ -102,6 +102,29 @@ def test_a_method_that_was_changed(few, tmp_path):
     exp = _exp(tmp_path, few, plan) # lines of a method that is no longer in the plan
     assert exp.hours_left()>=0 or math.isnan(exp.hours_left())
 
+def test_more_trials_than_the_runs_were_chosen_by(few, tmp_path):
+    plan = _plan(tmp_path)
+    del plan['methods']['γ']
+    exp = _exp(tmp_path, few, plan)
+    exp.run()
+    assert exp.hours_left()==0
+    plan['search']['n_trials'] = 5
+    with pytest.raises(ValueError, match="holds runs of 'a' after 4 trials, and the plan asks for 5"): _exp(tmp_path, few, plan)
+
+def test_the_commit_is_ours_or_none(few, tmp_path, monkeypatch):
+    "An environment within a repository of someone else says nothing about our source"
+    import subprocess
+    from dmlfast import protocol
+    home = tmp_path/'theirs'
+    (home/'env'/'dmlfast').mkdir(parents=True)
+    (home/'env'/'dmlfast'/'__init__.py').write_text('')
+    (home/'a.txt').write_text('a')
+    for o in (['init','-q'], ['add','a.txt'], ['-c','user.name=a','-c','user.email=a@b','commit','-qm','a']): subprocess.run(['git',*o], cwd=home, check=True)
+    monkeypatch.setattr(protocol.dmlfast, '__file__', str(home/'env'/'dmlfast'/'__init__.py'))
+    assert protocol._commit()==''
+    subprocess.run(['git','add','env'], cwd=home, check=True)
+    assert protocol._commit()!=''
+
 def test_a_run_that_diverged(few, tmp_path):
     plan = _plan(tmp_path)
     plan['methods'] = dict(a={**plan['methods']['a'], 'space':{}, 'settings':dict(toy=dict(noise=1., diverge=True))})

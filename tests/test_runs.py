@@ -100,6 +100,17 @@ def test_a_run_that_stops_early_has_its_last_epoch(few, tmp_path):
     res = train_settings(_with({'fit.n_epoch':9, 'fit.patience':1, 'fit.monitor':'recall@1'}), tmp_path/'run', few, plain=True, cbs=[Worse()])
     assert res['epochs']==2 and [o['epoch'] for o in csv.DictReader((tmp_path/'run'/'history.csv').open())]==['0','1']
 
+def test_what_stops_a_run_is_the_recipes_unless_said(few):
+    from dmlfast.runs import _trackers
+    def _patience(**s): return [o.patience for o in _trackers(s) if hasattr(o, 'patience')]
+    assert _patience(recipe='dr_triplet', fit=dict(monitor='recall@1'))==[10] # as MATH has it
+    assert _patience(recipe='dr_triplet', fit=dict(monitor='recall@1', patience=3))==[3] and _patience(recipe='dr_triplet', fit=dict(monitor='recall@1', patience=0))==[]
+    assert _patience(fit=dict(monitor='recall@1'))==[] and _patience(recipe='dr_triplet')==[]
+
+def test_views_are_drawn_with_the_seed_of_the_ranking():
+    from dmlfast.runs import _ssr
+    assert [_ssr(dict(seed=5, **o), 1).views.seed for o in ({}, dict(views={}), dict(views=dict(seed=7)))]==[5,5,7] and _ssr(dict(views={}), 1).views.seed==1
+
 def test_interrupted_in_the_first_epoch(few, tmp_path):
     from dmlfast.runs import train_settings
     s = _with({'fit.n_epoch':1})
