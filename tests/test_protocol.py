@@ -137,7 +137,7 @@ def test_hours_left(few, tmp_path):
     del plan['methods']['γ'], plan['methods']['louder']
     plan['settings'] = dict(fit=dict(n_epoch=5))
     exp = _exp(tmp_path, few, plan)
-    exp.write(dict(kind='run', method='a', seed=0, scores={}, seconds=360.))
+    exp.write(dict(kind='run', method='a', seed=0, scores={}, seconds=360., settings=plan['settings']))
     exp.write(dict(kind='trial', method='a', number=0, params={'toy.noise':.5}, state='COMPLETE', value=.5, scores=[.5,.5], seconds=0.))
     for i in (1,2,3): exp.write(dict(kind='trial', method='a', number=i, params={'toy.noise':.5}, state='PRUNED', value=.1, scores=[.1], seconds=0.))
     assert abs(exp.hours_left()-.2)<1e-9 # two runs are left, and one took 6 minutes
