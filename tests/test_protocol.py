@@ -111,7 +111,7 @@ def test_more_trials_than_the_runs_were_chosen_by(few, tmp_path):
     plan['search']['n_trials'] = 5
     with pytest.raises(ValueError, match="holds runs of 'a' after 4 trials, and the plan asks for 5"): _exp(tmp_path, few, plan)
 
-def test_the_commit_is_ours_or_none(few, tmp_path, monkeypatch):
+def test_the_commit_is_ours_or_none(tmp_path, monkeypatch):
     "An environment within a repository of someone else says nothing about our source"
     import subprocess
     from dmlfast import protocol

@@ -486,11 +486,11 @@ def test_result_says_how_it_was_obtained():
         assert 'loss' not in k and 'error' not in k
     with pytest.raises(KeyError, match='was not measured'): r['recall@3']
 
-# ---- a random gallery ----
 def test_what_counts_classes_where_no_query_has_a_value():
     assert evaluate_retrieval(rand(30), labels(30,3), metrics=['nmi']).to_dict()['n_classes']==3
     with pytest.raises(ValueError, match='1 or more; got 0'): evaluate_retrieval(rand(30), labels(30,3), n_boot=0)
 
+# ---- a random gallery ----
 def test_random_gallery():
     x,y = noisy(20, 5)
     r = evaluate_random_gallery(x, y, repeats=4, ks=(1,5), metrics=['recall','map','pr_curve'], seed=3)

@@ -100,10 +100,10 @@ def test_a_run_that_stops_early_has_its_last_epoch(few, tmp_path):
     res = train_settings(_with({'fit.n_epoch':9, 'fit.patience':1, 'fit.monitor':'recall@1'}), tmp_path/'run', few, plain=True, cbs=[Worse()])
     assert res['epochs']==2 and [o['epoch'] for o in csv.DictReader((tmp_path/'run'/'history.csv').open())]==['0','1']
 
-def test_what_stops_a_run_is_the_recipes_unless_said(few):
+def test_what_stops_a_run_is_the_recipes_unless_said():
     from dmlfast.runs import _trackers
     def _patience(**s): return [o.patience for o in _trackers(s) if hasattr(o, 'patience')]
-    assert _patience(recipe='dr_triplet', fit=dict(monitor='recall@1'))==[10] # as MATH has it
+    assert _patience(recipe='dr_triplet', fit=dict(monitor='recall@1'))==[10] # the reproduction's
     assert _patience(recipe='dr_triplet', fit=dict(monitor='recall@1', patience=3))==[3] and _patience(recipe='dr_triplet', fit=dict(monitor='recall@1', patience=0))==[]
     assert _patience(fit=dict(monitor='recall@1'))==[] and _patience(recipe='dr_triplet')==[]
 
