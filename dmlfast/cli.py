@@ -341,11 +341,13 @@ def _epochs_done(out):
     f = Path(out)/'history.csv'
     return max(0, len(f.read_text(encoding='utf-8').splitlines())-1) if f.is_file() else 0
 
+def _resume_with(command, out): return f"`{command} --out {shlex.quote(str(out))} --resume`"
+
 def _left_by_training(out):
     "What an interrupted run left, in a sentence"
     if not (Path(out)/'settings.toml').is_file(): return 'Interrupted before anything was written.'
-    if not (Path(out)/'checkpoint'/'checkpoint.pt').is_file(): return f"Interrupted in the first epoch. `dmlfast-train --out {shlex.quote(str(out))} --resume` begins it again."
-    return f"Interrupted after {_epochs_done(out)} epochs. The checkpoint is {str(Path(out)/'checkpoint'/'checkpoint.pt')!r}; `dmlfast-train --out {shlex.quote(str(out))} --resume` goes on with it."
+    if not (Path(out)/'checkpoint'/'checkpoint.pt').is_file(): return f"Interrupted in the first epoch. {_resume_with('dmlfast-train', out)} begins it again."
+    return f"Interrupted after {_epochs_done(out)} epochs. The checkpoint is {str(Path(out)/'checkpoint'/'checkpoint.pt')!r}; {_resume_with('dmlfast-train', out)} goes on with it."
 
 def _tensorboard(folder):
     "The callback that writes to a folder"
@@ -394,7 +396,7 @@ def _embedder_of(run):
     run = Path(run)
     if (run/'embedder.json').is_file(): return run,None
     if (run/'embedder'/'embedder.json').is_file(): return run/'embedder',run/'settings.toml'
-    if (run/'settings.toml').is_file(): raise ValueError(f"{str(run)!r} holds an interrupted run, whose embedder is written at its end: `dmlfast-train --out {shlex.quote(str(run))} --resume`.")
+    if (run/'settings.toml').is_file(): raise ValueError(f"{str(run)!r} holds an interrupted run, whose embedder is written at its end: {_resume_with('dmlfast-train', run)}.")
     raise ValueError(f"{str(run)!r} is neither a run of dmlfast-train nor an exported embedder.")
 
 def _eval_data(file, data, path, data_args, split):
@@ -583,7 +585,7 @@ def dmlfast_tune(
         _write_whole(out/'search.json', json.dumps({**search, 'space':_as_json(where)}, indent=1))
         try: study = tune_settings(settings, where, n_trials=search['trials'], n_epoch=search['epochs'], folds=search['folds'], metric=search['metric'],
             storage=search['storage'] or out/'study.db', name=search['name'], seed=settings.get('seed', 0), callbacks=[_after_trial(settings, out, search['trials'])])
-        except KeyboardInterrupt: raise Interrupted(f"Interrupted. The finished trials are kept; `dmlfast-tune --out {shlex.quote(str(out))} --resume` goes on.") from None
+        except KeyboardInterrupt: raise Interrupted(f"Interrupted. The finished trials are kept; {_resume_with('dmlfast-tune', out)} goes on.") from None
         res = _study_results(study)
         save_settings(absolute_paths(best_settings(settings, study)), out/'best.toml')
         _save_figure(plot_study(study), out/'study.png')

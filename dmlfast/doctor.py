@@ -21,7 +21,7 @@ from .evaluate import is_fitting
 from .geometry import *
 from .losses import *
 from .mining import *
-from .interpret import _axes, _blue, _orange
+from .show import _axes, _blue, _orange
 
 # %% ../nbs/api/61_doctor.ipynb #7c342804
 def effective_rank(

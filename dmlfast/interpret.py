@@ -25,7 +25,7 @@ from .mining import *
 from .retrieval import *
 from .retrieval import _embeddings, _labels, _unit_
 from .show import *
-from .show import _draw_image, _right, _title_height, _wrong
+from .show import _axes, _blue, _draw_image, _grey, _orange, _right, _title_height, _wrong
 
 # %% ../nbs/api/60_interpret.ipynb #c5ad13b3
 class RetrievalInterpretation:
@@ -265,8 +265,6 @@ def plot_most_confused(self:RetrievalInterpretation,
     return fig
 
 # %% ../nbs/api/60_interpret.ipynb #36069664
-_blue,_orange,_grey = '#0072B2','#D55E00','#6e6e6e'
-
 def _count(values, among):
     "How many of `among` equal each of `values`"
     inv = torch.cat([values,among]).unique(return_inverse=True, dim=0)[1]
@@ -285,16 +283,6 @@ def _chance(self, k):
     n,r,count = _searched(self)
     left = np.maximum(n[:,None]-np.arange(min(k, n.max())), 1)
     return 1-np.average(np.prod(np.maximum(0, 1-r[:,None]/left), 1), weights=count)
-
-def _axes(ax, **kwargs):
-    "`ax` or a new one, with titles and a light grid"
-    if ax is None: ax = plt.subplots(figsize=(6,4), layout='constrained')[1]
-    ax.grid(color='#e5e5e5')
-    ax.set_axisbelow(True)
-    for o in ('top','right'): ax.spines[o].set_visible(False)
-    ax.set_title(kwargs.pop('title'), fontsize=11)
-    ax.set(**kwargs)
-    return ax
 
 @patch
 def plot_pr(self:RetrievalInterpretation,

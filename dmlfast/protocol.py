@@ -21,12 +21,12 @@ from .deploy import *
 from .doctor import *
 from .evaluate import *
 from .export import *
-from .interpret import _blue, _orange
 from .learner import *
 from .retrieval import *
 from .retrieval import _metric_names
 from .runs import *
 from .runs import _nearest, _read_toml
+from .show import _blue, _orange
 from .tune import *
 from .tune import _optuna, _pruner
 

@@ -20,8 +20,8 @@ from . import __version__
 from .data import _labels
 from .doctor import *
 from .interpret import *
-from .interpret import _axes, _blue, _orange
 from .learner import *
+from .show import _axes, _blue, _orange
 
 # %% ../nbs/api/62_report.ipynb #1f5b2974
 def _split_rows(dls):

@@ -211,10 +211,13 @@ def _check_table(table, settings, kinds):
 _scheds = 'flat','exp','step','one_cycle'
 _least = {'fit.n_epoch':0, 'fit.patience':0, 'fit.wd':0, 'batch.bs':1, 'batch.per_class':1, 'batch.num_workers':0}
 
+def _recipe(settings):
+    "The recipe of some settings, one that says nothing where they name none; raises `ValueError` for an unknown name"
+    return Recipe() if (o := settings.get('recipe')) is None else recipes[o]
+
 def _sched_name(settings):
     "Name of the schedule: one cycle unless the settings or their recipe say otherwise"
-    r = recipes[settings['recipe']].fit.get('sched') if settings.get('recipe') else None
-    return settings.get('fit', {}).get('sched') or r or 'one_cycle'
+    return settings.get('fit', {}).get('sched') or _recipe(settings).fit.get('sched', 'one_cycle')
 
 def _check_fit(settings):
     "Raise `ValueError` where the settings of a fit make no sense together"
@@ -234,8 +237,7 @@ def _check_sense(settings):
     for k,least in _least.items():
         if (o := get_setting(settings, k)) is not None and o<least: raise ValueError(f"`{k}` is {least} or more; got {o!r}.")
     _check_fit(settings)
-    r = recipes[settings['recipe']].data if settings.get('recipe') else {}
-    batch = {'per_class':4, 'valid':'val', **r, **settings.get('batch', {})}
+    batch = {'per_class':4, 'valid':'val', **_recipe(settings).data, **settings.get('batch', {})}
     if batch.get('bs') and batch['bs']%batch['per_class']: raise ValueError(f"`batch.bs` must be a multiple of `batch.per_class`; got {batch['bs']} and {batch['per_class']}.")
     for o in ('patience','monitor'):
         if not settings.get('fit', {}).get(o): continue
@@ -256,7 +258,7 @@ def check_settings(
         if k not in _top: raise ValueError(_nearest(k, _top, 'setting'))
         if k in _top[:6] and not isinstance(o, dict): raise ValueError(f"`{k}` is a table of settings; got {o!r}.")
     if not _is(settings.get('seed', 0), int) or settings.get('seed', 0)<0: raise ValueError(f"`seed` is a whole number, 0 or more; got {settings['seed']!r}.")
-    if settings.get('recipe') is not None: recipes[settings['recipe']]
+    _recipe(settings)
     if settings.get('loss') and 'name' not in settings['loss']: raise ValueError("The table `loss` needs the `name` of the loss.")
     if isinstance(m := get_setting(settings, 'loss.miner'), dict) and 'name' not in m: raise ValueError("The table `loss.miner` needs the `name` of the miner.")
     for table,kinds in _allowed(settings).items(): _check_table(table, settings, kinds)
@@ -329,13 +331,11 @@ def n_epochs(
     settings:dict, # Tables
 )->int: # None if nothing says so
     "Passes over the training set: the settings', or their recipe's"
-    r = recipes[settings['recipe']].fit.get('n_epoch') if settings.get('recipe') else None
-    return ifnone(settings.get('fit', {}).get('n_epoch'), r)
+    return ifnone(settings.get('fit', {}).get('n_epoch'), _recipe(settings).fit.get('n_epoch'))
 
 def _loaders(s, ds, seed):
     "Data loaders of some settings"
-    r = recipes[s['recipe']].data if s.get('recipe') else {}
-    batch = {'seed':seed, **r, **s.get('batch', {})}
+    batch = {'seed':seed, **_recipe(s).data, **s.get('batch', {})}
     if batch.get('valid')=='none': batch['valid'] = None
     if batch.get('device'): batch['device'] = torch.device(batch['device'])
     return ds.dataloaders(**batch)
@@ -359,8 +359,7 @@ def make_learner(
 
 def _trackers(settings):
     "Callbacks that keep the best epoch and stop when there is no better one, if there is a column to go by"
-    r = recipes[settings['recipe']].fit if settings.get('recipe') else {}
-    fit = {**r, **settings.get('fit', {})}
+    fit = {**_recipe(settings).fit, **settings.get('fit', {})}
     if not (monitor := fit.get('monitor')): return L()
     stop = [EarlyStoppingCallback(monitor, patience=fit['patience'])] if fit.get('patience') else []
     return L(SaveModelCallback(monitor, fname='best')) + stop

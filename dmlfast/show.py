@@ -1,4 +1,4 @@
-"""Drawing: queries with their neighbours.
+"""Drawing: queries with their neighbours, and what all curves have in common.
 
 Docs: https://dmlfast.github.io/dmlfast/api/show.html.md"""
 
@@ -62,3 +62,16 @@ def show_neighbours(
     return fig
 
 def _title_height(labels, name): return max(12*(_wrapped(name(o), '✓').count('\n')+1) for o in labels) # points
+
+# %% ../nbs/api/33_show.ipynb #0d028cd7
+_blue,_orange,_grey = '#0072B2','#D55E00','#6e6e6e'
+
+def _axes(ax, **kwargs):
+    "`ax` or a new one, with titles and a light grid"
+    if ax is None: ax = plt.subplots(figsize=(6,4), layout='constrained')[1]
+    ax.grid(color='#e5e5e5')
+    ax.set_axisbelow(True)
+    for o in ('top','right'): ax.spines[o].set_visible(False)
+    ax.set_title(kwargs.pop('title'), fontsize=11)
+    ax.set(**kwargs)
+    return ax

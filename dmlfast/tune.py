@@ -18,10 +18,10 @@ from fastai.callback.core import Callback
 from fastai.learner import *
 from .datasets import *
 from .evaluate import *
-from .interpret import _blue, _orange
 from .learner import *
 from .ranking import *
 from .runs import *
+from .show import _blue, _orange
 
 # %% ../nbs/api/70_tune.ipynb #d89bac19
 def _optuna():
