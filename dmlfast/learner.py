@@ -157,6 +157,11 @@ class MetricLearner(Learner):
         if (source := self.__dict__.pop('_source', None)) is not None: self.dls.source = source
 
 # %% ../nbs/api/50_learner.ipynb #6ff8a0b7
+def _all_alone(ds):
+    "Is each item of a data set the only one of its class? Labels are read until two are the same"
+    seen = set()
+    return all(not (y in seen or seen.add(y)) for y in map(int, ds.tls[ds.n_inp])) if len(getattr(ds, 'tls', ()))>getattr(ds, 'n_inp', 0) else False
+
 @patch
 def check_tracker(self:MetricLearner,
     o, # fastai `TrackerCallback`
@@ -171,6 +176,8 @@ def check_tracker(self:MetricLearner,
         raise ValueError(f"{type(o).__name__} has a patience of {o.patience}, and {o.monitor!r} is new only every {columns[o.monitor]} epochs: it takes a patience of as many or more.")
     if o.monitor=='valid_loss' and self.loss_func.seen_only and getattr(self.dls, 'n_train_classes', None) is not None:
         raise ValueError(f"{type(o).__name__} monitors 'valid_loss', which {type(self.loss_func).__name__} does not have on unseen classes: monitor='recall@1' is what you want.")
+    if any(o.monitor in c.names for c in self.cbs if isinstance(c, RetrievalMetrics)) and _all_alone(self.dls.valid_ds):
+        raise ValueError(f"{type(o).__name__} monitors {o.monitor!r}, and each of the {len(self.dls.valid_ds)} validation items is the only one of its class, so that there is nothing to find: hold out classes with two items or more.")
 
 @patch
 def check_cbs(self:MetricLearner,

@@ -383,6 +383,16 @@ def test_scores_that_are_not_of_every_epoch(make_learner):
     with pytest.raises(ValueError, match="patience of 1, and 'recall@1' is new only every 2 epochs"): learn.fit(2, 1e-3, cbs=EarlyStoppingCallback('recall@1', patience=1))
     learn.fit(2, 1e-3, cbs=[EarlyStoppingCallback('recall@1', patience=2), SaveModelCallback('recall@1')])
 
+def test_nothing_to_retrieve(few, tmp_path):
+    "Validation classes of one image each leave no score to monitor: refused before the fit, and without a tracker the columns are nan"
+    lone = few.df[few.df.split=='val'].drop_duplicates('label')
+    dls = MetricDataset(pd.concat([few.df[few.df.split!='val'],lone]), few.path, size=None, flip=False).dataloaders(bs=32, per_class=4, num_workers=0)
+    learn = metric_learner(dls, 'test_resnet', pretrained=False, path=tmp_path)
+    for cb in (SaveModelCallback('recall@1'),EarlyStoppingCallback('map@r')):
+        with pytest.raises(ValueError, match=f"each of the {len(lone)} validation items is the only one of its class"): learn.fit(1, cbs=cb)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert np.isnan(learn.recorder.values[-1][2])
+
 def test_nothing_to_monitor(make_learner, few, tmp_path):
     dls = few.dataloaders(bs=32, per_class=4, num_workers=0, valid=None)
     learn = metric_learner(dls, 'test_resnet', pretrained=False, path=tmp_path)
