@@ -99,11 +99,13 @@ def sqdist(
     return _SqDist.apply(embs)
 
 # %% ../nbs/api/00_geometry.ipynb #610c218f
+def _rsqrt(x): return x.rsqrt().nan_to_num_(posinf=0, neginf=0)
+
 class _SafeRsqrt(torch.autograd.Function):
     "Reciprocal square root, 0 at 0, with a gradient of 0 there"
     @staticmethod
     def forward(ctx, x):
-        r = x.rsqrt().nan_to_num_(posinf=0)
+        r = _rsqrt(x)
         ctx.save_for_backward(r)
         return r
 
@@ -118,7 +120,7 @@ def safe_rsqrt(
     x:Tensor, # Any shape, non-negative
 )->Tensor: # `1/sqrt(x)`, 0 where `x` is 0
     "Reciprocal square root, with value and gradient 0 at 0"
-    return _SafeRsqrt.apply(x) if torch.is_grad_enabled() and x.requires_grad else x.rsqrt().nan_to_num_(posinf=0)
+    return _SafeRsqrt.apply(x) if torch.is_grad_enabled() and x.requires_grad else _rsqrt(x)
 
 # %% ../nbs/api/00_geometry.ipynb #f2b99f30
 def safe_sqrt(
