@@ -43,15 +43,22 @@ def _seeds(o):
         raise ValueError(f"`seeds` is how many there are, 1 or more, or a list of different whole numbers; got {o!r}.")
     return res
 
-def _read_plan(file):
+class _Methods(dict):
+    "Methods by name"
+    def __missing__(self, name): raise ValueError(_nearest(name, list(self), 'method'))
+
+def _read_plan(file, above=()):
     "The table in a TOML file, with what it takes over from its base"
     plan = _read_toml(file)
     if (name := plan.pop('base', None)) is None: return plan
     if not isinstance(name, str): raise ValueError(f"`base` is the name of a file beside {str(file)!r}; got {name!r}.")
-    base = _read_toml(Path(file).parent/name)
-    if 'base' in base: raise ValueError(f"{name!r} is the base of {str(file)!r} and has one itself: name that one.")
-    both = lambda k: (base.get(k, {}),plan.get(k, {}))
-    return {**base, **plan, 'settings':with_settings(*both('settings')), 'methods':merge(*both('methods'))}
+    path,above = Path(file).parent/name,(*above,Path(file).resolve())
+    if path.resolve() in above: raise ValueError(f"{name!r} is the base of {str(file)!r}, and that one of {name!r}.")
+    base = _read_plan(path, above)
+    methods,own = _Methods(base.get('methods', {})),plan.get('methods', {})
+    out = {k for k,o in own.items() if o is False and methods[k]} # which raises for a name that the base does not have
+    methods = {k:o for k,o in merge(methods, own).items() if k not in out}
+    return {**base, **plan, 'settings':with_settings(base.get('settings', {}), plan.get('settings', {})), 'methods':methods}
 
 def _check_search(search):
     "Raise `ValueError` for a search that cannot be"
@@ -86,10 +93,6 @@ def _check_plan(plan):
     for name,m in methods.items(): _check_method(name, m, methods)
 
 # %% ../nbs/api/71_protocol.ipynb #9ed0f077
-class _Methods(dict):
-    "Methods by name"
-    def __missing__(self, name): raise ValueError(_nearest(name, list(self), 'method'))
-
 class Experiment:
     "Methods to be tuned alike, trained with several seeds and compared"
     def __init__(self,
