@@ -26,7 +26,7 @@ from .retrieval import *
 from .retrieval import _metric_names
 from .runs import *
 from .runs import _nearest, _read_toml
-from .show import _blue, _orange
+from .show import _blue, _grey, _orange
 from .tune import *
 from .tune import _optuna, _pruner
 
@@ -486,6 +486,14 @@ def difference(self:Experiment,
     return np.array([100*(a[o]-b[o]) for o in sorted(a) if o in b])
 
 @patch
+def compared(self:Experiment,
+    pairs=None, # Pairs of names; each method with its twin if not given
+)->list: # Pairs of names
+    "Those pairs that have two seeds or more in common"
+    if pairs is None: pairs = [(o,m['twin']) for o,m in self.methods.items() if 'twin' in m]
+    return [o for o in pairs if len(self.difference(*o))>1]
+
+@patch
 def differences(self:Experiment,
     pairs=None, # Pairs of names; each method with its twin if not given
 )->pd.DataFrame: # One row a pair that has two seeds or more in common, in points
@@ -495,8 +503,7 @@ def differences(self:Experiment,
             n = _digits(100*np.mean(list(self.values(other, k).values())))
             return '{:+.{n}f} ({:+.{n}f} to {:+.{n}f})'.format(*mean_interval(self.difference(o, other, k)), n=n)
         return {'method':o, 'minus':other, **{k:_gain(k) for k in self.measures}, 'seeds':len(self.difference(o, other))}
-    if pairs is None: pairs = [(o,m['twin']) for o,m in self.methods.items() if 'twin' in m]
-    return _frame([_row(*o) for o in pairs if len(self.difference(*o))>1])
+    return _frame([_row(*o) for o in self.compared(pairs)])
 
 @patch
 def choices(self:Experiment)->pd.DataFrame: # One row a method; none where no search has begun
@@ -517,6 +524,19 @@ def seen(self:Experiment,
     return _frame([{'method':k, **o.mean().to_dict()} for k,o in rows.items() if o.size])
 
 # %% ../nbs/api/71_protocol.ipynb #e3ca51f1
+def _draw_runs(ax, rows, least=-math.inf, most=math.inf):
+    "Draw rows, each a name, values and a colour: the values, and their mean with its interval beside them"
+    if not rows: raise ValueError("There is nothing to draw yet: there are no runs of these methods.")
+    for y,(_,v,color) in enumerate(rows):
+        m,lo,hi = mean_interval(v)
+        ax.plot(v, [y+.18]*len(v), 'o', ms=4, color=color, alpha=.6)
+        ax.errorbar(m, y-.1, xerr=None if math.isnan(lo) else [[m-max(lo, least)],[min(hi, most)-m]], fmt='D', ms=5, capsize=3, color=color)
+    ax.set_yticks(range(len(rows)), [o[0] for o in rows])
+    ax.set_ylim(len(rows)-.5, -.6)
+    ax.grid(axis='x', alpha=.3)
+
+def _new_axes(n): return plt.subplots(figsize=(7,.42*n+1), layout='tight')[1]
+
 @patch
 def plot(self:Experiment,
     measure:str='recall@1', # Name of a measure
@@ -525,18 +545,23 @@ def plot(self:Experiment,
 )->plt.Axes:
     "Draw each run as a point, and mean and 95 % interval beside it"
     names = [o for o in methods or self.methods if self.rows('run', o)]
-    if not names: raise ValueError("There is nothing to draw yet: no run is finished.")
-    ax = ax or plt.subplots(figsize=(7,.42*len(names)+1), layout='tight')[1]
-    for y,o in enumerate(names):
-        v = 100*np.array(list(self.values(o, measure).values()))
-        m,lo,hi = mean_interval(v)
-        color = _orange if 'twin' in self.methods[o] else _blue
-        ax.plot(v, [y+.18]*len(v), 'o', ms=4, color=color, alpha=.6)
-        ax.errorbar(m, y-.1, xerr=None if math.isnan(lo) else [[m-max(lo, 0)],[min(hi, 100)-m]], fmt='D', ms=5, capsize=3, color=color)
+    ax = ax or _new_axes(len(names))
+    _draw_runs(ax, [(o, 100*np.array(list(self.values(o, measure).values())), _orange if 'twin' in self.methods[o] else _blue) for o in names], 0, 100)
     ax.set(xlabel=f'{measure} on unseen classes, per cent', title=self.name)
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names)-.5, -.6)
-    ax.grid(axis='x', alpha=.3)
+    return ax
+
+@patch
+def plot_differences(self:Experiment,
+    measure:str='recall@1', # Name of a measure
+    pairs=None, # Pairs of names; each method with its twin if not given
+    ax:plt.Axes=None, # Where to; a new figure if not given
+)->plt.Axes:
+    "Draw each method minus another one, a point for each seed, and mean and 95 % interval beside them; raises `ValueError` where no pair has two seeds in common"
+    pairs = self.compared(pairs)
+    ax = ax or _new_axes(len(pairs))
+    _draw_runs(ax, [(f'{a} − {b}', self.difference(a, b, measure), _orange) for a,b in pairs])
+    ax.axvline(0, color=_grey, lw=1, zorder=0)
+    ax.set(xlabel=f'difference in {measure} on unseen classes, points', title=self.name)
     return ax
 
 @patch

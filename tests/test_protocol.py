@@ -241,3 +241,6 @@ def test_differences_of_any_two(few, tmp_path):
     for method,seed,r,m in (('a',0,.5,.1),('a',1,.5,.1),('louder',0,.4,.25),('louder',1,.3,.05),('louder',5,.9,.9),('γ',2,.1,.1)):
         exp.write(dict(kind='run', method=method, seed=seed, scores={'recall@1':r,'map@r':m}, seen={}, seconds=1., cpu_seconds=1.))
     assert exp.differences([('louder','a'),('louder','γ')]).to_dict('records')==[{'minus':'a', 'recall@1':'-15.0 (-78.5 to +48.5)', 'map@r':'+5.0 (-122.1 to +132.1)', 'seeds':2}]
+    ax = exp.plot_differences('map@r', [('louder','a'),('louder','γ')])
+    assert [o.get_text() for o in ax.get_yticklabels()]==['louder − a'] and ax.lines[0].get_xdata().tolist()==pytest.approx([15,-5]) and ax.lines[1].get_xdata().tolist()==pytest.approx([5])
+    with pytest.raises(ValueError, match='nothing to draw'): exp.plot_differences(pairs=[('louder','γ')])
