@@ -561,7 +561,7 @@ def plot_differences(self:Experiment,
     ax = ax or _new_axes(len(pairs))
     _draw_runs(ax, [(f'{a} − {b}', self.difference(a, b, measure), _orange) for a,b in pairs])
     ax.axvline(0, color=_grey, lw=1, zorder=0)
-    ax.set(xlabel=f'difference in {measure} on unseen classes, points', title=self.name)
+    ax.set(xlabel=f'difference in {measure}, points', title=self.name)
     return ax
 
 @patch
