@@ -619,11 +619,11 @@ def _guarded(f):
     return 0
 
 def _share(plan, out, until, workers):
-    "Let several processes work; raises `RuntimeError` where one failed"
+    "Let one or several processes work; raises `RuntimeError` where one failed"
     import os, subprocess
     keep = dict(MALLOC_MMAP_THRESHOLD_=str(2**33), MALLOC_TRIM_THRESHOLD_=str(2**34)) # glibc else gives each large tensor's memory back, and asks for it anew: 1.4 times the time of a step on a CPU
     code = 'import sys; from dmlfast.cli import _bench_worker; _bench_worker(*sys.argv[1:])'
-    ps = [subprocess.Popen([sys.executable, '-c', code, str(plan), str(out), str(until or ''), str(workers)], stdout=sys.stderr.fileno(), env={**keep, **os.environ}) for _ in range(workers)]
+    ps = [subprocess.Popen([sys.executable, '-c', code, str(plan), str(out), str(until or ''), str(workers)], stdout=2, env={**keep, **os.environ}) for _ in range(workers)]
     try: failed = sum(p.wait()!=0 for p in ps)
     finally:
         for p in ps:
@@ -650,8 +650,7 @@ def dmlfast_bench(
         left = exp.hours_left()
         print(_plan_text(exp, left, workers), end='\n\n')
         try:
-            if not dry_run and workers>1: _share(plan, exp.out, until, workers)
-            elif not dry_run: exp.run(until, print)
+            if not dry_run and exp.jobs(): _share(plan, exp.out, until, workers)
         except KeyboardInterrupt: raise Interrupted(f"Interrupted. What is finished is in {str(exp.out)!r}; the same command goes on.") from None
         res = dict(out=str(exp.out), left=len(exp.jobs()), runs=exp.rows('run'))
     if Json: print(json.dumps(res, ensure_ascii=False))

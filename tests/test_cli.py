@@ -1,5 +1,5 @@
 "The commands, as a shell runs them"
-import json, re, subprocess, sys
+import json, os, re, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -304,3 +304,7 @@ def test_an_experiment(table, tmp_path):
     lines = (tmp_path/'r.jsonl').read_text()
     status,out,err = do(dmlfast_bench, tmp_path/'p.toml', '--out', tmp_path/'r.jsonl')
     assert status==0 and 'All of it is done.' in out and '+0.0' in out and (tmp_path/'r.jsonl').read_text()==lines, err
+    (tmp_path/'r.jsonl').write_text(''.join(lines.splitlines(True)[:-1]))
+    status,out,err = do(dmlfast_bench, tmp_path/'p.toml', '--out', tmp_path/'r.jsonl')
+    rows = [json.loads(o) for o in (tmp_path/'r.jsonl').read_text().splitlines()]
+    assert status==0 and len(rows)==12 and rows[-1]['seen']['pid']!=os.getpid(), err # one worker is a process of its own too, which keeps its memory
