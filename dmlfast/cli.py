@@ -595,16 +595,25 @@ def dmlfast_tune(
     return res
 
 # %% ../nbs/api/90_cli.ipynb #6fa579dc
+def _where(o):
+    "In words where a search looks for a setting"
+    if isinstance(o, list): return ' or '.join(map(str, o))
+    lo,hi = (o['low'],o['high']) if isinstance(o, dict) else o[:2]
+    return f'{lo:g} to {hi:g}'
+
 def _plan_text(exp, hours, workers):
-    "The plan, and how long it will take"
-    def _time(h): return f'{h:.1f} hours' if h>=1 else f'{60*h:.0f} minutes'
-    shared = f', {_time(hours/workers)} with {workers} workers' if workers>1 else ''
-    said = f'about {_time(hours)}{shared}' if hours==hours else 'for how long is not known before one of them is finished'
-    return f"{exp!r}\n\n" + (f"{len(exp.jobs())} searches and runs are left: {said}." if exp.jobs() else 'All of it is done.')
+    "The data, what there is to do, where searches look, and how long it will take"
+    from dmlfast.protocol import _long
+    spaces = {k:exp.space(k) for k in exp.methods}
+    looks = [f"{k}: {', '.join(f'{name} {_where(v)}' for name,v in o.items())}" for k,o in spaces.items() if o]
+    shared = f', {_long(hours/workers)} with {workers} workers' if workers>1 and hours==hours else ''
+    left = f"{exp.n_left()} trials and runs are left: {_long(hours)}{shared}." if exp.jobs() else 'All of it is done.'
+    return '\n\n'.join([repr(exp.ds), repr(exp), *(['The first trial of a search is with the defaults. Where they look:\n'+'\n'.join(looks)] if looks else []), left])
 
 def _bench_worker(plan, out, until, workers):
     "What each of several processes does"
     import os, torch
+    warnings.simplefilter('ignore', FutureWarning) # as in `run_command`
     from dmlfast.protocol import Experiment
     torch.set_num_threads(max(1, (os.cpu_count() or 1)//int(workers)))
     def _f(): Experiment(plan, out).run(float(until) if until else None, lambda o: print(o, flush=True))
@@ -623,7 +632,7 @@ def _share(plan, out, until, workers):
     import os, subprocess
     keep = dict(MALLOC_MMAP_THRESHOLD_=str(2**33), MALLOC_TRIM_THRESHOLD_=str(2**34)) # glibc else gives each large tensor's memory back, and asks for it anew: 1.4 times the time of a step on a CPU
     code = 'import sys; from dmlfast.cli import _bench_worker; _bench_worker(*sys.argv[1:])'
-    ps = [subprocess.Popen([sys.executable, '-c', code, str(plan), str(out), str(until or ''), str(workers)], stdout=2, env={**keep, **os.environ}) for _ in range(workers)]
+    ps = [subprocess.Popen([sys.executable, '-c', code, str(plan), str(out), '' if until is None else str(until), str(workers)], stdout=2, env={**keep, **os.environ}) for _ in range(workers)]
     try: failed = sum(p.wait()!=0 for p in ps)
     finally:
         for p in ps:
@@ -632,7 +641,7 @@ def _share(plan, out, until, workers):
 
 @command
 def dmlfast_bench(
-    plan:str, # TOML file of an experiment
+    plan:str, # TOML file of an experiment: https://dmlfast.github.io/dmlfast/api/protocol.html says what is in it
     out:str=None, # File for the results, one line of JSON each; the plan's name with .jsonl in this folder if not given
     workers:int=1, # Processes
     hours:float=None, # Begin nothing after so many hours; to the end if not given
@@ -645,8 +654,9 @@ def dmlfast_bench(
         until = None if hours is None else hours*3600
         with _refusing():
             if workers<1: raise ValueError(f"--workers is 1 or more; got {workers}.")
+            if hours is not None and hours<=0: raise ValueError(f"--hours is more than 0; got {hours}.")
             exp = Experiment(plan, out or f'{Path(plan).stem}.jsonl')
-            exp.check_data()
+            exp.check()
         left = exp.hours_left()
         print(_plan_text(exp, left, workers), end='\n\n')
         try:
@@ -654,5 +664,7 @@ def dmlfast_bench(
         except KeyboardInterrupt: raise Interrupted(f"Interrupted. What is finished is in {str(exp.out)!r}; the same command goes on.") from None
         res = dict(out=str(exp.out), left=len(exp.jobs()), runs=exp.rows('run'))
     if Json: print(json.dumps(res, ensure_ascii=False))
-    elif exp.rows('run') and not dry_run: print(f'{exp.table().to_string()}\n\n{exp.differences().to_string()}\n\n{exp.choices().to_string()}')
+    elif exp.rows('run') and not dry_run:
+        print('\n\n'.join(o.to_string() for o in (exp.table(),exp.differences(),exp.choices()) if len(o)))
+        print(f'\nIn Python, Experiment({str(plan)!r}, {str(exp.out)!r}) has these tables, and draws them: plot(), plot_differences().')
     return res

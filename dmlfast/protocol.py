@@ -22,10 +22,11 @@ from .doctor import *
 from .evaluate import *
 from .export import *
 from .learner import *
+from .models import *
 from .retrieval import *
 from .retrieval import _metric_names
 from .runs import *
-from .runs import _nearest, _read_toml
+from .runs import _allowed, _nearest, _read_toml
 from .show import _blue, _grey, _orange
 from .tune import *
 from .tune import _optuna, _pruner
@@ -53,6 +54,7 @@ def _read_plan(file, above=()):
     if (name := plan.pop('base', None)) is None: return plan
     if not isinstance(name, str): raise ValueError(f"`base` is the name of a file beside {str(file)!r}; got {name!r}.")
     path,above = Path(file).parent/name,(*above,Path(file).resolve())
+    if not path.is_file(): raise ValueError(f"{str(file)!r} has the base {name!r}, and there is no file {str(path)!r}.")
     if path.resolve() in above: raise ValueError(f"{name!r} is the base of {str(file)!r}, and that one of {name!r}.")
     base = _read_plan(path, above)
     methods,own = _Methods(base.get('methods', {})),plan.get('methods', {})
@@ -69,11 +71,14 @@ def _check_search(search):
 
 def _check_method(name, m, methods):
     "Raise `ValueError` for a word of a method that is not known, or that contradicts another"
+    if m is False: raise ValueError(f"Method {name!r} is `false`, which leaves out a method of a base, and this plan has none.")
     if not isinstance(m, dict): raise ValueError(f"Method {name!r} is a table; got {m!r}.")
     for k in m:
-        if k not in (*_words,*_tables): raise ValueError(f"Method {name!r}: {_nearest(k, (*_tables,*_words), 'word')}")
+        if k in (*_words,*_tables): continue
+        where = [f'{table}.{k}' for table,kinds in _allowed({}).items() if k in kinds]
+        raise ValueError(f"Method {name!r}: " + (f"{k!r} is a setting of a table: is {where[0]!r} meant?" if where else _nearest(k, (*_tables,*_words), 'word')))
     for k in ('twin','like'):
-        if k in m and m[k] not in methods: raise ValueError(f"Method {name!r}: `{k}` is {m[k]!r}, and the methods are {', '.join(map(repr, methods))}.")
+        if k in m and m[k] not in methods: raise ValueError(f"Method {name!r}: `{k}` is {m[k]!r}, which is not there or left out; the methods are {', '.join(map(repr, methods))}.")
         if m.get(k)==name: raise ValueError(f"Method {name!r}: `{k}` is the method itself.")
     if 'like' in m and 'like' in methods[m['like']]: raise ValueError(f"Method {name!r} is like {m['like']!r}, which is like another one: name that one.")
     if 'like' in m and 'space' in m: raise ValueError(f"Method {name!r} takes the settings chosen for {m['like']!r} and has no search, so its `space` would not be looked at.")
@@ -150,9 +155,11 @@ def check_method(self:Experiment,
     try:
         space = self.space(method)
         if ours:
-            if n_epochs(check_settings(self.settings(method))) is None: raise ValueError("nothing says for how many epochs to fit.")
+            s = check_settings(self.settings(method))
+            if n_epochs(s) is None: raise ValueError("nothing says for how many epochs to fit.")
             for o in ('patience','monitor'):
                 if get_setting(self.settings(method), f'fit.{o}'): raise ValueError(f"`fit.{o}` has nothing to go by: a run trains on all training classes, to its end.")
+            if n_epochs(s) and not s.get('loss') and not s.get('recipe'): raise ValueError("nothing says with which `loss` to train.")
             if space: check_space(self.settings(method), space)
         elif space: distributions(space)
     except ValueError as e: raise ValueError(f"Method {method!r}: {e}") from None
@@ -160,10 +167,29 @@ def check_method(self:Experiment,
 
 @patch
 def check_data(self:Experiment):
-    "Raise `ValueError` where the data set lacks a split that the experiment needs"
-    need = ['test'] + ['val']*any(self.space(o) for o in self.methods)
+    "Raise `ValueError` where the data set lacks classes that the experiment needs, or is not the one that the results are of"
+    need,df = ['test'] + ['val']*any(self.space(o) for o in self.methods),self.ds.df
     for o in need:
-        if not len(self.ds.items(o)): raise ValueError(f"{self.ds.name} has no split {o!r}: methods are searched for on 'val' and scored on 'test'.")
+        if (n := df.label[df.split==o].nunique())<2:
+            raise ValueError(f"{self.ds.name} has {n or 'no'} {'class' if n==1 else 'classes'} in its split {o!r}, and it takes two or more: methods are searched for on 'val' and scored on 'test'. "
+                "Mostly `val_pct` and `test_pct` in the table `data` say how many.")
+    for o in self.rows():
+        if o['method'] in self.methods and not self.facts()['data_hash'].startswith(o.get('data_hash', o.get('data', ''))):
+            raise ValueError(f"{str(self.out)!r} holds results of {o['method']!r} on other images, labels or splits than these of {self.ds.name}: give the results another file.")
+
+@patch
+def check_models(self:Experiment):
+    "Raise `ValueError` where the network of a method with work left, or the file of its weights, is not there"
+    for o in dict.fromkeys(o for o,_ in self.jobs() if 'trainer' not in self.methods[o]):
+        m = self.settings(o).get('model', {})
+        try: check_arch(m.get('arch', 'resnet18'), m.get('weights'))
+        except ValueError as e: raise ValueError(f"Method {o!r}: {e}") from None
+
+@patch
+def check(self:Experiment):
+    "Raise `ValueError` for what would stop the experiment on its way, before it begins"
+    self.check_data()
+    self.check_models()
 
 # %% ../nbs/api/71_protocol.ipynb #9acf3cc8
 @patch
@@ -181,14 +207,22 @@ def rows(self:Experiment,
     return [o for o in found if kind in (None,o['kind']) and method in (None,o['method'])]
 
 @patch
+def runs(self:Experiment,
+    method:str, # Name of a method
+)->list: # Dictionaries
+    "Those runs in the file that the plan asks for: a file may hold more seeds"
+    return [o for o in self.rows('run', method) if o['seed'] in self.seeds(method)]
+
+@patch
 def write(self:Experiment,
     row:dict, # What to write
-):
+)->dict: # The same
     "Add a line, whole, also where a process was killed while it wrote the one before"
     self.out.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f'{self.out}.lock'):
         old = self.out.read_bytes()[-1:] if self.out.exists() else b'\n'
         with self.out.open('a', encoding='utf-8') as f: f.write('\n'*(old not in (b'',b'\n')) + json.dumps(row, ensure_ascii=False) + '\n')
+    return row
 
 @patch
 def hash_of(self:Experiment,
@@ -204,6 +238,10 @@ def check_rows(self:Experiment):
     for k in self.methods:
         if self.rows('run', k) and self.chosen(k) is None:
             raise ValueError(f"{str(self.out)!r} holds runs of {k!r} after {len(self.rows('trial', k))} trials, and the plan asks for {self.search['n_trials']}, which may choose otherwise: give the results another file.")
+        if (n := len(self.rows('trial', k)))>self.search['n_trials'] and self.space(k):
+            raise ValueError(f"{str(self.out)!r} holds {n} trials of {k!r}, and the plan asks for {self.search['n_trials']}: give the results another file.")
+        if lack := [m for o in self.runs(k) for m in self.measures if m not in o['scores']]:
+            raise ValueError(f"{str(self.out)!r} holds runs of {k!r} that were not scored by {lack[0]!r}: leave it out of `measures`, or give the results another file.")
     for o in self.rows():
         if o['method'] in self.methods and o.get('plan', self.hash_of(o['method']))!=self.hash_of(o['method']):
             raise ValueError(f"{str(self.out)!r} holds results of a method {o['method']!r} with other settings than it has in the plan now: give it another name, or the results another file.")
@@ -295,7 +333,7 @@ def study(self:Experiment,
 @patch
 def run_trial(self:Experiment,
     method:str, # Name of a method
-):
+)->dict: # What was written down
     "Try settings on the validation classes, and write down what came of it"
     optuna = _optuna()
     study,settings = self.study(method),self.settings(method)
@@ -311,8 +349,8 @@ def run_trial(self:Experiment,
     except optuna.TrialPruned: state = 'PRUNED'
     except Diverged: scores.append(0.)
     if not scores: raise ValueError(f"The trainer of {method!r} reported no score in a trial: it calls `report(epoch, score)` after each epoch.")
-    self.write(dict(kind='trial', method=method, plan=self.hash_of(method), number=trial.number, params=params, state=state, value=scores[-1], scores=scores,
-        seconds=round(time.time()-began, 1), cpu_seconds=round(time.process_time()-start, 1)))
+    return self.write(dict(kind='trial', method=method, plan=self.hash_of(method), data_hash=self.facts()['data_hash'], number=trial.number, params=params, state=state, value=scores[-1],
+        scores=scores, seconds=round(time.time()-began, 1), cpu_seconds=round(time.process_time()-start, 1)))
 
 # %% ../nbs/api/71_protocol.ipynb #e5f0baea
 def _commit():
@@ -325,7 +363,7 @@ def _commit():
 def facts(self:Experiment)->dict:
     "What a run was made with: versions, commit, and a hash of which image has which label in which split"
     if not hasattr(self, '_facts'):
-        self._facts = dict(**about_run(self.ds.dataloaders(valid=None, num_workers=0)), commit=_commit(), machine=platform.machine())
+        self._facts = dict(**about_run(self.ds), commit=_commit(), machine=platform.machine())
     return self._facts
 
 @patch
@@ -341,7 +379,7 @@ def _score(self:Experiment, method, embs, labels):
 def run_seed(self:Experiment,
     method:str, # Name of a method
     seed:int, # Determines weights, batches and draws
-):
+)->dict: # What was written down
     "Train a method on all training classes with the settings chosen for it, and score it once on the test classes"
     settings = with_settings(self.chosen(method), dict(seed=seed))
     save = self.out.parent/f'{self.out.stem}-models'/f'{method}-{seed}' if self.plan.get('keep_models') and 'trainer' not in self.methods[method] else None
@@ -349,7 +387,7 @@ def run_seed(self:Experiment,
     try: embs,labels,seen = self.trainer(method)(settings, self.ds, 'test', None, **(dict(save=save) if save else {}))
     except Diverged: embs,labels,seen = None,None,dict(diverged=True)
     seconds,cpu = time.time()-began,time.process_time()-start
-    self.write(dict(kind='run', method=method, plan=self.hash_of(method), seed=seed, scores=self._score(method, embs, labels), seen=seen, seconds=round(seconds, 1), cpu_seconds=round(cpu, 1),
+    return self.write(dict(kind='run', method=method, plan=self.hash_of(method), seed=seed, scores=self._score(method, embs, labels), seen=seen, seconds=round(seconds, 1), cpu_seconds=round(cpu, 1),
         settings={k:o for k,o in settings.items() if k not in ('data','batch')}, when=datetime.now(timezone.utc).isoformat(timespec='seconds'), **self.facts()))
 
 # %% ../nbs/api/71_protocol.ipynb #2b83fae3
@@ -364,6 +402,11 @@ def jobs(self:Experiment)->list: # Pairs of method and seed; seed None: a trial
     return res
 
 @patch
+def n_left(self:Experiment)->int: # Trials and runs
+    "How much is left to do"
+    return sum(1 if seed is not None else self.search['n_trials']-len(self.rows('trial', o)) for o,seed in self.jobs())
+
+@patch
 def _locked(self:Experiment, job):
     "The lock of a piece of work, or nothing if another process has it"
     folder = self.out.parent/f'.{self.out.stem}-locks'
@@ -373,7 +416,7 @@ def _locked(self:Experiment, job):
     except filelock.Timeout: return None
 
 @patch
-def step(self:Experiment)->bool: # Was there anything?
+def step(self:Experiment)->dict: # What was written down; None if there was nothing to do
     "Do one piece of work that nobody else does"
     for job in self.jobs():
         method,seed = job
@@ -381,9 +424,7 @@ def step(self:Experiment)->bool: # Was there anything?
         if (lock := self._locked(job)) is None: continue
         with lock:
             if job not in self.jobs(): continue # another process finished it in the meantime
-            self.run_trial(method) if seed is None else self.run_seed(method, seed)
-        return True
-    return False
+            return self.run_trial(method) if seed is None else self.run_seed(method, seed)
 
 @patch
 def run(self:Experiment,
@@ -391,12 +432,23 @@ def run(self:Experiment,
     log=None, # Function of a line of text, called for each piece of work
 )->pd.DataFrame: # As `todo`
     "Work until all is done"
-    self.check_data()
+    self.check()
     began = time.time()
     while self.jobs() and (until is None or time.time()-began<until):
-        if not self.step(): time.sleep(2)
-        elif log: log(f'{self.name}: {len(self.jobs())} left, {self.hours_left():.1f} hours')
+        if (row := self.step()) is None: time.sleep(2)
+        elif log: log(f'{_came(row)}; {self.n_left()} left, {_long(self.hours_left())}')
     return self.todo()
+
+def _came(o):
+    "What came of a piece of work"
+    if o['kind']=='trial': return f"{o['method']}, trial {o['number']}: {o['value']:.4f}" + (', given up' if o['state']=='PRUNED' else '')
+    name,value = next(iter(o['scores'].items()))
+    return f"{o['method']}, seed {o['seed']}: {name} {value:.4f}"
+
+def _long(hours):
+    "A time in words"
+    if hours!=hours: return 'for how long is not known before one of them is finished'
+    return f'about {hours:.1f} hours' if hours>=1 else f'about {60*hours:.0f} minutes' if hours>=1/30 else 'a minute or two'
 
 # %% ../nbs/api/71_protocol.ipynb #e3fa8c63
 @patch
@@ -460,8 +512,11 @@ def values(self:Experiment,
     measure:str, # Name of a measure
 )->dict: # Seed to score
     "Scores of the runs of a method, by seed"
-    if measure not in self.measures: raise ValueError(_nearest(measure, self.measures, 'measure'))
-    return {o['seed']:o['scores'][measure] for o in self.rows('run', method)}
+    if measure not in self.measures: raise ValueError(f"This experiment does not measure {measure!r}; its `measures` are {', '.join(self.measures)}.")
+    return {o['seed']:o['scores'][measure] for o in self.runs(method)}
+
+@patch
+def _named(self:Experiment, methods): return listify(methods) or list(self.methods)
 
 @patch
 def table(self:Experiment,
@@ -469,10 +524,10 @@ def table(self:Experiment,
 )->pd.DataFrame: # One row a method, in per cent
     "Mean scores on the test classes, with their 95 % intervals over seeds"
     def _row(o):
-        runs = self.rows('run', o)
+        runs = self.runs(o)
         scores = {k:_said(*mean_interval([100*v for v in self.values(o, k).values()])) for k in self.measures}
         return {'method':o, **scores, 'seeds':len(runs), 'seconds a run':round(float(np.median([r['cpu_seconds'] for r in runs])))}
-    return _frame([_row(o) for o in methods or self.methods if self.rows('run', o)])
+    return _frame([_row(o) for o in self._named(methods) if self.runs(o)])
 
 @patch
 def difference(self:Experiment,
@@ -491,6 +546,7 @@ def compared(self:Experiment,
 )->list: # Pairs of names
     "Those pairs that have two seeds or more in common"
     if pairs is None: pairs = [(o,m['twin']) for o,m in self.methods.items() if 'twin' in m]
+    elif pairs and isinstance(pairs[0], str): pairs = [pairs]
     return [o for o in pairs if len(self.difference(*o))>1]
 
 @patch
@@ -520,13 +576,12 @@ def seen(self:Experiment,
     methods=None, # Names; all that have runs if not given
 )->pd.DataFrame: # One row a method, a column for each number
     "What trainers gave beside the embeddings, means over the runs: `train_run` what the `TrainingDoctor` saw in the last epoch"
-    rows = {o:pd.DataFrame([r['seen'] for r in self.rows('run', o)]) for o in methods or self.methods}
+    rows = {o:pd.DataFrame([r['seen'] for r in self.runs(o)]) for o in self._named(methods)}
     return _frame([{'method':k, **o.mean().to_dict()} for k,o in rows.items() if o.size])
 
 # %% ../nbs/api/71_protocol.ipynb #e3ca51f1
 def _draw_runs(ax, rows, least=-math.inf, most=math.inf):
     "Draw rows, each a name, values and a colour: the values, and their mean with its interval beside them"
-    if not rows: raise ValueError("There is nothing to draw yet: there are no runs of these methods.")
     for y,(_,v,color) in enumerate(rows):
         m,lo,hi = mean_interval(v)
         ax.plot(v, [y+.18]*len(v), 'o', ms=4, color=color, alpha=.6)
@@ -544,7 +599,8 @@ def plot(self:Experiment,
     ax:plt.Axes=None, # Where to; a new figure if not given
 )->plt.Axes:
     "Draw each run as a point, and mean and 95 % interval beside it"
-    names = [o for o in methods or self.methods if self.rows('run', o)]
+    names = [o for o in self._named(methods) if self.runs(o)]
+    if not names: raise ValueError("There is nothing to draw yet: no run is finished.")
     ax = ax or _new_axes(len(names))
     _draw_runs(ax, [(o, 100*np.array(list(self.values(o, measure).values())), _orange if 'twin' in self.methods[o] else _blue) for o in names], 0, 100)
     ax.set(xlabel=f'{measure} on unseen classes, per cent', title=self.name)
@@ -557,7 +613,7 @@ def plot_differences(self:Experiment,
     ax:plt.Axes=None, # Where to; a new figure if not given
 )->plt.Axes:
     "Draw each method minus another one, a point for each seed, and mean and 95 % interval beside them; raises `ValueError` where no pair has two seeds in common"
-    pairs = self.compared(pairs)
+    if not (pairs := self.compared(pairs)): raise ValueError("There is nothing to draw: no two methods that are compared, a method with its `twin` if none are named, have two seeds in common.")
     ax = ax or _new_axes(len(pairs))
     _draw_runs(ax, [(f'{a} − {b}', self.difference(a, b, measure), _orange) for a,b in pairs])
     ax.axvline(0, color=_grey, lw=1, zorder=0)
@@ -572,7 +628,7 @@ def plot_sweep(self:Experiment,
     ax:plt.Axes=None, # Where to; a new figure if not given
 )->plt.Axes:
     "Draw the runs of a method and of those that are like it against the setting in which they differ, with mean and 95 % interval; raises `ValueError` where there are none"
-    x = {o:get_setting(self.chosen(o) or {}, path) for o,m in self.methods.items() if like in (o,m.get('like')) and self.rows('run', o)}
+    x = {o:get_setting(self.chosen(o) or {}, path) for o,m in self.methods.items() if like in (o,m.get('like')) and self.runs(o)}
     x = dict(sorted(((o,v) for o,v in x.items() if v is not None), key=lambda o: o[1]))
     if not x: raise ValueError(f"There is nothing to draw yet: no run of {like!r}, or of a method that is like it, has the setting {path!r}.")
     ax = ax or plt.subplots(figsize=(6,3.5), layout='tight')[1]

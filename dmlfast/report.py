@@ -22,11 +22,12 @@ from .doctor import *
 from .interpret import *
 from .learner import *
 from .show import _axes, _blue, _orange
+from .tables import MetricDataset
 
 # %% ../nbs/api/62_report.ipynb #1f5b2974
 def _split_rows(dls):
     "Split, label and name of each item of the data loaders, or of the data set that they were made from"
-    source = getattr(dls, 'source', None)
+    source = dls if isinstance(dls, MetricDataset) else getattr(dls, 'source', None)
     if source is not None: return [tuple(map(str, o)) for o in zip(source.df.split, source.df.label, source.df.path)]
     return [(name,str(y),item_name(o) or str(i)) # the number where an item has no name
         for name,dl in zip(('train','valid'), dls.loaders)
@@ -40,7 +41,7 @@ def _names(dls, dl):
     return [int(o) if vocab is None else vocab[int(o)] for o in ys]
 
 def split_hash(
-    dls, # `DataLoaders`
+    dls, # `DataLoaders`, or a `MetricDataset`
 )->str: # 64 hexadecimal digits
     "What tells whether two runs had the same items with the same labels in the same splits"
     return hashlib.sha256('\n'.join(sorted('\t'.join(o) for o in _split_rows(dls))).encode(errors='surrogateescape')).hexdigest()

@@ -434,11 +434,11 @@ def _scores(learn):
     return {'test' if learn.measures_on_test() else 'val': learn.evaluate().to_dict()}
 
 def about_run(
-    dls, # `DataLoaders` of a `MetricDataset`
+    dls, # `DataLoaders` of a `MetricDataset`, or that itself
 )->dict: # Plain numbers and strings
     "What a run was made with: versions, and a hash of which image has which label in which split"
     keep = 'dmlfast','Python','fastai','torch','timm','system'
-    return dict(versions={k:v for k,v in _versions().items() if k in keep}, data=getattr(dls.source, 'name', ''), data_hash=split_hash(dls))
+    return dict(versions={k:v for k,v in _versions().items() if k in keep}, data=getattr(getattr(dls, 'source', dls), 'name', ''), data_hash=split_hash(dls))
 
 def train_settings(
     settings:dict, # Tables

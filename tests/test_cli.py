@@ -295,7 +295,7 @@ def test_an_experiment(table, tmp_path):
         '    return torch.randn(len(y), 4, generator=torch.Generator().manual_seed(settings["seed"])), torch.tensor(y).long(), dict(pid=os.getpid())\n')
     (tmp_path/'p.toml').write_text(f'seeds = 6\nmeasures = ["recall@1"]\nsettings = {{data = {{reader = "csv", path = "{table}"}}, fit = {{n_epoch = 1}}}}\n[methods.a]\ntrainer = "toy.py:train"\nspace = {{}}\n[methods.b]\ntrainer = "toy.py:train"\ntwin = "a"\nspace = {{}}\n')
     status,out,err = do(dmlfast_bench, tmp_path/'p.toml', '--out', tmp_path/'r.jsonl', '--dry-run')
-    assert status==0 and 'a         0/0  0/6' in out and '12 searches and runs are left' in out and not (tmp_path/'r.jsonl').exists(), err
+    assert status==0 and 'a         0/0  0/6' in out and '12 trials and runs are left' in out and not (tmp_path/'r.jsonl').exists(), err
     p = shell(dmlfast_bench, tmp_path/'p.toml', '--out', tmp_path/'r.jsonl', '--workers', 2, '--json', cwd=tmp_path)
     out,err = p.communicate(timeout=400)
     assert p.returncode==0, err

@@ -1,6 +1,7 @@
 "Experiments: each piece of work is done once, whatever happens to the processes, and a plan that cannot be is refused at once"
 import json, math, multiprocessing, os, signal, time
 from pathlib import Path
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -158,8 +159,41 @@ def test_our_own_methods(few, tmp_path):
 def test_data_without_test_classes(few, tmp_path):
     from dmlfast.tables import MetricDataset
     ds = MetricDataset(few.df[few.df.split!='test'], few.path, 'no test', size=None)
-    with pytest.raises(ValueError, match="has no split 'test'"): _exp(tmp_path, ds).run()
+    with pytest.raises(ValueError, match="has no classes in its split 'test'"): _exp(tmp_path, ds).run()
     assert not (tmp_path/'r.jsonl').exists()
+
+def test_one_class_to_choose_on(few, tmp_path):
+    "Each neighbour would be right, whatever the settings"
+    from dmlfast.tables import MetricDataset
+    val = few.df.split=='val'
+    ds = MetricDataset(few.df[~val | (few.df.label==few.df.label[val].iloc[0])], few.path, 'one', size=None)
+    with pytest.raises(ValueError, match="one has 1 class in its split 'val', and it takes two or more"): _exp(tmp_path, ds).run()
+
+def test_results_of_other_data(few, tmp_path):
+    "They are not mixed; nor those of seeds that the plan does not ask for, or of trials beyond its number"
+    from dmlfast.tables import MetricDataset
+    plan = _plan(tmp_path)
+    exp = _exp(tmp_path, few, plan)
+    exp.run()
+    other = MetricDataset(few.df.iloc[1:], few.path, 'less', size=None)
+    with pytest.raises(ValueError, match="r.jsonl' holds results of 'a' on other images, labels or splits than these of less"): _exp(tmp_path, other, plan).run()
+    fewer = _exp(tmp_path, few, {**plan, 'seeds':2})
+    assert list(fewer.values('a', 'recall@1'))==[0,1] and fewer.table().loc['a','seeds']==2 and fewer.jobs()==[]
+    with pytest.raises(ValueError, match="4 trials of 'a', and the plan asks for 3|after 4 trials, and the plan asks for 3"): _exp(tmp_path, few, {**plan, 'search':dict(n_trials=3, n_epoch=2)})
+    with pytest.raises(ValueError, match="runs of 'a' that were not scored by 'recall@2'"): _exp(tmp_path, few, {**plan, 'measures':['recall@1','recall@2']})
+
+def test_networks_that_are_not_there(few, tmp_path):
+    "Found before the first method is trained, and not when results are only looked at"
+    loss = dict(loss=dict(name='triplet'), space={})
+    for model,said in ((dict(arch='test_resnt'), "Method 'b': timm has no model 'test_resnt'; the nearest names are 'test_resnet'"), (dict(arch='test_resnet', weights='no.safetensors'), "Method 'b': There is no file of weights")):
+        plan = dict(seeds=1, settings=dict(fit=dict(n_epoch=1), model=dict(arch='test_resnet', pretrained=False)), methods=dict(a=loss, b={**loss, 'model':model}))
+        exp = _exp(tmp_path, few, plan)
+        with pytest.raises(ValueError, match=said): exp.run()
+        assert not exp.rows()
+        for o in 'ab': exp.write(dict(kind='run', method=o, seed=0, scores=dict.fromkeys(exp.measures, .5), seen={}, seconds=1., cpu_seconds=1.))
+        assert len(_exp(tmp_path, few, plan).table())==2
+        exp.check()
+        exp.out.unlink()
 
 @pytest.mark.parametrize('change,said', [
     (dict(seed=3), "nearest is 'seeds'"), (dict(seeds=0), 'seeds'), (dict(seeds=[1,1]), 'seeds'), (dict(seeds=True), 'seeds'), (dict(search=dict(trials=3)), 'search.n_trials'), (dict(search=dict(n_epoch=0)), '1 or more'),
@@ -168,7 +202,8 @@ def test_data_without_test_classes(few, tmp_path):
     (dict(methods=dict(a={}, b=dict(like='a', space={'fit.lr':(1.,2.)}))), 'would not be looked at'), (dict(methods=dict(a=dict(settings=dict(x=1)))), 'for a `trainer`'),
     (dict(methods=dict(a=dict(loss=dict(name='triplett')))), "Method 'a': There is no loss"), (dict(methods=dict(a=dict(space={'loss.margn':(.1,.2)}, loss=dict(name='triplet')))), 'loss.margin'),
     (dict(methods=dict(a=dict(fit=dict(n_epoch=None)))), 'how many epochs'), (dict(methods=dict(a=dict(fit=dict(patience=2)))), 'nothing to go by'), (dict(methods=dict(a=dict(trainer='toy.py'))), 'file.py:function'), (dict(methods=dict(a=dict(trainer='no.py:train'))), 'no file'),
-    (dict(methods=dict(a=dict(trainer='TOY:nothing'))), 'no function')])
+    (dict(methods=dict(a=dict(trainer='TOY:nothing'))), 'no function'), (dict(methods=dict(a=False)), 'leaves out a method of a base'), (dict(methods=dict(a=dict(lr=2.))), "is 'fit.lr' meant"),
+    (dict(methods=dict(a=dict(seeds=2))), "Method 'a': nothing says with which `loss`")])
 def test_plans_that_cannot_be(change, said, few, tmp_path):
     plan = dict(settings=dict(fit=dict(n_epoch=1)), methods=dict(a={}))
     _plan(tmp_path)
@@ -187,7 +222,7 @@ def test_files(few, tmp_path):
     (tmp_path/'p.toml').write_text('methods = [')
     with pytest.raises(ValueError, match='not a TOML file'): Experiment(tmp_path/'p.toml', tmp_path/'r.jsonl')
     with pytest.raises(ValueError, match='no twin'): _exp(tmp_path, few).difference('a')
-    with pytest.raises(ValueError, match="nearest is 'map@r'"): _exp(tmp_path, few).values('a', 'map@R')
+    with pytest.raises(ValueError, match="does not measure 'map@R'; its `measures` are recall@1, map@r"): _exp(tmp_path, few).values('a', 'map@R')
     for f in (lambda e: e.table(['a','lowder']), lambda e: e.difference('lowder'), lambda e: e.differences([('a','lowder')]), lambda e: e.chosen('lowder')):
         with pytest.raises(ValueError, match="no method 'lowder'; the nearest is 'louder'"): f(_exp(tmp_path, few))
     assert _exp(tmp_path, few).table().empty and _exp(tmp_path, few).choices().empty and _exp(tmp_path, few).differences().empty
@@ -209,7 +244,7 @@ def test_a_plan_with_a_base(few, tmp_path):
     _write('all.toml', 'base = "two.toml"\n')
     with pytest.raises(ValueError, match="'two.toml' is the base of .*all.toml', and that one of 'two.toml'"): Experiment(tmp_path/'two.toml', tmp_path/'r.jsonl', few)
     _write('none.toml', 'base = "no.toml"\n')
-    with pytest.raises(ValueError, match='no file'): Experiment(tmp_path/'none.toml', tmp_path/'r.jsonl', few)
+    with pytest.raises(ValueError, match="none.toml' has the base 'no.toml', and there is no file"): Experiment(tmp_path/'none.toml', tmp_path/'r.jsonl', few)
 
 plans = sorted((Path(__file__).parent.parent/'benchmarks'/'evidence').glob('*.toml'))
 
@@ -237,10 +272,15 @@ def test_what_was_seen_and_a_sweep(few, tmp_path):
 
 def test_differences_of_any_two(few, tmp_path):
     "Seeds 0 and 1 in common: 40 - 50 and 30 - 50, 25 - 10 and 5 - 10; Student's t of one degree of freedom is 12.706; none in common with γ"
-    exp = _exp(tmp_path, few)
+    plan = _plan(tmp_path)
+    plan['methods']['louder']['seeds'] = [0,1,5]
+    exp = _exp(tmp_path, few, plan)
     for method,seed,r,m in (('a',0,.5,.1),('a',1,.5,.1),('louder',0,.4,.25),('louder',1,.3,.05),('louder',5,.9,.9),('γ',2,.1,.1)):
         exp.write(dict(kind='run', method=method, seed=seed, scores={'recall@1':r,'map@r':m}, seen={}, seconds=1., cpu_seconds=1.))
     assert exp.differences([('louder','a'),('louder','γ')]).to_dict('records')==[{'minus':'a', 'recall@1':'-15.0 (-78.5 to +48.5)', 'map@r':'+5.0 (-122.1 to +132.1)', 'seeds':2}]
+    plt.close('all')
     ax = exp.plot_differences('map@r', [('louder','a'),('louder','γ')])
     assert [o.get_text() for o in ax.get_yticklabels()]==['louder − a'] and ax.lines[0].get_xdata().tolist()==pytest.approx([15,-5]) and ax.lines[1].get_xdata().tolist()==pytest.approx([5])
-    with pytest.raises(ValueError, match='nothing to draw'): exp.plot_differences(pairs=[('louder','γ')])
+    assert exp.compared(('louder','a'))==exp.compared([('louder','a')])==[('louder','a')] and list(exp.table('a').index)==['a']
+    with pytest.raises(ValueError, match='two seeds in common'): exp.plot_differences(pairs=[('louder','γ')])
+    assert len(plt.get_fignums())==1
