@@ -35,6 +35,10 @@ def fault(url, page, site, root, cfg):
     if not file.is_file(): return 'there is no such page'
     if anchor and file.suffix=='.html' and unquote(anchor) not in parsed(file).ids: return 'there is no such anchor'
 
+def left_as_text(html):
+    "Addresses of links that a page shows as they were written; what is in blocks of code is meant to be"
+    return re.findall(r'\]\((https?://[^)\s]*)\)', re.sub(r'<pre.*?</pre>', '', html, flags=re.S))
+
 def dead_links(site, root):
     "A line for each dead link on the pages of `site` and in README.md of the repository at `root`"
     cfg,site = get_config(root),Path(site).resolve()
@@ -42,4 +46,5 @@ def dead_links(site, root):
     links = [(f, o) for f in sorted(site.rglob('*.html')) for o in parsed(f).links]
     text = (Path(root)/'README.md').read_text(encoding='utf-8')
     links += [(site/'README.md', o) for o in re.findall(r'(?:\]\(|src=")(https?://[^)"\s]+)', text)]
-    return sorted({f'dead link: {f.relative_to(site)}: {o}: {bad}' for f,o in links if (bad := fault(o, f, site, Path(root), cfg))})
+    dead = {f'dead link: {f.relative_to(site)}: {o}: {bad}' for f,o in links if (bad := fault(o, f, site, Path(root), cfg))}
+    return sorted(dead | {f'dead link: {f.relative_to(site)}: {o}: it stayed text' for f in site.rglob('*.html') for o in left_as_text(f.read_text(encoding='utf-8'))})

@@ -59,7 +59,9 @@ def test_a_dead_link_is_found(site, tmp_path):
     bad = {'nowhere.html':'no such page', 'api/losses.html#nothing':'no such anchor', '#nothing':'no such anchor', 'https://dmlfast.github.io/dmlfast/api/nowhere.html':'no such page',
         'https://github.com/dmlfast/dmlfast/blob/main/dmlfast/losses.py#L99999':'no such line', 'https://github.com/dmlfast/dmlfast/blob/main/nowhere.py':'no such file'}
     good = ['https://github.com/dmlfast/dmlfast/blob/main/dmlfast/losses.py#L1', 'https://dmlfast.github.io/dmlfast/api/losses.html#tripletloss', 'https://example.invalid/', 'api/losses.html#tripletloss']
-    page.write_text(page.read_text(encoding='utf-8').replace('</article>', ''.join(f'<a href="{o}">x</a>' for o in [*bad,*good])+'</article>', 1), encoding='utf-8')
+    page.write_text(page.read_text(encoding='utf-8').replace('</article>', ''.join(f'<a href="{o}">x</a>' for o in [*bad,*good])
+        + '<pre>[x](https://example.invalid/)</pre>[<a>x</a>](https://example.invalid/twice)</article>', 1), encoding='utf-8')
+    bad['https://example.invalid/twice'] = 'stayed text'
     found = dead_links(tmp_path/'site', root)
     assert len(found)==len(bad)
     for o,why in bad.items(): assert any(f'index.html: {o}: ' in f and why in f for f in found), o
