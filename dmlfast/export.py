@@ -66,6 +66,7 @@ def export_embedder(self:MetricLearner,
     "Write weights, preprocessing and gallery, without the training; raises `ValueError` for what cannot be described"
     check_folder(folder, overwrite)
     if not hasattr(self.model, 'spec'): raise ValueError(f"Only the models that `metric_learner` makes by name can be built again elsewhere, and this one was given as it is.")
+    self.start_head()
     res = ImageEmbedder(self.model, preprocess_of(self.dls), _facts(self))
     if gallery is not None:
         dl = self.split_dl(gallery)

@@ -11,6 +11,7 @@ __all__ = ['recipes', 'multiply_lr', 'PlainTable', 'plain_progress', 'plain_tabl
 # %% ../nbs/api/50_learner.ipynb #80c3888e
 import difflib, inspect, math, torch, warnings, weakref
 from PIL import Image
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from torch import nn
@@ -22,10 +23,12 @@ from fastai.callback.all import *
 from fastai.imports import dispatch
 from fastai.vision.data import get_grid
 from fastprogress.fastprogress import progress_bar
+from .baseline import *
 from .bninception import *
 from .data import *
 from .deploy import Hit
 from .evaluate import *
+from .features import *
 from .losses import *
 from .proxies import *
 from .mining import *
@@ -112,6 +115,7 @@ def plain_table(
 # %% ../nbs/api/50_learner.ipynb #1227a3f2
 class MetricLearner(Learner):
     "A `Learner` whose model makes embeddings and holds the weights of its loss"
+    body_share = 1. # Rate of the body as a multiple of the head's where one is given
     def create_opt(self):
         super().create_opt()
         multiply_lr(self.opt, lr_mults(self.model))
@@ -124,8 +128,9 @@ class MetricLearner(Learner):
     @delegates(Learner.fit)
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
         self.check_cbs(L(self.cbs) + L(cbs))
+        if n_epoch: self.start_head()
         old,self.fitted = self.metrics,False
-        try: super().fit(n_epoch, lr, wd, cbs, **kwargs)
+        try: super().fit(n_epoch, self.rates(lr), wd, cbs, **kwargs)
         except BaseException: # callbacks that were cut off could take neither their columns away nor themselves up again
             self.metrics = old
             for o in self.cbs: o.run = True
@@ -148,6 +153,7 @@ class MetricLearner(Learner):
         **kwargs # Passed to `Learner.export`
     ):
         "As any learner, with the table of its data set, so that splits keep their names"
+        self.start_head()
         self._source = getattr(self.dls, 'source', None)
         try: super().export(fname, **kwargs)
         finally: del self._source
@@ -157,6 +163,63 @@ class MetricLearner(Learner):
         if (source := self.__dict__.pop('_source', None)) is not None: self.dls.source = source
 
 # %% ../nbs/api/50_learner.ipynb #6ff8a0b7
+@patch
+def start_head(self:MetricLearner):
+    "Start a head that waits for the training images; whatever needs embeddings does this first, and it is done once"
+    for o in self.cbs.filter(risinstance(HeadStart)): o.start()
+
+@patch
+def rates(self:MetricLearner,
+    lr=None, # Learning rate, or `slice` of it for the parameter groups; the learner's own if not given
+): # The same, or a `slice`
+    "The rates of the parameter groups: where one is given, a trained body has a share of it"
+    lr = ifnone(lr, self.lr)
+    return slice(lr*self.body_share, lr) if isinstance(lr, (int,float)) and self.body_share!=1 else lr
+
+@patch
+@delegates(Learner.fit_one_cycle)
+def fit_one_cycle(self:MetricLearner,
+    n_epoch, # Passes over the training set
+    lr_max=None, # Greatest learning rate, see `rates`
+    **kwargs
+):
+    "As of any learner; where one rate is given, a trained body has a share of it"
+    return Learner.fit_one_cycle(self, n_epoch, self.rates(lr_max), **kwargs)
+
+@patch
+@delegates(Learner.fit_flat_cos)
+def fit_flat_cos(self:MetricLearner,
+    n_epoch, # Passes over the training set
+    lr=None, # Learning rate, see `rates`
+    **kwargs
+):
+    "As of any learner; where one rate is given, a trained body has a share of it"
+    return Learner.fit_flat_cos(self, n_epoch, self.rates(lr), **kwargs)
+
+@patch
+@delegates(Learner.fit_sgdr)
+def fit_sgdr(self:MetricLearner,
+    n_cycles, # Number of cycles
+    cycle_len, # Passes over the training set in the first
+    lr_max=None, # Greatest learning rate, see `rates`
+    **kwargs
+):
+    "As of any learner; where one rate is given, a trained body has a share of it"
+    return Learner.fit_sgdr(self, n_cycles, cycle_len, self.rates(lr_max), **kwargs)
+
+@patch
+@delegates(Learner.fine_tune)
+def fine_tune(self:MetricLearner,
+    epochs, # Passes over the training set after the body is unfrozen
+    base_lr=None, # Greatest rate of the head; the learner's own where the body is trained, and otherwise 2e-3
+    freeze_epochs=1, # Passes before
+    lr_mult=None, # How many times the rate of the body that of the head is; as in `rates` where the body is trained, and otherwise 100
+    **kwargs
+):
+    "As of any learner, with the rates of this one"
+    own = getattr(self.lr, 'stop', self.lr) if self.body_share!=1 else 2e-3
+    return Learner.fine_tune(self, epochs, ifnone(base_lr, own), freeze_epochs, ifnone(lr_mult, 100 if self.body_share==1 else 1/self.body_share), **kwargs)
+
 def _all_alone(ds):
     "Is each item of a data set the only one of its class? Labels are read until two are the same"
     seen = set()
@@ -276,6 +339,7 @@ class Recipe:
     model:dict=field(default_factory=dict) # Further arguments of `Embedder`
     data:dict=field(default_factory=dict) # Arguments of `MetricDataset.dataloaders`
     learner:dict=field(default_factory=dict) # Arguments of `Learner`: optimiser, learning rate, weight decay
+    body_share:float=None # Rate of the body as a multiple of the head's where one is given; see `metric_learner` if not given
     fit:dict=field(default_factory=dict) # Arguments of `fit_recipe`
     cbs:tuple=() # Makers of callbacks
     ours:str='' # What its source leaves open, so that the setting is our choice
@@ -286,15 +350,15 @@ _adamw = partial(Adam, sqr_mom=0.999, eps=1e-8)
 
 def _bninception(loss, bs, per_class, lr, wd=0., ours=''):
     "A recipe of the reproduction with BN-Inception"
-    return Recipe('bn_inception', 64, loss, dict(freeze_bn=True), dict(bs=bs, per_class=per_class, size=224),
-        dict(opt_func=_adam, lr=lr, wd=wd, wd_bn_bias=True), dict(n_epoch=100, sched='flat', patience=10),
+    return Recipe('bn_inception', 64, loss, dict(freeze_bn=True, init='random'), dict(bs=bs, per_class=per_class, size=224),
+        dict(opt_func=_adam, lr=lr, wd=wd, wd_bn_bias=True), 1., dict(n_epoch=100, sched='flat', patience=10),
         ours='batch norm frozen, linear head, flat rate, 100 epochs, patience 10'+ours)
 
 def _resnet50(cbs=()):
     "A recipe of the reproduction with ResNet-50"
     loss = partial(MarginLoss, lr_mult=0.5, miner=DistanceWeightedMiner(upper=None))
-    return Recipe('resnet50', 128, loss, dict(freeze_bn=True), dict(bs=120, per_class=4, size=224),
-        dict(opt_func=_adamw, lr=slice(1e-4,1e-3), wd=4e-4, wd_bn_bias=True), dict(n_epoch=15, sched='step'), cbs,
+    return Recipe('resnet50', 128, loss, dict(freeze_bn=True, init='random'), dict(bs=120, per_class=4, size=224),
+        dict(opt_func=_adamw, lr=slice(1e-4,1e-3), wd=4e-4, wd_bn_bias=True), 1., dict(n_epoch=15, sched='step'), cbs,
         ours='batch norm frozen, rate ×0.1 after two thirds')
 
 # %% ../nbs/api/50_learner.ipynb #47bf5036
@@ -362,6 +426,21 @@ def _model(arch, weights, pretrained, normalize, recipe, given, model_kwargs):
     return _Whole(arch) if isinstance(arch, nn.Sequential) else arch
 
 # %% ../nbs/api/50_learner.ipynb #11dc696e
+def _begin(given, r, trained, dls):
+    "How a model begins where nobody said: a trained body keeps its batch norm's statistics, and its head starts from the data"
+    said = {**r.model, **{k:v for k,v in given.items() if v is not None}}
+    if not trained: return {**given, 'init':said.get('init')}
+    init = said.get('init') or ('lda' if said.get('head', 'linear') in ('linear','mlp','bnneck') else 'random')
+    res = {**given, 'init':init, 'freeze_bn':said.get('freeze_bn', True)}
+    n = getattr(dls.train, 'n', None)
+    if init in ('lda','pca') and (said.get('emb_sz') or r.emb_sz) is None and n and n<=128: res['emb_sz'] = max(1, n-1)
+    return res
+
+def _first_rate(model, trained):
+    "Learning rate and share of the body where nobody said: a head that starts from the data bears less than a random one"
+    if not trained: return None,1.
+    return (1e-4,1/3) if model.pending else (None,1/10)
+
 def _check_names(given):
     "Raise `TypeError` for an argument that `metric_learner` does not have"
     known = inspect.signature(metric_learner).parameters
@@ -380,7 +459,7 @@ def metric_learner(
     dls:DataLoaders, # Training loader with several images of a class in a batch, and a loader of unseen classes
     arch=None, # Name of a timm model, a function of that name as fastai has them, or a model that makes embeddings; `'resnet18'` if not given
     loss_func=None, # Function of embeddings and labels, or several to be added up; `DRTripletLoss()` if not given
-    emb_sz:int=None, # Numbers in an embedding, 1 or more; 128 if not given
+    emb_sz:int=None, # Numbers in an embedding, 1 or more; 128 if not given, or as many as few images can carry
     pretrained:bool=True, # Begin with timm's pretrained weights?
     weights=None, # File of the body's weights, instead of timm's
     metrics=None, # Names as `RetrievalMetrics` takes them, or fastai metrics; recall at the data set's `ks`, else 1,2,4,8, and map@r if not given
@@ -389,8 +468,8 @@ def metric_learner(
     cbs=None, # Callbacks
     pool=None, # `'avg'`, `'max'`, `'avgmax'`, `'gem'` or a callable, see `Embedder`
     head=None, # `'linear'`, `'mlp'`, `'bnneck'`, `'identity'` or a callable, see `Embedder`; linear if not given
-    init:str=None, # Initialise the head: `'orthogonal'` or `'kaiming'`
-    freeze_bn=None, # Keep the running statistics of the body's batch norm? `'affine'`: its weights too
+    init:str=None, # How the head begins: `'lda'` or `'pca'` of the training images, `'random'`, `'orthogonal'` or `'kaiming'`; from LDA if not given, and random where the body is not trained
+    freeze_bn=None, # Keep the running statistics of the body's batch norm? `'affine'`: its weights too; yes if not given and the body is trained
     frozen_stages:int=None, # This many stages of the body are not trained
     normalize_embs:bool=None, # Scale embeddings to length 1? What the loss wants if not given
     recipe:str=None, # Name in `recipes`, or a `Recipe`, for what is not given
@@ -405,8 +484,11 @@ def metric_learner(
     if old := [o for o in _with_weights(loss_func) if o in _used]:
         warnings.warn(f"This {type(old[0]).__name__} was given to another learner: it begins with the weights that it has, and both train them. Make a new one for each.")
     given = dict(emb_sz=emb_sz, pool=pool, head=head, init=init, freeze_bn=freeze_bn, frozen_stages=frozen_stages, normalize=normalize_embs)
+    trained = not isinstance(ifnone(arch, r.arch), nn.Module) and (pretrained or weights is not None)
+    if not isinstance(ifnone(arch, r.arch), nn.Module): given = _begin(given, r, trained, dls)
     model = _model(ifnone(arch, r.arch), weights, pretrained, loss_func.normalize_embs, r, given, model_kwargs)
     if normalize and hasattr(model, 'cfg'): _normalize(dls, model.cfg, pretrained or weights is not None)
+    as_given = deepcopy(loss_func)
     model.loss_func = loss_func.setup(_n_classes(dls), getattr(model, 'emb_sz', emb_sz or r.emb_sz or 128))
     names,mets = L(metrics).map(str) if metrics and all(isinstance(o, str) for o in L(metrics)) else None,L(metrics)
     cbs = L(cbs)
@@ -414,9 +496,12 @@ def metric_learner(
     mine = any(isinstance(o, RetrievalMetrics) for o in cbs)
     if mine and names: raise ValueError(f"Names of metrics are given twice, as `metrics` and in `RetrievalMetrics`: {', '.join(names)} belong to the latter.")
     if not mine: cbs = cbs + RetrievalMetrics(names, getattr(getattr(dls, 'source', None), 'ks', (1,2,4,8)))
+    if (trained or getattr(model, 'pending', None)) and not any(isinstance(o, HeadStart) for o in cbs): cbs = cbs + HeadStart()
+    lr,share = _first_rate(model, trained)
+    if lr is not None and not ({'lr'} & {*kwargs, *r.learner}): kwargs['lr'] = lr
     if splitter is None: splitter = embedder_splitter if hasattr(model, 'body') else trainable_params
     learn = MetricLearner(dls, model, loss_func, metrics=None if names else mets, splitter=splitter, cbs=cbs, **{**r.learner, **kwargs})
-    learn.recipe = r
+    learn.recipe,learn.body_share,learn.loss_as_given = r,ifnone(r.body_share, share),as_given
     _used.update(_with_weights(loss_func))
     return learn
 
@@ -452,7 +537,7 @@ def fit_recipe(self:MetricLearner,
     if patience and sum(map(len, self.dls.loaders[1:])) and not self.measures_on_test(): cbs = cbs + EarlyStoppingCallback('recall@1', patience=patience)
     if sched=='one_cycle': return self.fit_one_cycle(n_epoch, lr, cbs=cbs, **kwargs)
     if self.opt is None: self.create_opt()
-    self.opt.set_hyper('lr', ifnone(lr, self.lr))
+    self.opt.set_hyper('lr', self.rates(lr))
     lrs = np.array([h['lr'] for h in self.opt.hypers])
     self.fit(n_epoch, lr, cbs=cbs+ParamScheduler({'lr': (sched if callable(sched) else _scheds[sched])(lrs)}), **kwargs)
 
@@ -464,19 +549,8 @@ def embed(self:MetricLearner,
 )->tuple: # Embeddings `(n,emb_sz)` float32 and class ids `(n,)` int64, both on the CPU; no ids if there are no labels
     "Embeddings of the items of a loader, in order"
     dl = self.split_dl(dl)
-    training,device = self.model.training,next(self.model.parameters()).device
-    self.model.eval()
-    res = []
-    try:
-        with torch.no_grad():
-            for b in progress_bar(dl, leave=False) if bar and hasattr(self, 'progress') else dl:
-                b = to_device(b, device)
-                y = b[self.dls.n_inp] if len(b)>self.dls.n_inp else None
-                res.append((self.model(*b[:self.dls.n_inp]).as_subclass(Tensor).float().cpu(), y if y is None else y.as_subclass(Tensor).cpu()))
-    finally: self.model.train(training)
-    if not res: raise ValueError("This loader has no items to embed; a loaded learner has none until it is given a split's name or a loader.")
-    embs,ys = zip(*res)
-    return torch.cat(embs), None if ys[0] is None else torch.cat(ys)
+    self.start_head()
+    return collect(self.model, dl, bar=bar and hasattr(self, 'progress'), n_inp=self.dls.n_inp)
 
 # %% ../nbs/api/50_learner.ipynb #fc5d8c8a
 @patch
@@ -534,6 +608,7 @@ def _one_of(self:MetricLearner, ds_idx, dl):
 @delegates(Learner.get_preds)
 def get_preds(self:MetricLearner, ds_idx=1, dl=None, with_input=False, with_decoded=False, **kwargs):
     "As of any learner; `ds_idx` or `dl` may be the name of a split"
+    self.start_head()
     res = list(super(MetricLearner, self).get_preds(ds_idx, self._named(ds_idx, dl), with_input, with_decoded, **kwargs))
     at = int(with_input)
     for i in (at,at+2)[:1+with_decoded]:
@@ -558,6 +633,7 @@ def validate(self:MetricLearner,
 ):
     "As of any learner; `ds_idx` or `dl` may be the name of a split"
     dl = self._one_of(ds_idx, dl) # each item once: copies would find each other
+    self.start_head()
     self.validating = True
     try:
         with self.removed_cbs(self.cbs.filter(risinstance(TrackerCallback))): return super(MetricLearner, self).validate(ds_idx, dl, cbs) # no epoch to be the best

@@ -75,6 +75,12 @@ class MetricLoss(nn.Module):
         "Make the weights that need the number of training classes or the embedding size; nothing for a loss without"
         return self
 
+    def start(self,
+        embs:Tensor, # Embeddings of training images, `(n,d)` float, unit rows
+        labels:Tensor, # Class of each row, `(n,)` integer
+    ):
+        "Begin weights for each class where these embeddings are; nothing for a loss without"
+
     def __repr__(self):
         args = (f'{o}={getattr(self,o)!r}' for o in inspect.signature(type(self).__init__).parameters if o!='self')
         return f"{type(self).__name__}({', '.join(args)})"
@@ -606,6 +612,10 @@ class CombinedLoss(MetricLoss):
         "Pass it on to the parts"
         for o in self.losses: o.setup(n_classes=n_classes, emb_sz=emb_sz)
         return self
+
+    def start(self, embs, labels):
+        "Pass it on to the parts"
+        for o in self.losses: o.start(embs, labels)
 
     def compute(self, embs, labels):
         parts = [w*self.part(o, embs, labels) for o,w in zip(self.losses, self.weights)]

@@ -155,17 +155,17 @@ def make_pool(
     return GeM() if pool=='gem' else GlobalPool(pool)
 
 # %% ../nbs/api/20_models.ipynb #a8bcc1a0
-_inits = {None: lambda w: None, 'orthogonal': nn.init.orthogonal_, 'kaiming': lambda w: nn.init.kaiming_normal_(w, mode='fan_out')}
+_inits = {None: None, 'random': None, 'orthogonal': nn.init.orthogonal_, 'kaiming': lambda w: nn.init.kaiming_normal_(w, mode='fan_out')}
 
 # %% ../nbs/api/20_models.ipynb #b8af62f1
 def init_head(
     model:nn.Module, # A head
-    init:str=None, # `'orthogonal'`, `'kaiming'` (normal, by the number of outputs), or None for PyTorch's own
+    init:str=None, # `'orthogonal'`, `'kaiming'` (normal, by the number of outputs), or `'random'` and None for PyTorch's own
 )->nn.Module: # `model`
-    "Initialise the linear layers of `model`; with a name, their biases are 0"
-    if init not in _inits: raise ValueError(f"Heads are initialised by 'orthogonal', 'kaiming' or None; got {init!r}.")
+    "Initialise the linear layers of `model`; with a name other than `'random'`, their biases are 0"
+    if init not in _inits: raise ValueError(f"Heads are initialised by 'lda', 'pca', 'orthogonal', 'kaiming' or 'random'; got {init!r}.")
     for m in model.modules():
-        if init is None or not isinstance(m, nn.Linear): continue
+        if init in (None,'random') or not isinstance(m, nn.Linear): continue
         _inits[init](m.weight)
         if m.bias is not None: nn.init.zeros_(m.bias)
     return model
@@ -242,7 +242,7 @@ class Embedder(nn.Module):
         normalize:bool=True, # Scale embeddings to length 1?
         pool=None, # `'avg'`, `'max'`, `'avgmax'`, `'gem'` or a callable on maps; average if not given, and for tokens the model's own
         head='linear', # `'linear'`, `'mlp'`, `'bnneck'`, `'identity'`, or a callable `(n_in, emb_sz)`
-        init:str=None, # Initialise the head's linear layers: `'orthogonal'` or `'kaiming'`; as PyTorch does if not given
+        init:str=None, # Initialise the head's linear layers: `'orthogonal'` or `'kaiming'`; `'lda'` or `'pca'` wait for a learner's training images; as PyTorch does if not given
         freeze_bn=False, # Keep the running statistics of the body's batch norm? `'affine'`: its weights too
         frozen_stages:int=0, # This many stages of the body are not trained, see `body_stages`
         **kwargs # Passed to `timm.create_model`
@@ -254,7 +254,8 @@ class Embedder(nn.Module):
         self.body = timm_body(arch, pretrained, weights, **kwargs)
         self.pool,self.own_pool = make_pool(pool or 'avg'),pool is None
         self.n_features = self._width(kwargs.get('in_chans', 3), kwargs.get('img_size', self.cfg['input_size'][1:]))
-        self.head,self.emb_sz = make_head(head, self.n_features, emb_sz, init)
+        self.pending = init if init in ('lda','pca') else None # what the head waits for
+        self.head,self.emb_sz = make_head(head, self.n_features, emb_sz, None if self.pending else init)
         self.freeze_body(frozen_stages)
 
     @property
@@ -263,9 +264,10 @@ class Embedder(nn.Module):
         return self.body.pretrained_cfg
 
     def features(self,
-        x:Tensor, # Images, `(n,c,h,w)` float, normalised with the `mean` and `std` in `cfg`
+        x:Tensor, # Images, `(n,c,h,w)` float, normalised with the `mean` and `std` in `cfg`; features, `(n,n_features)`, are given back
     )->Tensor: # `(n,n_features)`
         "Pooled features of images, before the head"
+        if x.ndim==2: return x
         x = self.body.forward_features(x)
         if isinstance(x, Tensor) and x.ndim==4:
             return self.pool(x.permute(0,3,1,2) if getattr(self.body, 'output_fmt', 'NCHW')=='NHWC' else x)
@@ -331,7 +333,8 @@ def train(self:Embedder, mode=True):
 # %% ../nbs/api/20_models.ipynb #8e9df784
 @patch
 def _load_from_state_dict(self:Embedder, state_dict, prefix, *args):
-    "As any module, without the weights of a ranking head that is not there"
+    "As any module, without the weights of a ranking head that is not there; a head whose weights are loaded waits for nothing"
+    if any(k.startswith(f'{prefix}head.') for k in state_dict): self.pending = None
     if not hasattr(self, 'ranking_head'):
         for k in [k for k in state_dict if k.startswith(f'{prefix}ranking_head.')]: del state_dict[k]
     super(Embedder, self)._load_from_state_dict(state_dict, prefix, *args)

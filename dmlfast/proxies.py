@@ -39,6 +39,14 @@ class ProxyLoss(MetricLoss):
             self.proxies = nn.Parameter(torch.randn(self.n_classes, self.emb_sz)/self.emb_sz**.5)
         return self
 
+    @torch.no_grad()
+    def start(self, embs, labels):
+        "Begin the proxy of each class at the mean of its embeddings"
+        if self.proxies is None: return
+        sums = torch.zeros(self.proxies.shape).index_add_(0, labels, embs.float())
+        there = sums.norm(dim=1)>1e-6
+        self.proxies[there.to(self.proxies.device)] = F.normalize(sums[there]).to(self.proxies)
+
     def compute(self, embs, labels):
         name = type(self).__name__
         if self.proxies is None:
