@@ -38,7 +38,7 @@ def choose_shrinkage(
     X:torch.Tensor, # Features, `(n,d)` float
     labels:torch.Tensor, # Class of each row, `(n,)` integer
     k:int=128, # Numbers in an embedding
-    shrinkages=(.05,.1,.3,.5,.7), # What to choose among
+    shrinkages=(.05,.1,.3,.5,.7,.9), # What to choose among
     default:float=.5, # For fewer than four classes, or halves without two images of a class
 )->tuple: # The shrinkage, and the mean map@r of each
     "The shrinkage of LDA that is best for classes that it was not fitted to"
@@ -88,7 +88,7 @@ def start_head(
         W,mu = pca_head(H, k)
         how = f"PCA of {n}" + (", since LDA needs classes with two different images" if cov is not None else "")
     put_head(head, W, mu, H)
-    few = f" From so many images come {len(W)} numbers; the other {k-len(W)} begin small and random." if len(W)<k else ""
+    few = f" From so many features come {len(W)} numbers; the other {k-len(W)} begin small and random." if len(W)<k else ""
     return f"The head starts from {how}: {H.shape[1]:,} → {k:,} numbers.{few}"
 
 # %% ../nbs/api/42_baseline.ipynb #6984abc2

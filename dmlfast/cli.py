@@ -52,11 +52,12 @@ def run_args(
     weights:str=None, # File of the body's weights (.safetensors or .pth); timm's if not given
     arch_args:str=None, # More for the timm model, such as pad_type=same; nothing more if not given
     no_pretrained:store_true=False, # Begin with random weights?
-    emb_sz:int=None, # Numbers in an embedding; the recipe's, or 128
+    emb_sz:int=None, # Numbers in an embedding; the recipe's, or 128, and as many as features where a head starts from fewer than 512 images
     pool:str=None, # avg, max, avgmax or gem; avg if not given, and for tokens the model's own
     head:str=None, # linear, mlp, bnneck or identity; linear if not given
+    init:str=None, # How the head begins: lda or pca of the training images, random, orthogonal or kaiming; the recipe's, or lda for a trained body and random for others
     frozen_stages:int=None, # Stages of the body that are not trained; 0 if not given
-    freeze_bn:str=None, # true: keep the running statistics of the body's batch norm; affine: its weights too; the recipe's, or false
+    freeze_bn:str=None, # true: keep the running statistics of the body's batch norm; affine: its weights too; false: neither; the recipe's, or true for a trained body
     loss:str=None, # triplet, dr_triplet, ms, dr_ms, proxynca, dr_proxynca, proxyanchor, margin, contrastive or npair; the recipe's, or dr_triplet
     loss_args:str=None, # Arguments of the loss, such as margin=.2,gamma=.3; its own defaults if not given
     loss_lr:float=None, # Rate of proxies and learned boundaries as a multiple of --lr; the loss's own if not given
@@ -69,8 +70,9 @@ def run_args(
     size:int=None, # Pixels to a side; the recipe's, or the data set's
     workers:int=None, # Processes that read images; fastai's choice if not given
     device:str=None, # cpu, cuda:1 and the like; fastai's choice if not given
-    lr:float=None, # Highest learning rate; the recipe's, or 1e-3
-    body_lr:float=None, # Rate of the body as a multiple of --lr; 1 if not given
+    lr:float=None, # Highest learning rate; the recipe's, or 1e-4 for a head that starts from the images, and 1e-3 for others
+    body_lr:float=None, # Rate of the body as a multiple of --lr; 1/3 for a trained body, 1/10 beside a random head, otherwise 1
+    head_epochs:int=None, # Passes over the features of the body for the head alone, before the fit; 10 where the transfer is planned, otherwise none
     wd:float=None, # Weight decay; the recipe's, or fastai's 0.01
     sched:str=None, # one_cycle, step, exp or flat; the recipe's, or one_cycle
     steps:Annotated[int, dict(nargs='*', action='extend')]=None, # Epochs after which the schedule step multiplies the rate; two thirds of them if not given
@@ -82,9 +84,9 @@ def run_args(
     "The arguments that `dmlfast-train` and `dmlfast-tune` have in common"
 
 # %% ../nbs/api/90_cli.ipynb #bf56e438
-_paths = dict(recipe='recipe', arch='model.arch', weights='model.weights', emb_sz='model.emb_sz', pool='model.pool', head='model.head', frozen_stages='model.frozen_stages',
+_paths = dict(recipe='recipe', arch='model.arch', weights='model.weights', emb_sz='model.emb_sz', pool='model.pool', head='model.head', init='model.init', frozen_stages='model.frozen_stages',
     bs='batch.bs', per_class='batch.per_class', size='batch.size', workers='batch.num_workers', device='batch.device', valid='batch.valid', lr='fit.lr', body_lr='fit.body_lr', wd='fit.wd',
-    steps='fit.steps', factor='fit.factor', half='fit.precision', epochs='fit.n_epoch', patience='fit.patience', monitor='fit.monitor', loss_lr='loss.lr_mult', seed='seed')
+    steps='fit.steps', factor='fit.factor', half='fit.precision', epochs='fit.n_epoch', head_epochs='fit.head_epochs', patience='fit.patience', monitor='fit.monitor', loss_lr='loss.lr_mult', seed='seed')
 _words = {'one-cycle':'one_cycle', 'onecycle':'one_cycle', 'exponential':'exp', 'none':'flat'}
 
 def _data_table(data, path, old):
@@ -232,9 +234,12 @@ def _raw_pixels(dl):
 # %% ../nbs/api/90_cli.ipynb #a35508e7
 def _table(rows):
     "Text of a table: the name of each row, and its scores"
-    names = list(next(iter(rows.values())))
-    head = f'{"":<14}' + ''.join(f'{o:>10}' for o in names)
-    return '\n'.join([head] + [f'{k:<14}' + ''.join(f'{v[o]:>10.3f}' for o in names) for k,v in rows.items()])
+    rows = {k:o for k,o in rows.items() if isinstance(o, dict)}
+    return '\n'.join([_head(next(iter(rows.values())))] + [_line(k, o) for k,o in rows.items()])
+
+def _head(names): return f'{"":<14}' + ''.join(f'{o:>10}' for o in names)
+
+def _line(name, row): return f'{name:<14}' + ''.join(f'{o:>10.3f}' for o in row.values())
 
 # %% ../nbs/api/90_cli.ipynb #b2e83303
 def _or(x, default):
@@ -251,14 +256,14 @@ def demo_data(
     seed:int=0, # Determines the batches
     skip_bad:bool=False, # Leave out images that cannot be read?
 ): # `DataLoaders`
-    "Data loaders of `dmlfast-demo`: all training classes, and the test classes to measure on"
+    "Data loaders of `dmlfast-demo`: with `'val'` where it has enough classes to choose by, and otherwise with the test classes, which are only measured on"
     from dmlfast.datasets import MetricDataset, glyphs
     from fastai.vision.augment import aug_transforms
     if data is None:
         tfms = aug_transforms(do_flip=False, max_rotate=10, max_zoom=1.1, max_warp=0.15, max_lighting=0.1, p_affine=0.9, pad_mode='border')
         return glyphs(size=_or(size, 32)).dataloaders(_or(bs, 128), _or(per_class, 8), 'test', seed=seed, batch_tfms=tfms, num_workers=1)
     ds = MetricDataset.from_folder(data, bad='skip' if skip_bad else 'raise')
-    return ds.dataloaders(bs, _or(per_class, 4), 'test', seed=seed, size=_or(size, 128), num_workers=2)
+    return ds.dataloaders(bs, _or(per_class, 4), 'val' if ds.df.label[ds.df.split=='val'].nunique()>=20 else 'test', seed=seed, size=_or(size, 128), num_workers=2)
 
 # %% ../nbs/api/90_cli.ipynb #ed84dd73
 def run_demo(
@@ -266,40 +271,48 @@ def run_demo(
     arch:str=None, # timm model; resnet10t for characters, mobilenetv2_050 for a folder
     weights:str=None, # File of the body's weights (.safetensors or .pth); timm's for a folder if not given
     arch_args:str=None, # Arguments of the timm model, such as pad_type=same
-    epochs:int=None, # Passes over the training images; 12 for characters, 8 for a folder
-    lr:float=None, # Highest learning rate of the one-cycle schedule; 6e-3, or for a folder 3e-3, a tenth of it for the body
+    epochs:int=None, # Passes over the training images; 12 for characters, 3 for a folder
+    lr:float=None, # Highest learning rate; 6e-3 for characters, and found for a trained body
     size:int=None, # Pixels to a side; 32, or 128 for a folder
     bs:int=None, # Images in a batch; 128, or 64 for a folder
     per_class:int=None, # Images of one class in a batch; 8, or 4 for a folder
-    emb_sz:int=128, # Numbers in an embedding
+    emb_sz:int=None, # Numbers in an embedding; 128 if not given, and as many as features where a head starts from fewer than 512 images
     seed:int=0, # The same seed gives the same numbers
     out:str='dmlfast-demo', # Folder for the picture and the scores
     skip_bad:store_true=False, # Leave out images that cannot be read?
-)->dict: # Scores on unseen classes: raw pixels, untrained, trained
+)->dict: # Scores on unseen classes by row: raw pixels, features and start or untrained, trained; and for a trained body the sentence of `Gain`
     "What `dmlfast-demo` does, for Python"
     from fastai.callback.channelslast import ChannelsLast
     from fastai.torch_core import set_seed
+    from dmlfast.gain import gain_of
+    import dmlfast.transfer
     from dmlfast.learner import metric_learner, plain_table
     from dmlfast.losses import DRTripletLoss
     from dmlfast.retrieval import evaluate_retrieval
-    own = data is not None
-    epochs,lr = _or(epochs, 8 if own else 12),_or(lr, 3e-3 if own else 6e-3)
+    own,trained = data is not None,data is not None or weights is not None
+    epochs = _or(epochs, 3 if trained else 12)
     set_seed(seed, reproducible=True)
     dls = demo_data(data, size, bs, per_class, seed, skip_bad)
     print(dls.source, end='\n\n')
-    names = [f'recall@{k}' for k in (1,2,4,8)] + ['map@r']
-    def _scores(res): return {o:res[o] for o in names}
-    rows = {'raw pixels': _scores(evaluate_retrieval(*_raw_pixels(dls.valid), metrics=names))}
+    test,names,rows = dls.test_dl(dls.source.items('test'), with_labels=True),[f'recall@{k}' for k in (1,2,4,8)]+['map@r'],{}
+    def _row(name, res):
+        rows[name] = {o:res[o] for o in names}
+        print(('' if len(rows)>1 else _head(names)+'\n')+_line(name, rows[name]))
+    _row('raw pixels', evaluate_retrieval(*_raw_pixels(test), metrics=names))
     model_kwargs = _kwargs(arch_args) if own or arch or arch_args else dict(channels=(32,64,128,256)) # a resnet10t of half the width
     learn = metric_learner(dls, arch or ('mobilenetv2_050' if own else 'resnet10t'), DRTripletLoss(margin=0.2, gamma=0.3), emb_sz=emb_sz, pretrained=own,
-        weights=weights, freeze_bn=own, model_kwargs=model_kwargs, cbs=ChannelsLast()) # channels last makes a CPU half as fast again
+        weights=weights, model_kwargs=model_kwargs, cbs=ChannelsLast()) # channels last makes a CPU half as fast again
     if not (sys.stdout.isatty() or IN_NOTEBOOK): plain_table(learn) # a log file has no use for bars
-    rows['untrained'] = _scores(learn.evaluate(metrics=names))
-    learn.fit_one_cycle(epochs, slice(lr/10, lr) if own else lr)
-    rows['trained'] = _scores(learn.evaluate(metrics=names))
+    if trained: _row('features', learn.baseline('test', names))
+    _row('start' if trained else 'untrained', learn.evaluate('test', names))
+    if trained: learn.fit_transfer(epochs, lr and _or(lr, None))
+    else: learn.fit_one_cycle(epochs, _or(lr, 6e-3))
+    res = learn.evaluate('test', names)
+    _row('trained', res)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    learn.show_results(max_n=8, k=8).savefig(out/'neighbours.png', dpi=100)
+    learn.show_results(dl='test', max_n=8, k=8).savefig(out/'neighbours.png', dpi=100)
+    if trained: rows['sentence'] = gain_of(learn, res, 'test').sentence
     (out/'scores.json').write_text(json.dumps(rows, indent=1))
     return rows
 
@@ -309,19 +322,32 @@ def run_demo(
 def dmlfast_demo(**kwargs):
     "Train an embedding, and show what it learned on classes it has never seen"
     rows = run_demo(**kwargs)
-    print(f"\nOn classes it has never seen:\n\n{_table(rows)}\n\nQueries with their nearest neighbours: {Path(kwargs.get('out', 'dmlfast-demo'))/'neighbours.png'}")
+    print(f"\nOn classes it has never seen:\n\n{_table(rows)}\n" + (f"\n{rows['sentence']}\n" if 'sentence' in rows else '') + f"\nQueries with their nearest neighbours: {Path(kwargs.get('out', 'dmlfast-demo'))/'neighbours.png'}")
     return rows
 
 # %% ../nbs/api/90_cli.ipynb #dfeb78ee
+def _features_row(gain):
+    "What the features were worth, from `Gain.to_dict`"
+    return 'Frozen features: ' + ', '.join(f'{k} {v:.4f}' for k,v in gain['features'].items()) + '.'
+
 def _metrics_table(scores):
     "Text of scores with their intervals"
     def _row(k, o): return f"{k:<14}{o['mean']:>8.4f}" + (f"   {o['low']:.4f} to {o['high']:.4f}" if o['low'] is not None else '')
     return '\n'.join(_row(k, o) for k,o in scores['metrics'].items() if o['mean'] is not None)
 
-def _with_epochs(settings, n_epoch):
-    "Settings that say for how many epochs to fit, if neither they nor their recipe do"
-    from dmlfast.runs import n_epochs, with_settings
-    return with_settings(settings, {'fit.n_epoch':n_epoch}) if n_epochs(settings) is None and n_epoch else settings
+def _with_epochs(settings, n_epoch=None):
+    "Settings that say for how many epochs to fit, if neither they nor their recipe do: 3 for a trained body, and 10 for one with random weights"
+    from dmlfast.runs import is_trained, n_epochs, with_settings
+    if n_epochs(settings) is not None: return settings
+    return with_settings(settings, {'fit.n_epoch':n_epoch or (3 if is_trained(settings) else 10)})
+
+def _with_transfer(settings, args):
+    "Settings that plan the transfer of a trained body, unless something says how to train it"
+    from dmlfast.runs import is_trained, with_settings
+    fit,said = settings.get('fit', {}),args.get('config') or settings.get('recipe')
+    plain = any(fit.get(o) for o in ('sched','steps','factor','patience','monitor','interpolate')) or fit.get('n_epoch')==0
+    if 'transfer' in fit or said or plain or not is_trained(settings): return settings
+    return with_settings(settings, {'fit.transfer':True})
 
 def _any_given(args): return any(not (o is None or o is False) for o in args.values()) # 0 is given
 
@@ -331,7 +357,9 @@ def _resumed(out, args, changed):
     if not (Path(out)/'settings.toml').is_file(): raise ValueError(f"There is nothing to resume in {str(out)!r}.")
     base = load_settings(Path(out)/'settings.toml')
     if not changed: return base
-    new = _plain(absolute_paths(_with_epochs(run_settings(None if args.get('config') else base, **args), base.get('fit', {}).get('n_epoch'))))
+    new = run_settings(None if args.get('config') else base, **args)
+    if 'transfer' in base.get('fit', {}): new = _with_transfer(new, {})
+    new = _plain(absolute_paths(_with_epochs(new, base.get('fit', {}).get('n_epoch'))))
     for table in {**base, **new}:
         if base.get(table)!=new.get(table):
             raise ValueError(f"--resume goes on with a run as it was, and `{table}` was {base.get(table)} and is {new.get(table)} here.")
@@ -360,10 +388,11 @@ def _tensorboard(folder):
 @delegates(run_args)
 def dmlfast_train(
     out:str='dmlfast-run', # Folder of the run
-    epochs:int=None, # Passes over the training images; the recipe's, or 10
+    epochs:int=None, # Passes over the training images; the recipe's, or 3 for a trained body and 10 for one with random weights
     valid:str=None, # Split to measure on: val, test (trains on val too, the published protocol) or none; val if not given
     patience:int=None, # Stop after this many epochs without a better score; the recipe's, or never
     monitor:str=None, # Keep the epoch with the best score in this column, such as recall@1; the last epoch if not given
+    plain:store_true=False, # Only fit, where the transfer of a trained body would be planned (how far it may move, which epoch to keep)?
     report:store_true=False, # Write a page about the run?
     tensorboard:str=None, # Folder for TensorBoard; nothing is written for it if not given
     resume:store_true=False, # Go on with the interrupted run in --out?
@@ -378,7 +407,8 @@ def dmlfast_train(
         with _refusing():
             _check_run_folder(Path(out), resume, overwrite)
             settings = _resumed(out, args, _any_given(args)) if resume else run_settings(**args)
-            settings = _with_epochs(settings, 10)
+            if not (resume or plain): settings = _with_transfer(settings, args)
+            settings = _with_epochs(settings)
             cbs = [_tensorboard(tensorboard)] if tensorboard else []
         try: res = train_settings(settings, out, resume=resume, overwrite=overwrite, report=report, plain=not sys.stdout.isatty(), cbs=cbs)
         except KeyboardInterrupt: raise Interrupted(_left_by_training(out)) from None
@@ -387,6 +417,7 @@ def dmlfast_train(
         for split,o in res['scores'].items():
             some = any(m['low'] is not None for m in o['metrics'].values())
             print(f"\nOn the {o['n_classes']} classes of {split!r}, {'with 95 % intervals' if some else 'which are too few for intervals, and to choose settings by'}:\n{_metrics_table(o)}")
+        for o in res.get('gain', {}).values(): print(f"\n{_features_row(o)}\n{o['sentence']}")
         print(f"\nAll of it is in {str(out)!r}; the embedder is {str(Path(out)/'embedder')!r}.")
     return res
 
@@ -428,6 +459,18 @@ def _pictures(learn, out, queries):
     figs = dict(curves=fig, neighbours=interp.plot_neighbours(max_n=queries))
     if interp.result.used.any(): figs['worst'] = interp.plot_top_losses(max_n=queries)
     for k,o in figs.items(): _save_figure(o, out/f'{k}.png')
+
+def _run_gain(file, embedder, res, learner_of):
+    "What a run's embedder has more than the features it began with; None where these are not known"
+    from dmlfast.gain import Gain
+    from dmlfast.runs import features_of, load_settings
+    try: body = features_of(load_settings(file), embedder)
+    except (RuntimeError,ValueError) as e: return print(f'There is no row of the frozen features: {_sentence(e)}\n')
+    if body is None: return
+    names = [o for o in res.keys() if o in ('recall@1','map@r') or o.startswith('recall@')]
+    if not names: return
+    base = learner_of(body).evaluate(metrics=names, ci=res.ci, n_boot=res.n_boot, seed=res.seed)
+    return Gain(res, base, embedder.model.emb_sz, body.model.n_features)
 
 _eval_files = 'results.json','curves.png','neighbours.png','worst.png','report'
 
@@ -471,10 +514,13 @@ def dmlfast_eval(
             _metric_names(metrics or 'all', (1,))
             if out: _check_eval_folder(out, overwrite)
             ds,split = _eval_data(file, data, path, data_args, split)
-            learn = embedder_learner(load_embedder(folder, device), ds, None if split=='all' else split, bs, workers)
+            part = None if split=='all' else split
+            embedder = load_embedder(folder, device)
+            learn = embedder_learner(embedder, ds, part, bs, workers)
         learn.remove_cbs([o for o in learn.cbs if type(o).__name__=='ProgressCallback'] if not sys.stdout.isatty() else [])
         res = learn.evaluate(metrics=metrics or 'all', ci=ci, n_boot=n_boot, seed=seed)
-        found = dict(run=str(run), split=split, scores=res.to_dict(), **about_run(learn.dls))
+        gain = file and _run_gain(file, embedder, res, lambda o: embedder_learner(o, ds, part, bs, workers))
+        found = dict(run=str(run), split=split, scores=res.to_dict(), **(dict(gain=gain.to_dict()) if gain else {}), **about_run(learn.dls))
         if out:
             out = Path(out)
             if overwrite: _remove(out, _eval_files)
@@ -485,6 +531,7 @@ def dmlfast_eval(
     if Json: print(json.dumps(found))
     else:
         print(f'{ds.name}, {split}\n\n{res}')
+        if gain: print(f'\n{_features_row(gain.to_dict())}\n{gain.sentence}')
         if out: print(f"\nScores and pictures are in {str(out)!r}.")
     return found
 
@@ -512,7 +559,7 @@ def _flat(table, prefix=''):
 
 # %% ../nbs/api/90_cli.ipynb #3c91d28a
 _tune_files = 'settings.toml','search.json','best.toml','results.json','study.png','study.db'
-_tune_defaults = dict(trials=20, epochs=4, folds=1, metric='map@r', storage=None, name='dmlfast', space=None)
+_tune_defaults = dict(trials=20, epochs=4, folds=None, metric='map@r', storage=None, name='dmlfast', space=None)
 
 def _check_tune_folder(out, resume, overwrite):
     "Raise `ValueError` where a search cannot be written to a folder"
@@ -556,9 +603,9 @@ def dmlfast_tune(
     out:str='dmlfast-tune', # Folder of the search
     trials:int=None, # Trials in all; 20 if not given
     epochs:int=None, # Passes over the training images in a trial; 4 if not given
-    folds:int=None, # 1: judge on the split val; more: as many class-disjoint folds of the training classes; 1 if not given
+    folds:int=None, # 1: judge on the split val; more: as many class-disjoint folds of the training classes; 1 if not given, and 3 where val has fewer than 20 classes
     metric:str=None, # Score, higher is better; map@r if not given
-    space:Annotated[str, dict(nargs='*', action='extend')]=None, # Where to look: loss.margin=.1:.5 fit.lr=1e-4:1e-2:log model.head=linear,mlp, or a TOML file; the loss's own and fit.lr if not given
+    space:Annotated[str, dict(nargs='*', action='extend')]=None, # Where to look: loss.margin=.1:.5 fit.lr=1e-4:1e-2:log model.head=linear,mlp, or a TOML file; the loss's own, fit.lr and, for a trained body, how it begins if not given
     storage:str=None, # Database of the study, a file or any URL; study.db in --out if not given
     name:str=None, # Name of the study in the database; dmlfast if not given
     resume:store_true=False, # Go on with the search in --out?
@@ -569,15 +616,17 @@ def dmlfast_tune(
     "Search for the best settings on training classes that are held out; the test classes are not looked at"
     with _stdout_for(Json):
         from dmlfast.runs import _remove, _write_whole, absolute_paths, load_settings, save_settings
-        from dmlfast.tune import best_settings, check_space, plot_study, settings_space, tune_settings
+        from dmlfast.runs import read_data
+        from dmlfast.tune import best_settings, check_space, n_folds, plot_study, run_space, tune_settings
         given = dict(trials=trials, epochs=epochs, folds=folds, metric=metric, storage=storage, name=name)
         out = Path(out)
         with _refusing():
             _check_tune_folder(out, resume, overwrite)
             settings = _resumed(out, kwargs, _any_given(kwargs)) if resume else run_settings(**kwargs)
             search = _search_args(out, {**given, 'space':_space(space)}, resume)
-            where = search['space'] = search['space'] or settings_space(settings)
+            where = search['space'] = search['space'] or run_space(settings)
             check_space(settings, where)
+            if search['folds'] is None: search['folds'] = n_folds(read_data(settings.get('data', {})))
             if search['trials']<1 or search['epochs']<1 or search['folds']<1: raise ValueError("--trials, --epochs and --folds are 1 or more.")
         if overwrite: _remove(out, _tune_files)
         out.mkdir(parents=True, exist_ok=True)

@@ -25,23 +25,20 @@ def _top(A, k, B=None):
     val,vec = eigh(A.numpy(), None if B is None else B.numpy(), subset_by_index=[len(A)-k,len(A)-1])
     return torch.from_numpy(vec).flip(1),torch.from_numpy(val).flip(0).clamp(min=0)
 
-def _most(X, k):
-    "As many directions as are asked for and as there can be"
-    return min(k or X.shape[1], X.shape[1], len(X)-1)
-
 def _centred(X):
     mu = X.double().mean(0)
     return X.double()-mu,mu
 
 def pca_head(
     X:Tensor, # Features, `(n,d)` float
-    k:int=None, # Numbers in an embedding; d if not given, and n-1 at most
+    k:int=None, # Numbers in an embedding; d if not given, and d at most
     q:float=.25, # From 0, plain PCA, to 1, all directions equally long
 )->tuple: # Weights `(k,d)` with rows of mean length 1, and the mean `(d,)`, both float64
     "Linear head by principal components"
     X,mu = _centred(X)
-    V,val = _top(X.T@X/len(X), _most(X, k))
-    return _unit_rows(V.T*(val.clamp(min=val.max()*1e-9)**(-q/2))[:,None]),mu
+    V,val = _top(X.T@X/len(X), min(k or X.shape[1], X.shape[1]))
+    least = val[min(len(val), len(X)-1)-1] # in further directions these images do not vary
+    return _unit_rows(V.T*(val.clamp(min=max(least, 1e-9*val[0]))**(-q/2))[:,None]),mu
 
 # %% ../nbs/api/22_heads.ipynb #31dc7f30
 class WithinClass:
@@ -54,7 +51,7 @@ class WithinClass:
         c,y,n = torch.unique(labels, return_inverse=True, return_counts=True)
         means = torch.zeros(len(c), X.shape[1], dtype=X.dtype).index_add_(0, y, X)/n[:,None]
         D = X-means[y]
-        self.n,self.total,self.within = len(X),X.T@X/len(X),D.T@D/len(X)
+        self.total,self.within = X.T@X/len(X),D.T@D/len(X)
 
     @property
     def possible(self):
@@ -62,7 +59,7 @@ class WithinClass:
         return bool(self.within.diagonal().mean()>1e-9*self.total.diagonal().mean())
 
     def head(self,
-        k:int=None, # Numbers in an embedding; d if not given, and n-1 at most
+        k:int=None, # Numbers in an embedding; d if not given, and d at most
         s:float=.5, # Shrinkage, above 0 and at most 1, which is PCA
     )->tuple: # Weights `(k,d)` with rows of mean length 1, and the mean `(d,)`, both float64
         "The LDA head of a shrinkage; raises `ValueError` where features do not vary within a class"
@@ -70,13 +67,13 @@ class WithinClass:
         if not 0<s<=1: raise ValueError(f"Shrinkage is above 0 and at most 1; got {s!r}.")
         S,d = self.within,len(self.within)
         A = (1-s)*S+s*S.diagonal().mean()*torch.eye(d, dtype=S.dtype)
-        V,_ = _top(self.total, min(k or d, d, self.n-1), A)
+        V,_ = _top(self.total, min(k or d, d), A)
         return _unit_rows(V.T),self.mu
 
 def lda_head(
     X:Tensor, # Features, `(n,d)` float
     labels:Tensor, # Class of each row, `(n,)` integer
-    k:int=None, # Numbers in an embedding; d if not given, and n-1 at most
+    k:int=None, # Numbers in an embedding; d if not given, and d at most
     s:float=.5, # Shrinkage, above 0 and at most 1, which is PCA
 )->tuple: # Weights `(k,d)` with rows of mean length 1, and the mean `(d,)`, both float64
     "Linear head by discriminant analysis; raises `ValueError` where features do not vary within a class"

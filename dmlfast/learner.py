@@ -130,7 +130,7 @@ class MetricLearner(Learner):
         self.check_cbs(L(self.cbs) + L(cbs))
         if n_epoch: self.start_head()
         old,self.fitted = self.metrics,False
-        try: super().fit(n_epoch, self.rates(lr), wd, cbs, **kwargs)
+        try: super().fit(n_epoch, self.group_rates(lr), wd, cbs, **kwargs)
         except BaseException: # callbacks that were cut off could take neither their columns away nor themselves up again
             self.metrics = old
             for o in self.cbs: o.run = True
@@ -169,7 +169,7 @@ def start_head(self:MetricLearner):
     for o in self.cbs.filter(risinstance(HeadStart)): o.start()
 
 @patch
-def rates(self:MetricLearner,
+def group_rates(self:MetricLearner,
     lr=None, # Learning rate, or `slice` of it for the parameter groups; the learner's own if not given
 ): # The same, or a `slice`
     "The rates of the parameter groups: where one is given, a trained body has a share of it"
@@ -180,32 +180,32 @@ def rates(self:MetricLearner,
 @delegates(Learner.fit_one_cycle)
 def fit_one_cycle(self:MetricLearner,
     n_epoch, # Passes over the training set
-    lr_max=None, # Greatest learning rate, see `rates`
+    lr_max=None, # Greatest learning rate, see `group_rates`
     **kwargs
 ):
     "As of any learner; where one rate is given, a trained body has a share of it"
-    return Learner.fit_one_cycle(self, n_epoch, self.rates(lr_max), **kwargs)
+    return Learner.fit_one_cycle(self, n_epoch, self.group_rates(lr_max), **kwargs)
 
 @patch
 @delegates(Learner.fit_flat_cos)
 def fit_flat_cos(self:MetricLearner,
     n_epoch, # Passes over the training set
-    lr=None, # Learning rate, see `rates`
+    lr=None, # Learning rate, see `group_rates`
     **kwargs
 ):
     "As of any learner; where one rate is given, a trained body has a share of it"
-    return Learner.fit_flat_cos(self, n_epoch, self.rates(lr), **kwargs)
+    return Learner.fit_flat_cos(self, n_epoch, self.group_rates(lr), **kwargs)
 
 @patch
 @delegates(Learner.fit_sgdr)
 def fit_sgdr(self:MetricLearner,
     n_cycles, # Number of cycles
     cycle_len, # Passes over the training set in the first
-    lr_max=None, # Greatest learning rate, see `rates`
+    lr_max=None, # Greatest learning rate, see `group_rates`
     **kwargs
 ):
     "As of any learner; where one rate is given, a trained body has a share of it"
-    return Learner.fit_sgdr(self, n_cycles, cycle_len, self.rates(lr_max), **kwargs)
+    return Learner.fit_sgdr(self, n_cycles, cycle_len, self.group_rates(lr_max), **kwargs)
 
 @patch
 @delegates(Learner.fine_tune)
@@ -213,7 +213,7 @@ def fine_tune(self:MetricLearner,
     epochs, # Passes over the training set after the body is unfrozen
     base_lr=None, # Greatest rate of the head; the learner's own where the body is trained, and otherwise 2e-3
     freeze_epochs=1, # Passes before
-    lr_mult=None, # How many times the rate of the body that of the head is; as in `rates` where the body is trained, and otherwise 100
+    lr_mult=None, # How many times the rate of the body that of the head is; as in `group_rates` where the body is trained, and otherwise 100
     **kwargs
 ):
     "As of any learner, with the rates of this one"
@@ -432,8 +432,8 @@ def _begin(given, r, trained, dls):
     if not trained: return {**given, 'init':said.get('init')}
     init = said.get('init') or ('lda' if said.get('head', 'linear') in ('linear','mlp','bnneck') else 'random')
     res = {**given, 'init':init, 'freeze_bn':said.get('freeze_bn', True)}
-    n = getattr(dls.train, 'n', None)
-    if init in ('lda','pca') and (said.get('emb_sz') or r.emb_sz) is None and n and n<=128: res['emb_sz'] = max(1, n-1)
+    few = 0<(getattr(dls.train, 'n', None) or 0)<512 # of so few images 128 directions lose much of what features know: see `heads`
+    if few and init in ('lda','pca') and said.get('emb_sz') is None and r.emb_sz is None: res['emb_sz'] = 'all'
     return res
 
 def _first_rate(model, trained):
@@ -459,7 +459,7 @@ def metric_learner(
     dls:DataLoaders, # Training loader with several images of a class in a batch, and a loader of unseen classes
     arch=None, # Name of a timm model, a function of that name as fastai has them, or a model that makes embeddings; `'resnet18'` if not given
     loss_func=None, # Function of embeddings and labels, or several to be added up; `DRTripletLoss()` if not given
-    emb_sz:int=None, # Numbers in an embedding, 1 or more; 128 if not given, or as many as few images can carry
+    emb_sz:int=None, # Numbers in an embedding, 1 or more, or `'all'`: as many as features; 128 if not given, and all where a head starts from fewer than 512 images
     pretrained:bool=True, # Begin with timm's pretrained weights?
     weights=None, # File of the body's weights, instead of timm's
     metrics=None, # Names as `RetrievalMetrics` takes them, or fastai metrics; recall at the data set's `ks`, else 1,2,4,8, and map@r if not given
@@ -537,7 +537,7 @@ def fit_recipe(self:MetricLearner,
     if patience and sum(map(len, self.dls.loaders[1:])) and not self.measures_on_test(): cbs = cbs + EarlyStoppingCallback('recall@1', patience=patience)
     if sched=='one_cycle': return self.fit_one_cycle(n_epoch, lr, cbs=cbs, **kwargs)
     if self.opt is None: self.create_opt()
-    self.opt.set_hyper('lr', self.rates(lr))
+    self.opt.set_hyper('lr', self.group_rates(lr))
     lrs = np.array([h['lr'] for h in self.opt.hypers])
     self.fit(n_epoch, lr, cbs=cbs+ParamScheduler({'lr': (sched if callable(sched) else _scheds[sched])(lrs)}), **kwargs)
 

@@ -196,10 +196,11 @@ _heads = dict(linear=nn.Linear, mlp=mlp_head, bnneck=bnneck_head)
 def make_head(
     head, # `'linear'`, `'mlp'`, `'bnneck'`, `'identity'`, or a callable `(n_in, emb_sz)` that makes a module
     n_in:int, # Number of features
-    emb_sz:int=None, # Numbers in an embedding; 128 if not given, and for `'identity'` as many as features
+    emb_sz:int=None, # Numbers in an embedding; 128 if not given, and for `'identity'` as many as features; `'all'`: as many as features
     init:str=None, # See `init_head`
 )->tuple[nn.Module,int]: # The head, and `emb_sz`
     "Head by name; raises `ValueError` for an unknown one, and for a size that it cannot have"
+    if emb_sz=='all': emb_sz = n_in
     if emb_sz is not None and not (isinstance(emb_sz, int) and emb_sz>=1):
         raise ValueError(f"`emb_sz` is the number of dimensions of an embedding, 1 or more; got {emb_sz!r}.")
     if head=='identity':
@@ -236,7 +237,7 @@ class Embedder(nn.Module):
     "Images to embeddings: a timm body, pooling, a head and the projection to the unit sphere"
     def __init__(self,
         arch:str, # Name of a timm model
-        emb_sz:int=None, # Numbers in an embedding; 128 if not given, and for `head='identity'` as many as features
+        emb_sz:int=None, # Numbers in an embedding; 128 if not given; `'all'`, or `head='identity'`: as many as features
         pretrained:bool=True, # Load timm's pretrained weights?
         weights=None, # File of the body's weights, instead of timm's
         normalize:bool=True, # Scale embeddings to length 1?

@@ -6,7 +6,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/tune.html.md"""
 
 # %% auto #0
 __all__ = ['distributions', 'suggest', 'TrialScore', 'make_study', 'tune', 'plot_study', 'importances', 'settings_space',
-           'default_params', 'check_space', 'tune_settings', 'best_settings']
+           'transfers', 'run_space', 'default_params', 'check_space', 'tune_settings', 'n_folds', 'best_settings']
 
 # %% ../nbs/api/70_tune.ipynb #9f6fbacf
 import json, math, warnings
@@ -237,6 +237,23 @@ def settings_space(
     if name := get_setting(settings, 'loss.name'): space |= {f'loss.{k}':o for k,o in loss_class(name).space.items()}
     return space | ({'ssr.gamma':(.1,1.6,'log')} if 'ssr' in settings else {})
 
+_transfer = {'fit.lr':(1e-5,1e-2,'log'), 'fit.body_lr':(.03,1.,'log'), 'model.freeze_bn':[True,False], 'model.emb_sz':[128,64,256,512], 'model.init':['lda','pca','random']}
+_starts = {'fit.lr':1e-4, 'fit.body_lr':1/3, 'model.freeze_bn':True, 'model.emb_sz':128, 'model.init':'lda'} # as `metric_learner` begins
+
+def transfers(
+    settings:dict, # Tables
+)->bool:
+    "Do some settings begin with a trained body and a head that starts from the data?"
+    m = settings.get('model', {})
+    return is_trained(settings) and not settings.get('recipe') and m.get('head', 'linear') in ('linear','mlp','bnneck') and m.get('init') in (None,'lda','pca')
+
+def run_space(
+    settings:dict, # Tables, see `make_learner`
+)->dict: # Path of a setting to where to look
+    "`settings_space`, and for a trained body also how it begins: rates of head and body, batch norm, size and start of the head, where the settings do not say"
+    more = {k:o for k,o in _transfer.items() if k=='fit.lr' or get_setting(settings, k) is None} if transfers(settings) else {}
+    return {**settings_space(settings), **more}
+
 def _fits(value, o):
     "Does a space hold a value?"
     if value is None: return False
@@ -252,6 +269,7 @@ def default_params(
         if value is None and table in ('loss','ssr') and len(rest)==1:
             made = make_loss(settings['loss']) if table=='loss' else SelfSupervisedRanking()
             value = getattr(made, rest[0], None)
+        if value is None and transfers(settings): value = _starts.get(path)
         return defaults.lr if value is None and path=='fit.lr' and not settings.get('recipe') else value
     return {k:v for k in space if _fits(v := _value(k), space[k])}
 
@@ -272,24 +290,38 @@ def _about(settings):
 
 def tune_settings(
     settings:dict, # Tables; the table `batch` measures on `'val'`
-    space:dict=None, # Path of a setting to where to look; `settings_space` if not given
+    space:dict=None, # Path of a setting to where to look; `run_space` if not given
     ds:MetricDataset=None, # Data set; that of the table `data` if not given
+    folds:int=None, # As `tune` has them; 1 if not given, and 3 where `'val'` has fewer than 20 classes
     **kwargs # Passed to `tune`
 ): # `optuna.Study`
     "Search for the best settings of a run"
     check_settings(settings)
-    settings = with_settings(settings, {'batch.valid':'val', 'fit.patience':0, 'fit.monitor':None}) # a trial is scored by its last epoch
-    space = check_space(settings, ifnone(space, settings_space(settings)))
+    settings = with_settings(settings, {'batch.valid':'val', 'fit.patience':0, 'fit.monitor':None, 'fit.transfer':None, 'fit.interpolate':None}) # a trial is scored by its last epoch
+    space = check_space(settings, ifnone(space, run_space(settings)))
     ds = read_data(settings.get('data', {})) if ds is None else ds
+    folds = ifnone(folds, n_folds(ds))
     names = dict.fromkeys(['map@r','recall@1',kwargs.get('metric', 'map@r')])
     def _build(ds, **params): return make_learner(with_settings(settings, params), ds, cbs=RetrievalMetrics(list(names)))
     def _fit(learn, n_epoch, cbs): fit_settings(learn, learn.settings, n_epoch, cbs) # those of the trial
     first = default_params(settings, space)
-    return tune(_build, ds, space, **{'fit':_fit, 'first':[first] if first else [], 'about':_about(settings), **kwargs})
+    return tune(_build, ds, space, folds=folds, **{'fit':_fit, 'first':[first] if first else [], 'about':_about(settings), **kwargs})
+
+def n_folds(
+    ds:MetricDataset, # Data set
+    say=print, # Function of a sentence
+)->int: # 1, or 3
+    "How to judge settings: on the split `'val'`, or where it has fewer than 20 classes on folds of all training classes"
+    n,known = (ds.df.label[ds.df.split.isin(o)].nunique() for o in (('val',),('train','val')))
+    if n>=20 or known<6: return 1
+    say(f"The split 'val' of {ds.name} has {n} classes. To choose by fewer than 20 is guesswork, so settings are judged on 3 class-disjoint folds of the {known} training classes.")
+    return 3
 
 def best_settings(
     settings:dict, # Tables that the search began with
     study, # `optuna.Study` of `tune_settings`
 )->dict: # Tables
-    "Settings with the best parameters of a search in their places"
-    return with_settings(settings, study.best_params)
+    "Settings with the best parameters of a search in their places, and the epochs that they were found with"
+    n_epoch = study.user_attrs.get('search', {}).get('n_epoch')
+    said = {} if n_epochs(settings) is not None or n_epoch is None else {'fit.n_epoch':n_epoch}
+    return with_settings(settings, {**said, **study.best_params})

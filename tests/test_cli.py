@@ -21,8 +21,10 @@ def test_demo_on_a_folder(folder, tmp_path):
     assert status==0, err
     assert 'Queries with their nearest neighbours: res/neighbours.png' in out
     scores = json.loads((tmp_path/'res'/'scores.json').read_text())
-    assert list(scores)==['raw pixels','untrained','trained']
-    assert f"{scores['trained']['recall@1']:.3f}" in out.splitlines()[-3]
+    assert list(scores)==['raw pixels','features','start','trained','sentence']
+    assert f"{scores['trained']['recall@1']:.3f}" in out.splitlines()[-5] and scores['sentence'] in out.splitlines()
+    rows = [next(i for i,o in enumerate(out.splitlines()) if o.startswith(k)) for k in ('raw pixels','features','start','trained')]
+    assert rows==sorted(rows) # each as it comes
     assert (tmp_path/'res'/'neighbours.png').stat().st_size>10_000
 
 def _weights(path):

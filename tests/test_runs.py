@@ -55,9 +55,11 @@ def test_what_makes_no_sense(changes, said):
     if base is not small: said = 'needs the `name`'
     with pytest.raises(ValueError, match=said): check_settings(_with(changes, base))
 
-def test_a_rate_of_the_body_alone():
-    from dmlfast.runs import check_settings
-    with pytest.raises(ValueError, match='multiple of `fit.lr`'): check_settings(dict(fit=dict(body_lr=.1)))
+def test_a_rate_of_the_body_alone(few):
+    "It is a share of whatever rate the learner has"
+    from dmlfast.runs import make_learner
+    learn = make_learner(_with({'fit.lr':None, 'fit.body_lr':.1}), few)
+    assert learn.group_rates(1.)==slice(.1, 1.) and learn.group_rates(slice(2.))==slice(2.)
 
 def test_steps_of_the_rate_in_a_fit(few):
     from dmlfast.runs import fit_settings, make_learner
