@@ -67,12 +67,13 @@ class MetricDataset:
         name:str='images', # What to call it
         size:int=224, # Pixels to a side that `dataloaders` makes images, unless told; none: they are used as they are
         flip:bool=True, # Does a mirrored image show the same class?
+        whole:bool=False, # Does an image show its object up to the border, as drawings and packshots do? Then nothing is cut off it to measure
         ks=(1,2,4,8), # Neighbours to look at for recall
         random_gallery:int=0, # Score with a gallery of one random image of each class, drawn this often; 0: as the roles say
         subsets=(), # Names of true/false columns: parts of a split, to measure on
         check_files:bool=True, # Look whether each image is there?
     ):
-        store_attr('name,size,flip,ks,random_gallery,subsets')
+        store_attr('name,size,flip,whole,ks,random_gallery,subsets')
         self.path,self.df = Path(path),df.reset_index(drop=True)
         self.check(check_files)
 
@@ -243,11 +244,14 @@ def from_csv(cls:MetricDataset,
 # %% ../nbs/api/11_tables.ipynb #22869c32
 def crop_tfms(
     size:int=224, # Pixels to a side
-    min_scale:float=0.2, # Least share of an image's area that a training crop shows, 0 to 1
+    min_scale:float=None, # Least share of an image's area that a training crop shows, 0 to 1; 0.2 if not given, and 0.5 of whole images
     flip:bool=True, # Mirror half of the training images?
+    whole:bool=False, # Do images show their object up to the border?
 )->list: # fastai's transforms
-    "Random crops and flips for training; otherwise the middle of an image whose shorter side is 8/7 of `size`"
-    return [RandomResizedCrop(size, min_scale=min_scale, split_idx=0), Resize(round(size*256/224), split_idx=1), CropPad(size, split_idx=1, order=2)] + [FlipItem()]*flip
+    "Random crops and flips for training; otherwise the middle of an image whose shorter side is 8/7 of `size`, or all of it, squashed"
+    train = RandomResizedCrop(size, min_scale=ifnone(min_scale, 0.5 if whole else 0.2), split_idx=0)
+    valid = [Resize(size, 'squish', split_idx=1)] if whole else [Resize(round(size*256/224), split_idx=1), CropPad(size, split_idx=1, order=2)]
+    return [train, *valid] + [FlipItem()]*flip
 
 # %% ../nbs/api/11_tables.ipynb #c41d38ef
 @patch
@@ -288,7 +292,7 @@ def _held_out(self:MetricDataset, valid):
 def dblock(self:MetricDataset,
     valid:str='val', # Split to measure on: `'val'`, `'test'` (trains on `val` too, the published protocol) or a part of it, or `None`
     size:int=None, # Pixels to a side; the data set's own if not given
-    min_scale:float=0.2, # Least share of an image's area that a training crop shows, 0 to 1
+    min_scale:float=None, # Least share of an image's area that a training crop shows, 0 to 1; 0.2 if not given, and 0.5 of whole images
     item_tfms=None, # Transforms of an image, instead of `crop_tfms`
     batch_tfms=None, # Transforms of a batch
 )->DataBlock: # Takes paths, see `items`
@@ -296,7 +300,7 @@ def dblock(self:MetricDataset,
     seen,held = self._held_out(valid)
     vocab = _sorted(self.df.label[seen])
     size = ifnone(size, self.size)
-    if item_tfms is None: item_tfms = crop_tfms(size, min_scale, self.flip) if size else [FlipItem()]*self.flip
+    if item_tfms is None: item_tfms = crop_tfms(size, min_scale, self.flip, self.whole) if size else [FlipItem()]*self.flip
     label_of = _LabelOf(self.path, self.df)
     return DataBlock(blocks=(ImageBlock(NamedImage), ClassBlock(vocab+_sorted(self.df.label[~seen]), len(vocab))), get_y=label_of,
         splitter=_HeldSplitter(label_of, set(self.df.label[held])), item_tfms=item_tfms, batch_tfms=batch_tfms)

@@ -7,7 +7,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/transfer.html.md"""
 # %% auto #0
 __all__ = ['regimes', 'regimes_said', 'on_features', 'Interpolate', 'halves', 'deepcopy_cb', 'how_far']
 
-# %% ../nbs/api/54_transfer.ipynb #fb08cd1c
+# %% ../nbs/api/54_transfer.ipynb #d04d1b8a
 import tempfile, torch
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -19,6 +19,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.torch_core import get_model, no_random
 from .baseline import *
+from .checkpoint import Checkpoint
 from .data import _labels
 from .evaluate import *
 from .features import *
@@ -27,7 +28,7 @@ from .learner import *
 from .ranking import *
 from .retrieval import *
 
-# %% ../nbs/api/54_transfer.ipynb #46bdac12
+# %% ../nbs/api/54_transfer.ipynb #31c8cbe3
 @contextmanager
 def on_features(
     learn:MetricLearner, # A learner whose model has features
@@ -48,16 +49,16 @@ def on_features(
 @delegates(MetricLearner.fit_one_cycle)
 def fit_head(self:MetricLearner,
     n_epoch:int, # Passes over the features
-    lr=None, # Greatest learning rate; ten times the learner's own if not given
+    lr=None, # Greatest learning rate; the learner's own if not given
     views:int=1, # Views of a training image: 1, as it is measured; further ones are augmented
     memory:int=2**30, # Bytes of features that may be kept in memory; more go to a file in `cache_folder()`
     **kwargs
 ):
     "Train the head and the loss on features that the body makes once; raises `ValueError` for a model without features"
     if isinstance(getattr(self.model, 'head', None), nn.Identity): raise ValueError("head='identity' has nothing to train: the features are the embedding.")
-    with on_features(self, views, memory=memory): self.fit_one_cycle(n_epoch, ifnone(lr, 10*getattr(self.lr, 'stop', self.lr)), **kwargs)
+    with on_features(self, views, memory=memory): self.fit_one_cycle(n_epoch, lr, **kwargs)
 
-# %% ../nbs/api/54_transfer.ipynb #fd56afcf
+# %% ../nbs/api/54_transfer.ipynb #7b3f2da2
 def _embedding(model): return {k:v for k,v in model.state_dict().items() if k.startswith(('body.','pool.','head.'))}
 
 def _score(learn, metric):
@@ -118,7 +119,7 @@ class Interpolate(Callback):
     def state_dict(self): return dict(began=self.began)
     def load_state_dict(self, d): self.began = d['began']
 
-# %% ../nbs/api/54_transfer.ipynb #297dac87
+# %% ../nbs/api/54_transfer.ipynb #68de79e5
 def _with_vocab(t, vocab, n):
     "A transform of labels that numbers classes in another order"
     if not hasattr(t, 'vocab'): return t
@@ -162,7 +163,7 @@ def halves(
     if hasattr(dls, 'source'): res.source = dls.source
     return res
 
-# %% ../nbs/api/54_transfer.ipynb #16d255cd
+# %% ../nbs/api/54_transfer.ipynb #6fd0d5cb
 _shape = ChannelsLast,MixedPrecision,GradientAccumulation,GradientClip
 
 def _trial(learn, dls):
@@ -200,13 +201,16 @@ def _fit_as(learn, name, n_epoch, cbs=None, **given):
 
 def how_far(
     learn:MetricLearner, # A learner with a trained body, before its fit
-    n_epoch:int=5, # Passes over the training set in a trial
+    n_epoch:int=3, # Passes over the training set in a trial
     seed:int=0, # Draw the halves of the classes with this seed
     say=noop, # Function of a line of text
 )->dict: # map@r of each regime on the half that was not trained on
     "Train in each regime on half of the training classes, and score the other half"
     dls,scores = halves(learn.dls, seed),{}
     for name in regimes:
+        if name=='full' and scores['gentle']>1.05*scores['frozen']:
+            say("    full: not tried, since the gentle regime gains")
+            continue
         trial = _trial(learn, dls)
         with no_random(seed):
             trial.start_head()
@@ -216,12 +220,12 @@ def how_far(
         say(f"    {name} ({regimes_said[name]}): map@r {scores[name]:.4f}")
     return scores
 
-# %% ../nbs/api/54_transfer.ipynb #6f88c16b
-def _n_val(learn): return len(set(_labels(learn.dls.valid_ds))) if isinstance(learn.dls.valid_ds, Datasets) else None
+# %% ../nbs/api/54_transfer.ipynb #3bc014a4
+def _n_val(learn): return len(set(_labels(learn.dls.valid_ds))) if isinstance(learn.dls.valid_ds, Datasets) else 20 # or more: it is not known
 
 def _can_choose(learn): return bool(sum(map(len, learn.dls.loaders[1:]))) and not learn.measures_on_test()
 
-def _try_head(learn, n_epoch, say):
+def _try_head(learn, n_epoch):
     "Train the head on features, and keep it if the validation classes are better for it; whether they are, and both scores"
     model = get_model(learn.model)
     kept = {k:v.clone() for k,v in model.state_dict().items() if k.startswith(('head.','loss_func.'))}
@@ -233,57 +237,69 @@ def _try_head(learn, n_epoch, say):
 
 def _choose_head(learn, n_epoch, choose, say):
     "Train the head where that makes it better"
-    if choose: better,was,now = _try_head(learn, n_epoch, say)
+    if choose: better,was,now = _try_head(learn, n_epoch)
     else:
-        with no_random(): better,was,now = _try_head(trial := _trial(learn, halves(learn.dls)), n_epoch, noop)
+        with no_random(): better,was,now = _try_head(_trial(learn, halves(learn.dls)), n_epoch)
         if better: learn.fit_head(n_epoch)
     say(f"2. Head trained on features for {n_epoch} epochs: map@r {was:.4f} → {now:.4f} {'on the validation classes' if choose else 'on training classes held out'}: {'kept' if better else 'not kept'}.")
-    return dict(epochs=n_epoch, was=was, now=now, kept=better)
+    return dict(epochs=n_epoch, before=was, after=now, kept=better)
+
+@patch
+def plan_transfer(self:MetricLearner,
+    n_epoch:int=3, # Passes over the training set
+    lr=None, # Greatest rate of the head; found if not given, as for the next two
+    body_lr:float=None, # Rate of the body as a multiple of the head's; 0: it is not trained
+    freeze_bn=None, # Keep the running statistics of the body's batch norm?
+    head_epochs:int=10, # Passes over the features for the head alone; 0: it is not trained alone
+)->dict: # What was decided and why, in plain numbers and strings
+    "Steps 1 to 3 of `fit_transfer`; raises `ValueError` for a body with random weights"
+    self.head_start_of()
+    if body_lr is not None and not 0<=body_lr: raise ValueError(f"`body_lr` is the body's rate as a multiple of the head's, 0 or more; got {body_lr!r}.")
+    res,say,choose = {},(print if talks(self) else noop),_can_choose(self)
+    given = {k:v for k,v in dict(lr=lr, body_lr=body_lr, freeze_bn=freeze_bn).items() if v is not None}
+    self.start_head()
+    if choose:
+        if (n := _n_val(self))<20: say(f"Note: to choose by {n} validation classes is little more than a guess; 20 or more are better.")
+        base,now = (f(metrics=['recall@1','map@r'], n_boot=1) for f in (self.baseline,self.evaluate))
+        say(f"1. On the validation classes, recall@1 and map@r are {base['recall@1']:.3f} and {base['map@r']:.3f} for the features, {now['recall@1']:.3f} and {now['map@r']:.3f} for the start.")
+        res |= dict(features=base['map@r'], start=now['map@r'])
+    with self.removed_cbs(self.cbs.filter(risinstance((Checkpoint,TrackerCallback)))):
+        if head_epochs and not isinstance(get_model(self.model).head, nn.Identity): res['head'] = _choose_head(self, head_epochs, choose, say)
+        if given: regime = 'frozen' if given.get('body_lr')==0 else 'gentle'
+        else:
+            say('3. How far may the body move? Training on half of the training classes, and measuring on the other half:')
+            res['how_far'] = how_far(self, n_epoch, say=say)
+            regime = max(res['how_far'], key=res['how_far'].get)
+    say(f"   Chosen: {regime} ({regimes_said[regime]}).")
+    return dict(res, regime=regime, given=given)
 
 @patch
 def fit_transfer(self:MetricLearner,
-    n_epoch:int=5, # Passes over the training set; at least 8 where everything is trained
+    n_epoch:int=3, # Passes over the training set; at least 8 where everything is trained
     lr=None, # Greatest rate of the head; found if not given, as for the next two
     body_lr:float=None, # Rate of the body as a multiple of the head's; 0: it is not trained
     freeze_bn=None, # Keep the running statistics of the body's batch norm?
     head_epochs:int=10, # Passes over the features for the head alone; 0: it is not trained alone
     cbs=None, # Callbacks of the last fit
-    decided:dict=None, # What `transfer` held in a fit that was interrupted, so that it need not be found again
+    plan:dict=None, # What `plan_transfer` gave, so that it need not be found again
     best=None, # File for the weights of the best epoch, without its suffix; a temporary one if not given
 )->Gain: # Against the features, on the validation classes; None where there are none
     "Train a trained body so that it gains, and say what is decided and what it was worth; raises `ValueError` for a body with random weights"
-    start,say = self.head_start_of(),(print if talks(self) else noop)
-    choose = _can_choose(self)
-    self.transfer = decided or {}
-    if not decided: _decide(self, n_epoch, dict(lr=lr, body_lr=body_lr, freeze_bn=freeze_bn), head_epochs, choose, say)
-    name,given = self.transfer['regime'],self.transfer['given']
-    if name!='frozen':
+    say,choose = print if talks(self) else noop,_can_choose(self)
+    self.transfer = plan or self.plan_transfer(n_epoch, lr, body_lr, freeze_bn, head_epochs)
+    if self.transfer['regime']!='frozen':
         with tempfile.TemporaryDirectory() as tmp:
-            keep = [SaveModelCallback('map@r' if _has(self, 'map@r') else 'recall@1', fname=str(best or Path(tmp)/'best')), Interpolate()] if choose else []
-            _fit_as(self, name, n_epoch, L(cbs)+keep, **given)
-        if choose: self.transfer.update(between=keep[1].curve, kept=keep[1].chosen)
+            between = Interpolate()
+            keep = [SaveModelCallback(_column(self), fname=str(best or Path(tmp)/'best')), between] if choose else []
+            _fit_as(self, self.transfer['regime'], n_epoch, L(cbs)+keep, **self.transfer['given'])
+        if choose: self.transfer.update(between={f'{k:g}':v for k,v in between.curve.items()}, kept=between.chosen)
     if not sum(map(len, self.dls.loaders[1:])): return
     gain = self.gain()
     self.transfer['sentence'] = gain.sentence
-    say(f"5. {gain.sentence}" + (" (The epoch and the weights were chosen on these classes; `learn.gain('test')` is the fair figure.)" if choose else ''))
+    say(gain.sentence + (" The epoch and the weights were chosen on these classes; `learn.gain('test')` is the fair figure." if choose and self.transfer['regime']!='frozen' else ''))
     return gain
 
-def _has(learn, name): return any(name in o.names for o in learn.cbs if isinstance(o, RetrievalMetrics))
-
-def _decide(learn, n_epoch, given, head_epochs, choose, say):
-    "Steps 1 to 3"
-    learn.start_head()
-    if choose and (n := _n_val(learn)) is not None and n<20: say(f"Note: to choose by {n} validation classes is little more than a guess; 20 or more are better.")
-    if choose:
-        base,now = learn.baseline(metrics=['recall@1','map@r'], n_boot=1),learn.evaluate(metrics=['recall@1','map@r'], n_boot=1)
-        say(f"1. On the validation classes the features have recall@1 {base['recall@1']:.4f} and map@r {base['map@r']:.4f}, and the start has {now['recall@1']:.4f} and {now['map@r']:.4f}.")
-        learn.transfer.update(features=base['map@r'], start=now['map@r'])
-    trains = head_epochs and not isinstance(get_model(learn.model).head, nn.Identity)
-    learn.transfer['head'] = _choose_head(learn, head_epochs, choose, say) if trains else {}
-    if given['body_lr']==0: learn.transfer.update(regime='frozen', given={})
-    elif any(v is not None for v in given.values()): learn.transfer.update(regime='gentle', given={k:v for k,v in given.items() if v is not None})
-    else:
-        say("3. How far may the body move? On halves of the training classes:")
-        scores = how_far(learn, n_epoch, say=say)
-        learn.transfer.update(how_far=scores, regime=max(scores, key=scores.get), given={})
-    say(f"4. Chosen: {learn.transfer['regime']}, {regimes_said[learn.transfer['regime']]}.")
+def _column(learn):
+    "The column to choose an epoch by"
+    names = [o.name for c in learn.cbs if isinstance(c, RetrievalMetrics) for o in c.columns]
+    return next((o for o in ('map@r','recall@1') if o in names), names[0])
