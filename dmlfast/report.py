@@ -134,14 +134,14 @@ def _way(g):
 def _between(learn):
     "Where a fit looked between its start and its end, what it kept, and by which metric; None where it did not look"
     t = getattr(learn, 'transfer', {})
-    if 'between' in t: return t['between'],t['kept'],'map@r'
+    if t.get('between'): return {float(k):v for k,v in t['between'].items()},t['kept'],'map@r'
     o = next((o for o in learn.cbs if isinstance(o, Interpolate) and o.curve), None)
     if o: return o.curve,o.chosen,o.metric
 
 def _decisions(learn):
     "What `fit_transfer` decided, and what `Interpolate` kept"
     t,res,between = getattr(learn, 'transfer', {}),{},_between(learn)
-    if o := t.get('head'): res['head alone'] = f"{o['epochs']} epochs on the features of the body as it was: map@r {o['was']:.4f} → {o['now']:.4f}, {'kept' if o['kept'] else 'not kept'}"
+    if o := t.get('head'): res['head alone'] = f"{o['epochs']} epochs on the features of the body as it was: map@r {o['before']:.4f} → {o['after']:.4f}, {'kept' if o['kept'] else 'not kept'}"
     if o := t.get('how_far'): res['how far the body may move'] = ', '.join(f'{k} {v:.4f}' for k,v in o.items())+' (map@r, trained on half of the training classes and measured on the other half)'
     if 'regime' in t: res['chosen'] = f"{t['regime']}: {regimes_said[t['regime']]}" + ''.join(f', {k}={v}' for k,v in t['given'].items())
     if between: res['between start and end'] = ', '.join(f'{a:g}: {v:.4f}' for a,v in between[0].items())+f'; kept: {between[1]:g}'

@@ -233,9 +233,9 @@ def test_what_fit_transfer_decided(gained):
     learn,file,_ = gained
     p,t = Page(file),learn.transfer
     rows = {o[0]:o[1] for o in p.cells if len(o)==2}
-    assert rows['head alone']==f"2 epochs on the features of the body as it was: map@r {t['head']['was']:.4f} → {t['head']['now']:.4f}, {'kept' if t['head']['kept'] else 'not kept'}"
+    assert rows['head alone']==f"2 epochs on the features of the body as it was: map@r {t['head']['before']:.4f} → {t['head']['after']:.4f}, {'kept' if t['head']['kept'] else 'not kept'}"
     assert rows['how far the body may move'].startswith('frozen 0.2500, gentle 0.3750 (map@r') and rows['chosen']=='gentle: a low rate, batch norm as it is, lr=0.003'
-    assert rows['between start and end']==', '.join(f'{a:g}: {v:.4f}' for a,v in t['between'].items())+f"; kept: {t['kept']:g}"
+    assert rows['between start and end']==', '.join(f'{a}: {v:.4f}' for a,v in t['between'].items())+f"; kept: {t['kept']:g}"
     assert 'fig-between' in p.ims
 
 def test_the_curve_between_start_and_end(gained):
