@@ -284,12 +284,14 @@ def _below(self, tol=.01):
     es,theirs = self.measured,self.theirs
     if not es or theirs is None or not es[-1]['recall']<theirs-tol: return
     since = next(o for i,o in enumerate(es) if all(e['recall']<theirs-tol for e in es[i:]))
-    return f'Below the features it started with since epoch {since["epoch"]}: recall@1 is {es[-1]["recall"]:.3f} and theirs {theirs:.3f}. {_narrow(self, tol) or what_to_try(self.learn)}'
+    remedy = _narrow(self, tol) or what_to_try(self.learn)
+    return f'Below the features it started with since epoch {since["epoch"]}: recall@1 is {es[-1]["recall"]:.3f} and theirs {theirs:.3f}. {remedy}'
 
 def _narrow(self, tol):
     "What to do where training did no harm, and the head has too few numbers from the start"
     model,start = get_model(self.learn.model),_at_first(self, 'start')
-    if self.learn.head_start.said and start is not None and start<self.theirs-tol and self.measured[-1]['recall']>=start-tol and model.emb_sz<model.n_features:
+    if not self.learn.head_start.said or start is None or model.emb_sz>=model.n_features: return
+    if self.measured[-1]['recall']>=start-tol and start<self.theirs-tol:
         return f'Training did no harm, but the head began at {start:.3f}, with {model.emb_sz:,} numbers in place of {model.n_features:,}: raise `emb_sz`.'
 
 def _part(self, cls):

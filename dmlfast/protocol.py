@@ -400,7 +400,8 @@ def _body(settings):
     m,r = settings.get('model', {}),_recipe(settings)
     if not (m.get('pretrained', True) or m.get('weights') is not None): return
     batch = {**r.data, **settings.get('batch', {})}
-    res = dict(arch=m.get('arch', r.arch), weights=m.get('weights') and str(m['weights']), pool=m.get('pool', r.model.get('pool')), timm=m.get('timm') or None, size=batch.get('size'), normalize=None if m.get('normalize', True) else False)
+    res = dict(arch=m.get('arch', r.arch), weights=m.get('weights') and str(m['weights']), pool=m.get('pool', r.model.get('pool')),
+        timm=m.get('timm') or None, size=batch.get('size'), normalize=None if m.get('normalize', True) else False)
     return {k:v for k,v in res.items() if v is not None}
 
 @patch
@@ -442,7 +443,8 @@ def theirs(self:Experiment,
     "Score of the features that a method begins with; raises `ValueError` where the file has none"
     self.values(method, measure) # which raises for a measure or a method that is not there
     first = next((k for k,(_,names) in self.bodies().items() if method in names), None)
-    if (row := self.features().get(first)) is None: raise ValueError(f"{str(self.out)!r} has no scores of the features that {method!r} begins with: `run_features({method!r})` adds them, where its body is trained.")
+    if (row := self.features().get(first)) is None:
+        raise ValueError(f"{str(self.out)!r} has no scores of the features that {method!r} begins with: `run_features({method!r})` adds them, where its body is trained.")
     return row['scores'][measure]
 
 # %% ../nbs/api/71_protocol.ipynb #2b83fae3
@@ -480,7 +482,8 @@ def step(self:Experiment)->dict: # What was written down; None if there was noth
         if (lock := self._locked(job)) is None: continue
         with lock:
             if job not in self.jobs(): continue # another process finished it in the meantime
-            return self.run_features(seed) if method=='features' else self.run_trial(method) if seed is None else self.run_seed(method, seed)
+            if method=='features': return self.run_features(seed)
+            return self.run_trial(method) if seed is None else self.run_seed(method, seed)
 
 @patch
 def run(self:Experiment,
@@ -512,7 +515,8 @@ def _long(hours):
 def _n_images(self:Experiment):
     "Images that a trial trains on in an epoch, those that a run trains on, and as many as take the time of features"
     split = self.ds.df.split
-    return dict(trial=int((split=='train').sum()), run=int((split!='test').sum()), features=int((split=='test').sum())/3) # of which there is no backward pass
+    features = int((split=='test').sum())/3 # without a backward pass
+    return dict(trial=int((split=='train').sum()), run=int((split!='test').sum()), features=features)
 
 @patch
 def _rate(self:Experiment):
@@ -586,7 +590,8 @@ def _label(body, bodies):
 def _baselines(self:Experiment, methods):
     "Names and lines of the features that some methods begin with"
     bodies,have = self.bodies(),self.features()
-    return {_label(b, [o for o,_ in bodies.values()]):have[k] for k,(b,names) in bodies.items() if k in have and {*names} & {*methods}}
+    every = [o for o,_ in bodies.values()]
+    return {_label(b, every):have[k] for k,(b,names) in bodies.items() if k in have and {*names} & {*methods}}
 
 @patch
 def table(self:Experiment,
@@ -597,8 +602,10 @@ def table(self:Experiment,
         runs = self.runs(o)
         scores = {k:_said(*mean_interval([100*v for v in self.values(o, k).values()])) for k in self.measures}
         return {'method':o, **scores, 'seeds':len(runs), 'seconds a run':round(float(np.median([r['cpu_seconds'] for r in runs])))}
-    theirs = [{'method':k, **{m:_said(*mean_interval([100*o['scores'][m]])) for m in self.measures}, 'seeds':'', 'seconds a run':round(o['cpu_seconds'])} for k,o in self._baselines(self._named(methods)).items()]
-    return _frame(theirs + [_row(o) for o in self._named(methods) if self.runs(o)])
+    def _first(k, o):
+        scores = {m:_said(*mean_interval([100*o['scores'][m]])) for m in self.measures}
+        return {'method':k, **scores, 'seeds':'', 'seconds a run':round(o['cpu_seconds'])}
+    return _frame([_first(*o) for o in self._baselines(self._named(methods)).items()] + [_row(o) for o in self._named(methods) if self.runs(o)])
 
 @patch
 def _beside(self:Experiment, method, other, measure):

@@ -142,7 +142,8 @@ def _decisions(learn):
     "What `fit_transfer` decided, and what `Interpolate` kept"
     t,res,between = getattr(learn, 'transfer', {}),{},_between(learn)
     if o := t.get('head'): res['head alone'] = f"{o['epochs']} epochs on the features of the body as it was: map@r {o['before']:.4f} → {o['after']:.4f}, {'kept' if o['kept'] else 'not kept'}"
-    if o := t.get('how_far'): res['how far the body may move'] = ', '.join(f'{k} {v:.4f}' for k,v in o.items())+' (map@r, trained on half of the training classes and measured on the other half)'
+    if o := t.get('how_far'):
+        res['how far the body may move'] = ', '.join(f'{k} {v:.4f}' for k,v in o.items())+' (map@r, trained on half of the training classes and measured on the other half)'
     if 'regime' in t: res['chosen'] = f"{t['regime']}: {regimes_said[t['regime']]}" + ''.join(f', {k}={v}' for k,v in t['given'].items())
     if between: res['between start and end'] = ', '.join(f'{a:g}: {v:.4f}' for a,v in between[0].items())+f'; kept: {between[1]:g}'
     return res
@@ -400,7 +401,8 @@ def _context(learn, interp, dl, title, code, n, began):
     gain,decisions = _gain(learn, interp, dl),_decisions(learn)
     return dict(title=name, when=datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'), split=_split_name(learn, dl), n_items=f'{len(interp):,}', n_classes=f'{len(interp.labels.unique()):,}',
         sections=[('findings','What is wrong'),*([('gain','Gain')] if gain or decisions else []),('metrics','Metrics'),('neighbours','Neighbours'),('confusions','Confusions'),('training','Training'),('settings','Settings'),('data','Data'),('repeat','Do it again'),('versions','Versions')],
-        what=_what(interp), says=gain and getattr(learn, 'fitted', False) and (_way(gain),gain.sentence), gain=gain and _gain_rows(gain), gain_note=gain and _gain_note(gain), decisions=decisions, meanings=_meanings(r), panels={t:why for t,*_,why in doctor.panels} if doctor and doctor.steps else {},
+        says=gain and getattr(learn, 'fitted', False) and (_way(gain),gain.sentence), gain=gain and _gain_rows(gain), gain_note=gain and _gain_note(gain), decisions=decisions,
+        what=_what(interp), meanings=_meanings(r), panels={t:why for t,*_,why in doctor.panels} if doctor and doctor.steps else {},
         tiles=[_tile(r, o) for o in dict.fromkeys((f'recall@{interp.ks[0]}',f'recall@{max([k for k in interp.ks if k<=10] or interp.ks[:1])}','map@r'))]+[('overlap of similarities',f'{interp.similarities()["overlap"]:.2f}','0: classes apart, 1: no difference')],
         findings=findings, well=_well(learn), metrics=_metrics(r), figures=figures, images=images,
         confused=(['class of the query','class of its nearest','times','of'],confused[['query','found','count','of']].values.tolist()), epochs=(head,[[_fmt(o) for o in row] for row in (_first_rows(learn, head)+rows if rows else [])]),
