@@ -18,10 +18,11 @@ from fastcore.basics import ifnone, patch, store_attr
 from fastai.callback.core import Callback
 from fastai.torch_core import get_model
 from .evaluate import is_fitting
+from .gain import *
 from .geometry import *
 from .losses import *
 from .mining import *
-from .show import _axes, _blue, _orange
+from .show import _axes, _blue, _grey, _orange
 
 # %% ../nbs/api/61_doctor.ipynb #7c342804
 def effective_rank(
@@ -264,6 +265,35 @@ def enough(self:TrainingDoctor)->bool:
     "Were enough steps looked at to say something?"
     return len(self.steps)>=6
 
+def _at_first(self, row):
+    "recall@1 of the `features` or of the `start`, on the validation classes; None where it is not known"
+    rows = getattr(getattr(self.learn, 'head_start', None), 'rows', {})
+    return rows.get(row, {}).get('scores', {}).get('recall@1')
+
+@patch(as_prop=True)
+def theirs(self:TrainingDoctor)->float: # None where they are not known: the body began with random weights, or nothing is measured
+    "recall@1 of the frozen features that the learner began with"
+    return _at_first(self, 'features')
+
+@patch(as_prop=True)
+def measured(self:TrainingDoctor)->list: # Those of `epochs` with a recall@1
+    "Epochs in which recall@1 was measured"
+    return [o for o in self.epochs if not math.isnan(o['recall'])]
+
+def _below(self, tol=.01):
+    es,theirs = self.measured,self.theirs
+    if not es or theirs is None or not es[-1]['recall']<theirs-tol: return
+    since = next(o for i,o in enumerate(es) if all(e['recall']<theirs-tol for e in es[i:]))
+    remedy = _narrow(self, tol) or what_to_try(self.learn)
+    return f'Below the features it started with since epoch {since["epoch"]}: recall@1 is {es[-1]["recall"]:.3f} and theirs {theirs:.3f}. {remedy}'
+
+def _narrow(self, tol):
+    "What to do where training did no harm, and the head has too few numbers from the start"
+    model,start = get_model(self.learn.model),_at_first(self, 'start')
+    if not self.learn.head_start.said or start is None or model.emb_sz>=model.n_features: return
+    if self.measured[-1]['recall']>=start-tol and start<self.theirs-tol:
+        return f'Training did no harm, but the head began at {start:.3f}, with {model.emb_sz:,} numbers in place of {model.n_features:,}: raise `emb_sz`.'
+
 def _part(self, cls):
     "The first loss of a kind in the learner's"
     loss = self.learn.loss_func
@@ -337,7 +367,7 @@ def _margin(self):
             'Lower it: 0.05 to 0.5 is usual.')
 
 def _runaway(self):
-    es = [o for o in self.epochs if not math.isnan(o['recall'])]
+    es = self.measured
     if len(es)<4 or _still(self) or _margin(self): return
     best,last = max(es, key=lambda o: o['recall']),es[-1]
     apart = best['gap']+max(.05, min(.1, .25*best['gap']))
@@ -345,7 +375,7 @@ def _runaway(self):
         return (f'recall@1 fell from {best["recall"]:.3f} in epoch {best["epoch"]} to {last["recall"]:.3f}, while the training classes still move apart: they are learned by heart. '
             "Keep the best epoch (`SaveModelCallback(monitor='recall@1')`), and use more augmentation, more weight decay or a lower learning rate.")
 
-TrainingDoctor.diagnoses = dict(collapse=_collapse, inactive=_inactive, lengths=_lengths, dr=_dr, ssr=_ssr, proxies=_proxies, stuck=_stuck, still=_still, margin=_margin, runaway=_runaway)
+TrainingDoctor.diagnoses = dict(below=_below, collapse=_collapse, inactive=_inactive, lengths=_lengths, dr=_dr, ssr=_ssr, proxies=_proxies, stuck=_stuck, still=_still, margin=_margin, runaway=_runaway)
 
 @patch(as_prop=True)
 def findings(self:TrainingDoctor)->list: # `Finding`s, none where all is well
@@ -362,13 +392,15 @@ _panels = (('Similarity of training pairs', 'cosine similarity', dict(pos='same 
     ('Distance moved by the weights', 'relative distance', dict(moved='proxies', head='head of the network'), 'How far weights are from where they began, relative to their length. Near 0, they do not learn.'))
 _against = ('Training against validation', 'similarity, recall', dict(gap='training: same minus different', recall='validation: recall@1'),
     'How much more alike pairs of one class are than others in training, and recall on unseen classes. If the first rises while the second falls, the training classes are learned by heart.')
+_level = ' The grey line is the recall of the features it started with: below it, training does harm.'
 _styles = dict(color=_blue, lw=1.8),dict(color=_orange, lw=1.8, ls='--')
 
-def _draw_series(ax, title, ylabel, names, rows, x):
-    "Draw the series of `rows` by their names"
+def _draw_series(ax, title, ylabel, names, rows, x, level=None):
+    "Draw the series of `rows` by their names, and a line at the `level` of the features"
     _axes(ax, title=title, xlabel=x, ylabel=ylabel)
     for (k,label),style in zip(names.items(), _styles):
         if pts := [(o[x.rstrip('s')],o[k]) for o in rows if k in o]: ax.plot(*zip(*pts), label=label, marker='.', ms=4, **style)
+    if level is not None: ax.axhline(level, color=_grey, lw=1.4, ls=':', label='the features: recall@1', zorder=1)
     n = len(ax.get_legend_handles_labels()[0]) if any(names.values()) else 0
     if ylabel in ('share','cosine similarity','similarity, recall'):
         ax.set_ylim(min(-.02, ax.get_ylim()[0]), 1.05+.12*n) # room for the legend
@@ -381,7 +413,7 @@ def _draw_series(ax, title, ylabel, names, rows, x):
 def panels(self:TrainingDoctor)->list: # Title, name of the vertical axis, series, rows that have them, horizontal axis, and what it means
     "What there is to draw"
     res = [(t,y,n,self.steps,'steps',why) for t,y,n,why in _panels if any(k in o for o in self.steps for k in n)]
-    return res + ([(*_against[:3],self.epochs,'epochs',_against[3])] if any(not math.isnan(o['recall']) for o in self.epochs) else [])
+    return res + ([(*_against[:3],self.epochs,'epochs',_against[3] + ('' if self.theirs is None else _level))] if self.measured else [])
 
 @patch
 def plot(self:TrainingDoctor)->plt.Figure:
@@ -390,7 +422,7 @@ def plot(self:TrainingDoctor)->plt.Figure:
     panels = self.panels
     rows = -(-len(panels)//3)
     fig,axs = plt.subplots(rows, 3, figsize=(10, 2.7*rows+.5), layout='constrained', squeeze=False)
-    for ax,o in zip(axs.flat, panels): _draw_series(ax, *o[:5])
+    for ax,o in zip(axs.flat, panels): _draw_series(ax, *o[:5], self.theirs if o[4]=='epochs' else None)
     for ax in axs.flat[len(panels):]: ax.set_axis_off()
     text = [textwrap.fill(o.text, 125) for o in self.findings] or ['Nothing wrong was found.' if self.enough else 'Too few steps were looked at to say whether something is wrong.']
     fig.suptitle('\n'.join(text), fontsize=10, x=.01, ha='left', color=_orange if self.findings else 'black')

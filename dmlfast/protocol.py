@@ -21,12 +21,13 @@ from .deploy import *
 from .doctor import *
 from .evaluate import *
 from .export import *
+from .gain import *
 from .learner import *
 from .models import *
 from .retrieval import *
 from .retrieval import _metric_names
 from .runs import *
-from .runs import _allowed, _nearest, _read_toml
+from .runs import _allowed, _nearest, _read_toml, _recipe
 from .show import _blue, _grey, _orange
 from .tune import *
 from .tune import _optuna, _pruner
@@ -95,6 +96,7 @@ def _check_plan(plan):
     _metric_names(plan.get('measures', ['map@r']), (1,))
     methods = plan.get('methods') or {}
     if not methods: raise ValueError("The experiment has no `methods`.")
+    if 'features' in methods: raise ValueError("No method can be called 'features', which is the row of the features that methods with a trained body begin with: give it another name.")
     for name,m in methods.items(): _check_method(name, m, methods)
 
 # %% ../nbs/api/71_protocol.ipynb #9ed0f077
@@ -174,13 +176,13 @@ def check_data(self:Experiment):
             raise ValueError(f"{self.ds.name} has {n or 'no'} {'class' if n==1 else 'classes'} in its split {o!r}, and it takes two or more: methods are searched for on 'val' and scored on 'test'. "
                 "Mostly `val_pct` and `test_pct` in the table `data` say how many.")
     for o in self.rows():
-        if o['method'] in self.methods and not self.facts()['data_hash'].startswith(o.get('data_hash', o.get('data', ''))):
+        if o['method'] in ('features',*self.methods) and not self.facts()['data_hash'].startswith(o.get('data_hash', o.get('data', ''))):
             raise ValueError(f"{str(self.out)!r} holds results of {o['method']!r} on other images, labels or splits than these of {self.ds.name}: give the results another file.")
 
 @patch
 def check_models(self:Experiment):
     "Raise `ValueError` where the network of a method with work left, or the file of its weights, is not there"
-    for o in dict.fromkeys(o for o,_ in self.jobs() if 'trainer' not in self.methods[o]):
+    for o in dict.fromkeys(o for o,_ in self.jobs() if o!='features' and 'trainer' not in self.methods[o]):
         m = self.settings(o).get('model', {})
         try: check_arch(m.get('arch', 'resnet18'), m.get('weights'))
         except ValueError as e: raise ValueError(f"Method {o!r}: {e}") from None
@@ -194,7 +196,7 @@ def check(self:Experiment):
 # %% ../nbs/api/71_protocol.ipynb #9acf3cc8
 @patch
 def rows(self:Experiment,
-    kind:str=None, # `'trial'` or `'run'`; both if not given
+    kind:str=None, # `'trial'`, `'run'` or `'features'`; all if not given
     method:str=None, # Of this method alone
 )->list: # Dictionaries
     "What is in the file; raises `ValueError` for a method that the plan does not have"
@@ -265,13 +267,14 @@ def chosen(self:Experiment,
 def _frame(rows): return pd.DataFrame(rows).set_index('method').rename_axis(index=None, columns='method') if rows else pd.DataFrame() # one line of names
 
 @patch
-def todo(self:Experiment)->pd.DataFrame: # One row a method
+def todo(self:Experiment)->pd.DataFrame: # One row a method, and before them one for the features if there are any to score
     "Trials and runs of each method: how many there are, and how many there will be"
     def _row(name):
         n_trials = self.search['n_trials'] if self.space(name) else 0
         done = {o['seed'] for o in self.rows('run', name)}
         return dict(method=name, trials=f"{len(self.rows('trial', name))}/{n_trials}", runs=f'{sum(o in done for o in self.seeds(name))}/{len(self.seeds(name))}')
-    return _frame([_row(o) for o in self.methods])
+    done,left = len(self.features()),sum(o=='features' for o,_ in self.jobs())
+    return _frame([dict(method='features', trials='0/0', runs=f'{done}/{done+left}')]*bool(done+left) + [_row(o) for o in self.methods])
 
 # %% ../nbs/api/71_protocol.ipynb #edf93a2c
 def train_run(
@@ -287,8 +290,9 @@ def train_run(
     doctor = TrainingDoctor()
     if report: s = with_settings(s, {'fit.patience':0, 'fit.monitor':None}) # a trial is scored by its last epoch
     learn = make_learner(s, ds, cbs=[RetrievalMetrics(list(dict.fromkeys(['map@r','recall@1',metric or 'map@r']))),doctor])
-    with learn.no_bar(), learn.no_logging(): fit_settings(learn, s, cbs=TrialScore(report, metric or 'map@r') if report else None)
-    embs,labels = learn.embed(learn.dls.test_dl(ds.items(valid), with_labels=True), bar=False)
+    with learn.no_bar(), learn.no_logging():
+        fit_settings(learn, s, cbs=TrialScore(report, metric or 'map@r') if report else None)
+        embs,labels = learn.embed(learn.dls.test_dl(ds.items(valid), with_labels=True), bar=False)
     if save: learn.export_embedder(save, overwrite=True)
     return embs,labels,_seen(doctor)
 
@@ -390,19 +394,73 @@ def run_seed(self:Experiment,
     return self.write(dict(kind='run', method=method, plan=self.hash_of(method), seed=seed, scores=self._score(method, embs, labels), seen=seen, seconds=round(seconds, 1), cpu_seconds=round(cpu, 1),
         settings={k:o for k,o in settings.items() if k not in ('data','batch')}, when=datetime.now(timezone.utc).isoformat(timespec='seconds'), **self.facts()))
 
+# %% ../nbs/api/71_protocol.ipynb #a54c9050
+def _body(settings):
+    "What the frozen features of some settings depend on; None where the body begins with random weights"
+    m,r = settings.get('model', {}),_recipe(settings)
+    if not (m.get('pretrained', True) or m.get('weights') is not None): return
+    batch = {**r.data, **settings.get('batch', {})}
+    res = dict(arch=m.get('arch', r.arch), weights=m.get('weights') and str(m['weights']), pool=m.get('pool', r.model.get('pool')),
+        timm=m.get('timm') or None, size=batch.get('size'), normalize=None if m.get('normalize', True) else False)
+    return {k:v for k,v in res.items() if v is not None}
+
+@patch
+def bodies(self:Experiment)->dict: # First method to what its features depend on, and the names of the methods with the same
+    "The trained bodies that this library's methods begin with"
+    res = {}
+    for o in self.methods:
+        if 'trainer' in self.methods[o] or (b := _body(self.settings(o))) is None: continue
+        first = next((k for k,(other,_) in res.items() if other==b), o)
+        res.setdefault(first, (b,[]))[1].append(o)
+    return res
+
+@patch
+def features(self:Experiment)->dict: # First method of a body to its line
+    "The lines of features in the file that the plan's methods begin with, and that are scored by all its measures"
+    rows = [o for o in self.rows('features') if all(m in o['scores'] for m in self.measures)]
+    found = {k:next((o for o in rows if o['body']==json.loads(json.dumps(b))), None) for k,(b,_) in self.bodies().items()}
+    return {k:o for k,o in found.items() if o}
+
+@patch
+def run_features(self:Experiment,
+    method:str, # Name of a method whose body is trained
+)->dict: # What was written down
+    "Score the frozen features that a method begins with on the test classes; raises `ValueError` where it has none"
+    body = next((b for b,names in self.bodies().values() if method in names), None)
+    if body is None: raise ValueError(f"Method {method!r} begins with random weights or has a trainer of its own, so that there are no features to score.")
+    settings = {k:o for k,o in self.settings(method).items() if k not in ('loss','ssr')}
+    start,began = time.process_time(),time.time()
+    learn = make_learner(with_settings(settings, {'batch.valid':'none'}), self.ds)
+    with learn.no_bar(), learn.no_logging(): res = learn.baseline(learn.dls.test_dl(self.ds.items('test'), with_labels=True), self.measures, n_boot=1)
+    return self.write(dict(kind='features', method='features', body=body, scores={k:round(float(res[k]), 6) for k in self.measures}, n_features=learn.model.n_features,
+        seconds=round(time.time()-began, 1), cpu_seconds=round(time.process_time()-start, 1), when=datetime.now(timezone.utc).isoformat(timespec='seconds'), **self.facts()))
+
+@patch
+def theirs(self:Experiment,
+    method:str, # Name of a method
+    measure:str, # Name of a measure
+)->float: # From 0 to 1
+    "Score of the features that a method begins with; raises `ValueError` where the file has none"
+    self.values(method, measure) # which raises for a measure or a method that is not there
+    first = next((k for k,(_,names) in self.bodies().items() if method in names), None)
+    if (row := self.features().get(first)) is None:
+        raise ValueError(f"{str(self.out)!r} has no scores of the features that {method!r} begins with: `run_features({method!r})` adds them, where its body is trained.")
+    return row['scores'][measure]
+
 # %% ../nbs/api/71_protocol.ipynb #2b83fae3
 @patch
-def jobs(self:Experiment)->list: # Pairs of method and seed; seed None: a trial
+def jobs(self:Experiment)->list: # Pairs of method and seed, of which None is a trial; and before them pairs of `'features'` and the first method that begins with them
     "What is left to do, in the order of the plan"
     res = []
     for name in self.methods:
         if self.space(name) and len(self.rows('trial', name))<self.search['n_trials']: res.append((name,None))
         done = {o['seed'] for o in self.rows('run', name)}
         res += [(name,o) for o in self.seeds(name) if o not in done]
-    return res
+    left,have = {o for o,_ in res},self.features() if res else {}
+    return [('features',k) for k,(_,names) in self.bodies().items() if k not in have and left & {*names}] + res
 
 @patch
-def n_left(self:Experiment)->int: # Trials and runs
+def n_left(self:Experiment)->int: # Trials, runs and features
     "How much is left to do"
     return sum(1 if seed is not None else self.search['n_trials']-len(self.rows('trial', o)) for o,seed in self.jobs())
 
@@ -420,10 +478,11 @@ def step(self:Experiment)->dict: # What was written down; None if there was noth
     "Do one piece of work that nobody else does"
     for job in self.jobs():
         method,seed = job
-        if seed is not None and self.chosen(method) is None: continue
+        if method!='features' and seed is not None and self.chosen(method) is None: continue
         if (lock := self._locked(job)) is None: continue
         with lock:
             if job not in self.jobs(): continue # another process finished it in the meantime
+            if method=='features': return self.run_features(seed)
             return self.run_trial(method) if seed is None else self.run_seed(method, seed)
 
 @patch
@@ -443,6 +502,7 @@ def _came(o):
     "What came of a piece of work"
     if o['kind']=='trial': return f"{o['method']}, trial {o['number']}: {o['value']:.4f}" + (', given up' if o['state']=='PRUNED' else '')
     name,value = next(iter(o['scores'].items()))
+    if o['kind']=='features': return f"features of {o['body']['arch']}: {name} {value:.4f}"
     return f"{o['method']}, seed {o['seed']}: {name} {value:.4f}"
 
 def _long(hours):
@@ -453,9 +513,10 @@ def _long(hours):
 # %% ../nbs/api/71_protocol.ipynb #e3fa8c63
 @patch
 def _n_images(self:Experiment):
-    "Images that a trial trains on in an epoch, and those that a run trains on"
+    "Images that a trial trains on in an epoch, those that a run trains on, and as many as take the time of features"
     split = self.ds.df.split
-    return dict(trial=int((split=='train').sum()), run=int((split!='test').sum()))
+    features = int((split=='test').sum())/3 # without a backward pass
+    return dict(trial=int((split=='train').sum()), run=int((split!='test').sum()), features=features)
 
 @patch
 def _rate(self:Experiment):
@@ -488,6 +549,7 @@ def hours_left(self:Experiment)->float: # nan where only other libraries' method
     if not jobs: return 0.
     n,search = self._n_images(),self.search
     def _images(name, seed):
+        if name=='features': return n['features']
         if seed is not None: return n['run']*ifnone(n_epochs(self.settings(name)), 1)
         return n['trial']*search['n_epoch']*(search['n_trials']-len(self.rows('trial', name)))*2/3
     return sum(_images(*o) for o in jobs)*self._rate()/3600
@@ -518,31 +580,52 @@ def values(self:Experiment,
 @patch
 def _named(self:Experiment, methods): return listify(methods) or list(self.methods)
 
+def _label(body, bodies):
+    "What features are called: by that in which bodies differ, where there are several"
+    differ = [k for k in dict.fromkeys(k for o in bodies for k in o) if len({str(o.get(k)) for o in bodies})>1]
+    said = ', '.join(str(body[k]) for k in differ if k in body)
+    return 'features' + f" ({said or 'default'})"*(len(bodies)>1)
+
+@patch
+def _baselines(self:Experiment, methods):
+    "Names and lines of the features that some methods begin with"
+    bodies,have = self.bodies(),self.features()
+    every = [o for o,_ in bodies.values()]
+    return {_label(b, every):have[k] for k,(b,names) in bodies.items() if k in have and {*names} & {*methods}}
+
 @patch
 def table(self:Experiment,
     methods=None, # Names; all that have runs if not given
-)->pd.DataFrame: # One row a method, in per cent
+)->pd.DataFrame: # One row a method, in per cent, below those of the features that they begin with
     "Mean scores on the test classes, with their 95 % intervals over seeds"
     def _row(o):
         runs = self.runs(o)
         scores = {k:_said(*mean_interval([100*v for v in self.values(o, k).values()])) for k in self.measures}
         return {'method':o, **scores, 'seeds':len(runs), 'seconds a run':round(float(np.median([r['cpu_seconds'] for r in runs])))}
-    return _frame([_row(o) for o in self._named(methods) if self.runs(o)])
+    def _first(k, o):
+        scores = {m:_said(*mean_interval([100*o['scores'][m]])) for m in self.measures}
+        return {'method':k, **scores, 'seeds':'', 'seconds a run':round(o['cpu_seconds'])}
+    return _frame([_first(*o) for o in self._baselines(self._named(methods)).items()] + [_row(o) for o in self._named(methods) if self.runs(o)])
+
+@patch
+def _beside(self:Experiment, method, other, measure):
+    "Scores by seed of what a method is compared with; features have the same for each of its seeds"
+    return dict.fromkeys(self.values(method, measure), self.theirs(method, measure)) if other=='features' else self.values(other, measure)
 
 @patch
 def difference(self:Experiment,
     method:str, # Name of a method
-    twin:str=None, # Another one; its twin if not given
+    twin:str=None, # Another one, or `'features'`: those that it begins with; its twin if not given
     measure:str='recall@1', # Name of a measure
 )->np.ndarray: # One number for each seed that both have, in points
     "Differences of runs with the same seed"
     if (twin := twin or self.methods[method].get('twin')) is None: raise ValueError(f"Method {method!r} has no twin: name one.")
-    a,b = self.values(method, measure),self.values(twin, measure)
+    a,b = self.values(method, measure),self._beside(method, twin, measure)
     return np.array([100*(a[o]-b[o]) for o in sorted(a) if o in b])
 
 @patch
 def compared(self:Experiment,
-    pairs=None, # Pairs of names; each method with its twin if not given
+    pairs=None, # Pairs of names, the second may be `'features'`; each method with its twin if not given
 )->list: # Pairs of names
     "Those pairs that have two seeds or more in common"
     if pairs is None: pairs = [(o,m['twin']) for o,m in self.methods.items() if 'twin' in m]
@@ -551,12 +634,12 @@ def compared(self:Experiment,
 
 @patch
 def differences(self:Experiment,
-    pairs=None, # Pairs of names; each method with its twin if not given
+    pairs=None, # Pairs of names, the second may be `'features'`; each method with its twin if not given
 )->pd.DataFrame: # One row a pair that has two seeds or more in common, in points
     "Each method less another one, seed by seed: mean and 95 % interval"
     def _row(o, other):
         def _gain(k):
-            n = _digits(100*np.mean(list(self.values(other, k).values())))
+            n = _digits(100*np.mean(list(self._beside(o, other, k).values())))
             return '{:+.{n}f} ({:+.{n}f} to {:+.{n}f})'.format(*mean_interval(self.difference(o, other, k)), n=n)
         return {'method':o, 'minus':other, **{k:_gain(k) for k in self.measures}, 'seeds':len(self.difference(o, other))}
     return _frame([_row(*o) for o in self.compared(pairs)])
@@ -598,18 +681,20 @@ def plot(self:Experiment,
     methods=None, # Names; all that have runs if not given
     ax:plt.Axes=None, # Where to; a new figure if not given
 )->plt.Axes:
-    "Draw each run as a point, and mean and 95 % interval beside it"
+    "Draw each run as a point, and mean and 95 % interval beside it; features are grey, with a line down to the methods"
     names = [o for o in self._named(methods) if self.runs(o)]
     if not names: raise ValueError("There is nothing to draw yet: no run is finished.")
-    ax = ax or _new_axes(len(names))
-    _draw_runs(ax, [(o, 100*np.array(list(self.values(o, measure).values())), _orange if 'twin' in self.methods[o] else _blue) for o in names], 0, 100)
+    theirs = [(k, [100*o['scores'][measure]], _grey) for k,o in self._baselines(names).items()]
+    ax = ax or _new_axes(len(theirs)+len(names))
+    for _,(x,),_ in theirs: ax.axvline(x, color=_grey, lw=1, ls=':', zorder=0)
+    _draw_runs(ax, theirs + [(o, 100*np.array(list(self.values(o, measure).values())), _orange if 'twin' in self.methods[o] else _blue) for o in names], 0, 100)
     ax.set(xlabel=f'{measure} on unseen classes, per cent', title=self.name)
     return ax
 
 @patch
 def plot_differences(self:Experiment,
     measure:str='recall@1', # Name of a measure
-    pairs=None, # Pairs of names; each method with its twin if not given
+    pairs=None, # Pairs of names, the second may be `'features'`; each method with its twin if not given
     ax:plt.Axes=None, # Where to; a new figure if not given
 )->plt.Axes:
     "Draw each method minus another one, a point for each seed, and mean and 95 % interval beside them; raises `ValueError` where no pair has two seeds in common"

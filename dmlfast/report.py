@@ -16,13 +16,16 @@ from PIL import Image
 from jinja2 import Environment, StrictUndefined
 from fastcore.all import *
 from fastai.callback.core import Callback
+from fastai.torch_core import get_model
 from . import __version__
 from .data import _labels
 from .doctor import *
+from .gain import *
 from .interpret import *
 from .learner import *
-from .show import _axes, _blue, _orange
+from .show import _axes, _blue, _grey, _orange
 from .tables import MetricDataset
+from .transfer import *
 
 # %% ../nbs/api/62_report.ipynb #1f5b2974
 def _split_rows(dls):
@@ -82,7 +85,8 @@ def _settings(learn):
     n,trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True,False))
     hypers = learn.opt.hypers[-1] if learn.opt is not None else {}
     lrs = getattr(learn.recorder, 'lrs', [])
-    return spec|dict(parameters=f'{n:,}, of which {trained:,} are trained', loss=repr(learn.loss_func), optimiser=_said(learn.opt_func),
+    said = {'start of the head':o} if (o := getattr(_start(learn), 'said', '')) else {}
+    return spec|said|dict(parameters=f'{n:,}, of which {trained:,} are trained', loss=repr(learn.loss_func), optimiser=_said(learn.opt_func),
         **({'epochs':str(len(_epochs(learn)[1])), 'steps':f'{len(lrs):,}', 'greatest learning rate':f'{max(lrs):.3g}'} if lrs else {}), **{k:f'{hypers[a]:.3g}' for k,a in {'weight decay':'wd','momentum':'mom'}.items() if isinstance(hypers.get(a), (int,float))},
         batches=f'{dl.bs} items' + (f', {dl.per_class} of a class, seed {dl.seed}' if hasattr(dl, 'per_class') else ''), transforms=_tfms(dl) or 'none',
         callbacks=', '.join(_callback(o) for o in learn.cbs.sorted('order')), device=_device(learn))
@@ -95,7 +99,65 @@ def _network(model):
 
 _rows = dict(pool='pooling', model_kwargs='options of the network', freeze_bn='batch norm frozen')
 
+def _start(learn): return getattr(learn, 'head_start', None)
+
 def _callback(o): return repr(o) if type(o).__repr__ is not Callback.__repr__ else type(o).__name__
+
+# %% ../nbs/api/62_report.ipynb #efc94933
+def _gain(learn, interp, dl):
+    "What the embedding has more than the features; None where these are not known"
+    start,r = _start(learn),interp.result
+    if getattr(start, 'origin', None) is None or not r.used.any(): return
+    model = get_model(learn.model)
+    return Gain(r, learn.baseline(dl, ['recall','map@r'], ks=interp.ks), model.emb_sz, model.n_features, what_to_try(learn))
+
+def _fmt(x): return str(x) if not isinstance(x, float) else '' if np.isnan(x) else f'{x:.4f}'
+
+def _signed(x): return f'{x:+.4f}'
+
+def _gain_rows(g):
+    "Head and rows of the table of features and embedding"
+    def _row(k): return [k,_fmt(g.b[k]),_fmt(g.a[k]),_signed(g[k]),*(map(_signed, ends) if (ends := g.interval(k)) else ('',''))]
+    return ['metric','features','embedding','difference','2.5 %','97.5 %'],[_row(k) for k in g.keys()]
+
+def _gain_note(g):
+    "How the difference was measured"
+    k = g.keys()[0]
+    if why := g.a.why_no_interval(k): return why[0].upper()+why[1:]+'.'
+    return f'The difference is paired: the same queries, and for its 95 % interval the same {g.a.n_boot:,} samples of the {g.a.ci}. If the interval holds 0, the difference is within noise.'
+
+def _way(g):
+    "Which colour the sentence has"
+    ways = [g.verdict(k) for k in g.keys() if k in ('recall@1','map@r')]
+    return 'finding' if 'lowered' in ways else 'well' if 'raised' in ways else 'unknown'
+
+def _between(learn):
+    "Where a fit looked between its start and its end, what it kept, and by which metric; None where it did not look"
+    t = getattr(learn, 'transfer', {})
+    if t.get('between'): return {float(k):v for k,v in t['between'].items()},t['kept'],'map@r'
+    o = next((o for o in learn.cbs if isinstance(o, Interpolate) and o.curve), None)
+    if o: return o.curve,o.chosen,o.metric
+
+def _decisions(learn):
+    "What `fit_transfer` decided, and what `Interpolate` kept"
+    t,res,between = getattr(learn, 'transfer', {}),{},_between(learn)
+    if o := t.get('head'): res['head alone'] = f"{o['epochs']} epochs on the features of the body as it was: map@r {o['before']:.4f} → {o['after']:.4f}, {'kept' if o['kept'] else 'not kept'}"
+    if o := t.get('how_far'):
+        res['how far the body may move'] = ', '.join(f'{k} {v:.4f}' for k,v in o.items())+' (map@r, trained on half of the training classes and measured on the other half)'
+    if 'regime' in t: res['chosen'] = f"{t['regime']}: {regimes_said[t['regime']]}" + ''.join(f', {k}={v}' for k,v in t['given'].items())
+    if between: res['between start and end'] = ', '.join(f'{a:g}: {v:.4f}' for a,v in between[0].items())+f'; kept: {between[1]:g}'
+    return res
+
+def _plot_between(learn, curve, kept, metric):
+    "Draw the metric between start and end of a fit, what was kept, and the features"
+    fig,ax = plt.subplots(figsize=(5,2.9), layout='constrained')
+    _axes(ax, title='Between start and end', xlabel='0: start, 1: end of the fit', ylabel=f'{metric}, validation classes')
+    ax.plot(*zip(*sorted(curve.items())), color=_blue, marker='o', ms=4)
+    ax.plot(kept, curve[kept], 'o', ms=11, mfc='none', mec=_orange, mew=2, ls='none', label='kept')
+    theirs = getattr(_start(learn), 'rows', {}).get('features', {}).get('scores', {}).get(metric)
+    if theirs is not None: ax.axhline(theirs, color=_grey, lw=1.4, ls=':', label='features', zorder=1)
+    ax.legend(frameon=False, fontsize=8, loc='best')
+    return fig
 
 # %% ../nbs/api/62_report.ipynb #29d0ca84
 def _epochs(learn):
@@ -104,6 +166,10 @@ def _epochs(learn):
     head = [str(o) for o in getattr(rec, 'metric_names', [])][:-1]
     rows = [[i,*map(float, o)] for i,o in enumerate(rec.values) if len(o)==len(head)-1] if getattr(rec, 'lrs', None) else []
     return head,rows
+
+def _first_rows(learn, head):
+    "Rows of the features and of the start, above those of the epochs"
+    return [[name,*(o['scores'].get(k, '') for k in head[1:])] for name,o in getattr(_start(learn), 'rows', {}).items()]
 
 def _smooth(losses, beta=.98):
     "As `Recorder` has it"
@@ -176,21 +242,27 @@ summary { cursor: pointer; color: var(--blue) }
 </style>
 </head>
 <body>
-<header>
-<h1>{{ title }}</h1>
-<p class="note">{{ when }} · measured on {{ split }}: {{ n_items }} items of {{ n_classes }} classes</p>
-<p>{{ what }}</p>
-<nav aria-label="Sections">{% for id, name in sections %}<a href="#{{ id }}">{{ name }}</a>{% endfor %}</nav>
-<div class="tiles">{% for name, value, note in tiles %}<div class="tile"><span>{{ name }}</span><b>{{ value }}</b><span>{{ note }}</span></div>{% endfor %}</div>
-</header>
 {% macro figure(f) %}<figure id="fig-{{ f.name }}"><img{% if f.width > 500 %} class="wide"{% endif %} src="{{ f.src }}" width="{{ f.width }}" height="{{ f.height }}" alt="{{ f.text }}"><figcaption>{{ f.text }}</figcaption></figure>{% endmacro %}
 {% macro pairs(d) %}<table class="pairs">{% for k, v in d.items() %}<tr><th scope="row">{{ k }}</th><td>{{ v }}</td></tr>{% endfor %}</table>{% endmacro %}
 {% macro table(head, rows, left=1) %}<div class="scroll" tabindex="0"><table><thead><tr>{% for o in head %}<th scope="col"{% if loop.index <= left %} class="l"{% endif %}>{{ o }}</th>{% endfor %}</tr></thead><tbody>{% for r in rows %}<tr>{% for o in r %}<td{% if loop.index <= left %} class="l"{% endif %}>{{ o }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endmacro %}
 {% macro terms(d) %}<dl>{% for k, v in d.items() %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl>{% endmacro %}
 {% macro pictures(names) %}{% for n in names if n in figures %}{{ figure(figures[n]) }}{% endfor %}{% endmacro %}
+{% macro prose(text) %}{% for o in text.split('`') %}{% if loop.index is even %}<code>{{ o }}</code>{% else %}{{ o }}{% endif %}{% endfor %}{% endmacro %}
+<header>
+<h1>{{ title }}</h1>
+<p class="note">{{ when }} · measured on {{ split }}: {{ n_items }} items of {{ n_classes }} classes</p>
+<p>{{ what }}</p>
+{% if says %}<p class="{{ says[0] }}">{{ prose(says[1]) }}</p>{% endif %}
+<nav aria-label="Sections">{% for id, name in sections %}<a href="#{{ id }}">{{ name }}</a>{% endfor %}</nav>
+<div class="tiles">{% for name, value, note in tiles %}<div class="tile"><span>{{ name }}</span><b>{{ value }}</b><span>{{ note }}</span></div>{% endfor %}</div>
+</header>
 <main>
 <h2 id="findings">What is wrong</h2>
-{% for o in findings %}<p class="finding">{{ o }}</p>{% endfor %}{% if well %}<p class="{{ well[0] }}">{{ well[1] }}</p>{% endif %}
+{% for o in findings %}<p class="finding">{{ prose(o) }}</p>{% endfor %}{% if well %}<p class="{{ well[0] }}">{{ well[1] }}</p>{% endif %}
+{% if gain or decisions %}<h2 id="gain">{{ 'What training was worth' if says or decisions else 'Against the features' }}</h2>{% endif %}
+{% if gain %}<p>The embedding against the features it started from: those of the body as it came, pooled and compared by cosine, without a head.</p>
+{{ table(*gain) }}<p class="note">{{ gain_note }}</p>{% endif %}
+{% if decisions %}<p>What was decided on the way, by classes that were not trained on:</p>{{ pairs(decisions) }}{{ pictures(['between']) }}{% endif %}
 <h2 id="metrics">Metrics</h2>
 {{ table(*metrics[:2]) }}{% for o in metrics[2] %}<p class="note">{{ o }}</p>{% endfor %}
 {{ terms(meanings) }}
@@ -247,13 +319,12 @@ def _figures(learn, interp, n, images, confused):
         if interp.result.used.any(): yield 'worst',interp.plot_top_losses(max_n=n),'The queries with the least average precision (AP), worst first.'
         if len(confused): yield 'confused',interp.plot_most_confused(),'The classes that are confused most often, and the most confident of these mistakes.'
     if _epochs(learn)[1]: yield 'curves',plot_curves(learn),'The last fit: losses, metrics on the validation classes, which are not in training, and the learning rate.'
+    if o := _between(learn): yield 'between',_plot_between(learn, *o),'The weights between the start and the end of the fit, measured on the validation classes. The ring is what was kept.'
     if (doctor := _doctor(learn)) and doctor.steps: yield 'doctor',doctor.plot(),'What the training doctor saw in the training batches of the last fit.'
 
 def _doctor(learn): return next((o for o in learn.cbs if isinstance(o, TrainingDoctor)), None)
 
 # %% ../nbs/api/62_report.ipynb #3e8a3f3d
-def _fmt(x): return str(x) if not isinstance(x, float) else '' if np.isnan(x) else f'{x:.4f}'
-
 def _data(learn):
     "Head and rows of the table of splits"
     splits = {}
@@ -290,8 +361,8 @@ def _well(learn):
     "What there is to say if nothing was found"
     doctor = _doctor(learn)
     if doctor is None or not doctor.steps: return 'unknown','No TrainingDoctor looked at this run: with cbs=TrainingDoctor() this is where it says what is wrong.'
-    if not doctor.enough: return 'unknown',f'The training doctor looked at {len(doctor.steps)} steps only, too few to tell whether something is wrong.'
-    if not doctor.findings: return 'well',f'Nothing was found: the training doctor looked at {len(doctor.steps)} of {doctor.steps[-1]["step"]} steps for a collapse of the embeddings, batches that teach nothing, regularisers that take over, weights that do not move and overfitting.'
+    if not doctor.enough: return 'unknown',f'The training doctor looked at {len(doctor.steps)} steps only, too few to tell whether something {"else " if doctor.findings else ""}is wrong.'
+    if not doctor.findings: return 'well',f'Nothing was found: the training doctor looked at {len(doctor.steps)} of {doctor.steps[-1]["step"]} steps for {"" if doctor.theirs is None else "an end below the features, "}a collapse of the embeddings, batches that teach nothing, regularisers that take over, weights that do not move and overfitting.'
 
 def _seconds(learn, began):
     "How long it took, as far as it is known"
@@ -327,13 +398,15 @@ def _context(learn, interp, dl, title, code, n, began):
     head,rows = _epochs(learn)
     figures = {k:_figure(k, f, text, k in ('neighbours','worst','confused')) for k,f,text in _figures(learn, interp, n, images, confused)}
     findings = [o.text for o in doctor.findings] if doctor and doctor.steps else []
+    gain,decisions = _gain(learn, interp, dl),_decisions(learn)
     return dict(title=name, when=datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'), split=_split_name(learn, dl), n_items=f'{len(interp):,}', n_classes=f'{len(interp.labels.unique()):,}',
-        sections=[('findings','What is wrong'),('metrics','Metrics'),('neighbours','Neighbours'),('confusions','Confusions'),('training','Training'),('settings','Settings'),('data','Data'),('repeat','Do it again'),('versions','Versions')],
+        sections=[('findings','What is wrong'),*([('gain','Gain')] if gain or decisions else []),('metrics','Metrics'),('neighbours','Neighbours'),('confusions','Confusions'),('training','Training'),('settings','Settings'),('data','Data'),('repeat','Do it again'),('versions','Versions')],
+        says=gain and getattr(learn, 'fitted', False) and (_way(gain),gain.sentence), gain=gain and _gain_rows(gain), gain_note=gain and _gain_note(gain), decisions=decisions,
         what=_what(interp), meanings=_meanings(r), panels={t:why for t,*_,why in doctor.panels} if doctor and doctor.steps else {},
         tiles=[_tile(r, o) for o in dict.fromkeys((f'recall@{interp.ks[0]}',f'recall@{max([k for k in interp.ks if k<=10] or interp.ks[:1])}','map@r'))]+[('overlap of similarities',f'{interp.similarities()["overlap"]:.2f}','0: classes apart, 1: no difference')],
         findings=findings, well=_well(learn), metrics=_metrics(r), figures=figures, images=images,
-        confused=(['class of the query','class of its nearest','times','of'],confused[['query','found','count','of']].values.tolist()), epochs=(head,[[_fmt(o) for o in row] for row in rows]),
+        confused=(['class of the query','class of its nearest','times','of'],confused[['query','found','count','of']].values.tolist()), epochs=(head,[[_fmt(o) for o in row] for row in (_first_rows(learn, head)+rows if rows else [])]),
         settings=_settings(learn)|_seconds(learn, began), data=_data(learn), hashes={'data set':getattr(source, 'name', '(not named)'),'hash of the splits':split_hash(learn.dls)},
-        command=command, code=own, versions=_versions(), result=r.to_dict())
+        command=command, code=own, versions=_versions(), result=r.to_dict()|({'gain':gain.to_dict()} if gain else {}))
 
 def _split_name(learn, dl): return f'the split {dl!r}' if isinstance(dl, str) else 'a loader that was given' if dl is not None else 'the validation set'

@@ -214,6 +214,96 @@ def test_half_precision():
     learn = run(DRTripletLoss(), net=Half())
     assert names(learn)==[] and learn.training_doctor.steps[-1]['rank']>3
 
+# against the features that it started with
+
+@pytest.fixture(scope='module')
+def body(few, tmp_path_factory):
+    "File of a body that was trained a little on `few`"
+    set_seed(0)
+    tmp = tmp_path_factory.mktemp('body')
+    learn = metric_learner(few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0), 'test_resnet', TripletLoss(), emb_sz=16, pretrained=False, path=tmp)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2)
+    torch.save(learn.model.body.state_dict(), tmp/'body.pth')
+    return tmp/'body.pth'
+
+def from_body(make_learner, body, n_epoch=1, lr=1e-4, cbs=(), **kwargs):
+    "A learner after a fit that began with a trained body"
+    learn = make_learner(TripletLoss(), **{**dict(weights=body, emb_sz=32), **kwargs}, cbs=[TrainingDoctor(every=2), *cbs])
+    learn.fit(n_epoch, lr)
+    return learn
+
+def as_if(learn, recalls, features, start=None):
+    "Give the doctor other recalls of epochs, of the features and of the start"
+    learn.training_doctor.epochs = [dict(epoch=i, recall=o, gap=.1) for i,o in enumerate(recalls)]
+    for k,v in dict(features=features, start=start).items():
+        if v is not None: learn.head_start.rows[k]['scores']['recall@1'] = v
+    return {o.name:o.text for o in learn.training_doctor.findings}
+
+sicker = dict(norm=(dict(freeze_bn=False, lr=.5), "Keep the body's batch norm as it was trained: `freeze_bn=True`."), head=(dict(init='random', lr=.5), "Start the head from the data and not at random: `init='lda'`."),
+    rate=(dict(lr=.5), 'Use a lower learning rate, or let `fit_transfer` look for one. This fit reached 0.5.'))
+
+@pytest.mark.parametrize('name', sicker)
+def test_what_ends_below_its_features_is_told_why(name, make_learner, body, capsys):
+    "After one epoch, first of all findings, and above the plot"
+    kwargs,said = sicker[name]
+    learn = from_body(make_learner, body, **kwargs)
+    doctor,theirs = learn.training_doctor,learn.baseline(metrics=['recall@1'])['recall@1']
+    first,last = doctor.findings[0],learn.recorder.values[-1][2]
+    assert doctor.theirs==theirs>last+.01
+    assert first==('below', f'Below the features it started with since epoch 0: recall@1 is {last:.3f} and theirs {theirs:.3f}. {said}')
+    assert first.text in capsys.readouterr().out and first.text in ' '.join(doctor.plot()._suptitle.get_text().split())
+
+def test_what_ends_above_its_features_is_not(make_learner, body):
+    "Nor what is as good, or was below for a while; the epoch is the one since which all are below"
+    learn = from_body(make_learner, body)
+    assert 'below' not in as_if(learn, [.8], .7) and 'below' not in as_if(learn, [.691], .7) and 'below' not in as_if(learn, [.5,.6,.695], .7)
+    assert 'below' not in as_if(learn, [math.nan]*3, .7)
+    assert 'since epoch 0: recall@1 is 0.689 and theirs 0.700.' in as_if(learn, [.689], .7)['below']
+    assert 'since epoch 2: recall@1 is 0.600' in as_if(learn, [.5,.695,.689,math.nan,.6], .7)['below']
+    assert 'since epoch 3' in as_if(learn, [.5,.5,.72,.6], .7)['below']
+
+def test_a_head_that_is_too_narrow(make_learner, body):
+    "It began below the features and training did not make it worse: it is the head, and not the rate; where it got worse, it is the rate"
+    learn = from_body(make_learner, body, emb_sz=4)
+    assert f'the head began at 0.600, with 4 numbers in place of {learn.model.n_features}: raise `emb_sz`.' in as_if(learn, [.61], .7, .6)['below']
+    assert 'lower learning rate' in as_if(learn, [.58], .7, .6)['below'] and 'lower learning rate' in as_if(learn, [.61], .7, .695)['below']
+    wide = from_body(make_learner, body, emb_sz=learn.model.n_features)
+    assert 'lower learning rate' in as_if(wide, [.61], .7, .6)['below']
+
+def test_without_features_nothing_is_compared(make_learner, body):
+    "Random weights; a learner that was not fitted; one that does not measure recall@1"
+    learn = make_learner(cbs=TrainingDoctor(every=1))
+    learn.fit(1, 1e-3)
+    assert learn.training_doctor.theirs is None and names(learn)==[]
+    assert _level(learn)==[] and 'grey line' not in learn.training_doctor.panels[-1][-1]
+    assert make_learner(weights=body, cbs=TrainingDoctor()).training_doctor.theirs is None
+    learn = from_body(make_learner, body, metrics=['map@r'])
+    assert learn.training_doctor.theirs is None and learn.training_doctor.measured==[] and names(learn)==[]
+
+def _level(learn):
+    "Height of the line of the features in the panel of the epochs"
+    ax = next(o for o in learn.training_doctor.plot().axes if o.get_title()=='Training against validation')
+    return [float(o.get_ydata()[0]) for o in ax.lines if o.get_label()=='the features: recall@1']
+
+def test_the_features_are_a_line(make_learner, body):
+    learn = from_body(make_learner, body)
+    assert _level(learn)==[learn.training_doctor.theirs]
+    assert 'The grey line is the recall of the features' in learn.training_doctor.panels[-1][-1]
+
+def test_it_is_below_after_it_went_on(make_learner, body, tmp_path):
+    "A fit that was interrupted and goes on ends with the finding of one that was not"
+    class Trip(Callback):
+        def before_batch(self):
+            if self.epoch==1: raise KeyboardInterrupt
+    sick = dict(weights=body, emb_sz=32, freeze_bn=False)
+    def _make(): return make_learner(TripletLoss(), **sick, cbs=TrainingDoctor(every=2))
+    with pytest.raises(KeyboardInterrupt): _make().fit(2, .5, cbs=[Checkpoint(tmp_path/'cut'), Trip()])
+    new = _make().resume(tmp_path/'cut')
+    new.fit(2, .5, cbs=Checkpoint(tmp_path/'cut'))
+    whole = _make()
+    whole.fit(2, .5)
+    assert new.training_doctor.findings==whole.training_doctor.findings and names(new)[0]=='below'
+
 # what is measured
 
 def test_effective_rank_by_hand():

@@ -285,3 +285,108 @@ def test_differences_of_any_two(few, tmp_path):
     assert exp.compared(('louder','a'))==exp.compared([('louder','a')])==[('louder','a')] and list(exp.table('a').index)==['a']
     with pytest.raises(ValueError, match='two seeds in common'): exp.plot_differences(pairs=[('louder','γ')])
     assert len(plt.get_fignums())==1
+
+# the features that methods with a trained body begin with
+
+@pytest.fixture(scope='module')
+def body(few, tmp_path_factory):
+    "File of a body with the weights of one draw"
+    import torch
+    from dmlfast.models import Embedder
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp('body')/'body.pth'
+    torch.save(Embedder('test_resnet', pretrained=False).body.state_dict(), file)
+    return file
+
+def _trained(body, **more):
+    "A plan with a trained body, of which nothing is trained"
+    run = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', weights=str(body), emb_sz=8), fit=dict(n_epoch=0))
+    return dict(seeds=2, measures=['recall@1','map@r'], settings=run, methods=dict(narrow=dict(space={}), wide=dict(space={}, model=dict(emb_sz=16), twin='narrow')), **more)
+
+def _frozen(body, ds, size=None):
+    "Scores of pooled features, from a network and a loader of our own"
+    import torch
+    from dmlfast.all import Embedder, evaluate_retrieval
+    from fastai.vision.all import Normalize
+    net = Embedder('test_resnet', weights=body).eval()
+    dls = ds.dataloaders(bs=32, per_class=4, num_workers=0, valid='test', **(dict(size=size) if size else {}))
+    dls.add_tfms([Normalize.from_stats(net.cfg['mean'], net.cfg['std'])], 'after_batch')
+    with torch.no_grad(): feats,ys = zip(*[(net.features(x),y) for x,y in dls.valid])
+    res = evaluate_retrieval(torch.cat(feats), torch.cat(ys), metrics=['recall@1','map@r'])
+    return {k:float(res[k]) for k in res.keys()}
+
+def test_features_are_scored_once(few, tmp_path, body, monkeypatch, capsys):
+    "Before the first run, for all methods with the same body; they cost nothing later"
+    exp = _exp(tmp_path, few, _trained(body))
+    assert exp.jobs()[0]==('features','narrow') and exp.n_left()==5 and 0<exp.hours_left()<1 and exp.todo().loc['features','runs']=='0/1'
+    row = exp.step()
+    assert row['kind']=='features' and list(exp.table().index)==['features'] and 'features' not in [o for o,_ in exp.jobs()]
+    lines = []
+    exp.out.unlink()
+    exp.run(log=lines.append)
+    assert capsys.readouterr().out=='' # neither bars nor how heads start
+    assert lines[0].startswith('features of test_resnet: recall@1 0.') and '4 left' in lines[0]
+    assert [o['kind'] for o in exp.rows()]==['features']+['run']*4 and exp.jobs()==[] and exp.todo().loc['features','runs']=='1/1'
+    row,expected = exp.rows('features')[0],_frozen(body, few)
+    assert row['scores']==pytest.approx(expected, abs=1e-6) and row['n_features']>16 and row['data_hash']==exp.facts()['data_hash']
+    monkeypatch.setattr('dmlfast.protocol.make_learner', None) # nothing is made to look at results
+    again = _exp(tmp_path, few, _trained(body))
+    table = again.table()
+    assert list(table.index)==['features','narrow','wide'] and table.loc['features'].tolist()[:3]==[f"{100*expected['recall@1']:.1f}",f"{100*expected['map@r']:.{1+(expected['map@r']<.1)}f}",'']
+    assert list(again.table('wide').index)==['features','wide'] and again.run().loc['features','runs']=='1/1'
+    assert again.theirs('wide', 'map@r')==row['scores']['map@r']
+    d = again.difference('narrow', 'features', 'map@r')
+    assert d.tolist()==[100*(v-row['scores']['map@r']) for v in again.values('narrow', 'map@r').values()] and len(d)==2
+    assert again.differences([('narrow','features')])['minus'].tolist()==['features'] and list(again.differences().index)==['wide']
+    plt.close('all')
+    ax = again.plot('map@r')
+    assert [o.get_text() for o in ax.get_yticklabels()]==['features','narrow','wide']
+    x = 100*row['scores']['map@r']
+    assert ax.lines[0].get_xdata()==[x,x] and ax.lines[1].get_xdata().tolist()==[x]
+    assert len(again.plot_differences('map@r', [('wide','features')]).lines)>=2
+
+def test_features_of_several_bodies(few, tmp_path, body):
+    "One line for each pair of body and size; none for random weights or a trainer of one's own; each method is compared with its own"
+    plan = _trained(body)
+    plan['methods'] |= dict(large=dict(space={}, batch=dict(size=32)), random=dict(space={}, model=dict(weights=None, pretrained=False)), other={**_plan(tmp_path)['methods']['a'], 'space':{}})
+    plan['seeds'] = 1
+    exp = _exp(tmp_path, few, plan)
+    assert list(exp.bodies())==['narrow','large'] and exp.bodies()['narrow'][1]==['narrow','wide']
+    exp.run()
+    assert [o['kind'] for o in exp.rows()][:2]==['features']*2 and len(exp.rows('features'))==2
+    assert list(exp.table().index)==['features (default)','features (32)','narrow','wide','large','random','other']
+    assert exp.theirs('large', 'map@r')==pytest.approx(_frozen(body, few, 32)['map@r'], abs=1e-6)!=exp.theirs('wide', 'map@r')
+    assert list(exp.table(['random','other']).index)==['random','other'] and list(exp.table('large').index)==['features (32)','large']
+    for o in ('random','other'):
+        with pytest.raises(ValueError, match=f"no scores of the features that '{o}' begins with"): exp.theirs(o, 'map@r')
+        with pytest.raises(ValueError, match='there are no features to score'): exp.run_features(o)
+
+def test_files_from_before_features_were_scored(few, tmp_path, body):
+    "A finished one shows what it did, has nothing left to do, and takes a line if it is asked for; one with work left gets it first"
+    exp = _exp(tmp_path, few, _trained(body))
+    for method in ('narrow','wide'):
+        for seed in range(2): exp.write(dict(kind='run', method=method, seed=seed, scores=dict.fromkeys(exp.measures, .5), seen={}, seconds=1., cpu_seconds=1.))
+    assert list(exp.table().index)==['narrow','wide'] and exp.jobs()==[] and list(exp.todo().index)==['narrow','wide'] and len(exp.run())==2
+    assert [o.get_text() for o in exp.plot().get_yticklabels()]==['narrow','wide']
+    with pytest.raises(ValueError, match=r"`run_features\('wide'\)` adds them"): exp.difference('wide', 'features')
+    more = _exp(tmp_path, few, _trained(body) | dict(seeds=3))
+    assert more.jobs()==[('features','narrow'),('narrow',2),('wide',2)]
+    exp.run_features('wide')
+    assert list(exp.table().index)==['features','narrow','wide'] and more.jobs()==[('narrow',2),('wide',2)]
+    less = _exp(tmp_path, few, _trained(body) | dict(measures=['recall@1','r_precision'], seeds=[7])) # by which they were not scored
+    assert less.features()=={} and less.jobs()[0]==('features','narrow')
+
+def test_features_do_not_change_what_methods_are(few, tmp_path, body):
+    "Hashes of the evidence as they were before; a name that cannot be; features of other images"
+    from dmlfast.protocol import Experiment
+    from dmlfast.tables import MetricDataset
+    root = Path(__file__).parent.parent/'benchmarks'/'evidence'
+    for name in ('cars','cub100'):
+        exp = Experiment(root/f'{name}.toml', root/f'{name}.jsonl')
+        assert exp.jobs()==[] and 'features' not in exp.table().index and len(exp.todo())==len(exp.methods)
+        assert {o['plan'] for o in exp.rows() if 'plan' in o and o['method']=='triplet'}<={exp.hash_of('triplet')}
+    with pytest.raises(ValueError, match="No method can be called 'features'"): _exp(tmp_path, few, dict(methods=dict(features=dict(loss=dict(name='triplet')))))
+    plan = _trained(body)
+    _exp(tmp_path, few, plan).step()
+    less = MetricDataset(few.df.iloc[1:], few.path, 'less', size=None, flip=False)
+    with pytest.raises(ValueError, match="holds results of 'features' on other images"): _exp(tmp_path, less, plan).run()

@@ -179,6 +179,108 @@ def test_curves_say_what_they_show(run):
     assert b.lines[0].get_ydata().tolist()==[o[2] for o in learn.recorder.values]
     assert c.lines[0].get_ydata().tolist()==learn.recorder.lrs
 
+# against the features that it started with
+
+@pytest.fixture(scope='module')
+def body(run, tmp_path_factory):
+    "File of a body that was trained a little on `few`"
+    file = tmp_path_factory.mktemp('body')/'body.pth'
+    torch.save(run[0].model.body.state_dict(), file)
+    return file
+
+@pytest.fixture(scope='module')
+def gained(few, body, tmp_path_factory):
+    "A learner that began with a trained body, after `fit_transfer`, its report, and how often features were asked for"
+    set_seed(0)
+    tmp,asked = tmp_path_factory.mktemp('gained'),[]
+    dls = few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0)
+    learn = metric_learner(dls, 'test_resnet', TripletLoss(), emb_sz=24, weights=body, path=tmp, cbs=TrainingDoctor(every=1))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_transfer(2, 3e-3, head_epochs=2)
+        learn.transfer['how_far'] = dict(frozen=.25, gentle=.375)
+        with pytest.MonkeyPatch.context() as m:
+            features = HeadStart.features
+            m.setattr(HeadStart, 'features', lambda self,dl: asked.append(len(dl.dataset)) or features(self, dl))
+            return learn,learn.report(tmp/'report', 'test', n_queries=1),asked
+
+def test_it_begins_with_what_training_was_worth(gained, few):
+    "The sentence of `gain`, its numbers beside those of the features, and both in the JSON; the features are computed once"
+    learn,file,asked = gained
+    with learn.no_bar(): gain = learn.gain('test')
+    p = Page(file)
+    assert gain.sentence in p.text[:p.text.index('What is wrong')] and asked==[len(few.items('test'))]
+    rows = [o for o in p.cells if len(o)==6 and o[0] in gain.keys()]
+    assert [o[0] for o in rows]==['recall@1','recall@2','recall@4','recall@8','map@r']+[o for o in ('recall@16','recall@32') if o in gain.keys()]
+    for k,*o in rows:
+        ends = gain.interval(k)
+        assert o==[f'{gain.b[k]:.4f}',f'{gain.a[k]:.4f}',f'{gain[k]:+.4f}',*([f'{e:+.4f}' for e in ends] if ends else ['',''])]
+    said = json.loads(re.search('<script[^>]*>(.*?)</script>', p.html, re.S)[1])
+    assert said['gain']['sentence']==gain.sentence and said['gain']['features']['map@r']==pytest.approx(gain.b['map@r']) and 'recall@1' in said['metrics']
+    assert '#gain' in p.refs and 'gain' in p.ids
+
+def test_the_features_are_above_the_epochs(gained):
+    "Empty where they have no loss"
+    learn,file,_ = gained
+    p = Page(file)
+    at = next(i for i,o in enumerate(p.cells) if o[:1]==['epoch'])
+    n,rows = len(p.cells[at]),[' '.join(o) for o in p.cells[at+1:at+5]]
+    scores = learn.head_start.rows
+    for row,name in zip(p.cells[at+1:at+3], ('features','start')): assert row==[name]+[f'{scores[name]["scores"][k]:.4f}' for k in p.cells[at][3:]] and n==len(row)+2
+    assert [o[0] for o in p.cells[at+3:at+5]]==['0','1']
+    assert learn.head_start.said.startswith('The head starts from LDA') and [learn.head_start.said]==next(o[1:] for o in p.cells if o[:1]==['start of the head'])
+
+def test_what_fit_transfer_decided(gained):
+    learn,file,_ = gained
+    p,t = Page(file),learn.transfer
+    rows = {o[0]:o[1] for o in p.cells if len(o)==2}
+    assert rows['head alone']==f"2 epochs on the features of the body as it was: map@r {t['head']['before']:.4f} → {t['head']['after']:.4f}, {'kept' if t['head']['kept'] else 'not kept'}"
+    assert rows['how far the body may move'].startswith('frozen 0.2500, gentle 0.3750 (map@r') and rows['chosen']=='gentle: a low rate, batch norm as it is, lr=0.003'
+    assert rows['between start and end']==', '.join(f'{a}: {v:.4f}' for a,v in t['between'].items())+f"; kept: {t['kept']:g}"
+    assert 'fig-between' in p.ims
+
+def test_the_curve_between_start_and_end(gained):
+    from dmlfast.report import _plot_between
+    ax, = _plot_between(gained[0], {0:.2,1:.3,.5:.4}, .5, 'map@r').axes
+    line,kept,level = ax.lines
+    assert line.get_xydata().tolist()==[[0,.2],[.5,.4],[1,.3]] and kept.get_xydata().tolist()==[[.5,.4]]
+    assert level.get_ydata()[0]==gained[0].head_start.rows['features']['scores']['map@r'] and ax.get_ylabel()=='map@r, validation classes'
+    assert len(_plot_between(gained[0], {0:.2,1:.3}, 0, 'r_precision').axes[0].lines)==2 # which the features were not scored by
+
+def test_training_that_did_harm(few, body, tmp_path, no_pictures):
+    "In red, with the doctor's finding, where names of arguments are code"
+    set_seed(0)
+    dls = few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0)
+    learn = metric_learner(dls, 'test_resnet', TripletLoss(), emb_sz=24, weights=body, freeze_bn=False, path=tmp_path, cbs=[TrainingDoctor(), Interpolate(at=(1,), say=False)])
+    with learn.no_bar(), learn.no_logging():
+        untrained = learn.report(tmp_path/'u')
+        learn.fit(1, .5)
+        harmed = learn.report(tmp_path/'h')
+    p = Page(harmed)
+    assert re.search('<p class="finding">Training lowered.*<code>freeze_bn=True</code>', p.html) and '<p class="finding">Below the features it started with since epoch 0' in p.html
+    assert 'too few to tell' not in p.text or 'something else' in p.text
+    assert next(o for o in p.cells if o[:1]==['between start and end'])[1]==f'1: {learn.interpolate.curve[1]:.4f}; kept: 1'
+    p = Page(untrained) # the start of the head against the features, and nothing of training
+    assert 'Against the features' in p.text and 'Training ' not in p.text[:p.text.index('What is wrong')]
+
+def test_without_features_the_page_is_as_before(run, page, body, gained, few, tmp_path, no_pictures):
+    "Random weights, a model that was given, an exported embedder, a learner that was loaded"
+    from dmlfast.runs import embedder_learner
+    assert 'gain' not in page.ids and not [o for o in page.cells if o[:1] in (['features'],['start'],['between start and end'])] and 'below the features' not in page.text
+    learn = gained[0]
+    with learn.no_bar():
+        learn.export_embedder(tmp_path/'e')
+        other = embedder_learner(load_embedder(tmp_path/'e'), few, 'test', num_workers=0)
+        given = metric_learner(learn.dls, learn.model, TripletLoss(), path=tmp_path)
+        for i,o in enumerate((other,given)):
+            with o.no_bar(): p = Page(o.report(tmp_path/str(i)))
+            assert 'gain' not in p.ids and 'Metrics' in p.text
+    learn = gained[0]
+    origin,learn.head_start.origin = learn.head_start.origin,None # as of a learner that was loaded
+    transfer = learn.__dict__.pop('transfer')
+    try: p = Page(learn.report(tmp_path/'l'))
+    finally: learn.head_start.origin,learn.transfer = origin,transfer
+    assert 'gain' not in p.ids and ['features'] in [o[:1] for o in p.cells] # the rows of its epochs are still known
+
 # in a browser
 
 chromium = next(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome'))), None)
@@ -192,9 +294,12 @@ def browse(file, tmp, width=1280, *args):
     return res.stdout,[o for o in res.stderr.splitlines() if 'CONSOLE' in o]
 
 @needs_browser
-def test_the_console_is_empty(run, tmp_path):
-    dom,said = browse(run[1], tmp_path/'profile', 1280, '--dump-dom')
-    assert said==[]
+def test_the_console_is_empty(run, gained, tmp_path):
+    for file in (run[1],gained[1]):
+        dom,said = browse(file, tmp_path/file.parent.parent.name, 1280, '--dump-dom')
+        assert said==[]
+    assert '<h2 id="gain">' in dom
+    dom,_ = browse(run[1], tmp_path/'profile', 1280, '--dump-dom')
     assert '<h2 id="versions">' in dom and dom.count('<img')==6
 
 @needs_browser
@@ -207,10 +312,11 @@ def test_an_error_would_be_seen(run, tmp_path):
 
 @needs_browser
 @pytest.mark.parametrize('width', [1280,390])
-def test_the_page_is_as_wide_as_the_screen(run, tmp_path, width):
+@pytest.mark.parametrize('which', ['run','gained'])
+def test_the_page_is_as_wide_as_the_screen(which, request, tmp_path, width):
     "A script, for which the policy is lifted in a copy, compares the page with the window, whatever scrolls by itself"
     copy = tmp_path/'copy.html'
-    html = re.sub('<meta http-equiv.*?>', '', run[1].read_text(encoding='utf-8'))
+    html = re.sub('<meta http-equiv.*?>', '', request.getfixturevalue(which)[1].read_text(encoding='utf-8'))
     probe = '<script>addEventListener("load", () => document.title = [innerWidth, document.documentElement.scrollWidth, [...document.images].every(o => o.complete && o.naturalWidth>0)].join(" "))</script>'
     copy.write_text(html.replace('</main>', f'</main>{probe}'), encoding='utf-8')
     dom,said = browse(copy, tmp_path/'profile', width, '--dump-dom')
