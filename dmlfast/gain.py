@@ -132,5 +132,5 @@ def gain_of(
     **kwargs # Passed to `evaluate_protocol`
 )->Gain:
     "The gain of a result that is there already"
-    metrics = [o for o in _names(learn) if o in res.keys()] or list(res.values)
+    metrics = [o for o in res.values if o.startswith('recall@') or o=='map@r'] or list(res.values)
     return Gain(res, learn.baseline(dl, metrics, **kwargs), get_model(learn.model).emb_sz, get_model(learn.model).n_features, what_to_try(learn))

@@ -398,7 +398,7 @@ def run_seed(self:Experiment,
 def _body(settings):
     "What the frozen features of some settings depend on; None where the body begins with random weights"
     m,r = settings.get('model', {}),_recipe(settings)
-    if not (m.get('pretrained', True) or m.get('weights') is not None): return
+    if not is_trained(settings): return
     batch = {**r.data, **settings.get('batch', {})}
     res = dict(arch=m.get('arch', r.arch), weights=m.get('weights') and str(m['weights']), pool=m.get('pool', r.model.get('pool')),
         timm=m.get('timm') or None, size=batch.get('size'), normalize=None if m.get('normalize', True) else False)

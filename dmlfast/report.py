@@ -108,8 +108,7 @@ def _gain(learn, interp, dl):
     "What the embedding has more than the features; None where these are not known"
     start,r = _start(learn),interp.result
     if getattr(start, 'origin', None) is None or not r.used.any(): return
-    model = get_model(learn.model)
-    return Gain(r, learn.baseline(dl, ['recall','map@r'], ks=interp.ks), model.emb_sz, model.n_features, what_to_try(learn))
+    return gain_of(learn, r, dl)
 
 def _fmt(x): return str(x) if not isinstance(x, float) else '' if np.isnan(x) else f'{x:.4f}'
 

@@ -92,7 +92,7 @@ def test_a_real_search_fits_with_what_it_tries(few, monkeypatch):
     s = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=8), loss=dict(name='triplet'), fit=dict(lr=1e-3, sched='flat'))
     rates,real = [],MetricLearner.fit_recipe
     monkeypatch.setattr(MetricLearner, 'fit_recipe', lambda self, *args, **kwargs: (rates.append(args[1]), real(self, *args, **kwargs)))
-    study = tune_settings(s, {'fit.lr':[1e-3,1e36]}, few, n_trials=4, n_epoch=2)
+    study = tune_settings(s, {'fit.lr':[1e-3,1e36]}, few, folds=1, n_trials=4, n_epoch=2)
     tried = [o.params['fit.lr'] for o in study.trials]
     assert rates==tried and set(tried)=={1e-3,1e36}
     assert all(o.value==0 for o in study.trials if o.params['fit.lr']==1e36) and study.best_params=={'fit.lr':1e-3}
@@ -128,9 +128,23 @@ def test_test_classes_stay_out(few):
     study = tune_settings(s, {'loss.margin':(.1,.3)}, few, n_trials=1, n_epoch=1, callbacks=[lambda study, trial: looked.append(trial.value)])
     assert len(looked)==1 and 0<looked[0]<1
 
-def test_the_first_trial_has_the_rate_that_a_learner_would_have():
+def test_the_first_trial_has_what_a_learner_would_have():
+    "Its rate, and for a trained body also how it begins"
     from fastai.learner import defaults
-    from dmlfast.tune import default_params, settings_space
+    from dmlfast.tune import default_params, run_space, settings_space
+    s = dict(loss=dict(name='triplet'), model=dict(pretrained=False))
+    assert default_params(s, run_space(s))=={'fit.lr':defaults.lr, 'loss.margin':.2} and run_space(s)==settings_space(s)
     s = dict(loss=dict(name='triplet'))
-    assert default_params(s, settings_space(s))=={'fit.lr':defaults.lr, 'loss.margin':.2}
-    assert 'fit.lr' not in default_params(dict(s, recipe='triplet'), settings_space(s)) # it has rates of its own
+    begins = {'fit.lr':1e-4, 'fit.body_lr':1/3, 'model.freeze_bn':True, 'model.emb_sz':128, 'model.init':'lda'}
+    assert default_params(s, run_space(s))==begins|{'loss.margin':.2}
+    assert 'model.emb_sz' not in run_space(dict(s, model=dict(emb_sz=32))) # the settings say it
+    assert 'fit.lr' not in default_params(dict(s, recipe='triplet'), run_space(dict(s, recipe='triplet'))) # it has rates of its own
+
+def test_few_validation_classes_are_not_chosen_by(few, capsys):
+    "Folds of all training classes take their place, and it is said; the best settings name their epochs"
+    from dmlfast.tune import best_settings, n_folds, tune_settings
+    assert few.df.label[few.df.split=='val'].nunique()<20 and n_folds(few)==3
+    assert 'To choose by fewer than 20 is guesswork' in capsys.readouterr().out
+    s = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=8), loss=dict(name='triplet'))
+    study = tune_settings(s, {'fit.lr':[1e-3]}, few, n_trials=1, n_epoch=1)
+    assert study.user_attrs['search']['folds']==3 and best_settings(s, study)['fit']=={'lr':1e-3, 'n_epoch':1}

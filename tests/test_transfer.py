@@ -1,0 +1,348 @@
+"Heads that start from the data, features and what they were worth, and the way from them: what reads badly in the notebooks"
+import json, shutil
+from copy import deepcopy
+import numpy as np, pandas as pd, pytest, torch
+import torch.nn.functional as F
+from fastai.vision.all import *
+from dmlfast.all import *
+from dmlfast.features import _kept, body_state, collect, items_key, weights_hash
+
+@pytest.fixture(scope='module')
+def body(few, tmp_path_factory):
+    "Weights of a body that was trained a little"
+    set_seed(0)
+    learn = metric_learner(few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0), 'test_resnet', TripletLoss(), emb_sz=16, pretrained=False)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-2)
+    file = tmp_path_factory.mktemp('body')/'body.pth'
+    torch.save(learn.model.body.state_dict(), file)
+    return file
+
+@pytest.fixture
+def quiet(few, body, tmp_path):
+    "Function that makes a learner with this body, and prints nothing"
+    def _make(loss=None, seed=0, dls=None, **kwargs):
+        set_seed(seed)
+        dls = dls or few.dataloaders(bs=32, per_class=4, seed=seed, num_workers=0)
+        learn = metric_learner(dls, 'test_resnet', loss or TripletLoss(), **{**dict(weights=body, emb_sz=16, path=tmp_path), **kwargs})
+        learn.remove_cbs([o for o in learn.cbs if type(o).__name__=='ProgressCallback'])
+        learn.logger = sys.modules['fastai.learner'].noop
+        return learn
+    return _make
+
+def map_r(z, y): return evaluate_retrieval(F.normalize(z.float()), y, metrics=['map@r'], n_boot=1)['map@r']
+
+# heads
+
+def test_lda_is_what_its_definition_says():
+    "Against the definition with an inverse and a singular value decomposition, up to the signs of rows"
+    g = torch.Generator().manual_seed(0)
+    X,y = torch.randn(40, 6, generator=g).double(),torch.arange(40)%5
+    W,mu = lda_head(X, y, 3, s=.3)
+    D = X-torch.stack([X[y==c].mean(0) for c in range(5)])[y]
+    S = D.T@D/40
+    L = torch.linalg.cholesky(torch.linalg.inv(.7*S+.3*S.diagonal().mean()*torch.eye(6).double()))
+    V = torch.linalg.svd((X-X.mean(0))@L, full_matrices=False)[2][:3]@L.T
+    V = V/V.norm(dim=1).mean()
+    assert torch.allclose((W*V).sum(1).abs(), V.norm(dim=1)**2, rtol=1e-8) and torch.allclose(mu, X.mean(0))
+
+def test_pca_is_that_of_scikit_learn():
+    from sklearn.decomposition import PCA
+    X = np.random.default_rng(0).normal(size=(50,7))@np.diag(range(1,8))
+    W,mu = pca_head(torch.from_numpy(X), 4, q=0)
+    V = torch.from_numpy(PCA(4).fit(X).components_)
+    assert torch.allclose((W*V).sum(1).abs(), torch.ones(4).double(), atol=1e-8)
+
+def test_more_numbers_than_images_are_kept():
+    "With as many numbers as features, distances between images that were not seen do not shrink in the directions in which few images do not vary"
+    g = torch.Generator().manual_seed(0)
+    X,y = torch.randn(12, 30, generator=g),torch.arange(12)%3
+    W,mu = lda_head(X, y, s=.9)
+    assert W.shape==(30,30) and torch.linalg.matrix_rank(W)==30
+    assert pca_head(X, 30)[0].shape==(30,30) and pca_head(X, 30)[0].norm(dim=1).max()<3
+
+@pytest.mark.parametrize('kind', ['linear','bnneck','mlp'])
+def test_every_head_starts_better_than_at_random(kind, quiet, tmp_path):
+    "For a body that knows nothing of these classes"
+    set_seed(0)
+    torch.save(Embedder('test_resnet', pretrained=False).body.state_dict(), tmp_path/'b.pth')
+    learn,rand = (quiet(head=kind, weights=tmp_path/'b.pth', emb_sz=32, **kwargs) for kwargs in ({},dict(init='random')))
+    start,random = (o.evaluate(metrics=['map@r'])['map@r'] for o in (learn,rand))
+    assert start>1.1*random and 'LDA' in learn.head_start.said
+
+def test_the_same_start_twice_and_no_second_start(quiet, tmp_path):
+    a,b = quiet(),quiet()
+    a.start_head(), b.start_head()
+    assert all(torch.equal(v, b.model.state_dict()[k]) for k,v in a.model.state_dict().items() if k.startswith('head'))
+    with torch.no_grad(): a.model.head.weight += 1
+    was = a.model.head.weight.clone()
+    a.embed(), a.start_head()
+    assert torch.equal(a.model.head.weight, was)
+    a.save('x')
+    c = quiet().load('x')
+    c.embed()
+    assert torch.equal(c.model.head.weight, was) and not c.head_start.said # what is loaded does not wait
+
+def test_the_start_belongs_to_the_weights(quiet, few, tmp_path):
+    "An export before any fit holds it, and lr_find begins with it and puts it back"
+    learn = quiet()
+    finder = learn.export_embedder(tmp_path/'e')
+    fns = few.items('val')[:20]
+    assert torch.allclose(torch.as_tensor(finder.embed(fns)), learn.embed(learn.dls.test_dl(fns, with_labels=True))[0], atol=2e-3)
+    learn = quiet()
+    learn.lr_find(num_it=5, show_plot=False)
+    other = quiet()
+    other.start_head()
+    assert torch.equal(learn.model.head.weight.cpu(), other.model.head.weight.cpu())
+
+def test_rows_and_start_leave_the_random_generators_alone(quiet):
+    "With a head that does not start from the data, the callback changes nothing in a training"
+    res = []
+    for bare in (False,True):
+        _kept.clear()
+        learn = quiet(init='random')
+        if bare: learn.remove_cb(learn.head_start)
+        learn.fit(1, 1e-3)
+        res.append(torch.stack(list(learn.recorder.losses)))
+    assert torch.equal(*res)
+
+def test_faults_of_features(quiet, few):
+    "One image a class, features that are all the same or not finite"
+    df = few.df.copy()
+    train = df[df.split=='train'].groupby('label').head(1)
+    with pytest.warns(UserWarning, match='one image only'): one = MetricDataset(pd.concat([train, df[df.split=='val']]), few.path, 'one', size=None, flip=False)
+    learn = quiet(ProxyNCALoss(), dls=one.dataloaders(bs=8, per_class=1, num_workers=0, seed=0))
+    learn.start_head()
+    assert 'PCA of' in learn.head_start.said and 'LDA needs' in learn.head_start.said
+    learn = quiet()
+    for p in learn.model.body.parameters(): p.data.zero_()
+    learn.start_head()
+    assert 'keeps its random start' in learn.head_start.said
+    learn = quiet()
+    next(iter(learn.model.body.parameters())).data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r'features of \d+ of \d+ training images are not finite, the first of .*png'): learn.start_head()
+
+def test_items_of_a_table(few, body, tmp_path):
+    "A `DataBlock` on a DataFrame: its training items are measured, and divided by class"
+    df = few.df[few.df.split!='test'].reset_index(drop=True)
+    block = DataBlock(blocks=(ImageBlock,ClassBlock), get_x=ColReader('path', pref=str(few.path)+'/'), get_y=ColReader('label'),
+        splitter=ClassSplitter('label', n_valid=8), item_tfms=Resize(24))
+    dls = block.dataloaders(df, bs=16, per_class=4, dl_type=BalancedDL, num_workers=0)
+    learn = metric_learner(dls, 'test_resnet', TripletLoss(), emb_sz=8, weights=body, path=tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        assert learn.embed()[0].shape[1]==8 and 'LDA' in learn.head_start.said
+        learn.fit_head(1)
+        half = halves(dls)
+        assert half.n_train_classes*2-1<=dls.n_train_classes<=half.n_train_classes*2 and len(half.valid.dataset)+len(half.train_ds)==len(dls.train_ds)
+
+# defaults
+
+def test_defaults_of_a_trained_body(quiet, make_learner):
+    learn = quiet()
+    assert learn.model.freeze_bn is True and learn.group_rates(3.)==slice(1., 3.) and learn.lr==1e-4
+    assert learn.group_rates(slice(1e-3))==slice(1e-3) # a slice says otherwise
+    rand = quiet(init='random')
+    assert rand.model.pending is None and rand.group_rates(1.)==slice(.1, 1.) and rand.lr==defaults.lr
+    plain = make_learner()
+    assert plain.model.freeze_bn is False and plain.group_rates(1.)==1. and not hasattr(plain, 'head_start') and plain.lr==defaults.lr
+    assert quiet(freeze_bn=False, lr=.1).lr==.1 and quiet(freeze_bn=False).model.freeze_bn is False
+
+def test_few_images_keep_all_numbers(quiet):
+    "A head from fewer than 512 images has as many numbers as there are features, unless a size is given"
+    learn = quiet(emb_sz=None)
+    assert len(learn.dls.train_ds)<512 and learn.model.emb_sz==learn.model.n_features==learn.embed()[0].shape[1]
+    assert quiet(emb_sz=None, init='random').model.emb_sz==128
+
+def test_recipes_keep_their_start(few, body):
+    for name in ('triplet','margin'):
+        learn = metric_learner(few.dataloaders(bs=32, per_class=4, num_workers=0), 'test_resnet', weights=body, recipe=name)
+        assert learn.model.pending is None and learn.body_share==1 and learn.group_rates(1.)==1.
+
+class SeenRates(Callback):
+    "The learning rates of every step"
+    def before_fit(self): self.lrs = []
+    def before_step(self): self.lrs.append([h['lr'] for h in self.opt.hypers])
+
+@pytest.mark.parametrize('fit', ['fit','fit_one_cycle','fit_flat_cos','fine_tune','fit_recipe'])
+def test_one_rate_gives_the_body_a_third(fit, quiet):
+    learn = quiet(cbs=SeenRates())
+    getattr(learn, fit)(1, 3e-4)
+    body,head = learn.seen_rates.lrs[len(learn.seen_rates.lrs)//3]
+    assert body==pytest.approx(head/3)
+
+def test_proxies_begin_at_the_means_of_their_classes(quiet):
+    learn = quiet(ProxyNCALoss())
+    learn.start_head()
+    embs,y = learn.embed(measured_dl(learn.dls))
+    means = F.normalize(torch.stack([embs[y==c].mean(0) for c in range(learn.dls.n_train_classes)]))
+    assert torch.allclose(learn.loss_func.proxies.detach().cpu(), means, atol=1e-4)
+
+# features
+
+def test_features_in_a_file(quiet, tmp_path):
+    "The same to half precision; cut off or of another body, they are made anew"
+    learn = quiet()
+    kwargs = dict(views=2, memory=0, folder=tmp_path/'f')
+    a = train_features(learn.model, learn.dls, views=2)
+    b = train_features(learn.model, learn.dls, **kwargs)
+    whole = b.rows([3,0,7])
+    idx,view = np.array([3,0,7]),np.array([1,0,1])
+    assert torch.allclose(a.rows(idx, view), b.rows(idx, view), rtol=1e-2, atol=1e-3)
+    file = next((tmp_path/'f').glob('*.f16'))
+    made = file.stat().st_mtime_ns
+    train_features(learn.model, learn.dls, **kwargs)
+    assert file.stat().st_mtime_ns==made
+    file.write_bytes(file.read_bytes()[:100])
+    c = train_features(learn.model, learn.dls, **kwargs)
+    assert torch.equal(c.rows(idx), whole)
+    with torch.no_grad(): next(iter(learn.model.body.parameters())).mul_(2)
+    train_features(learn.model, learn.dls, **kwargs)
+    assert len(list((tmp_path/'f').glob('*.f16')))==2
+
+def test_another_image_under_the_same_name(quiet, few, tmp_path):
+    "Kept features go by what the files are, and not by their names alone"
+    shutil.copytree(few.path, tmp_path/'copy')
+    ds = MetricDataset(few.df.copy(), tmp_path/'copy', 'copy', size=None, flip=False)
+    learn = quiet(dls=ds.dataloaders(bs=32, per_class=4, num_workers=0))
+    X,_ = body_features(learn.model, learn.dls.valid)
+    fn = learn.dls.valid.dataset.items[0]
+    Image.new('RGB', (24,24), (255,0,0)).save(fn)
+    Y,_ = body_features(learn.model, learn.dls.valid)
+    assert not torch.equal(X[0], Y[0]) and torch.allclose(X[1:], Y[1:], atol=1e-5)
+
+def test_a_head_on_features_learns_as_under_a_frozen_body(quiet, few):
+    "Step for step, where images are not augmented"
+    def _dls(): return few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0, item_tfms=[])
+    a = quiet(dls=_dls())
+    a.fit_head(1, 1e-2)
+    b = quiet(dls=_dls(), train_bn=False) # fastai trains the weights of batch norm in a frozen body otherwise
+    b.freeze()
+    b.fit_one_cycle(1, slice(1e-2,1e-2))
+    assert torch.allclose(torch.stack(list(a.recorder.losses)), torch.stack(list(b.recorder.losses)), rtol=1e-3, atol=1e-5)
+    assert torch.allclose(a.model.head.weight.cpu(), b.model.head.weight.cpu(), atol=1e-4)
+
+def test_fit_head_leaves_everything_else(quiet):
+    "The body, the loaders and the optimiser; what makes views of images waits"
+    learn = quiet(cbs=SelfSupervisedRanking(m=4))
+    dls,was = learn.dls,{k:v.clone() for k,v in body_state(learn.model).items()}
+    learn.fit_head(1, cbs=(save := SaveModelCallback('recall@1', fname='h')))
+    assert learn.dls is dls and hasattr(learn, 'self_supervised_ranking') and save.best>0
+    assert all(torch.equal(v, was[k]) for k,v in body_state(learn.model).items())
+    learn.fit_one_cycle(1)
+    assert 'ssr_loss' in learn.recorder.metric_names
+    with pytest.raises(ValueError, match='nothing to train'): quiet(head='identity', emb_sz=None).fit_head(1)
+
+# gain
+
+def test_gain_is_the_paired_difference(quiet):
+    "Features before the training, by hand, and the embedding after it"
+    learn = quiet()
+    X,y = collect(learn.model, learn.split_dl('test'), learn.model.features)
+    learn.fit_one_cycle(1, 1e-2)
+    g = learn.gain('test', ['recall@1','map@r'])
+    by_hand = learn.evaluate('test', ['recall@1','map@r'])-evaluate_retrieval(X, y, metrics=['recall@1','map@r'])
+    assert g['map@r']==pytest.approx(by_hand['map@r'], abs=1e-6) and g.interval('map@r')==pytest.approx(by_hand.interval('map@r'), abs=1e-6)
+    assert g.to_dict()['features']['recall@1']==pytest.approx(learn.baseline('test')['recall@1'])
+    now = body_state(learn.model)
+    assert not all(torch.equal(v, now[k]) for k,v in learn.head_start.origin.items()) # the trained body is back in its place
+
+def test_verdicts_and_sentences():
+    from dmlfast.gain import Gain
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(40), 10)
+    base = rng.random(400)
+    def _of(v): return RetrievalResult({'recall@1':v}, labels)
+    up,down,same = (Gain(_of(base+o), _of(base), 128, 1280, 'Do this.') for o in (.1,-.1,rng.normal(size=400)*.1))
+    assert up.verdict()=='raised' and up.sentence.startswith('Training raised recall@1 by 10.0 points (95 % interval 10.0 to 10.0) over the features') and up.sentence.endswith('a tenth of the numbers.')
+    assert down.verdict()=='lowered' and down.sentence.endswith('Do this.') and 'lowered recall@1 by 10.0 points' in down.sentence
+    assert same.verdict()=='kept' and 'within noise' in same.sentence and 'Do this' not in same.sentence
+    few = Gain(RetrievalResult({'recall@1':base}, labels%5), RetrievalResult({'recall@1':base}, labels%5))
+    assert 'no interval' in few.sentence and few.verdict()=='kept'
+
+def test_a_loaded_learner_does_not_know_its_features(quiet, tmp_path):
+    learn = quiet()
+    learn.fit_one_cycle(1)
+    learn.export('l.pkl')
+    assert (tmp_path/'l.pkl').stat().st_size<3*sum(v.nbytes for v in learn.model.state_dict().values())+10**6
+    loaded = load_learner(tmp_path/'l.pkl')
+    with pytest.raises(ValueError, match='not known here'): loaded.gain(learn.dls.valid)
+
+# between start and end
+
+def test_interpolate_refuses_what_it_cannot_choose_by(quiet, few):
+    for valid,said in ((None,'there are none'), ('test','test classes')):
+        learn = quiet(dls=few.dataloaders(bs=32, per_class=4, num_workers=0, valid=valid))
+        with pytest.raises(ValueError, match=said): learn.fit_one_cycle(1, cbs=Interpolate())
+    with pytest.raises(ValueError, match='from 0'): Interpolate(at=(0,2))
+
+def test_interpolated_weights(quiet):
+    "Half way is the mean of both ends; the curve has the scores that these weights have"
+    learn = quiet()
+    learn.start_head()
+    start = {k:v.clone() for k,v in learn.model.state_dict().items()}
+    learn.fit_one_cycle(1, 1e-2)
+    end = {k:v.clone() for k,v in learn.model.state_dict().items()}
+    again = quiet()
+    again.fit_one_cycle(1, 1e-2, cbs=(cb := Interpolate(at=(.5,))))
+    now = again.model.state_dict()
+    assert all(torch.allclose(now[k], (start[k]+end[k])/2, atol=1e-5) for k in now if k.startswith(('head','body')) and now[k].is_floating_point())
+    assert cb.curve[.5]==pytest.approx(again.evaluate()['map@r'], abs=1e-4) and cb.chosen==.5
+
+# the transfer
+
+def test_what_a_transfer_decides_can_be_given(quiet):
+    learn = quiet()
+    learn.fit_transfer(1, head_epochs=0, body_lr=0)
+    assert learn.transfer['regime']=='frozen' and not getattr(learn.recorder, 'losses', None)
+    learn = quiet(cbs=SeenRates())
+    learn.fit_transfer(1, lr=1e-3, body_lr=.5, freeze_bn=False, head_epochs=1)
+    body,head = learn.seen_rates.lrs[3]
+    assert body==pytest.approx(head/2) and learn.model.freeze_bn is False and 'how_far' not in learn.transfer
+    assert json.loads(json.dumps(learn.transfer))['kept'] in (0,.25,.5,.75,1)
+
+def test_test_classes_are_not_chosen_by(quiet, few, capsys):
+    learn = quiet(dls=few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0, valid='test'))
+    learn.logger = print
+    with learn.no_bar(): g = learn.fit_transfer(1, head_epochs=1)
+    out = capsys.readouterr().out
+    assert 'on training classes held out' in out and 'kept' not in learn.transfer and 'were chosen on these classes' not in out
+    assert g.a.labels.shape==(len(few.items('test')),)
+
+def test_not_below_the_start(quiet):
+    "On the validation classes, whatever the rate does"
+    learn = quiet()
+    start = learn.evaluate()['map@r']
+    learn.fit_transfer(1, lr=1., body_lr=1., head_epochs=1)
+    assert learn.evaluate()['map@r']>=start-1e-4
+
+def test_a_body_with_random_weights_is_refused(make_learner):
+    with pytest.raises(ValueError, match='began with random weights'): make_learner().fit_transfer(1)
+
+class Stop(Callback):
+    "Interrupt in an epoch"
+    order = 100
+    def __init__(self, epoch): self.at = epoch
+    def before_epoch(self):
+        if self.epoch==self.at and self.n_epoch==3 and is_fitting(self.learn) and len(self.learn.dls.train_ds.items)>0 and not hasattr(self.learn.dls.train, 'features'): raise KeyboardInterrupt
+
+def test_an_interrupted_transfer_goes_on(few, body, tmp_path):
+    "The plan is not made again, and the result is that of a run that was not interrupted"
+    s = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', weights=str(body), emb_sz=8), loss=dict(name='triplet'),
+        fit=dict(n_epoch=3, transfer=True, lr=1e-3, head_epochs=1), seed=1)
+    whole = train_settings(s, tmp_path/'a', few, plain=True)
+    with pytest.raises(KeyboardInterrupt): train_settings(s, tmp_path/'b', few, plain=True, cbs=Stop(2))
+    plan = (tmp_path/'b'/'transfer.json').read_bytes()
+    again = train_settings(s, tmp_path/'b', few, plain=True, resume=True)
+    assert (tmp_path/'b'/'transfer.json').read_bytes()==plan
+    assert again['scores']==whole['scores'] and again['transfer']['between']==whole['transfer']['between']
+    assert whole['gain']['val']['sentence'] and set(whole['gain']['val']['features'])>={'recall@1','map@r'}
+
+def test_settings_of_a_transfer_that_contradict_each_other():
+    ok = dict(loss=dict(name='triplet'), fit=dict(transfer=True))
+    check_settings(ok)
+    for change,said in (({'fit.sched':'flat'},'fit.sched'), ({'model.pretrained':False},'random weights'), ({'recipe':'triplet'},'recipe'), ({'fit.monitor':'map@r'},'fit.monitor')):
+        with pytest.raises(ValueError, match=said): check_settings(with_settings(ok, change))
+
+def test_whole_images(few):
+    "Nothing is cut off them where they are measured"
+    ds = MetricDataset(few.df.copy(), few.path, 'whole', size=16, whole=True)
+    assert preprocess_of(ds.dataloaders(bs=32, per_class=4, num_workers=0)).steps==[('squash', (16,16), 2)] or preprocess_of(ds.dataloaders(bs=32, per_class=4, num_workers=0)).steps[0][0]=='squash'
