@@ -20,7 +20,8 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.torch_core import get_model, no_random
 from .baseline import *
 from .checkpoint import Checkpoint
-from .data import BalancedDL, _labels
+from .data import *
+from .data import _labels
 from .evaluate import *
 from .features import *
 from .gain import *
