@@ -10,7 +10,7 @@ from nbdev.processors import (FilterDefaults, add_links, clean_magics, filter_st
     rm_export, rm_header_dash, strip_ansi, strip_hidden_metadata)
 
 captions = dict(tutorials='Tutorials', explanations='Explanations', api='Reference') # folders of `nbs/`, as the navigation names them
-reading_order = ['metrics','measuring','direction_regularization','ranking','evidence','fastai','design'] # of explanations; the others go by their numbers
+reading_order = ['transfer','metrics','measuring','direction_regularization','ranking','evidence','fastai','design'] # of explanations; the others go by their numbers
 project_pages = dict(CONTRIBUTING='contributing', CHANGELOG='changelog')
 
 def drop_stderr(cell):
