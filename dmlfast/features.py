@@ -99,7 +99,7 @@ def items_key(
 )->str|None: # 32 hexadecimal digits; None where the items have no names
     "What tells whether two loaders have the same files and treat them alike"
     items = getattr(getattr(dl, 'dataset', None), 'items', None)
-    if items is None or hasattr(items, 'columns') or not all(isinstance(o, (str,Path)) for o in items): return None
+    if items is None or hasattr(items, 'columns') or not isinstance(dl.dataset, Datasets) or not all(isinstance(o, (str,Path)) for o in items): return None
     tfms = [_said(t) for k in ('after_item','after_batch') for t in getattr(getattr(dl, k), 'fs', ())]
     opened = [str(t.tfms) for t in getattr(dl.dataset, 'tls', [])[:1]]
     return hashlib.blake2b('\n'.join([*map(str, map(_stat, items)), *opened, *tfms]).encode(errors='surrogateescape'), digest_size=16).hexdigest()
@@ -107,12 +107,12 @@ def items_key(
 # %% ../nbs/api/41_features.ipynb #500b93e9
 _kept,_keep_bytes = OrderedDict(),2**30 # features of the last loaders, for the next learner on the same data
 
-def _remember(key, value):
+def _remember(key, X):
     "Keep features, and let go of those that were not asked for the longest"
-    if key is None or value[0].nbytes>_keep_bytes: return value
-    _kept[key] = value
-    while sum(o[0].nbytes for o in _kept.values())>_keep_bytes: _kept.popitem(last=False)
-    return value
+    if key is None or X.nbytes>_keep_bytes: return X
+    _kept[key] = X
+    while sum(o.nbytes for o in _kept.values())>_keep_bytes: _kept.popitem(last=False)
+    return X
 
 def body_features(
     model:nn.Module, # An `Embedder`
@@ -125,8 +125,14 @@ def body_features(
     key = items and (weights_hash(body_state(model)),items)
     if key in _kept:
         _kept.move_to_end(key)
-        return _kept[key]
-    with no_random(): return _remember(key, collect(model, dl, model.features, bar))
+        return _kept[key],_class_ids(dl)
+    with no_random(): X,y = collect(model, dl, model.features, bar)
+    return _remember(key, X),y
+
+def _class_ids(dl):
+    "Class ids as this loader numbers classes"
+    ds = dl.dataset
+    return torch.tensor(_labels(ds)) if len(ds.tls)>ds.n_inp else None
 
 # %% ../nbs/api/41_features.ipynb #567d404b
 class Features:
@@ -252,7 +258,10 @@ class FeatureDL(BalancedDL):
         "The `Features` that batches come from"
         return self.dataset.features
 
-    def create_batches(self, samps):
+    def create_batches(self,
+        samps, # Indices of items
+    ):
+        "Whole batches, without a step for each item"
         samps,views = list(samps),self.features.views if self.shuffle else 1
         view = np.zeros(len(samps), dtype=np.int64) if views==1 else np.random.default_rng([self.seed, self.epoch]).integers(views, size=len(samps))
         idx = np.array(samps, dtype=np.int64)

@@ -346,3 +346,24 @@ def test_whole_images(few):
     "Nothing is cut off them where they are measured"
     ds = MetricDataset(few.df.copy(), few.path, 'whole', size=16, whole=True)
     assert preprocess_of(ds.dataloaders(bs=32, per_class=4, num_workers=0)).steps==[('squash', (16,16), 2)] or preprocess_of(ds.dataloaders(bs=32, per_class=4, num_workers=0)).steps[0][0]=='squash'
+
+def test_other_loaders_number_classes_their_way(quiet, few):
+    "Features are kept by image, and class ids are those of the loaders that ask: a gain on test classes after one on validation classes"
+    for valid in ('val','test'):
+        learn = quiet(dls=few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0, valid=valid))
+        g = learn.gain('test')
+        assert g.a.labels.tolist()==g.b.labels.tolist()==learn.embed('test')[1].tolist()
+
+def test_halves_are_judged_from_their_own_start(quiet, few):
+    "A trial's head has not seen the classes that it is measured on"
+    from dmlfast.transfer import _trial, _try_head
+    learn = quiet(dls=few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0, valid='test'))
+    learn.start_head()
+    half = halves(learn.dls)
+    trial = _trial(learn, half)
+    _,before,_ = _try_head(trial, 1)
+    X,y = body_features(trial.model, measured_dl(half))
+    s,_ = choose_shrinkage(X, y, 16)
+    W,mu = lda_head(X, y, 16, s)
+    Z,z = body_features(trial.model, half.valid)
+    assert before==pytest.approx(map_r((Z-mu)@W.T, z), abs=1e-3)
