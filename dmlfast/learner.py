@@ -162,7 +162,7 @@ class MetricLearner(Learner):
         super().__setstate__(state)
         if (source := self.__dict__.pop('_source', None)) is not None: self.dls.source = source
 
-# %% ../nbs/api/50_learner.ipynb #6ff8a0b7
+# %% ../nbs/api/50_learner.ipynb #cd636288
 @patch
 def start_head(self:MetricLearner):
     "Start a head that waits for the training images; whatever needs embeddings does this first, and it is done once"
@@ -220,6 +220,7 @@ def fine_tune(self:MetricLearner,
     own = getattr(self.lr, 'stop', self.lr) if self.body_share!=1 else 2e-3
     return Learner.fine_tune(self, epochs, ifnone(base_lr, own), freeze_epochs, ifnone(lr_mult, 100 if self.body_share==1 else 1/self.body_share), **kwargs)
 
+# %% ../nbs/api/50_learner.ipynb #6ff8a0b7
 def _all_alone(ds):
     "Is each item of a data set the only one of its class? Labels are read until two are the same"
     seen = set()
