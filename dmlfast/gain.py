@@ -83,7 +83,7 @@ class Gain(RetrievalDifference):
         names = [o for o in _few if o in self._keys] or self._keys[:1]
         if why := self.a.why_no_interval(names[0]):
             went = ' and '.join(f'{k} from {self.b[k]:.3f} to {self.a[k]:.3f}' for k in names)
-            return f"From the features to what was trained, {went} ({why})."
+            return f"From the features to what was trained, {went} ({why})." + (f' {self.remedy}' if self.remedy and min(self[o] for o in names)<-.05 else '')
         ways = [self.verdict(o) for o in names]
         over = 'over' if set(ways)=={'raised'} else 'compared with'
         res = f"Training {' and '.join(map(self._way, names))}, {over} the features it started from{_numbers(self.emb_sz, self.n_features)}."

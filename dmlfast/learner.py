@@ -116,6 +116,7 @@ def plain_table(
 class MetricLearner(Learner):
     "A `Learner` whose model makes embeddings and holds the weights of its loss"
     body_share = 1. # Rate of the body as a multiple of the head's where one is given
+    between = None # What `Interpolate` saw and kept in the last fit
     def create_opt(self):
         super().create_opt()
         multiply_lr(self.opt, lr_mults(self.model))
@@ -129,7 +130,7 @@ class MetricLearner(Learner):
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
         self.check_cbs(L(self.cbs) + L(cbs))
         if n_epoch: self.start_head()
-        old,self.fitted = self.metrics,False
+        old,self.fitted,self.between = self.metrics,False,None
         try: super().fit(n_epoch, self.group_rates(lr), wd, cbs, **kwargs)
         except BaseException: # callbacks that were cut off could take neither their columns away nor themselves up again
             self.metrics = old

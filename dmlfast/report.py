@@ -132,10 +132,7 @@ def _way(g):
 
 def _between(learn):
     "Where a fit looked between its start and its end, what it kept, and by which metric; None where it did not look"
-    t = getattr(learn, 'transfer', {})
-    if t.get('between'): return {float(k):v for k,v in t['between'].items()},t['kept'],'map@r'
-    o = next((o for o in learn.cbs if isinstance(o, Interpolate) and o.curve), None)
-    if o: return o.curve,o.chosen,o.metric
+    if o := learn.between: return o['curve'],o['kept'],o['metric']
 
 def _decisions(learn):
     "What `fit_transfer` decided, and what `Interpolate` kept"

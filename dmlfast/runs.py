@@ -504,7 +504,7 @@ def train_settings(
     learn.path,learn.model_dir = out,'.'
     fit_settings(learn, settings, cbs=History(out/'history.csv'), plan=_plan(learn, settings, out), best=(out/'best').absolute())
     learn.export_embedder(out/'embedder', overwrite=True)
-    res = dict(**_scores(learn), **(dict(transfer=learn.transfer) if hasattr(learn, 'transfer') else {}), epochs=len(learn.recorder.__dict__.get('values', [])), seconds=round(learn.training_doctor.seconds, 1), findings=[o.text for o in learn.training_doctor.findings], **about_run(learn.dls))
+    res = dict(**_scores(learn), **(dict(transfer=learn.transfer) if hasattr(learn, 'transfer') else dict(between=learn.between) if learn.between else {}), epochs=len(learn.recorder.__dict__.get('values', [])), seconds=round(learn.training_doctor.seconds, 1), findings=[o.text for o in learn.training_doctor.findings], **about_run(learn.dls))
     if report: learn.report(out/'report', overwrite=True)
     _write_whole(out/'results.json', json.dumps(res, indent=1, ensure_ascii=False))
     return res

@@ -99,6 +99,7 @@ class Interpolate(Callback):
             self.curve[a] = _score(self.learn, self.metric)
         self.chosen = max(self.at, key=lambda a: (self.curve[a], a))
         self.put(model, end, self.chosen)
+        self.learn.between = dict(metric=self.metric, curve=self.curve, kept=self.chosen) # for the report, when this callback is gone
         if self.say and talks(self.learn): print(self.sentence)
         self.began = None
 

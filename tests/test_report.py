@@ -256,7 +256,7 @@ def test_training_that_did_harm(few, body, tmp_path, no_pictures):
         learn.fit(1, .5)
         harmed = learn.report(tmp_path/'h')
     p = Page(harmed)
-    assert re.search('<p class="finding">Training lowered.*<code>freeze_bn=True</code>', p.html) and '<p class="finding">Below the features it started with since epoch 0' in p.html
+    assert re.search('<p class="finding">From the features to what was trained, .*<code>freeze_bn=True</code>', p.html) and '<p class="finding">Below the features it started with since epoch 0' in p.html
     assert 'too few to tell' not in p.text or 'something else' in p.text
     assert next(o for o in p.cells if o[:1]==['between start and end'])[1]==f'1: {learn.interpolate.curve[1]:.4f}; kept: 1'
     p = Page(untrained) # the start of the head against the features, and nothing of training
@@ -275,7 +275,7 @@ def test_without_features_the_page_is_as_before(run, page, body, gained, few, tm
             with o.no_bar(): p = Page(o.report(tmp_path/str(i)))
             assert 'gain' not in p.ids and 'Metrics' in p.text
     learn = gained[0]
-    origin,learn.head_start.origin = learn.head_start.origin,None # as of a learner that was loaded
+    origin,learn.head_start.origin,learn.between = learn.head_start.origin,None,None # as of a learner that was loaded
     transfer = learn.__dict__.pop('transfer')
     try: p = Page(learn.report(tmp_path/'l'))
     finally: learn.head_start.origin,learn.transfer = origin,transfer
