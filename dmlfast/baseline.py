@@ -28,11 +28,13 @@ def _halves(classes, seed=0):
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
     return classes[order[::2]],classes[order[1::2]]
 
-def _reduced(X, most=1024):
-    "Features in fewer directions, so that several heads take seconds"
-    if X.shape[1]<=most: return X
-    W,mu = pca_head(X, most, q=0)
-    return ((X.double()-mu)@W.T).float()
+def _reduced(X, labels, n=4000, d=1024):
+    "Fewer features of fewer images, so that several heads take seconds"
+    part = balanced_part(labels, n)
+    X,labels = (X,labels) if len(part)==len(X) else (X[part],labels[part])
+    if X.shape[1]<=d: return X,labels
+    X = X-X.mean(0)
+    return X@torch.linalg.eigh(X.T@X)[1][:,-d:],labels
 
 def choose_shrinkage(
     X:torch.Tensor, # Features, `(n,d)` float
@@ -44,7 +46,8 @@ def choose_shrinkage(
     "The shrinkage of LDA that is best for classes that it was not fitted to"
     classes = labels.unique()
     if len(classes)<4: return default,{}
-    X,parts,scores = _reduced(X),[torch.isin(labels, o) for o in _halves(classes)],{o:[] for o in shrinkages}
+    X,labels = _reduced(X.float(), labels)
+    parts,scores = [torch.isin(labels, o) for o in _halves(classes)],{o:[] for o in shrinkages}
     for fit,score in (parts,parts[::-1]):
         cov = WithinClass(X[fit], labels[fit])
         if not cov.possible: return default,{}

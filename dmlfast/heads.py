@@ -50,8 +50,8 @@ class WithinClass:
         X,self.mu = _centred(X)
         c,y,n = torch.unique(labels, return_inverse=True, return_counts=True)
         means = torch.zeros(len(c), X.shape[1], dtype=X.dtype).index_add_(0, y, X)/n[:,None]
-        D = X-means[y]
-        self.total,self.within = X.T@X/len(X),D.T@D/len(X)
+        self.total = X.T@X/len(X)
+        self.within = self.total-(means*n[:,None]).T@means/len(X) # what is left without the class means: one large product and not two
 
     @property
     def possible(self):
