@@ -92,6 +92,7 @@ def start_head(
         how = f"PCA of {n}" + (", since LDA needs classes with two different images" if cov is not None else "")
     put_head(head, W, mu, H)
     few = f" From so many features come {len(W)} numbers; the other {k-len(W)} begin small and random." if len(W)<k else ""
+    if len(X)<=len(W): few = f" So few images vary in {len(X)-1} directions; the others are kept for images that differ in them." + few
     return f"The head starts from {how}: {H.shape[1]:,} → {k:,} numbers.{few}"
 
 # %% ../nbs/api/42_baseline.ipynb #6984abc2
@@ -108,7 +109,7 @@ class HeadStart(Callback):
         n_images:int=10_000, # At most so many training images, class-balanced
     ):
         store_attr()
-        self.rows,self.said,self.origin,self.kind = {},'',None,None
+        self.rows,self.said,self.origin,self.kind,self.new = {},'',None,None,False
 
     def __getstate__(self): return {**self.__dict__, 'origin':None} # an export need not hold the body twice
 
@@ -182,18 +183,25 @@ def _columns(learn):
     return next((o for o in learn.cbs if isinstance(o, RetrievalMetrics)), None)
 
 @patch
+def measure(self:HeadStart):
+    "Score the features and, where the body is still as it came, the start; once, before the first fit"
+    learn,columns = self.learn,_columns(self.learn)
+    dl = learn.dls.valid if len(learn.dls.loaders)>1 and len(learn.dls.valid.dataset) else None
+    if self.rows or self.origin is None or columns is None or dl is None: return
+    self._add('features', dl, columns, lambda X: X)
+    with as_it_came(self.model, self.origin) as trained: pass
+    if self.rows and not (trained or isinstance(self.model.head, torch.nn.Identity)): self._add('start', dl, columns, lambda X: head_embs(self.model, X))
+    self.new = True
+
+@patch
 def before_fit(self:HeadStart):
-    "Score the features and, before the first fit, the start, and write them above the first epoch"
-    dl,columns = self.dls.valid if len(self.dls.loaders)>1 else None,_columns(self.learn)
-    self.run = is_fitting(self.learn) and self.origin is not None and columns is not None and dl is not None and len(dl.dataset)>0
+    "Write the rows above the first epoch; that of the start above the first fit alone"
+    self.run = is_fitting(self.learn)
     if not self.run: return
-    if new := 'features' not in self.rows:
-        self._add('features', dl, columns, lambda X: X)
-        with as_it_came(self.model, self.origin) as trained: pass
-        if not (trained or isinstance(self.model.head, torch.nn.Identity)): self._add('start', dl, columns, lambda X: head_embs(self.model, X))
-        self.learn.model.train()
+    self.measure() # where the columns came with the fit
     for k,row in self.rows.items():
-        if new or k=='features': self._write(k, row)
+        if self.new or k=='features': self._write(k, row)
+    self.new = False
 
 @patch
 def _add(self:HeadStart, name, dl, columns, f):
@@ -201,7 +209,7 @@ def _add(self:HeadStart, name, dl, columns, f):
     began = time.perf_counter()
     X,y = self.features(dl)
     if y is None: return
-    res = evaluate_protocol(f(X), y, metrics=columns.names, n_boot=1, **protocol_of(self.dls, dl))
+    res = evaluate_protocol(f(X), y, metrics=columns.names, n_boot=1, **protocol_of(self.learn.dls, dl))
     self.rows[name] = dict(scores={o:float(res[o]) for o in columns.names}, seconds=time.perf_counter()-began)
 
 @patch

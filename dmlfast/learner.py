@@ -129,7 +129,7 @@ class MetricLearner(Learner):
     @delegates(Learner.fit)
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
         self.check_cbs(L(self.cbs) + L(cbs))
-        if n_epoch: self.start_head()
+        if n_epoch: self.start_head(not any(isinstance(o, LRFinder) for o in L(cbs)))
         old,self.fitted,self.between = self.metrics,False,None
         try: super().fit(n_epoch, self.group_rates(lr), wd, cbs, **kwargs)
         except BaseException: # callbacks that were cut off could take neither their columns away nor themselves up again
@@ -165,9 +165,13 @@ class MetricLearner(Learner):
 
 # %% ../nbs/api/50_learner.ipynb #cd636288
 @patch
-def start_head(self:MetricLearner):
+def start_head(self:MetricLearner,
+    measure:bool=False, # Score features and start on the validation classes, too, before a fit?
+):
     "Start a head that waits for the training images; whatever needs embeddings does this first, and it is done once"
-    for o in self.cbs.filter(risinstance(HeadStart)): o.start()
+    for o in self.cbs.filter(risinstance(HeadStart)):
+        o.start()
+        if measure: o.measure()
 
 @patch
 def group_rates(self:MetricLearner,
@@ -454,6 +458,11 @@ def _check_names(given):
 # %% ../nbs/api/50_learner.ipynb #6d416b4e
 _used = weakref.WeakSet() # modules with the weights of losses, of learners that there are
 
+def _copy(loss):
+    "The loss as it was given, for learners that try something; None where it cannot be copied"
+    try: return deepcopy(loss)
+    except Exception: return None # a loss from elsewhere may hold what cannot
+
 def _with_weights(loss): return [o for o in loss.modules() if any(True for _ in o.parameters(recurse=False))]
 
 @delegates(Learner.__init__, but=['model','loss_func','metrics','splitter'])
@@ -490,7 +499,7 @@ def metric_learner(
     if not isinstance(ifnone(arch, r.arch), nn.Module): given = _begin(given, r, trained, dls)
     model = _model(ifnone(arch, r.arch), weights, pretrained, loss_func.normalize_embs, r, given, model_kwargs)
     if normalize and hasattr(model, 'cfg'): _normalize(dls, model.cfg, pretrained or weights is not None)
-    as_given = deepcopy(loss_func)
+    as_given = _copy(loss_func)
     model.loss_func = loss_func.setup(_n_classes(dls), getattr(model, 'emb_sz', emb_sz or r.emb_sz or 128))
     names,mets = L(metrics).map(str) if metrics and all(isinstance(o, str) for o in L(metrics)) else None,L(metrics)
     cbs = L(cbs)

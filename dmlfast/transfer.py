@@ -170,6 +170,7 @@ _shape = ChannelsLast,MixedPrecision,GradientAccumulation,GradientClip
 
 def _trial(learn, dls):
     "A learner on halves of the training classes that begins as this one did"
+    if learn.loss_as_given is None: raise ValueError(f"{type(learn.loss_func).__name__} cannot be copied, so nothing can be tried with it: give `body_lr`, and nothing has to be found out.")
     start,model = learn.head_start_of(),deepcopy(get_model(learn.model))
     if hasattr(model, 'ranking_head'): del model.ranking_head
     model.load_state_dict(start.origin, strict=False)
