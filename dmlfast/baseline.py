@@ -32,6 +32,7 @@ def _reduced(X, labels, n=4000, d=1024):
     "Fewer features of fewer images, so that several heads take seconds"
     part = balanced_part(labels, n)
     X,labels = (X,labels) if len(part)==len(X) else (X[part],labels[part])
+    d = min(d, len(X)) # images vary in no more directions than there are of them
     if X.shape[1]<=d: return X,labels
     X = X-X.mean(0)
     return X@torch.linalg.eigh(X.T@X)[1][:,-d:],labels
@@ -46,10 +47,11 @@ def choose_shrinkage(
     "The shrinkage of LDA that is best for classes that it was not fitted to"
     classes = labels.unique()
     if len(classes)<4: return default,{}
+    d,k = X.shape[1],min(k, 256) # more numbers do not change which shrinkage is best
     X,labels = _reduced(X.float(), labels)
     parts,scores = [torch.isin(labels, o) for o in _halves(classes)],{o:[] for o in shrinkages}
     for fit,score in (parts,parts[::-1]):
-        cov = WithinClass(X[fit], labels[fit])
+        cov = WithinClass(X[fit], labels[fit], d)
         if not cov.possible: return default,{}
         for s in shrinkages:
             W,mu = cov.head(k, s)
@@ -91,7 +93,7 @@ def start_head(
         W,mu = pca_head(H, k)
         how = f"PCA of {n}" + (", since LDA needs classes with two different images" if cov is not None else "")
     put_head(head, W, mu, H)
-    few = f" From so many features come {len(W)} numbers; the other {k-len(W)} begin small and random." if len(W)<k else ""
+    few = f" From so many features come {len(W):,} numbers; the other {k-len(W):,} begin small and random." if len(W)<k else ""
     if len(X)<=len(W): few = f" So few images vary in {len(X)-1} directions; the others are kept for images that differ in them." + few
     return f"The head starts from {how}: {H.shape[1]:,} → {k:,} numbers.{few}"
 
@@ -109,9 +111,14 @@ class HeadStart(Callback):
         n_images:int=10_000, # At most so many training images, class-balanced
     ):
         store_attr()
-        self.rows,self.said,self.origin,self.kind,self.new = {},'',None,None,False
+        self.rows,self.said,self.origin,self.kind,self.new,self.head_hash = {},'',None,None,False,''
 
     def __getstate__(self): return {**self.__dict__, 'origin':None} # an export need not hold the body twice
+
+    @property
+    def head_is_start(self):
+        "Has the head the weights that it started with?"
+        return self.said!='' and self.head_hash==weights_hash(self.model.head.state_dict())
 
     def attach(self,
         learn, # Learner that this callback is added to
@@ -125,8 +132,8 @@ class HeadStart(Callback):
         "The embedder"
         return get_model(self.learn.model)
 
-    def state_dict(self): return dict(rows=self.rows, said=self.said)
-    def load_state_dict(self, d): self.rows,self.said = d['rows'],d['said']
+    def state_dict(self): return dict(rows=self.rows, said=self.said, head_hash=self.head_hash)
+    def load_state_dict(self, d): self.rows,self.said,self.head_hash = d['rows'],d['said'],d['head_hash']
 
 # %% ../nbs/api/42_baseline.ipynb #e2a2f63f
 @patch
@@ -140,6 +147,7 @@ def start(self:HeadStart):
     self.said = start_head(self.model.head, X, y, init, getattr(dl.dataset, 'items', None))
     loss = getattr(self.model, 'loss_func', None)
     if hasattr(loss, 'start') and len(X)==len(self.learn.dls.train_ds): loss.start(head_embs(self.model, X), y)
+    self.head_hash = weights_hash(self.model.head.state_dict())
     if talks(self.learn): print(self.said)
 
 @torch.no_grad()

@@ -462,6 +462,7 @@ def _pictures(learn, out, queries):
 
 def _run_gain(file, embedder, res, learner_of):
     "What a run's embedder has more than the features it began with; None where these are not known"
+    import torch
     from dmlfast.gain import Gain
     from dmlfast.runs import features_of, load_settings
     try: body = features_of(load_settings(file), embedder)
@@ -470,7 +471,9 @@ def _run_gain(file, embedder, res, learner_of):
     names = [o for o in res.keys() if o in ('recall@1','map@r') or o.startswith('recall@')]
     if not names: return
     base = learner_of(body).evaluate(metrics=names, ci=res.ci, n_boot=res.n_boot, seed=res.seed)
-    return Gain(res, base, embedder.model.emb_sz, body.model.n_features)
+    ours,theirs = embedder.model.body.state_dict(),body.model.body.state_dict()
+    moved = any(not torch.equal(v.cpu(), theirs[k].cpu()) for k,v in ours.items())
+    return Gain(res, base, embedder.model.emb_sz, body.model.n_features, what='Training' if moved else 'The head')
 
 _eval_files = 'results.json','curves.png','neighbours.png','worst.png','report'
 

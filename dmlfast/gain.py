@@ -25,7 +25,8 @@ _few = 'recall@1','map@r'
 def head_start_of(self:MetricLearner)->HeadStart:
     "The callback that knows the body as it came; raises `ValueError` where there is none"
     if (o := getattr(self, 'head_start', None)) is None:
-        raise ValueError("This learner began with random weights, or with a model that was given as it is, so there are no features to compare with.")
+        raise ValueError("This learner began with random weights, or with a model that was given as it is, so there are no features to compare with or to start from: train it with `fit_one_cycle`.")
+    if o.origin is None: raise ValueError("What this learner's body was before it was trained is not known here: a loaded learner does not hold it. Compare before `export`.")
     return o
 
 @patch
@@ -35,8 +36,8 @@ def baseline(self:MetricLearner,
     **kwargs # Passed to `evaluate_protocol`
 )->RetrievalResult:
     "Retrieval metrics of the frozen features of the body that this learner began with; raises `ValueError` where that is not known"
-    dl = self.split_dl(dl)
-    X,y = self.head_start_of().features(dl)
+    start,dl = self.head_start_of(),self.split_dl(dl)
+    X,y = start.features(dl)
     if y is None: raise ValueError("These items have no labels, so their neighbours cannot be scored.")
     return evaluate_protocol(X, y, metrics=ifnone(metrics, _names(self)), **protocol_of(self.dls, dl) | kwargs)
 
@@ -56,7 +57,7 @@ def what_to_try(
     rate = f' This fit reached {max(lrs):.2g}.' if lrs else ''
     return f"Use a lower learning rate{'' if hasattr(learn, 'transfer') else ', or let `fit_transfer` look for one'}.{rate}"
 
-def _points(x): return f'{100*x:.1f}'
+def _points(x): return f'{round(100*x, 1)+0:.1f}' # no -0.0
 
 class Gain(RetrievalDifference):
     "What an embedding has more than the features it started from"
@@ -66,9 +67,10 @@ class Gain(RetrievalDifference):
         emb_sz:int=None, # Numbers in an embedding
         n_features:int=None, # Numbers in the features
         remedy:str='', # What to try where training did harm
+        what:str='Training', # What made the embedding: `'Training'`, or `'The head'` where the body is as it came
     ):
         super().__init__(trained, features)
-        self.emb_sz,self.n_features,self.remedy = emb_sz,n_features,remedy
+        self.emb_sz,self.n_features,self.remedy,self.what = emb_sz,n_features,remedy,what
 
     def verdict(self,
         name:str=None, # A metric; the first if not given
@@ -83,10 +85,10 @@ class Gain(RetrievalDifference):
         names = [o for o in _few if o in self._keys] or self._keys[:1]
         if why := self.a.why_no_interval(names[0]):
             went = ' and '.join(f'{k} from {self.b[k]:.3f} to {self.a[k]:.3f}' for k in names)
-            return f"From the features to what was trained, {went} ({why})." + (f' {self.remedy}' if self.remedy and min(self[o] for o in names)<-.05 else '')
+            return f"From the features to {'what was trained' if self.what=='Training' else self.what[0].lower()+self.what[1:]}, {went} ({why})." + (f' {self.remedy}' if self.remedy and min(self[o] for o in names)<-.05 else '')
         ways = [self.verdict(o) for o in names]
         over = 'over' if set(ways)=={'raised'} else 'compared with'
-        res = f"Training {' and '.join(map(self._way, names))}, {over} the features it started from{_numbers(self.emb_sz, self.n_features)}."
+        res = f"{self.what} {' and '.join(map(self._way, names))}, {over} the features it started from{_numbers(self.emb_sz, self.n_features)}."
         if over=='over': res = res.replace(', over', ' over')
         return f'{res} {self.remedy}' if self.remedy and 'lowered' in ways else res
 
@@ -133,4 +135,7 @@ def gain_of(
 )->Gain:
     "The gain of a result that is there already"
     metrics = [o for o in res.values if o.startswith('recall@') or o=='map@r'] or list(res.values)
-    return Gain(res, learn.baseline(dl, metrics, **kwargs), get_model(learn.model).emb_sz, get_model(learn.model).n_features, what_to_try(learn))
+    start,model = learn.head_start_of(),get_model(learn.model)
+    with as_it_came(model, start.origin) as moved: pass
+    what = 'Training' if moved else 'The start of the head' if start.head_is_start else 'The head'
+    return Gain(res, learn.baseline(dl, metrics, **kwargs), model.emb_sz, model.n_features, what_to_try(learn), what)

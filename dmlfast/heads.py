@@ -46,8 +46,10 @@ class WithinClass:
     def __init__(self,
         X:Tensor, # Features, `(n,d)` float
         labels:Tensor, # Class of each row, `(n,)` integer
+        d:int=None, # Number of features that these come from, where they are given in fewer directions
     ):
         X,self.mu = _centred(X)
+        self.d = d or X.shape[1]
         c,y,n = torch.unique(labels, return_inverse=True, return_counts=True)
         means = torch.zeros(len(c), X.shape[1], dtype=X.dtype).index_add_(0, y, X)/n[:,None]
         self.total = X.T@X/len(X)
@@ -66,7 +68,7 @@ class WithinClass:
         if not self.possible: raise ValueError("LDA needs classes with two different images or more; 'pca' needs no labels.")
         if not 0<s<=1: raise ValueError(f"Shrinkage is above 0 and at most 1; got {s!r}.")
         S,d = self.within,len(self.within)
-        A = (1-s)*S+s*S.diagonal().mean()*torch.eye(d, dtype=S.dtype)
+        A = (1-s)*S+s*S.trace()/self.d*torch.eye(d, dtype=S.dtype)
         V,_ = _top(self.total, min(k or d, d), A)
         return _unit_rows(V.T),self.mu
 

@@ -129,7 +129,7 @@ class MetricLearner(Learner):
     @delegates(Learner.fit)
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
         self.check_cbs(L(self.cbs) + L(cbs))
-        if n_epoch: self.start_head(not any(isinstance(o, LRFinder) for o in L(cbs)))
+        self.start_head(bool(n_epoch) and not any(isinstance(o, LRFinder) for o in L(cbs)))
         old,self.fitted,self.between = self.metrics,False,None
         try: super().fit(n_epoch, self.group_rates(lr), wd, cbs, **kwargs)
         except BaseException: # callbacks that were cut off could take neither their columns away nor themselves up again
@@ -255,6 +255,7 @@ def check_cbs(self:MetricLearner,
     "Raise `ValueError` for a callback that cannot work, and show TensorBoard's projector where the embeddings are"
     columns = dict.fromkeys(['train_loss','valid_loss',*L(self.metrics).attrgot('name')], 1) | {c.name:getattr(o, 'every', 1) for o in cbs for c in getattr(o, 'columns', ())}
     for o in cbs:
+        if hasattr(o, 'check_fit'): o.check_fit(self)
         if isinstance(o, TrackerCallback): self.check_tracker(o, columns)
         if isinstance(o, MixHandler): raise ValueError(f"{type(o).__name__} mixes images of two classes, and a loss of embeddings needs each image to be of one.")
         if o.__dict__.get('projector'): _mend_projector(o, self.model)

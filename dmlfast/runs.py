@@ -548,5 +548,5 @@ def embedder_learner(
     norm = [] if pre.mean is None else [Normalize.from_stats(pre.mean, pre.std)]
     block = DataBlock(blocks=(ImageBlock(NamedImage), CategoryBlock(_sorted(set(ds.df.label)))), get_y=_LabelOf(ds.path, ds.df), splitter=_both, item_tfms=[PreprocessTransform(pre)], batch_tfms=norm)
     dls = block.dataloaders(items, path=ds.path, bs=min(bs, len(items)), num_workers=num_workers, device=embedder.device)
-    dls.source = ds
+    dls.source,dls.n_train_classes = ds,len(dls.vocab) # it will not be trained, and has no classes to hold out
     return metric_learner(dls, embedder.model, normalize=False)

@@ -28,8 +28,15 @@ from .gain import *
 from .learner import *
 from .ranking import *
 from .retrieval import *
+from .retrieval import _metric_names
 
 # %% ../nbs/api/54_transfer.ipynb #31c8cbe3
+def _check_rates(n_epoch, lr=None, body_lr=None):
+    "Raise `ValueError` for what is no number of epochs, or no rate"
+    if not (isinstance(n_epoch, int) and n_epoch>=1): raise ValueError(f"`n_epoch` is a number of epochs, 1 or more; got {n_epoch!r}.")
+    if isinstance(lr, (int,float)) and not lr>0: raise ValueError(f"`lr` is a learning rate, greater than 0; got {lr!r}.")
+    if body_lr is not None and not body_lr>=0: raise ValueError(f"`body_lr` is the body's rate as a multiple of the head's, 0 or more; got {body_lr!r}.")
+
 @contextmanager
 def on_features(
     learn:MetricLearner, # A learner whose model has features
@@ -56,6 +63,7 @@ def fit_head(self:MetricLearner,
     **kwargs
 ):
     "Train the head and the loss on features that the body makes once; raises `ValueError` for a model without features"
+    _check_rates(n_epoch, lr)
     if isinstance(getattr(self.model, 'head', None), nn.Identity): raise ValueError("head='identity' has nothing to train: the features are the embedding.")
     with on_features(self, views, memory=memory): self.fit_one_cycle(n_epoch, lr, **kwargs)
 
@@ -81,22 +89,32 @@ class Interpolate(Callback):
         metric:str='map@r', # What is best, on the validation classes
         say:bool=True, # Print what was chosen?
     ):
-        store_attr()
-        if not all(0<=o<=1 for o in at): raise ValueError(f"`at` are numbers from 0, the start, to 1, the end; got {at!r}.")
+        self.at,self.metric,self.say = tuple(L(at)),metric,say
+        if not self.at or not all(isinstance(o, (int,float)) and 0<=o<=1 for o in self.at): raise ValueError(f"`at` are numbers from 0, the start, to 1, the end; got {at!r}.")
+        if len(_metric_names(metric, (1,)))!=1: raise ValueError(f"`metric` is one metric, such as 'map@r'; got {metric!r}.")
         self.curve,self.chosen,self.began = {},None,None
+
+    def check_fit(self,
+        learn:MetricLearner, # Learner whose fit is to begin
+    ):
+        "Raise `ValueError` where there are no validation classes to choose by"
+        _check_choice(learn, 'Interpolate')
 
     def before_fit(self):
         self.run = is_fitting(self.learn)
         if not self.run: return
-        _check_choice(self.learn, 'Interpolate')
         self.began = {k:v.clone() for k,v in _embedding(get_model(self.learn.model)).items()}
 
     def after_fit(self):
         model = get_model(self.learn.model)
         end,self.curve = {k:v.clone() for k,v in _embedding(model).items()},{}
-        for a in self.at:
-            self.put(model, end, a)
-            self.curve[a] = _score(self.learn, self.metric)
+        try:
+            for a in self.at:
+                self.put(model, end, a)
+                self.curve[a] = _score(self.learn, self.metric)
+        except BaseException: # what was trained is not lost
+            self.put(model, end, 1)
+            raise
         self.chosen = max(self.at, key=lambda a: (self.curve[a], a))
         self.put(model, end, self.chosen)
         self.learn.between = dict(metric=self.metric, curve=self.curve, kept=self.chosen) # for the report, when this callback is gone
@@ -200,7 +218,7 @@ def _fit_as(learn, name, n_epoch, cbs=None, **given):
     n_epoch = max(n_epoch, how.get('least', 0))
     lr = how.get('lr', getattr(learn.lr, 'stop', learn.lr))
     if (bn := how.get('freeze_bn')) is not None: get_model(learn.model).freeze_bn = bn
-    learn.fit_one_cycle(n_epoch, slice(lr*how.get('body_lr', learn.body_share), lr), cbs=cbs)
+    learn.fit_one_cycle(n_epoch, lr if isinstance(lr, slice) else slice(lr*how.get('body_lr', learn.body_share), lr), cbs=cbs)
 
 def how_far(
     learn:MetricLearner, # A learner with a trained body, before its fit
@@ -245,34 +263,37 @@ def _choose_head(learn, n_epoch, choose, say):
     else:
         with no_random(): better,was,now = _try_head(_trial(learn, halves(learn.dls)), n_epoch)
         if better: learn.fit_head(n_epoch)
-    say(f"2. Head trained on features for {n_epoch} epochs: map@r {was:.4f} → {now:.4f} {'on the validation classes' if choose else 'on training classes held out'}: {'kept' if better else 'not kept'}.")
+    say(f"2. Head trained on features for {n_epoch} epoch{'s'*(n_epoch>1)}: map@r {was:.4f} → {now:.4f} {'on the validation classes' if choose else 'on training classes held out'}: {'kept' if better else 'not kept'}.")
     return dict(epochs=n_epoch, before=was, after=now, kept=better)
 
 @patch
 def plan_transfer(self:MetricLearner,
     n_epoch:int=3, # Passes over the training set
-    lr=None, # Greatest rate of the head; found if not given, as for the next two
+    lr=None, # Greatest rate of the head, or a `slice` for body and head. With this or one of the next two, nothing is looked for in step 3
     body_lr:float=None, # Rate of the body as a multiple of the head's; 0: it is not trained
     freeze_bn=None, # Keep the running statistics of the body's batch norm?
     head_epochs:int=10, # Passes over the features for the head alone; 0: it is not trained alone
 )->dict: # What was decided and why, in plain numbers and strings
     "Steps 1 to 3 of `fit_transfer`; raises `ValueError` for a body with random weights"
     self.head_start_of()
-    if body_lr is not None and not 0<=body_lr: raise ValueError(f"`body_lr` is the body's rate as a multiple of the head's, 0 or more; got {body_lr!r}.")
+    _check_rates(n_epoch, lr, body_lr)
     res,say,choose = {},(print if talks(self) else noop),_can_choose(self)
     given = {k:v for k,v in dict(lr=lr, body_lr=body_lr, freeze_bn=freeze_bn).items() if v is not None}
     self.start_head()
     if choose:
         if (n := _n_val(self))<20: say(f"Note: to choose by {n} validation classes is little more than a guess; 20 or more are better.")
         base,now = (f(metrics=['recall@1','map@r'], n_boot=1) for f in (self.baseline,self.evaluate))
+        if base['recall@1']!=base['recall@1']: raise ValueError("No two validation images are of one class, so nothing can be scored or chosen: hold out classes with two images or more.")
         say(f"1. On the validation classes, recall@1 and map@r are {base['recall@1']:.3f} and {base['map@r']:.3f} for the features, {now['recall@1']:.3f} and {now['map@r']:.3f} for the start.")
         res |= dict(features=base['map@r'], start=now['map@r'])
     few = len(set(_labels(self.dls.train_ds)))<4 if isinstance(self.dls.train_ds, Datasets) else False
     with self.removed_cbs(self.cbs.filter(risinstance((Checkpoint,TrackerCallback)))):
         if head_epochs and (choose or not few) and not isinstance(get_model(self.model).head, nn.Identity): res['head'] = _choose_head(self, head_epochs, choose, say)
-        if given or few: regime = 'frozen' if given.get('body_lr')==0 else 'gentle'
+        if given or few:
+            say(f"3. How far the body may move {'is given' if given else 'cannot be found with so few training classes'}.")
+            regime = 'frozen' if given.get('body_lr')==0 else 'gentle'
         else:
-            say('3. How far may the body move? Training on half of the training classes, and measuring on the other half:')
+            say(f"3. How far may the body move? Short trainings on half of the training classes, scored on the other half; about {(n_epoch+regimes['full']['least'])/2:.0f} epochs of work at most:")
             res['how_far'] = how_far(self, n_epoch, say=say)
             regime = max(res['how_far'], key=res['how_far'].get)
     say(f"   Chosen: {regime} ({regimes_said[regime]}).")
@@ -281,7 +302,7 @@ def plan_transfer(self:MetricLearner,
 @patch
 def fit_transfer(self:MetricLearner,
     n_epoch:int=3, # Passes over the training set; at least 8 where everything is trained
-    lr=None, # Greatest rate of the head; found if not given, as for the next two
+    lr=None, # Greatest rate of the head, or a `slice` for body and head. With this or one of the next two, nothing is looked for in step 3
     body_lr:float=None, # Rate of the body as a multiple of the head's; 0: it is not trained
     freeze_bn=None, # Keep the running statistics of the body's batch norm?
     head_epochs:int=10, # Passes over the features for the head alone; 0: it is not trained alone
@@ -293,6 +314,7 @@ def fit_transfer(self:MetricLearner,
     say,choose = print if talks(self) else noop,_can_choose(self)
     self.transfer = plan or self.plan_transfer(n_epoch, lr, body_lr, freeze_bn, head_epochs)
     if self.transfer['regime']!='frozen':
+        say('4. The fit.' + (' Of it, the best epoch and the best weights between start and end are kept.' if choose else ''))
         with tempfile.TemporaryDirectory() as tmp:
             between = Interpolate()
             keep = [KeepBest(_column(self), fname=str(best or Path(tmp)/'best')), between] if choose else []

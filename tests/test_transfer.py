@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
 from fastai.vision.all import *
 from dmlfast.all import *
-from dmlfast.features import _kept, body_state, collect, items_key, weights_hash
+from dmlfast.features import _kept, body_key, body_state, collect, items_key, weights_hash
 
 @pytest.fixture(scope='module')
 def body(few, tmp_path_factory):
@@ -367,3 +367,38 @@ def test_halves_are_judged_from_their_own_start(quiet, few):
     W,mu = lda_head(X, y, 16, s)
     Z,z = body_features(trial.model, half.valid)
     assert before==pytest.approx(map_r((Z-mu)@W.T, z), abs=1e-3)
+
+def test_how_a_body_is_built_decides_its_features(few, body):
+    "The same weights with another padding make other features, and are not taken for the same"
+    a,b = (Embedder('test_resnet', weights=body) for _ in range(2))
+    conv = next(m for m in b.body.modules() if isinstance(m, nn.Conv2d))
+    conv.padding = (0,0)
+    dl = few.dataloaders(bs=32, per_class=4, num_workers=0).valid
+    fs = [body_features(o, dl)[0] for o in (a,b)]
+    assert not torch.allclose(*fs) and torch.allclose(fs[1], collect(b, dl, b.features)[0], atol=1e-5)
+    assert weights_hash(body_state(a))==weights_hash(body_state(b)) and body_key(a)!=body_key(b)
+
+def test_a_gain_says_what_made_it(quiet):
+    "The start of a head, a head, or training"
+    learn = quiet()
+    assert learn.gain('test').what=='The start of the head'
+    learn.fit_head(1, 1e-2)
+    assert learn.gain('test').what=='The head'
+    learn.fit_one_cycle(1, 1e-2)
+    assert learn.gain('test').what=='Training'
+
+def test_faults_are_found_before_anything_is_done(quiet, few):
+    learn = quiet()
+    for f,said in ((lambda: learn.fit_transfer(0),'1 or more'), (lambda: learn.fit_transfer(1, lr=-1),'greater than 0'), (lambda: learn.fit_transfer(1, body_lr=-1),'0 or more'),
+            (lambda: learn.fit_head(0),'1 or more'), (lambda: learn.fit_head(1, lr=-1),'greater than 0'), (lambda: learn.fit_head(1, views=0),'1 or more'),
+            (lambda: Interpolate(metric='mapr'),'not a metric'), (lambda: Interpolate(at=()),'numbers from 0')):
+        with pytest.raises(ValueError, match=said): f()
+    test = quiet(dls=few.dataloaders(bs=32, per_class=4, num_workers=0, valid='test'))
+    with pytest.raises(ValueError, match='test classes'): test.fit_one_cycle(1, cbs=Interpolate())
+    assert not test.head_start.said # refused before the start was computed
+
+def test_rates_may_be_a_slice(quiet):
+    learn = quiet(cbs=SeenRates())
+    learn.fit_transfer(1, lr=slice(1e-4,1e-3), head_epochs=0)
+    body,head = learn.seen_rates.lrs[3]
+    assert head==pytest.approx(10*body)
