@@ -27,7 +27,7 @@ readme: setup   ## README.md from nbs/index.ipynb
 	python docs/nbsite.py readme
 
 bench: setup    ## speed and memory against other libraries
-	for f in data doctor full_scale interpret losses ranking retrieval; do python benchmarks/$$f.py; done
+	for f in data doctor features full_scale interpret losses ranking retrieval; do python benchmarks/$$f.py; done
 
 prepare: setup  ## before a commit: export, run the notebooks and store their outputs, clean, README
 	nbdev-export
