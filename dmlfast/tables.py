@@ -13,29 +13,29 @@ import numpy as np, pandas as pd
 from copy import copy
 from functools import cached_property
 from pathlib import Path
-from PIL import Image
 from fastcore.all import *
 from fastai.data.all import *
 from fastai.vision.core import PILImage
 from fastai.vision.augment import CropPad, FlipItem, RandomResizedCrop, Resize
 from fastai.vision.data import ImageBlock
+from .images import *
 from .data import *
 from .data import _some, _sorted
 
 # %% ../nbs/api/11_tables.ipynb #7e6d1ef9
 class NamedImage(PILImage):
-    "A `PILImage` whose reading errors name the file"
+    "A `PILImage` as `open_image` opens it, whose reading errors name the file"
+    background = 'white' # Colour behind what is transparent; another one in a subclass
     @classmethod
     def create(cls,
-        fn, # Path of an image, or what else `PILImage.create` opens
-        **kwargs # Passed to `PILImage.create`
+        fn, # Path of an image, or what else `open_image` opens
+        **kwargs # Passed to `open_image`
     ):
         "Open `fn`; raises `ValueError` naming it where it is no complete image"
-        try: return super().create(fn, **kwargs)
-        except FileNotFoundError: raise ValueError(f"There is no image {str(fn)!r}.") from None
-        except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-            if not isinstance(fn, (str,Path)): raise
-            raise ValueError(f"The image {str(fn)!r} cannot be read ({e}): mend or remove it; `MetricDataset.from_folder(..., bad='skip')` leaves such images out.") from None
+        try: return cls(open_image(fn, **{**cls._open_args, 'background':cls.background, **kwargs}))
+        except ValueError as e:
+            if not isinstance(fn, (str,Path)) or not Path(fn).exists(): raise
+            raise ValueError(f"{e} Mend or remove it; `MetricDataset.from_folder(..., bad='skip')` leaves such images out.") from None
 
 # %% ../nbs/api/11_tables.ipynb #19ad2418
 def bad_images(
