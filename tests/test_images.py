@@ -248,3 +248,33 @@ def test_a_subclass_has_its_own_background(tmp_path):
     class OnBlack(NamedImage): background = 'black'
     Image.fromarray(np.dstack([FLAG,SEEN])).save(fn := tmp_path/'x.png')
     assert np.array_equal(np.asarray(OnBlack.create(fn)), np.where(SEEN[...,None]==255, FLAG, 0))
+
+# which files of a folder are images
+
+def _tree(path, *names):
+    for o in names:
+        (path/o).parent.mkdir(parents=True, exist_ok=True)
+        (path/o).write_bytes(_png(FLAG) if Path(o).suffix else b'')
+
+def test_which_files_are_images_depends_on_no_system_table(tmp_path, monkeypatch):
+    "Endings that a table of types may lack, in capitals too; what is left out is counted"
+    import fastai.data.transforms as tfms
+    monkeypatch.setattr(tfms, 'image_extensions', {'.png'})
+    _tree(tmp_path, 'a/1.png', 'a/2.JPG', 'a/3.webp', 'b/1.jfif', 'b/2.jp2', 'b/3.tga', 'c/1.heic', 'c/2.heic', 'a/x.txt', 'a/y.json', 'a/noend', 'a/.hidden.png', 'b/.cache/1.png', 'b/.cache/index', '.DS_Store', 'a/Thumbs.db')
+    with pytest.warns(UserWarning, match=r"^Some files in '.*' are left out: 2 .heic, 2 hidden, 1 .json, 1 .txt, 1 without an ending\.") as w: ds = MetricDataset.from_folder(tmp_path)
+    assert [str(o) for o in ds.df.path]==['a/1.png','a/2.JPG','a/3.webp','b/1.jfif','b/2.jp2','b/3.tga'] and len(w)==1
+    (tmp_path/'none').mkdir()
+    _tree(tmp_path, 'none/x/1.heic')
+    with pytest.raises(ValueError, match=r"There are no images in .*Some files in .* are left out: 1 .heic\."): MetricDataset.from_folder(tmp_path/'none')
+
+def test_folders_of_the_same_name_are_said_to_be_one_class(tmp_path):
+    _tree(tmp_path, 'cats/persian/1.png', 'cats/siamese/1.png', 'cats/siamese/2.png', 'dogs/persian/1.png', 'dogs/boxer/1.png', 'dogs/boxer/2.png')
+    with pytest.warns(UserWarning, match=r"1 of 3 classes are merged from several folders: 'persian' \(cats/persian, dogs/persian\)\. Rename") as w: ds = MetricDataset.from_folder(tmp_path)
+    assert ds.df.label.tolist().count('persian')==2 and len(w)==1
+
+@pytest.mark.parametrize('kw', [dict(test_pct=20), dict(val_pct=20), dict(test_pct=-.1), dict(val_pct=1), dict(val_pct=-3), dict(test_pct=float('nan')), dict(test_pct=1.)])
+def test_shares_that_are_none(kw):
+    "Refused before the folder is looked at"
+    (k,v), = kw.items()
+    for f in (lambda: MetricDataset.from_folder('nowhere', **kw), lambda: MetricDataset.from_df(pd.DataFrame(), **kw)):
+        with pytest.raises(ValueError, match=f'`{k}` is a share of the classes, 0 or more and less than 1; got {v}'): f()
