@@ -150,6 +150,17 @@ def test_fastais_own_images_stay_as_fastai_opens_them(folder, tmp_path):
     for o in (fn, fn.read_bytes(), Image.open(fn), np.rot90(FLAG)):
         with learn.no_bar(): assert torch.allclose(learn.predict(o)[0], e.embed(fn), atol=1e-5)
 
+@pytest.mark.filterwarnings('ignore')
+def test_a_learner_that_was_loaded_opens_images_as_before(four, tmp_path):
+    "It has no items left, and still knows how they were opened"
+    files,ds,learn,embedder = four
+    learn.export(tmp_path/'l.pkl')
+    again = load_learner(tmp_path/'l.pkl')
+    again.logger = noop
+    assert preprocess_of(again.dls).background=='white'
+    for o in (files['exif6'], files['exif6'].read_bytes(), Image.open(files['exif6']), FLAG):
+        with again.no_bar(): assert torch.allclose(again.predict(o)[0], embedder.embed(FLAG), atol=1e-5)
+
 # one by one
 
 def test_what_can_be_opened(tmp_path):
