@@ -3,6 +3,7 @@ from .geometry import *
 from .mining import *
 from .losses import *
 from .proxies import *
+from .images import *
 from .data import *
 from .tables import *
 from .datasets import *

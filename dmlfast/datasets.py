@@ -18,7 +18,7 @@ from fastcore.all import *
 from fastai.data.all import *
 from .data import _some, _sorted
 from .tables import *
-from .tables import _train_val
+from .tables import _check_shares, _train_val
 
 _all_ = ['NamedImage', 'bad_images', 'MetricDataset', 'crop_tfms'] # with the readers comes what they give
 
@@ -60,6 +60,7 @@ def _one_of(*words):
 # %% ../nbs/api/12_datasets.ipynb #c1a88025
 def _published(df, path, name, val_pct, seed, classes=None, **kwargs):
     "Data set of a table whose training classes, in the order of `classes` or sorted, are divided into `train` and `val`"
+    _check_shares(val_pct=val_pct)
     is_train = df.split=='train'
     split_of = _train_val(ifnone(classes, _sorted(df.label[is_train])), val_pct, seed)
     return MetricDataset(df.assign(split=df.split.where(~is_train, df.label.map(split_of))), path, **{'name':name, **kwargs})

@@ -18,6 +18,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
+from .images import *
+from .images import _check_background
 from .models import *
 from .models import _load_only
 from .retrieval import *
@@ -42,21 +44,6 @@ def _crop(im, size, resample):
 
 _steps = dict(fit=_fit, squash=_squash, crop=_crop)
 
-# %% ../nbs/api/32_deploy.ipynb #a71f8d80
-def _pil(im, mode):
-    "An image, a path or an array as a PIL image of `mode`; raises `ValueError` for anything else"
-    if isinstance(im, (str,Path)):
-        fn = im
-        try:
-            im = Image.open(fn)
-            im.load()
-        except OSError as e: raise ValueError(f"{str(fn)!r} cannot be read as an image: {e}.") from e
-    elif isinstance(im, np.ndarray):
-        if im.dtype!=np.uint8 or im.ndim not in (2,3): raise ValueError(f"An array is an image if it is (h,w) or (h,w,3) of uint8; got {im.shape} of {im.dtype}.")
-        im = Image.fromarray(im)
-    if not isinstance(im, Image.Image): raise ValueError(f"An image is a PIL image, a path or an array; got a {type(im).__name__}.")
-    return im.convert(mode)
-
 # %% ../nbs/api/32_deploy.ipynb #76607e7a
 class Preprocess:
     "Image to tensor, as the data loaders of the training did it for validation"
@@ -65,14 +52,16 @@ class Preprocess:
         mean=None, # Mean of each channel, in [0,1]; not normalised if not given
         std=None, # Standard deviation of each channel
         mode:str='RGB', # PIL mode of the image: `'RGB'` or `'L'`
+        background:str='white', # Colour behind what is transparent, see `open_image`; None: pixels as they are stored, as folders of format 1 have them
     ):
-        self.steps,self.mode = [(n, tuple(size), r) for n,size,r in steps],mode
+        self.steps,self.mode,self.background = [(n, tuple(size), r) for n,size,r in steps],mode,background
         if bad := [n for n,*_ in self.steps if n not in _steps]: raise ValueError(f"Steps are {', '.join(_steps)}; got {bad[0]!r}.")
         if mode not in ('RGB','L'): raise ValueError(f"Images are opened as 'RGB' or 'L'; got {mode!r}.")
+        _check_background(background)
         self.mean,self.std = (None if o is None else list(map(float, o)) for o in (mean,std))
 
     def __call__(self,
-        im, # PIL image, path, or array `(h,w,3)` or `(h,w)` of uint8
+        im, # Image, as `open_image` takes it
     )->Tensor: # `(c,h,w)` float32
         "What the network takes"
         im = self.resized(im)
@@ -80,16 +69,16 @@ class Preprocess:
         return x if self.mean is None else (x-torch.tensor(self.mean)[:,None,None])/torch.tensor(self.std)[:,None,None]
 
     def resized(self,
-        im, # PIL image, path, or array `(h,w,3)` or `(h,w)` of uint8
+        im, # Image, as `open_image` takes it
     )->Image.Image: # Of the mode and size that the network takes
         "The part of an image that the network sees"
-        im = _pil(im, self.mode)
+        im = open_image(im, self.mode, self.background)
         for name,size,resample in self.steps: im = _steps[name](im, size, resample)
         return im
 
     def spec(self):
         "The arguments that make it again, as JSON can hold them"
-        return dict(steps=self.steps, mean=self.mean, std=self.std, mode=self.mode)
+        return dict(steps=self.steps, mean=self.mean, std=self.std, mode=self.mode, background=self.background)
     def __repr__(self): return f"Preprocess({', '.join(f'{n} {w}×{h}' for n,(w,h),_ in self.steps)})"
 
 # %% ../nbs/api/32_deploy.ipynb #2b9e7810
@@ -124,24 +113,24 @@ class ImageEmbedder:
         return f"ImageEmbedder({getattr(self.model, 'arch', type(self.model).__name__)}, {self.preprocess!r}, {len(self)} items of {len(set(self.labels))} classes in the gallery)"
 
 # %% ../nbs/api/32_deploy.ipynb #1d5ff145
-def _is_one(images): return isinstance(images, (str,Path,Image.Image)) or isinstance(images, np.ndarray) and images.ndim<4 or isinstance(images, Tensor) and images.ndim==3
+def _is_one(images): return isinstance(images, (str,Path,bytes,Image.Image)) or hasattr(images, 'read') or isinstance(images, (np.ndarray,Tensor)) and images.ndim<4
+
+def _is_input(o): return isinstance(o, Tensor) and o.ndim==3 and o.is_floating_point()
 
 # %% ../nbs/api/32_deploy.ipynb #88cb545b
 @patch
 @torch.no_grad()
 def embed(self:ImageEmbedder,
-    images, # An image (PIL, path, array of uint8), several of them, or a batch as the network takes it, `(n,c,h,w)` float
+    images, # An image as `open_image` takes it, or several; a tensor of floats is what the network takes, `(c,h,w)` or a batch `(n,c,h,w)`
     bs:int=32, # Images at a time
 )->Tensor: # `(emb_sz,)` for one image, and `(n,emb_sz)` for several; float32, on the CPU
     "Embeddings of images; raises `ValueError` for what is no image"
-    if _is_one(images): return self.embed(images[None] if isinstance(images, Tensor) else [images])[0]
-    if isinstance(images, Tensor) and not images.is_floating_point(): raise ValueError(f"A tensor is a batch as the network takes it, float; got {images.dtype}. Pass an array instead.")
-    if not hasattr(images, '__len__'): raise ValueError(f"An image is a PIL image, a path or an array, and several are a list of these; got a {type(images).__name__}.")
+    if _is_one(images): return self.embed([images])[0]
+    if not hasattr(images, '__len__'): raise ValueError(f"An image is a path, bytes, a file, a PIL image, an array or a tensor, and several are a list of these; got a {type(images).__name__}.")
     if not len(images): raise ValueError("There are no images to embed.")
     res = []
     for i in range(0, len(images), bs):
-        x = images[i:i+bs]
-        x = x if isinstance(x, Tensor) else torch.stack([self.preprocess(o) for o in x])
+        x = torch.stack([o if _is_input(o) else self.preprocess(o) for o in images[i:i+bs]])
         res.append(self.model(x.to(self.device)).float().cpu())
     return torch.cat(res)
 
@@ -187,7 +176,7 @@ def search(self:ImageEmbedder,
     return res[0] if _is_one(images) else res
 
 # %% ../nbs/api/32_deploy.ipynb #0e35ff64
-_format = 1
+_format = 2 # 1: nothing said how images are opened, and they were taken as they are stored
 
 def _sha(path): return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -290,7 +279,7 @@ def load_embedder(
     model = _build(about['model'], folder)
     try: model.load_state_dict(load_file(folder/'weights.safetensors'))
     except (RuntimeError,SafetensorError,OSError) as e: raise ValueError(f"The weights in {str(folder)!r} do not fit the model that is described there: {str(e).splitlines()[-1].strip()}") from e
-    res = ImageEmbedder(model.to(device), Preprocess(**about['preprocess']), about.get('facts'))
+    res = ImageEmbedder(model.to(device), Preprocess(**{'background':None, **about['preprocess']}), about.get('facts'))
     if 'gallery.json' in about['sha256']:
         g = json.loads((folder/'gallery.json').read_text(encoding='utf-8', errors='surrogateescape'))
         res.add_embs(load_file(folder/'gallery.safetensors')['embs'], g['labels'], g['items'])

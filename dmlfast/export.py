@@ -40,12 +40,12 @@ def preprocess_of(
 )->Preprocess:
     "What `dls` do to a validation image; raises `ValueError` for a transform that cannot be put into words"
     dl = dls.valid
-    cls = type(dl.dataset[0][0]) if len(dl.dataset) else PILImage
+    cls = type(dl.dataset[0][0]) if len(dl.dataset) else dl.dataset.tls[0].types[-1]
     if not issubclass(cls, PILBase): raise ValueError(f"The items of these data loaders are of type {cls.__name__}, and only images can be exported.")
     items,batches = ([(t,f(t)) for t in pipe.fs] for pipe,f in ((dl.after_item,_steps_of),(dl.after_batch,_stats_of)))
     if bad := [type(t).__name__ for t,o in items+batches if o is None]:
         raise ValueError(f"{', '.join(bad)}: what such a transform does to an image that is not trained on cannot be exported. Resize, RandomResizedCrop, CropPad and Normalize can.")
-    return Preprocess(sum((o for _,o in items), []), **merge(*(o for _,o in batches)), mode=cls._open_args['mode'])
+    return Preprocess(sum((o for _,o in items), []), **merge(*(o for _,o in batches)), mode=cls._open_args['mode'], background=getattr(cls, 'background', None))
 
 # %% ../nbs/api/52_export.ipynb #276455cd
 def _facts(learn):

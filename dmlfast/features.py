@@ -108,7 +108,7 @@ def items_key(
     items = getattr(getattr(dl, 'dataset', None), 'items', None)
     if items is None or hasattr(items, 'columns') or not isinstance(dl.dataset, Datasets) or not all(isinstance(o, (str,Path)) for o in items): return None
     tfms = [_said(t) for k in ('after_item','after_batch') for t in getattr(getattr(dl, k), 'fs', ())]
-    opened = [str(t.tfms) for t in getattr(dl.dataset, 'tls', [])[:1]]
+    opened = [f"{t.tfms}{[getattr(o, 'background', None) for o in t.types]}" for t in getattr(dl.dataset, 'tls', [])[:1]]
     return hashlib.blake2b('\n'.join([*map(str, map(_stat, items)), *opened, *tfms]).encode(errors='surrogateescape'), digest_size=16).hexdigest()
 
 # %% ../nbs/api/41_features.ipynb #500b93e9

@@ -29,6 +29,7 @@ from .data import *
 from .deploy import Hit
 from .evaluate import *
 from .features import *
+from .images import *
 from .losses import *
 from .proxies import *
 from .mining import *
@@ -677,15 +678,13 @@ def _gallery(self:MetricLearner, gallery):
 
 @patch
 def predict(self:MetricLearner,
-    item, # Image, as a path, a PIL image or an array `(h,w,3)` of uint8; or an item as the data loaders' own
+    item, # Image, as `open_image` takes it; or an item as the data loaders' own
     k:int=5, # Neighbours to find, at most as many as there are
     gallery=None, # Where: a split's name, or a loader with labels; the training items if not given
 )->tuple: # Embedding, `(emb_sz,)` float32; neighbours, a list of `Hit`s, nearest first
     "Embedding of one item, and its nearest neighbours"
     if isinstance(item, str): item = Path(item)
-    if isinstance(item, np.ndarray): item = Image.fromarray(item)
-    if isinstance(item, Image.Image): item = self._as_opened(item)
-    emb = self.embed(self.dls.test_dl([item], num_workers=0), bar=False)[0]
+    emb = self.embed(self.dls.test_dl([self._as_opened(item)], num_workers=0), bar=False)[0]
     if gallery is None and not len(self.dls.train.items): return emb[0],[] # an exported learner has no items
     dl,embs,ys = self._gallery(gallery)
     if ys is None: raise ValueError("The items of the gallery have no labels, so a search could not say what it found.")
@@ -694,10 +693,13 @@ def predict(self:MetricLearner,
     return emb[0],[Hit(str(self.dls.vocab[int(ys[j])]), item_name(items[j]), s) for s,j in zip(scores[0].tolist(), idx[0].tolist())]
 
 @patch
-def _as_opened(self:MetricLearner, im):
-    "A PIL image as the data loaders would have opened it"
-    cls = self.dls.valid_ds.tls[0].types[-1]
-    return cls.create(np.array(im.convert(cls._open_args['mode'])))
+def _as_opened(self:MetricLearner, item):
+    "An image in memory as the data loaders would have opened its file; anything else as it is"
+    tl,in_memory = self.dls.valid_ds.tls[0],isinstance(item, (bytes,np.ndarray,Tensor,Image.Image)) or hasattr(item, 'read')
+    if not in_memory or not issubclass(cls := tl.types[-1], Image.Image): return item
+    if not hasattr(cls, 'background'): return cls.create(open_image(item, cls._open_args['mode'], None)) # fastai's own
+    at = next(i for i,t in enumerate(tl.types) if isinstance(t, type) and issubclass(t, Image.Image))
+    return tl.tfms.fs[at-1](item) # what opens a file opens this too
 
 def item_name(
     item, # An item of a loader

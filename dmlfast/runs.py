@@ -23,7 +23,6 @@ from fastai.data.all import *
 from fastai.learner import *
 from fastai.torch_core import set_seed
 from fastai.vision.core import PILImage
-from fastai.vision.data import ImageBlock
 from . import losses, mining, proxies
 from .checkpoint import *
 from .data import _sorted
@@ -517,7 +516,7 @@ class PreprocessTransform(Transform):
     order = 1
     def __init__(self,
         preprocess:Preprocess, # Steps
-    ): self.preprocess = preprocess
+    ): self.preprocess,self.said = preprocess,str(preprocess.spec())
 
     def encodes(self, im:PILImage):
         return PILImage.create(np.asarray(self.preprocess.resized(im)))
@@ -546,7 +545,8 @@ def embedder_learner(
     if not items: raise ValueError(f"{ds.name} has no split {split!r}; its splits are {', '.join(ds.summary().index)}.")
     pre = embedder.preprocess
     norm = [] if pre.mean is None else [Normalize.from_stats(pre.mean, pre.std)]
-    block = DataBlock(blocks=(ImageBlock(NamedImage), CategoryBlock(_sorted(set(ds.df.label)))), get_y=_LabelOf(ds.path, ds.df), splitter=_both, item_tfms=[PreprocessTransform(pre)], batch_tfms=norm)
+    opened = TransformBlock(type_tfms=partial(NamedImage.create, mode=pre.mode, background=pre.background), batch_tfms=IntToFloatTensor)
+    block = DataBlock(blocks=(opened, CategoryBlock(_sorted(set(ds.df.label)))), get_y=_LabelOf(ds.path, ds.df), splitter=_both, item_tfms=[PreprocessTransform(pre)], batch_tfms=norm)
     dls = block.dataloaders(items, path=ds.path, bs=min(bs, len(items)), num_workers=num_workers, device=embedder.device)
     dls.source,dls.n_train_classes = ds,len(dls.vocab) # it will not be trained, and has no classes to hold out
     return metric_learner(dls, embedder.model, normalize=False)

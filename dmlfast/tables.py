@@ -9,33 +9,34 @@ __all__ = ['NamedImage', 'bad_images', 'MetricDataset', 'crop_tfms']
 
 # %% ../nbs/api/11_tables.ipynb #c1fdf78d
 import csv, os, random, warnings
+from collections import Counter, defaultdict
 import numpy as np, pandas as pd
 from copy import copy
 from functools import cached_property
 from pathlib import Path
-from PIL import Image
 from fastcore.all import *
 from fastai.data.all import *
 from fastai.vision.core import PILImage
 from fastai.vision.augment import CropPad, FlipItem, RandomResizedCrop, Resize
 from fastai.vision.data import ImageBlock
+from .images import *
 from .data import *
 from .data import _some, _sorted
 
 # %% ../nbs/api/11_tables.ipynb #7e6d1ef9
 class NamedImage(PILImage):
-    "A `PILImage` whose reading errors name the file"
+    "A `PILImage` as `open_image` opens it, whose reading errors name the file"
+    background = 'white' # Colour behind what is transparent; another one in a subclass
     @classmethod
     def create(cls,
-        fn, # Path of an image, or what else `PILImage.create` opens
-        **kwargs # Passed to `PILImage.create`
+        fn, # Path of an image, or what else `open_image` opens
+        **kwargs # Passed to `open_image`
     ):
         "Open `fn`; raises `ValueError` naming it where it is no complete image"
-        try: return super().create(fn, **kwargs)
-        except FileNotFoundError: raise ValueError(f"There is no image {str(fn)!r}.") from None
-        except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-            if not isinstance(fn, (str,Path)): raise
-            raise ValueError(f"The image {str(fn)!r} cannot be read ({e}): mend or remove it; `MetricDataset.from_folder(..., bad='skip')` leaves such images out.") from None
+        try: return cls(open_image(fn, **{**cls._open_args, 'background':cls.background, **kwargs}))
+        except ValueError as e:
+            if not isinstance(fn, (str,Path)) or not Path(fn).exists(): raise
+            raise ValueError(f"{e} Mend or remove it; `MetricDataset.from_folder(..., bad='skip')` leaves such images out.") from None
 
 # %% ../nbs/api/11_tables.ipynb #19ad2418
 def bad_images(
@@ -139,6 +140,11 @@ def summary(self:MetricDataset)->pd.DataFrame: # One row a split or subset
     return pd.DataFrame({k:_row(v) for k,v in parts.items() if len(v)}).T
 
 # %% ../nbs/api/11_tables.ipynb #67c9f57a
+def _check_shares(**shares):
+    "Raise `ValueError` for what is no share of the classes"
+    for k,o in shares.items():
+        if not 0<=o<1: raise ValueError(f"`{k}` is a share of the classes, 0 or more and less than 1; got {o}.")
+
 def _train_val(classes, val_pct, seed=None):
     "The split of each training class: the last `val_pct` of them for validation, or as many drawn with a seed"
     if seed is not None: classes = random.Random(seed).sample(classes, len(classes))
@@ -162,6 +168,27 @@ def _without_bad(fns, bad):
     warnings.warn(f'{said} They are left out.')
     return fns.filter(lambda o: o not in found)
 
+_clutter = '.ds_store','thumbs.db','desktop.ini' # what systems leave in folders
+
+def _image_files(path):
+    "Images below a folder, sorted, and how many files are left out, by their endings"
+    suffixes,fns,left = image_suffixes(),[],Counter()
+    for folder,_,names in os.walk(path, followlinks=True):
+        hidden = any(o.startswith('.') for o in Path(folder).relative_to(path).parts)
+        for o in names:
+            end = Path(o).suffix.lower()
+            if o.lower() in _clutter or hidden and end not in suffixes: continue # other tools keep their own files in hidden folders
+            if hidden or o.startswith('.'): left['hidden'] += 1
+            elif end in suffixes: fns.append(Path(folder)/o)
+            else: left[end or 'without an ending'] += 1
+    return L(sorted(fns)),left
+
+def _merged(path, fns):
+    "The classes whose images lie in folders that are called alike, each with its folders"
+    folders = defaultdict(dict)
+    for o in fns: folders[o.parent.name][o.parent.relative_to(path).as_posix()] = True
+    return [f"{k!r} ({', '.join(v)})" for k,v in folders.items() if len(v)>1]
+
 # %% ../nbs/api/11_tables.ipynb #d8a8b8e5
 @patch(cls_method=True)
 def from_folder(cls:MetricDataset,
@@ -173,15 +200,20 @@ def from_folder(cls:MetricDataset,
     **kwargs # Passed to `MetricDataset`
 ):
     "Data set from a folder with a folder of images for each class; raises `ValueError` where there is none or only one"
+    _check_shares(test_pct=test_pct, val_pct=val_pct)
     path = Path(path)
     if not path.is_dir(): raise ValueError(f"There is no folder {str(path)!r}.")
-    fns = get_image_files(path).sorted()
-    if not fns: raise ValueError(f"There are no images in {str(path)!r}: it should hold a folder for each class.")
+    fns,left = _image_files(path)
+    said = f"Some files in {str(path)!r} are left out: {', '.join(f'{n:,} {o}' for o,n in sorted(left.items(), key=lambda o: (-o[1], o[0])))}."
+    if not fns: raise ValueError(f"There are no images in {str(path)!r}: it should hold a folder for each class.{f' {said}' if left else ''}")
+    if left: warnings.warn(said, stacklevel=2)
     if bad: fns = _without_bad(fns, bad)
     labels = fns.map(parent_label)
     classes = _sorted(labels)
     if len(classes)<2:
         raise ValueError(f"All {len(fns)} images in {str(path)!r} are of one class ({_some(classes)}): it should hold a folder for each class, two at least.")
+    if merged := _merged(path, fns): warnings.warn(f"{len(merged)} of {len(classes)} classes are merged from several folders: {', '.join(merged[:3])}{' and others' if len(merged)>3 else ''}. "
+        "Rename folders of the same name that show different things.", stacklevel=2)
     split_of = _class_splits(classes, test_pct, val_pct, seed)
     df = pd.DataFrame(dict(path=[str(o.relative_to(path)) for o in fns], label=list(labels), split=[split_of[o] for o in labels]), dtype=object)
     return cls(df, path, **{'name':path.name, 'check_files':False, **kwargs})
@@ -198,6 +230,7 @@ def from_df(cls:MetricDataset,
     **kwargs # Passed to `MetricDataset`
 ):
     "Data set from a table; raises `ValueError` where it is not one of a retrieval data set"
+    _check_shares(test_pct=test_pct, val_pct=val_pct)
     columns = columns or {}
     known = (*_needed,'role','sequence','category',*kwargs.get('subsets', ()))
     if unknown := [o for o in columns if o not in known]: raise ValueError(f"`columns` names {_some(unknown)}; the columns are {_some(known, 99)}.")

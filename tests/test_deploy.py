@@ -83,12 +83,12 @@ def test_what_an_image_may_be(embedder, photos, tmp_path):
     for o in (str(fn), im, np.array(im), embedder.preprocess(im)): assert torch.equal(embedder.embed(o), want)
     for o in ([fn,im], np.array([im,im]), torch.stack([embedder.preprocess(fn)]*2)): assert torch.allclose(embedder.embed(o), want.expand(2, -1), atol=1e-6)
     assert torch.allclose(embedder.embed([fn]*5, bs=2), want.expand(5, -1), atol=1e-6)
-    for bad,says in ((np.zeros((4,4)), r'of uint8; got \(4, 4\) of float64'), (torch.zeros(1,3,4,4).int(), 'Pass an array'), ([3], 'got a int'), ([], 'no images'), (3, 'got a int'), ('nowhere.jpg', 'cannot be read as an image')):
+    for bad,says in ((np.zeros((4,4,2)), r'got \(4, 4, 2\)'), (torch.zeros(1,3,4,4).int(), 'got int32'), (np.full((4,4), 2.), r'values in \[0,1\]; got 2 to 2'), ([3], 'got a int'), ([], 'no images'), (3, 'got a int'), ('nowhere.jpg', "There is no image 'nowhere.jpg'")):
         with pytest.raises(ValueError, match=says): embedder.embed(bad)
     cut = tmp_path/'cut.jpg'
     Image.fromarray(np.random.RandomState(0).randint(0, 255, (64,64,3), dtype=np.uint8)).save(cut)
     cut.write_bytes(cut.read_bytes()[:-900])
-    with pytest.raises(ValueError, match=r"cut.jpg' cannot be read as an image: .*truncated"): embedder.embed(cut)
+    with pytest.raises(ValueError, match=r"cut.jpg' cannot be read: .*truncated"): embedder.embed(cut)
 
 def test_gallery(embedder, photos, tmp_path):
     e = ImageEmbedder(embedder.model, embedder.preprocess)
@@ -179,7 +179,7 @@ def test_folders_that_are_not_as_they_were_written(embedder, photos, tmp_path, m
     with pytest.raises(FileNotFoundError, match="no 'embedder.json'"): load_embedder(tmp_path)
     broken(cut('embedder.json'), "'embedder.json' in .* cannot be read")
     broken(lambda p: (p/'embedder.json').write_text('[]'), 'does not describe an embedder')
-    broken(edit(format=2), r'newer version of the library \(format 2; this one reads up to 1\)')
+    broken(edit(format=3), r'newer version of the library \(format 3; this one reads up to 2\)')
     broken(edit(model='gone'), 'lacks model')
     broken(cut('weights.safetensors'), "'weights.safetensors' in .* was changed or cut off")
     broken(cut('gallery.json', 3), "'gallery.json' in .* was changed or cut off")
