@@ -155,11 +155,12 @@ def _names(images): return [str(o) if isinstance(o, (str,Path)) else '' for o in
 def add(self:ImageEmbedder,
     images, # Several images, as `embed` takes them
     labels, # A label for each, or one for all
-    items=None, # A name for each; the paths if not given
+    items=None, # A name for each; the paths, as they are given here, if not given
 )->ImageEmbedder: # Itself
     "Put images into the gallery"
     embs = self.embed(images)
     if embs.ndim==1: embs,images = embs[None],[images]
+    if isinstance(items, (str,Path)): items = [items]
     one = isinstance(labels, str) or not hasattr(labels, '__len__') or getattr(labels, 'shape', None)==()
     return self.add_embs(embs, [labels]*len(embs) if one else labels, _names(images) if items is None else items)
 
@@ -204,12 +205,11 @@ def _leaves(o):
     return [v for x in (o.values() if isinstance(o, dict) else o) for v in _leaves(x)] if isinstance(o, (dict,list)) else [o]
 
 def _whole(o, lo, hi): return type(o) is int and lo<=o<=hi # True is an int too
-def _number(o): return type(o) in (int,float) and math.isfinite(o)
+def _number(o, lo, hi): return type(o) in (int,float) and lo<=o<=hi # a nan is not
 def _is_step(o): return isinstance(o, list) and len(o)==3 and o[0] in (*_steps,) and _is_size(o[1]) and _whole(o[2], 0, 5)
 def _is_size(o): return isinstance(o, list) and len(o)==2 and all(_whole(v, 1, _max_side) for v in o) and o[0]*o[1]<=_max_px
-def _is_channels(o, ok=_number): return o is None or isinstance(o, list) and len(o) in (1,3) and all(map(ok, o))
-def _is_arg(o): return len(o)<=200 if isinstance(o, str) else o is None or abs(o)<=_max_side # a nan is no argument either
-
+def _is_channels(o, lo, hi): return o is None or isinstance(o, list) and len(o) in (1,3) and all(_number(v, lo, hi) for v in o)
+def _is_arg(o): return len(o)<=200 if isinstance(o, str) else o is None or -_max_side<=o<=_max_side
 def _is_hash(o): return re.fullmatch(r'\w[\w.-]{,99}', o[0], re.ASCII) and isinstance(o[1], str) and re.fullmatch('[0-9a-f]{64}', o[1])
 
 _object = lambda o: isinstance(o, dict),'an object'
@@ -226,8 +226,8 @@ _rules = { # for each field what it may be, and how that is said
     'preprocess': _object,
     'preprocess.steps': (lambda o: isinstance(o, list) and len(o)<=16 and all(map(_is_step, o)),
         f"at most 16 of [{', '.join(map(repr, _steps))}; [width, height] of up to {_max_side:,} each and {_max_px:,} pixels; the number of a PIL filter, 0 to 5]"),
-    'preprocess.mean': (_is_channels, 'null or 1 or 3 numbers'),
-    'preprocess.std': (lambda o: _is_channels(o, lambda v: _number(v) and v>0), 'null or 1 or 3 numbers above 0'),
+    'preprocess.mean': (lambda o: _is_channels(o, -1e3, 1e3), 'null, or 1 or 3 numbers from -1,000 to 1,000'),
+    'preprocess.std': (lambda o: _is_channels(o, 1e-6, 1e3), 'null, or 1 or 3 numbers from 0.000001 to 1,000'),
     'preprocess.mode': (lambda o: o in ('RGB','L'), "'RGB' or 'L'"),
     'facts': (lambda o: o is None or isinstance(o, dict), 'an object'),
     'versions': (lambda o: isinstance(o, dict) and all(isinstance(v, str) for v in o.values()), 'an object of text'),
@@ -305,9 +305,9 @@ def _take_place(new, folder):
 def _description(embedder, spec):
     "What `embedder.json` will hold, but for the hashes, as JSON gives it back"
     res = dict(format=_format, model=spec, preprocess=embedder.preprocess.spec(), facts=embedder.facts, versions={o:version(o) for o in ('dmlfast','timm','torch')})
-    try: text = json.dumps(res, indent=1, ensure_ascii=False)
+    try: text = json.dumps(res, indent=1, ensure_ascii=False).encode()
     except (TypeError,ValueError,RecursionError) as e: raise ValueError(f"This embedder's description cannot be written as JSON: {e}.") from e
-    if len(text)>_max_about//4: raise ValueError(f"This embedder's description has {len(text):,} characters, and at most {_max_about//4:,} can be written: hold fewer facts.")
+    if len(text)>_max_about//2: raise ValueError(f"This embedder's description has {len(text):,} bytes, and at most {_max_about//2:,} can be written: hold fewer facts.")
     return json.loads(text)
 
 def _check_whole(embedder, preprocess):
@@ -386,7 +386,7 @@ def _header(folder, name):
     try:
         with safe_open(folder/name, 'pt') as f: parts = {k:f.get_slice(k) for k in f.keys()}
         return {k:SimpleNamespace(shape=torch.Size(o.get_shape()), is_float=o.get_dtype() in ('F64','F32','F16','BF16')) for k,o in parts.items()}
-    except (SafetensorError,OSError) as e: raise ValueError(f"{name!r} in {str(folder)!r} cannot be read: it must be in the format safetensors ({e}).") from e
+    except (SafetensorError,OSError) as e: raise ValueError(f"{name!r} in {str(folder)!r} cannot be read: it must be in the format safetensors ({_last_line(e)}).") from e
 
 @contextlib.contextmanager
 def _at_most(n, count, says):

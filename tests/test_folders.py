@@ -60,7 +60,7 @@ def paths(o, at=()):
     return res
 
 gone,deep = '\0gone','\0deep'
-numbers = st.sampled_from([-1, 0, 1, 2, 3, 5, 32, 10**6, 2**31, 2**63, 10**30, -10**9, .5, -2.5, 1e308, float('nan'), float('inf')])
+numbers = st.sampled_from([-1, 0, 1, 2, 3, 5, 32, 10**6, 2**31, 2**63, 10**30, 10**400, -10**9, 1e-300, .5, -2.5, 1e308, float('nan'), float('inf')])
 texts = st.sampled_from(['', '..', '../x', '/etc/passwd', 'C:\\x', 'a/b', '\ud800', 'é', 'x'*5000, '0'*64, 'test_vit', 'test_resnet.nothing', 'resnet18', 'hf-hub:a/b', 'local-dir:/', 'gem', 'max',
     'mlp', 'identity', 'L', 'crop', 'weights.safetensors', 'gallery.json', 'checkpoint_path', 'img_size', 'in_chans', 'num_classes', 'features_only', 'block_args']) | st.text(max_size=5)
 plain = st.none() | st.booleans() | numbers | texts
@@ -120,9 +120,11 @@ tampered = {
     'steps of 2e8 pixels': (put('preprocess.steps', [['fit',[16384,16384],2]]), '16,777,216 pixels'),
     'a step without a size': (put('preprocess.steps', [['fit',32,2]]), '`preprocess.steps` must be'),
     'a filter that Pillow lacks': (put('preprocess.steps', [['fit',[32,32],9]]), 'the number of a PIL filter, 0 to 5'),
-    'four means': (put('preprocess.mean', [.5]*4), '`preprocess.mean` must be null or 1 or 3 numbers'),
+    'four means': (put('preprocess.mean', [.5]*4), '`preprocess.mean` must be null, or 1 or 3 numbers from -1,000'),
     'a mean alone': (put('preprocess.std', None), '`preprocess.std` must be given if and only if'),
-    'a deviation of 0': (put('preprocess.std', [.2,0,.2]), '`preprocess.std` must be null or 1 or 3 numbers above 0'),
+    'a deviation of 0': (put('preprocess.std', [.2,0,.2]), '`preprocess.std` must be null, or 1 or 3 numbers from 0.000001'),
+    'a deviation that float32 lacks': (put('preprocess.std', [1e-300]), 'from 0.000001 to 1,000'),
+    'a mean that float64 lacks': (put('preprocess.mean', [10**400]), 'from -1,000 to 1,000'),
     'grey images': (lambda about: put('preprocess.mode', 'L')(put('preprocess.mean', None)(put('preprocess.std', None)(about))), '`model` must be .* takes the images of `preprocess`: .*channels'),
     'another pooling': (put('model.pool', 'sum'), "`model.pool` must be null, 'avg', 'max', 'avgmax' or 'gem'; got 'sum'"),
     'a hidden argument': (put('model.model_kwargs', dict(cache_dir='/tmp')), "may not set: 'cache_dir'"),
