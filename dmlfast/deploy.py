@@ -8,20 +8,23 @@ Docs: https://dmlfast.github.io/dmlfast/api/deploy.html.md"""
 __all__ = ['Hit', 'Preprocess', 'ImageEmbedder', 'check_folder', 'load_embedder']
 
 # %% ../nbs/api/32_deploy.ipynb #69d40456
-import hashlib, json, shutil, tempfile
+import contextlib, hashlib, json, math, re, reprlib, shutil, tempfile, threading
 import numpy as np, torch
 from collections import namedtuple
 from fastcore.basics import patch
 from importlib.metadata import version
 from pathlib import Path
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
+from timm.layers import to_2tuple
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from types import SimpleNamespace
 from .images import *
 from .images import _check_background
 from .models import *
-from .models import _load_only
+from .models import _heads, _load_only, _misfits, _said
 from .retrieval import *
 
 # %% ../nbs/api/32_deploy.ipynb #61ab4539
@@ -141,11 +144,12 @@ def _names(images): return [str(o) if isinstance(o, (str,Path)) else '' for o in
 def add(self:ImageEmbedder,
     images, # Several images, as `embed` takes them
     labels, # A label for each, or one for all
-    items=None, # A name for each; the paths if not given
+    items=None, # A name for each; the paths, as they are given here, if not given
 )->ImageEmbedder: # Itself
     "Put images into the gallery"
     embs = self.embed(images)
     if embs.ndim==1: embs,images = embs[None],[images]
+    if isinstance(items, (str,Path)): items = [items]
     one = isinstance(labels, str) or not hasattr(labels, '__len__') or getattr(labels, 'shape', None)==()
     return self.add_embs(embs, [labels]*len(embs) if one else labels, _names(images) if items is None else items)
 
@@ -177,8 +181,95 @@ def search(self:ImageEmbedder,
 
 # %% ../nbs/api/32_deploy.ipynb #0e35ff64
 _format = 2 # 1: nothing said how images are opened, and they were taken as they are stored
+_max_about,_max_deep,_max_side,_max_px,_max_emb = 2**20,16,2**14,2**24,2**16
 
-def _sha(path): return hashlib.sha256(path.read_bytes()).hexdigest()
+def _is_plain(o, deep=_max_deep):
+    "Can JSON hold it, at most `deep` levels of it?"
+    if deep<0: return False
+    if isinstance(o, dict): return all(isinstance(k, str) and _is_plain(v, deep-1) for k,v in o.items())
+    return all(_is_plain(v, deep-1) for v in o) if isinstance(o, (list,tuple)) else isinstance(o, (str,int,float,bool,type(None)))
+
+def _leaves(o):
+    "The values in a nest of dictionaries and lists"
+    return [v for x in (o.values() if isinstance(o, dict) else o) for v in _leaves(x)] if isinstance(o, (dict,list)) else [o]
+
+def _whole(o, lo, hi): return type(o) is int and lo<=o<=hi # True is an int too
+def _number(o, lo, hi): return type(o) in (int,float) and lo<=o<=hi # a nan is not
+def _is_step(o): return isinstance(o, list) and len(o)==3 and o[0] in (*_steps,) and _is_size(o[1]) and _whole(o[2], 0, 5)
+def _is_size(o): return isinstance(o, list) and len(o)==2 and all(_whole(v, 1, _max_side) for v in o) and o[0]*o[1]<=_max_px
+def _is_channels(o, lo, hi): return o is None or isinstance(o, list) and len(o) in (1,3) and all(_number(v, lo, hi) for v in o)
+def _is_arg(o): return len(o)<=200 if isinstance(o, str) else o is None or -_max_side<=o<=_max_side
+def _is_hash(o): return re.fullmatch(r'\w[\w.-]{,99}', o[0], re.ASCII) and isinstance(o[1], str) and re.fullmatch('[0-9a-f]{64}', o[1])
+
+_object = lambda o: isinstance(o, dict),'an object'
+_rules = { # for each field what it may be, and how that is said
+    'format': (lambda o: _whole(o, 1, 2**31), 'a whole number of 1 or more'),
+    'model': _object,
+    'model.arch': (lambda o: isinstance(o, str) and 0<len(o)<=200, 'the name of a timm model'),
+    'model.emb_sz': (lambda o: _whole(o, 1, _max_emb), f'a whole number from 1 to {_max_emb:,}'),
+    'model.normalize': (lambda o: isinstance(o, bool), 'true or false'),
+    'model.pool': (lambda o: o is None or o in (*GlobalPool.kinds,'gem'), f"null, {', '.join(map(repr, GlobalPool.kinds))} or 'gem'"),
+    'model.head': (lambda o: o in (*_heads,'identity'), f"{', '.join(map(repr, _heads))} or 'identity'"),
+    'model.model_kwargs': (lambda o: isinstance(o, dict) and len(_leaves(o))<=256 and all(map(_is_arg, _leaves(o))),
+        f'an object of at most 256 values: text, true, false, null and numbers of up to {_max_side:,}'),
+    'preprocess': _object,
+    'preprocess.steps': (lambda o: isinstance(o, list) and len(o)<=16 and all(map(_is_step, o)),
+        f"at most 16 of [{', '.join(map(repr, _steps))}; [width, height] of up to {_max_side:,} each and {_max_px:,} pixels; the number of a PIL filter, 0 to 5]"),
+    'preprocess.mean': (lambda o: _is_channels(o, -1e3, 1e3), 'null, or 1 or 3 numbers from -1,000 to 1,000'),
+    'preprocess.std': (lambda o: _is_channels(o, 1e-6, 1e3), 'null, or 1 or 3 numbers from 0.000001 to 1,000'),
+    'preprocess.mode': (lambda o: o in ('RGB','L'), "'RGB' or 'L'"),
+    'preprocess.background': (lambda o: o is None or isinstance(o, str) and len(o)<=40, 'null, or the name of a colour'),
+    'facts': (lambda o: o is None or isinstance(o, dict), 'an object'),
+    'versions': (lambda o: isinstance(o, dict) and all(isinstance(v, str) for v in o.values()), 'an object of text'),
+    'sha256': (lambda o: isinstance(o, dict) and all(map(_is_hash, o.items())), 'an object with 64 hexadecimal digits for the name of each file, which is in no other folder')}
+_optional = 'facts','versions','preprocess.background'
+
+# %% ../nbs/api/32_deploy.ipynb #ea3be100
+def _refuse(folder, name, field, want, got): raise ValueError(f"{name!r} in {str(folder)!r}: `{field}` must be {want}; got {reprlib.repr(got)}.")
+
+def _check_about(about, folder, skip=_optional):
+    "Raise `ValueError` where a field of a description is not there, or is not what it may be"
+    if not isinstance(about, dict): raise ValueError(f"'embedder.json' in {str(folder)!r} does not describe an embedder: it must hold an object; got {reprlib.repr(about)}.")
+    if not _is_plain(about): raise ValueError(f"'embedder.json' in {str(folder)!r} does not describe an embedder: it is nested more than {_max_deep} levels deep.")
+    for field,(ok,want) in _rules.items():
+        part,_,key = field.rpartition('.')
+        at = about[part] if part else about
+        if key not in at:
+            if field in skip: continue
+            raise ValueError(f"'embedder.json' in {str(folder)!r} lacks {field}: it must be {want}.")
+        if field=='format' and _whole(at[key], _format+1, 2**31):
+            raise ValueError(f"{str(folder)!r} was written by a newer version of the library (format {at[key]}; this one reads up to {_format}).")
+        if not ok(at[key]): _refuse(folder, 'embedder.json', field, want, at[key])
+    mean,std = (about['preprocess'][o] for o in ('mean','std'))
+    if (mean is None)!=(std is None): _refuse(folder, 'embedder.json', 'preprocess.std', 'given if and only if preprocess.mean is', std)
+    _check_spec(about['model'], folder)
+
+_refused = *_load_only,'pretrained','weights','init','freeze_bn','frozen_stages'
+
+def _check_spec(spec, folder):
+    "Raise `ValueError` where the description of a model has what a folder may not set"
+    known = [o.partition('.')[2] for o in _rules if o.startswith('model.')]
+    if bad := [k for k in spec if k not in known] + [k for k,v in spec['model_kwargs'].items() if k in _refused or not _is_plain(v)]:
+        raise ValueError(f"The model described in {str(folder)!r} has an argument that a folder may not set: {bad[0]!r}.")
+
+def _last_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[-1].strip()
+
+@torch.no_grad()
+def _probe(model, preprocess):
+    "Embed an empty image, of the shape that the preprocessing makes"
+    kwargs,steps = model.named['model_kwargs'],preprocess['steps']
+    c,size = kwargs.get('in_chans', 3),steps[-1][1][::-1] if steps else to_2tuple(kwargs.get('img_size', model.cfg['input_size'][1:]))
+    if c in (1,3): c = max(dict(L=1, RGB=3)[preprocess['mode']], len(preprocess['mean'] or [])) # other networks take batches of tensors alone
+    model.eval()(torch.zeros(1, c, *size, device=next(model.parameters()).device))
+
+def _check_finite(tensors, what):
+    "Raise `ValueError` where a number is nan or infinite"
+    if bad := [k for k,v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]:
+        raise ValueError(f"{what}: {bad[0]!r} holds nan or infinite numbers, and an embedder's must be finite.")
+
+# %% ../nbs/api/32_deploy.ipynb #de4a0764
+def _sha(path):
+    with path.open('rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 def check_folder(
     folder, # Where an embedder is to be written
@@ -191,18 +282,6 @@ def check_folder(
     if not overwrite: raise FileExistsError(f"{str(folder)!r} is there already: `overwrite=True` replaces it.")
     return folder
 
-_refused = *_load_only,'pretrained','weights'
-
-def _is_plain(o):
-    "Can JSON hold it?"
-    if isinstance(o, dict): return all(isinstance(k, str) and _is_plain(v) for k,v in o.items())
-    return all(map(_is_plain, o)) if isinstance(o, (list,tuple)) else isinstance(o, (str,int,float,bool,type(None)))
-
-def _check_spec(spec, folder):
-    "Raise `ValueError` where the description of a model has what a folder may not set"
-    if bad := [k for k,v in {**spec, **spec.get('model_kwargs', {})}.items() if k in _refused or k!='model_kwargs' and not _is_plain(v)]:
-        raise ValueError(f"The model described in {str(folder)!r} has an argument that a folder may not set: {bad[0]!r}.")
-
 def _take_place(new, folder):
     "Move `new` to where `folder` is, which is given up only then"
     old = new.with_name(f'{new.name}.old')
@@ -212,6 +291,23 @@ def _take_place(new, folder):
         if old.exists(): old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+def _description(embedder, spec):
+    "What `embedder.json` will hold, but for the hashes, as JSON gives it back"
+    res = dict(format=_format, model=spec, preprocess=embedder.preprocess.spec(), facts=embedder.facts, versions={o:version(o) for o in ('dmlfast','timm','torch')})
+    try: text = json.dumps(res, indent=1, ensure_ascii=False).encode()
+    except (TypeError,ValueError,RecursionError) as e: raise ValueError(f"This embedder's description cannot be written as JSON: {e}.") from e
+    if len(text)>_max_about//2: raise ValueError(f"This embedder's description has {len(text):,} bytes, and at most {_max_about//2:,} can be written: hold fewer facts.")
+    return json.loads(text)
+
+def _check_whole(embedder, preprocess):
+    "Raise `ValueError` for an embedder that would be refused when it is read"
+    _check_finite(embedder.model.embedder_state(), 'The model cannot be written')
+    n = embedder.model.emb_sz
+    if len(embedder) and embedder.embs.shape[1]!=n: raise ValueError(f"The gallery holds embeddings of {embedder.embs.shape[1]} numbers, and the model makes {n}.")
+    if len(embedder): _check_finite(dict(gallery=embedder.embs), 'The embedder cannot be written')
+    try: _probe(embedder.model, preprocess)
+    except Exception as e: raise ValueError(f"The model cannot take the images that its preprocessing makes: {_last_line(e)}") from e
 
 @patch
 def save(self:ImageEmbedder,
@@ -223,8 +319,9 @@ def save(self:ImageEmbedder,
     if not isinstance(self.model, Embedder) or not isinstance(self.preprocess, Preprocess):
         raise ValueError(f"Only an `Embedder` with a `Preprocess` can be written as a folder, and this is a {type(self.model).__name__} with a {type(self.preprocess).__name__}.")
     _check_spec(spec := self.model.spec(), folder)
-    about = dict(format=_format, model=spec, preprocess=self.preprocess.spec(), facts=self.facts,
-        versions={o:version(o) for o in ('dmlfast','timm','torch')})
+    about = _description(self, spec)
+    _check_about(about, folder, ('sha256',))
+    _check_whole(self, about['preprocess'])
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}-'))
     try:
@@ -249,26 +346,103 @@ def write(self:ImageEmbedder,
     for o in folder.iterdir(): o.chmod(0o644) # safetensors lets the owner alone read
 
 # %% ../nbs/api/32_deploy.ipynb #7c292a06
+def _json(folder, name, errors='strict'):
+    "What the JSON file `name` holds"
+    try: return json.loads((folder/name).read_text(encoding='utf-8', errors=errors))
+    except (ValueError,RecursionError) as e: raise ValueError(f"{name!r} in {str(folder)!r} cannot be read: it must be JSON ({e}).") from e
+
 def _about(folder):
     "The checked description in `folder`"
-    if not (folder/'embedder.json').is_file(): raise FileNotFoundError(f"{str(folder)!r} holds no embedder: there is no 'embedder.json' in it.")
-    try: about = json.loads((folder/'embedder.json').read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f"'embedder.json' in {str(folder)!r} cannot be read: {e}.") from e
-    if not isinstance(about, dict) or not isinstance(about.get('format'), int): raise ValueError(f"'embedder.json' in {str(folder)!r} does not describe an embedder.")
-    if about['format']>_format: raise ValueError(f"{str(folder)!r} was written by a newer version of the library (format {about['format']}; this one reads up to {_format}).")
-    if lacks := {'model','preprocess','sha256'}-about.keys(): raise ValueError(f"'embedder.json' in {str(folder)!r} lacks {', '.join(sorted(lacks))}.")
-    for name,sha in about['sha256'].items():
-        if Path(name).name!=name or not (folder/name).is_file(): raise ValueError(f"{str(folder)!r} is incomplete: there is no {name!r}.")
-        if _sha(folder/name)!=sha: raise ValueError(f"{name!r} in {str(folder)!r} was changed or cut off since it was written.")
+    fn = folder/'embedder.json'
+    if not fn.is_file(): raise FileNotFoundError(f"{str(folder)!r} holds no embedder: there is no 'embedder.json' in it.")
+    if fn.stat().st_size>_max_about: raise ValueError(f"'embedder.json' in {str(folder)!r} does not describe an embedder: it has {fn.stat().st_size:,} bytes, and must have at most {_max_about:,}.")
+    about = _json(folder, 'embedder.json')
+    _check_about(about, folder)
+    _check_files(about['sha256'], folder)
     return about
 
+def _check_files(sha256, folder):
+    "Raise `FileNotFoundError` or `ValueError` where a file is not there, has no hash, or another one"
+    parts = 'gallery.json','gallery.safetensors'
+    want = ['weights.safetensors',*parts] if any(o in sha256 or (folder/o).exists() for o in parts) else ['weights.safetensors']
+    for name in dict.fromkeys([*want,*sha256]):
+        if not (folder/name).is_file(): raise FileNotFoundError(f"{str(folder)!r} is incomplete: there is no {name!r}.")
+        if name not in sha256: raise ValueError(f"'embedder.json' in {str(folder)!r} lacks sha256 of {name!r}: every file that is read must have its hash there.")
+        if _sha(folder/name)!=sha256[name]: raise ValueError(f"{name!r} in {str(folder)!r} was changed or cut off since it was written.")
+
 # %% ../nbs/api/32_deploy.ipynb #14abaef4
-def _build(spec, folder):
-    "The model that `spec` describes"
-    _check_spec(spec, folder)
-    return Embedder(**{k:v for k,v in spec.items() if k!='model_kwargs'}, pretrained=False, **spec.get('model_kwargs', {}))
+def _header(folder, name):
+    "Shape and type of each tensor in `name`, none of which is read"
+    try:
+        with safe_open(folder/name, 'pt') as f: parts = {k:f.get_slice(k) for k in f.keys()}
+        return {k:SimpleNamespace(shape=torch.Size(o.get_shape()), is_float=o.get_dtype() in ('F64','F32','F16','BF16')) for k,o in parts.items()}
+    except (SafetensorError,OSError) as e: raise ValueError(f"{name!r} in {str(folder)!r} cannot be read: it must be in the format safetensors ({_last_line(e)}).") from e
+
+@contextlib.contextmanager
+def _at_most(n, count, says):
+    "Raise `ValueError` as soon as this thread's modules have more than `n` numbers in parameters, or more than `count` of these"
+    me,left = threading.get_ident(),[n,count]
+    def _spend(module, name, p):
+        if p is None or threading.get_ident()!=me: return
+        left[:] = left[0]-p.numel(),left[1]-1
+        if min(left)<0: raise ValueError(says)
+    handle = register_module_parameter_registration_hook(_spend)
+    try: yield
+    finally: handle.remove()
+
+@contextlib.contextmanager
+def _building(folder):
+    "Whatever timm says of arguments that are wrong is a `ValueError`"
+    try: yield
+    except Exception as e: raise ValueError(f"'embedder.json' in {str(folder)!r}: `model` must be what timm can build and what takes the images of `preprocess`: {_last_line(e)}") from e
 
 # %% ../nbs/api/32_deploy.ipynb #4dd7e66e
+def _build(about, header, device):
+    "The model of a description, as long as it does not grow beyond the weights"
+    spec,n = about['model'],sum(math.prod(o.shape) for o in header.values())
+    with torch.device(device), _at_most(2*n+2**20, 2*len(header)+1000, f"it has far more parameters than the {n:,} numbers in 'weights.safetensors'."):
+        res = Embedder(**{k:v for k,v in spec.items() if k!='model_kwargs'}, pretrained=False, **spec['model_kwargs'])
+    _probe(res, about['preprocess'])
+    return res
+
+def _check_fit(model, header, folder):
+    "Raise `ValueError` where a model's tensors are not those of `header`"
+    says,have = f"The weights in {str(folder)!r} do not fit the model that is described there",model.embedder_state()
+    if any((wrong := _misfits(have, header)).values()): raise ValueError(f"{says}: {_said(wrong)}.")
+    if bad := [k for k,v in have.items() if k in header and v.is_floating_point()!=header[k].is_float]: raise ValueError(f"{says}: {bad[0]} must be of {have[bad[0]].dtype}.")
+    if sum(o.numel() for o in model.buffers())>sum(math.prod(o.shape) for o in header.values())+2**26: raise ValueError(f"{says}: it needs far more memory than they do.")
+
+def _model(about, folder):
+    "The model of a description, which takes memory when a sketch of it without any fits the weights"
+    header = _header(folder, 'weights.safetensors')
+    with _building(folder):
+        try: model = _build(about, header, 'meta')
+        except RuntimeError: model = _build(about, header, 'cpu') # an older timm cannot sketch every model
+    _check_fit(model, header, folder)
+    if not next(model.parameters()).is_meta: return model
+    with _building(folder): return _build(about, header, 'cpu')
+
+# %% ../nbs/api/32_deploy.ipynb #0bbf1d58
+def _tensors(folder, name):
+    "The tensors in a file, all of which are finite"
+    try: res = load_file(folder/name)
+    except (SafetensorError,OSError,RuntimeError) as e: raise ValueError(f"{name!r} in {str(folder)!r} cannot be read: {_last_line(e)}") from e
+    _check_finite(res, f"{name!r} in {str(folder)!r}")
+    return res
+
+def _gallery(folder, emb_sz):
+    "Embeddings, labels and names of a gallery"
+    g,header = _json(folder, 'gallery.json', 'surrogateescape'),_header(folder, 'gallery.safetensors')
+    at = header.get('embs')
+    if len(header)!=1 or at is None or not at.is_float or len(at.shape)!=2 or at.shape[1]!=emb_sz or not at.shape[0]:
+        _refuse(folder, 'gallery.safetensors', 'embs', f'its only tensor, of floats in at least one row of {emb_sz} numbers', {k:tuple(o.shape) for k,o in header.items()})
+    for k in ('labels','items'):
+        got = g.get(k) if isinstance(g, dict) else g
+        if not isinstance(got, list) or len(got)!=at.shape[0] or not all(isinstance(o, str) for o in got):
+            _refuse(folder, 'gallery.json', k, f"a list of text, one for each of {at.shape[0]:,} rows in 'gallery.safetensors'", got)
+    return _tensors(folder, 'gallery.safetensors')['embs'],g['labels'],g['items']
+
+# %% ../nbs/api/32_deploy.ipynb #18268614
 def load_embedder(
     folder, # What `export_embedder` or `ImageEmbedder.save` wrote
     device='cpu', # Where the model shall be
@@ -276,13 +450,13 @@ def load_embedder(
     "Read an embedder; raises `FileNotFoundError` or `ValueError` where the folder is not one, whole and as it was written"
     folder = Path(folder)
     about = _about(folder)
-    model = _build(about['model'], folder)
-    try: model.load_state_dict(load_file(folder/'weights.safetensors'))
-    except (RuntimeError,SafetensorError,OSError) as e: raise ValueError(f"The weights in {str(folder)!r} do not fit the model that is described there: {str(e).splitlines()[-1].strip()}") from e
-    res = ImageEmbedder(model.to(device), Preprocess(**{'background':None, **about['preprocess']}), about.get('facts'))
-    if 'gallery.json' in about['sha256']:
-        g = json.loads((folder/'gallery.json').read_text(encoding='utf-8', errors='surrogateescape'))
-        res.add_embs(load_file(folder/'gallery.safetensors')['embs'], g['labels'], g['items'])
+    try: preprocess = Preprocess(**{'background':None, **about['preprocess']})
+    except (TypeError,ValueError) as e: raise ValueError(f"'embedder.json' in {str(folder)!r}: `preprocess` must be the arguments of `Preprocess`: {_last_line(e)}") from e
+    model = _model(about, folder)
+    try: model.load_state_dict(_tensors(folder, 'weights.safetensors'))
+    except RuntimeError as e: raise ValueError(f"The weights in {str(folder)!r} do not fit the model that is described there: {_last_line(e)}") from e
+    res = ImageEmbedder(model.to(device), preprocess, about.get('facts'))
+    if 'gallery.json' in about['sha256']: res.add_embs(*_gallery(folder, about['model']['emb_sz']))
     return res
 
 # %% ../nbs/api/32_deploy.ipynb #76b61575

@@ -9,11 +9,12 @@ __all__ = ['check_arch', 'timm_body', 'load_weights', 'GlobalPool', 'GeM', 'make
            'make_head', 'body_stages', 'Embedder', 'embedder_splitter', 'stage_splitter']
 
 # %% ../nbs/api/20_models.ipynb #e1ca4bf6
-import difflib, sys
+import difflib, sys, warnings
 import timm, torch, torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
 from pathlib import Path
+from safetensors.torch import load_file
 from types import SimpleNamespace
 from timm.layers import to_2tuple
 from timm.models import group_parameters
@@ -52,13 +53,19 @@ def timm_body(
 
 # %% ../nbs/api/20_models.ipynb #522246ca
 def _read_weights(fn):
-    "Dictionary of tensors in a file"
+    "Dictionary of tensors in a file; raises `ValueError` for a file of anything else"
     _weights_file(fn)
-    if fn.suffix=='.safetensors':
-        from safetensors.torch import load_file
-        return load_file(fn)
-    sd = torch.load(fn, map_location='cpu', weights_only=True)
-    return sd.get('model', sd.get('state_dict', sd)) if isinstance(sd, dict) else {}
+    safe = fn.suffix=='.safetensors'
+    try:
+        with warnings.catch_warnings(action='ignore'): sd = load_file(fn) if safe else torch.load(fn, map_location='cpu', weights_only=True)
+    except Exception as e: # what PyTorch says here is an advice to run what the file holds
+        want = 'a whole safetensors file' if safe else 'what `torch.save` wrote of a state dict, whole and with nothing but tensors in it'
+        raise ValueError(f"{str(fn)!r} is no file of weights: it must be {want} ({type(e).__name__}).") from None
+    if isinstance(sd, dict): sd = sd.get('model', sd.get('state_dict', sd))
+    if not isinstance(sd, dict): raise ValueError(f"{str(fn)!r} is no file of weights: it must hold a state dict, and holds a {type(sd).__name__}.")
+    if bad := [k for k,v in sd.items() if not (isinstance(k, str) and isinstance(v, Tensor))]:
+        raise ValueError(f"{str(fn)!r} is no file of weights: it must hold a tensor for each name, and {bad[0]!r} is a {type(sd[bad[0]]).__name__}.")
+    return sd
 
 # %% ../nbs/api/20_models.ipynb #1381ea3d
 def _misfits(have, sd):
@@ -66,6 +73,10 @@ def _misfits(have, sd):
     return dict(missing=[k for k in have if k not in sd and not k.endswith('num_batches_tracked')],
         unexpected=[k for k in sd if k not in have],
         misshapen=[f'{k} {tuple(sd[k].shape)} for {tuple(have[k].shape)}' for k in have if k in sd and sd[k].shape!=have[k].shape])
+
+def _said(wrong):
+    "What `_misfits` found, in words"
+    return '; '.join(f"{len(v)} {k} ({', '.join(v[:3])}{', ...' if len(v)>3 else ''})" for k,v in wrong.items() if v)
 
 # %% ../nbs/api/20_models.ipynb #ebb3eacc
 def _without_classifier(model, sd):
@@ -86,7 +97,7 @@ def load_weights(
     model:nn.Module, # Model to fill
     fn, # File of weights: `.safetensors`, or what `torch.save` wrote of a state dict
 )->nn.Module: # `model`
-    "Load the weights in `fn` into `model`; raises `ValueError` naming the keys that do not fit"
+    "Load the weights in `fn` into `model`; raises `ValueError` for a file of anything else, and naming the keys that do not fit"
     fn,have = Path(fn),model.state_dict()
     sd = _read_weights(fn)
     for o in (sd, _converted(model, sd)):
@@ -94,8 +105,7 @@ def load_weights(
         wrong = _misfits(have, fit)
         if not any(wrong.values()): break
     else:
-        said = '; '.join(f"{len(v)} {k} ({', '.join(v[:3])}{', ...' if len(v)>3 else ''})" for k,v in wrong.items() if v)
-        raise ValueError(f"The weights in {str(fn)!r} do not fit a {type(model).__name__}: {said}.")
+        raise ValueError(f"The weights in {str(fn)!r} do not fit a {type(model).__name__}: {_said(wrong)}.")
     model.load_state_dict(fit, strict=False)
     return model
 

@@ -245,8 +245,9 @@ def _topk_faiss(scores, k, vals, idxs):
 
 # %% ../nbs/api/30_retrieval.ipynb #1e8fdb8e
 def _as_scores(scores, v):
-    "What is ranked by as what is shown: the similarity, or minus the distance"
-    if scores.metric!='l2': return v*scores.scale
+    "What is ranked by as what is shown: the similarity, a cosine within [-1,1], or minus the distance"
+    if scores.metric=='cosine': return torch.where(v.isinf(), v, v.clamp(-1, 1)) # a rounded sum of squares can be above 1
+    if scores.metric=='dot': return v*scores.scale
     return -(scores.q.pow(2).sum(1, keepdim=True) - 2*v).clamp(min=0).sqrt()*scores.scale
 
 # %% ../nbs/api/30_retrieval.ipynb #81fda4b6

@@ -102,6 +102,9 @@ def test_gallery(embedder, photos, tmp_path):
     assert [o.score for o in hits]==pytest.approx((f@f[1]).sort(descending=True)[0].tolist(), abs=1e-5)
     assert [o[0].item for o in e.search(files[:2], k=1)]==[str(o) for o in files[:2]]
     with pytest.raises(ValueError, match='2 images, 1 labels and 2 names'): e.add(files[:2], ['x'])
+    with pytest.raises(ValueError, match='2 images, 2 labels and 1 names'): e.add(files[:2], 'x', items='ab')
+    assert len(e)==5 and all(o.score<=1 for f in files for o in e.search(f))
+    for o in ('tabby',['tabby'],Path('tabby')): assert ImageEmbedder(embedder.model, embedder.preprocess).add(files[0], 'cat', items=o).items==['tabby']
     with pytest.raises(ValueError, match='embeddings of 8 numbers, and not of 3'): e.add_embs(torch.zeros(1,3), ['x'], [''])
     assert ImageEmbedder(embedder.model, embedder.preprocess).add(L(files[:2]), L('x','y')).labels==['x','y']
     assert ImageEmbedder(embedder.model, embedder.preprocess).add(files[:2], np.int64(7)).labels==['7','7']
@@ -183,13 +186,13 @@ def test_folders_that_are_not_as_they_were_written(embedder, photos, tmp_path, m
     broken(edit(model='gone'), 'lacks model')
     broken(cut('weights.safetensors'), "'weights.safetensors' in .* was changed or cut off")
     broken(cut('gallery.json', 3), "'gallery.json' in .* was changed or cut off")
-    broken(lambda p: (p/'weights.safetensors').unlink(), "incomplete: there is no 'weights.safetensors'")
+    broken(lambda p: (p/'weights.safetensors').unlink(), "incomplete: there is no 'weights.safetensors'", FileNotFoundError)
     broken(edit(model=dict(emb_sz=9)), 'do not fit the model that is described there')
     broken(edit(model=dict(arch='resnet999')), "timm has no model 'resnet999'")
     broken(edit(model=dict(model_kwargs=dict(checkpoint_path='bomb.pth'))), "may not set: 'checkpoint_path'")
     broken(edit(model=dict(weights='bomb.pth')), "may not set: 'weights'")
-    broken(edit(sha256={'../x':'0'}), 'incomplete')
-    broken(swap, 'do not fit')
+    broken(edit(sha256={'../x':'0'*64}), '`sha256` must be .*in no other folder')
+    broken(swap, "'weights.safetensors' in .* cannot be read: it must be in the format safetensors")
     assert not (tmp_path/'exploded').exists()
 
 def test_onnx(embedder, tmp_path):

@@ -323,6 +323,21 @@ def test_copies_tie_at_every_place_of_a_block():
     for r in range(40):
         if at[r].any(): assert len(v[r][at[r]].unique())==1 and (i[r][at[r]].diff()>0).all()
 
+@pytest.mark.parametrize('backend', ['torch','faiss'])
+def test_a_cosine_is_at_most_1(backend):
+    "Also where rounding says otherwise; the order and the ties are those of what was computed, and `dot` stays as it is"
+    x = torch.from_numpy(rand(300, 96))
+    x[250:] = x[:50]
+    unit = x/x.norm(dim=1, keepdim=True)
+    assert (unit*unit).sum(1).max()>1
+    plain = neighbours(unit, unit, 300, 'dot', self_exclude=False, backend=backend)
+    assert plain[0].max()>1
+    for v,i in (neighbours(x, x, 300, self_exclude=False, backend=backend), neighbours(x, Gallery(x), 300, self_exclude=False, backend=backend)):
+        assert v.max()==1 and (v[:,0]>1-1e-6).all() and (v[:,1:]<=v[:,:-1]).all()
+        assert (i[:250,0]==torch.arange(250)).all() and (i[250:,0]==torch.arange(50)).all() and (i[:50,1]==torch.arange(250,300)).all()
+    v,_ = neighbours(x, -x, 300, self_exclude=False, backend=backend)
+    assert v.min()==-1 and neighbours(x[:2], x[:2], 1, ignore=([0,1],[0,0]), self_exclude=False, backend=backend)[0][0]==-torch.inf
+
 def test_exclusion_is_by_index():
     x = rand(20)
     assert (neighbours(x, x, self_exclude=False)[1][:,0]==torch.arange(20)).all()
