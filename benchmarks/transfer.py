@@ -5,7 +5,7 @@
 
 For each data set, body, loss and seed a row is written with the scores on test classes of the frozen features, of the head's start, and after `fit_head`,
 `fit_one_cycle` and `fit_transfer`, with the paired difference to the features and its 95 % interval over classes. Epochs, weights and regimes are
-chosen by `fit_transfer` on the classes of `train` and `val` alone. The plan of `fit_transfer` is found with seed 0 and used for all seeds of a loss.
+chosen by `fit_transfer` on the classes of `train` and `val` alone, and `fit_one_cycle` chooses nothing. The plan of `fit_transfer` is found with seed 0 and used for all seeds of a loss.
 Rows that are there are not made again; several processes may share the work (--shard 0/2, --shard 1/2)."""
 import argparse, json, time, warnings
 from pathlib import Path
@@ -93,7 +93,7 @@ def main():
 def table(rows):
     "Means over seeds, with how many intervals lie above and below 0"
     import pandas as pd
-    df = pd.DataFrame(rows)
+    df = pd.DataFrame({key(o):o for o in rows}.values())
     for k in metrics:
         df[f'gain of {k}'] = df.gain.map(lambda o: o[k][0])
         df[f'{k} above'],df[f'{k} below'] = df.gain.map(lambda o: o[k][1]>0),df.gain.map(lambda o: o[k][2]<0)
