@@ -79,6 +79,7 @@ class PlainTable(Callback):
         self.old_logger,self.learn.logger = self.learn.logger,self.write
         self.names = [str(o) for o in self.recorder.metric_names]
         self.widths,self.begun = [max(len(o), 6) for o in self.names],False
+        if hasattr(self.learn, 'head_start'): self.widths[0] = len('features') # the row above the first epoch
 
     def before_train(self): self.begin()
     def begin(self):

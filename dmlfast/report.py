@@ -140,7 +140,7 @@ def _decisions(learn):
     if o := t.get('head'): res['head alone'] = f"{o['epochs']} epochs on the features of the body as it was: map@r {o['before']:.4f} → {o['after']:.4f}, {'kept' if o['kept'] else 'not kept'}"
     if o := t.get('how_far'):
         res['how far the body may move'] = ', '.join(f'{k} {v:.4f}' for k,v in o.items())+' (map@r, trained on half of the training classes and measured on the other half)'
-    if 'regime' in t: res['chosen'] = f"{t['regime']}: {regimes_said[t['regime']]}" + ''.join(f', {k}={v}' for k,v in t['given'].items())
+    if 'regime' in t: res['chosen'] = f"{t['regime']}: {regime_said(t['regime'])}" + ''.join(f', {k}={v}' for k,v in t['given'].items())
     if between: res['between start and end'] = ', '.join(f'{a:g}: {v:.4f}' for a,v in between[0].items())+f'; kept: {between[1]:g}'
     return res
 
