@@ -26,7 +26,7 @@ def head_start_of(self:MetricLearner)->HeadStart:
     "The callback that knows the body as it came; raises `ValueError` where there is none"
     if (o := getattr(self, 'head_start', None)) is None:
         raise ValueError("This learner began with random weights, or with a model that was given as it is, so there are no features to compare with or to start from: train it with `fit_one_cycle`.")
-    if o.origin is None: raise ValueError("What this learner's body was before it was trained is not known here: a loaded learner does not hold it. Compare before `export`.")
+    o.check_known()
     return o
 
 @patch
@@ -136,6 +136,5 @@ def gain_of(
     "The gain of a result that is there already"
     metrics = [o for o in res.values if o.startswith('recall@') or o=='map@r'] or list(res.values)
     start,model = learn.head_start_of(),get_model(learn.model)
-    with as_it_came(model, start.origin) as moved: pass
-    what = 'Training' if moved else 'The start of the head' if start.head_is_start else 'The head'
+    what = 'Training' if has_moved(model, start.origin) else 'The start of the head' if start.head_is_start else 'The head'
     return Gain(res, learn.baseline(dl, metrics, **kwargs), model.emb_sz, model.n_features, what_to_try(learn), what)

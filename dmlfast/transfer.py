@@ -24,6 +24,7 @@ from .data import *
 from .data import _labels
 from .evaluate import *
 from .features import *
+from .features import _rows
 from .gain import *
 from .learner import *
 from .ranking import *
@@ -150,7 +151,7 @@ def _with_vocab(t, vocab, n):
 
 def _of_items(ds, idxs, split_idx, vocab, n):
     "Some items of a data set, with classes numbered in another order"
-    items = ds.items.iloc[idxs] if hasattr(ds.items, 'iloc') else [ds.items[i] for i in idxs]
+    items = _rows(ds.items, idxs)
     def _one(tl):
         res = tl._new(items, split_idx=split_idx)
         res.tfms = copy(tl.tfms)
