@@ -115,12 +115,20 @@ def plain_table(
     return learn.remove_cb(ProgressCallback).add_cb(PlainTable()) if hasattr(learn, 'progress') else learn
 
 # %% ../nbs/api/50_learner.ipynb #1227a3f2
+def _left_out(model, opt):
+    "Weights that need a gradient and that no group of `opt` has, by name; but for a body's, or a foreign model's own, which are left out to be frozen"
+    known = {p for o in opt.param_lists for p in o} | {*(model.body.parameters() if hasattr(model, 'body') else ())}
+    return {n:p for n,p in model.named_parameters() if p.requires_grad and p not in known and (hasattr(model, 'body') or n.startswith('loss_func.'))}
+
 class MetricLearner(Learner):
     "A `Learner` whose model makes embeddings and holds the weights of its loss"
     body_share = 1. # Rate of the body as a multiple of the head's where one is given
     between = None # What `Interpolate` saw and kept in the last fit
     def create_opt(self):
         super().create_opt()
+        if new := _left_out(get_model(self.model), self.opt):
+            warnings.warn(f"The groups of the splitter leave out {', '.join(new)}: the last group trains {'it' if len(new)==1 else 'them'} too. What is not to be trained has `requires_grad=False`.")
+            join_last_group(self, new.values())
         multiply_lr(self.opt, lr_mults(self.model))
 
     def add_cb(self, cb):

@@ -585,3 +585,26 @@ def test_recipe_is_exported(make_learner, tmp_path):
         warnings.simplefilter('ignore')
         other = load_learner(tmp_path/'export.pkl')
     assert other.recipe.data==recipes['dr_triplet'].data and not any(m.training for m in other.model.train().body.modules() if isinstance(m, nn.BatchNorm2d))
+
+@pytest.mark.parametrize('opt', [Adam, partial(OptimWrapper, opt=torch.optim.SGD)])
+def test_what_a_splitter_leaves_out_is_trained(make_learner, opt, recwarn):
+    "Proxies and the exponent of a pooling, which no group has, but not a body that is left out"
+    warnings.simplefilter('always')
+    def heads(m): return [list(m.head.parameters())]
+    def both(m): return [list(m.body.parameters()), *heads(m)]
+    for splitter in (heads, both):
+        learn = make_learner(ProxyNCALoss(), splitter=splitter, pool='gem', opt_func=opt)
+        before = {k:p.detach().clone() for k,p in learn.model.named_parameters()}
+        recwarn.clear()
+        learn.fit(1, 1e-2)
+        said = [str(o.message) for o in recwarn if 'leave out' in str(o.message)]
+        assert len(said)==1 and 'leave out pool.log_p, loss_func.proxies: the last group trains them too' in said[0]
+        moved = {k for k,p in learn.model.named_parameters() if not torch.equal(p, before[k])}
+        assert len(learn.opt.param_lists[-1])==4 and {'head.weight','loss_func.proxies'}<=moved and any(k.startswith('body.') for k in moved)==(splitter is both)
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 8), nn.Linear(8, 4)) # of a foreign model the loss is what its owner cannot see
+    learn = make_learner(ProxyNCALoss(), arch=net, emb_sz=4, splitter=lambda m: [list(m.model[3].parameters())], opt_func=opt)
+    learn.create_opt()
+    assert [len(o) for o in learn.opt.param_lists]==[3]
+    recwarn.clear()
+    make_learner(ProxyNCALoss(), pool='gem', frozen_stages=2, opt_func=opt, cbs=SelfSupervisedRanking(n=2, m=4)).create_opt()
+    assert not [o for o in recwarn if 'leave out' in str(o.message)]
