@@ -131,6 +131,8 @@ class MetricLearner(Learner):
             join_last_group(self, new.values())
         multiply_lr(self.opt, lr_mults(self.model))
 
+    def added_cbs(self, cbs): return super().added_cbs(L(cbs).map(instantiate)) # of a class fastai takes away all that there are
+
     def add_cb(self, cb):
         if isinstance(cb, type): cb = cb()
         if hasattr(cb, 'attach'): cb.attach(self)
@@ -138,8 +140,9 @@ class MetricLearner(Learner):
 
     @delegates(Learner.fit)
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
-        self.check_cbs(L(self.cbs) + L(cbs))
-        self.start_head(bool(n_epoch) and not any(isinstance(o, LRFinder) for o in L(cbs)))
+        cbs = L(cbs).map(instantiate) # fastai takes classes, too
+        self.check_cbs(L(self.cbs) + cbs)
+        self.start_head(bool(n_epoch) and not any(isinstance(o, LRFinder) for o in cbs))
         old,self.fitted,self.between = self.metrics,False,None
         try: super().fit(n_epoch, self.group_rates(lr), wd, cbs, **kwargs)
         except BaseException: # callbacks that were cut off could take neither their columns away nor themselves up again
@@ -263,7 +266,11 @@ def check_cbs(self:MetricLearner,
     cbs, # All callbacks of a fit
 ):
     "Raise `ValueError` for a callback that cannot work, and show TensorBoard's projector where the embeddings are"
-    columns = dict.fromkeys(['train_loss','valid_loss',*L(self.metrics).attrgot('name')], 1) | {c.name:getattr(o, 'every', 1) for o in cbs for c in getattr(o, 'columns', ())}
+    columns = dict.fromkeys(['train_loss','valid_loss',*L(self.metrics).attrgot('name')], 1)
+    for o in cbs:
+        for c in getattr(o, 'columns', ()):
+            if c.name in columns: raise ValueError(f"There are two columns {c.name!r}, one of them of a {type(o).__name__}: `learn.remove_cb({type(o).__name__})` takes such callbacks away.")
+            columns[c.name] = getattr(o, 'every', 1)
     for o in cbs:
         if hasattr(o, 'check_fit'): o.check_fit(self)
         if isinstance(o, TrackerCallback): self.check_tracker(o, columns)
@@ -320,9 +327,20 @@ def _metric_loss(loss):
     "`loss` as a `MetricLoss`: one of them, several, or a callable from elsewhere"
     if loss is None: return DRTripletLoss()
     if isinstance(loss, type): raise ValueError(f"`loss_func` is a loss, such as {loss.__name__}(), and not its class.")
-    if isinstance(loss, (list,tuple)): return CombinedLoss(loss)
+    if isinstance(loss, (list,tuple)): loss = CombinedLoss(loss)
     if not callable(loss): raise ValueError(f"`loss_func` is a loss, such as DRTripletLoss(); got {loss!r}.")
-    return loss if isinstance(loss, MetricLoss) else OtherLoss(loss)
+    loss = loss if isinstance(loss, MetricLoss) else OtherLoss(loss)
+    for o in loss.modules():
+        if isinstance(o, OtherLoss): _check_other(o.loss)
+    return loss
+
+def _check_other(loss):
+    "Raise `ValueError` for a loss of scores or values: it would take the numbers of an embedding for them"
+    f = getattr(loss, 'func', loss) # what fastai's `BaseLoss` or a `partial` calls
+    made = getattr(f if inspect.isroutine(f) else getattr(type(f), 'forward', f), '__module__', None) or ''
+    if not made.startswith(('torch.nn.','fastai.losses','timm.loss')): return
+    raise ValueError(f"{getattr(f, '__name__', type(f).__name__)} is no loss of embeddings: it compares a score for each class, or values, with a target. "
+        "`ProxyNCALoss()` is the cross entropy of embeddings, with a learned proxy for each class, and `DRTripletLoss()` compares them with each other.")
 
 # %% ../nbs/api/50_learner.ipynb #f40118e1
 def _n_classes(dls):
@@ -513,7 +531,7 @@ def metric_learner(
     as_given = _copy(loss_func)
     model.loss_func = loss_func.setup(_n_classes(dls), getattr(model, 'emb_sz', emb_sz or r.emb_sz or 128))
     names,mets = L(metrics).map(str) if metrics and all(isinstance(o, str) for o in L(metrics)) else None,L(metrics)
-    cbs = L(cbs)
+    cbs = L(cbs).map(instantiate)
     cbs = cbs + [o for o in (make() for make in r.cbs) if not any(isinstance(c, type(o)) for c in cbs)]
     mine = any(isinstance(o, RetrievalMetrics) for o in cbs)
     if mine and names: raise ValueError(f"Names of metrics are given twice, as `metrics` and in `RetrievalMetrics`: {', '.join(names)} belong to the latter.")

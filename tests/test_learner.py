@@ -3,6 +3,9 @@ import numpy as np, pytest, torch
 from fastai.vision.all import *
 from dmlfast.all import *
 
+@pytest.fixture(scope='module')
+def few_dls(few): return few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0)
+
 class Centres(MetricLoss):
     "Squared distance to a learned centre of each training class, and no value for unseen classes"
     lr_mult,seen_only = 100.,True
@@ -608,3 +611,23 @@ def test_what_a_splitter_leaves_out_is_trained(make_learner, opt, recwarn):
     recwarn.clear()
     make_learner(ProxyNCALoss(), pool='gem', frozen_stages=2, opt_func=opt, cbs=SelfSupervisedRanking(n=2, m=4)).create_opt()
     assert not [o for o in recwarn if 'leave out' in str(o.message)]
+
+@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), FocalLossFlat(), MSELossFlat(), LabelSmoothingCrossEntropy(), nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(), F.cross_entropy, partial(F.mse_loss, reduction='sum'), CombinedLoss([TripletLoss(),nn.CrossEntropyLoss()])])
+def test_a_loss_of_scores_is_refused(few_dls, loss):
+    with pytest.raises(ValueError, match='no loss of embeddings.*`ProxyNCALoss'): metric_learner(few_dls, 'test_resnet', loss, pretrained=False)
+
+def test_callbacks_as_classes(make_learner):
+    "As instances are: checked before the fit, and only what was added is taken away again"
+    learn = make_learner(ProxyNCALoss(), cbs=[RetrievalMetrics,TrainingDoctor])
+    assert len(learn.cbs.filter(risinstance(RetrievalMetrics)))==1
+    for cb,said in ((SaveModelCallback, "monitors 'valid_loss', which ProxyNCALoss does not have"), (MixUp, 'MixUp mixes images'), (RetrievalMetrics, "There are two columns 'recall@1'")):
+        for o in (cb, [cb]):
+            with pytest.raises(ValueError, match=said): learn.fit(1, cbs=o)
+    seen = []
+    class Seen(Callback):
+        def after_validate(self): seen.append(self)
+    learn.add_cb(Seen)
+    learn.fit(1, 1e-3, cbs=Seen)
+    assert list(learn.recorder.metric_names).count('recall@1')==1 and len(set(map(id, seen)))==2 and len(learn.cbs.filter(risinstance(Seen)))==1
+    learn.validate(cbs=Seen)
+    assert len(learn.cbs.filter(risinstance(Seen)))==1
