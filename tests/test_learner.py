@@ -631,3 +631,17 @@ def test_callbacks_as_classes(make_learner):
     assert list(learn.recorder.metric_names).count('recall@1')==1 and len(set(map(id, seen)))==2 and len(learn.cbs.filter(risinstance(Seen)))==1
     learn.validate(cbs=Seen)
     assert len(learn.cbs.filter(risinstance(Seen)))==1
+
+def test_names_of_metrics_are_checked_before_images_are_seen(make_learner, few, monkeypatch):
+    for kw,said in ((dict(metrics=['recal@1']), "'recal@1' is not a metric, and the nearest name is 'recall@1'"), (dict(metrics=['pr_curve']), "'pr_curve' is a curve"), (dict(every=0), '`every` is a number of epochs, 1 or more; got 0'),
+                    (dict(every=2.5), 'got 2.5'), (dict(ks=(0,)), 'ks must be')):
+        with pytest.raises(ValueError, match=said): RetrievalMetrics(**kw)
+    assert RetrievalMetrics(['recall','mrr'], ks=(1,10)).names==['recall@1','recall@10','mrr'] and RetrievalMetrics().names==['recall@1','recall@2','recall@4','recall@8','map@r']
+    assert not {'pr_curve','recall'} & {*RetrievalMetrics('all').names}
+    with pytest.raises(ValueError, match='recal@1'): make_learner(metrics='recal@1')
+    drawn = MetricDataset(few.df, few.path, size=None, flip=False, random_gallery=2).dataloaders(bs=32, per_class=4, num_workers=0)
+    learn = metric_learner(drawn, 'test_resnet', metrics=['recall@1','nmi'], pretrained=False)
+    monkeypatch.setattr(learn.model, 'forward', lambda *x: pytest.fail('images were seen'))
+    with pytest.raises(ValueError, match='nmi have no gallery, and here it is drawn'): learn.fit(1)
+    for f in (learn.evaluate, learn.gain):
+        with pytest.raises(ValueError, match='recal@1'): f(metrics=['recal@1'])
