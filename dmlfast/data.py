@@ -16,9 +16,16 @@ from fastcore.all import *
 from fastai.data.all import *
 
 # %% ../nbs/api/10_data.ipynb #422206d2
+def _has_hash(o):
+    try: return hash(o) is not None
+    except TypeError: return False
+
 def _sorted(labels):
-    "Distinct `labels` in order, also when they are of several types"
-    labels = set(labels)
+    "Distinct `labels` in order, also when they are of several types; raises `ValueError` for what cannot be told apart, as lists, or is only itself, as tensors"
+    labels = list(labels)
+    try: labels,bad = set(labels),next((o for o in labels if isinstance(o, Tensor)), None)
+    except TypeError: bad = next(o for o in labels if not _has_hash(o))
+    if bad is not None: raise ValueError(f"A label names one class, as a text, a number, a tuple or a member of an `Enum` does; {str(bad)[:60]} is of the type {type(bad).__name__}.")
     try: return sorted(labels)
     except TypeError: return sorted(labels, key=str)
 
@@ -52,7 +59,7 @@ def split_mixed(
 
 # %% ../nbs/api/10_data.ipynb #6fbd7d55
 def ClassSplitter(
-    label_func, # Function from an item to its label; a column name where the items are a `DataFrame`
+    label_func, # Function from an item to its label, as `get_y`; the name of a column where the items are a `DataFrame`, which is faster
     valid_pct:float=0.5, # Share of the classes for validation, between 0 and 1
     n_valid:int=None, # Number of classes for validation, instead of a share
     valid=None, # The validation classes: their labels, or a function from a label to `bool`
@@ -61,7 +68,7 @@ def ClassSplitter(
     "Split items into training and validation items that have no class in common"
     def _inner(items):
         if isinstance(items, pd.DataFrame):
-            labels = list(items[label_func]) if isinstance(label_func, str) else [label_func(o) for o in items.itertuples(index=False)]
+            labels = [label_func(items.iloc[i]) for i in range(len(items))] if callable(label_func) else list(items[label_func]) # rows as fastai's getters have them
         else: labels = [label_func(o) for o in items]
         if none := [i for i,o in enumerate(labels) if pd.isna(o) is True]: raise ValueError(f"{len(none)} of {len(labels)} items have no label; the first is item {none[0]}.")
         classes = _sorted(labels)
@@ -99,6 +106,7 @@ class ClassCategorize(Categorize):
             self.vocab,self.n_train_classes = CategoryMap(seen+other, sort=False),len(seen)
         self.c = len(self.vocab)
 
+    def __call__(self, o, **kwargs): return self.encodes(o) # a tuple is one label, and not one for each of its parts
     def encodes(self, o):
         if o not in self.vocab.o2i: raise KeyError(f"Label {o!r} is in none of the splits, which hold {self.c} classes")
         return TensorCategory(self.vocab.o2i[o])

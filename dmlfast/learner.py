@@ -344,6 +344,15 @@ def _check_other(loss):
         "`ProxyNCALoss()` is the cross entropy of embeddings, with a learned proxy for each class, and `DRTripletLoss()` compares them with each other.")
 
 # %% ../nbs/api/50_learner.ipynb #f40118e1
+def _check_target(dls):
+    "Raise `ValueError` where items have more than one target, or one that is no class"
+    ds = dls.train.dataset
+    if not (ys := getattr(ds, 'tls', ())[getattr(ds, 'n_inp', 1):]) or not len(ds): return
+    y = ys[0][0]
+    if len(ys)==1 and (isinstance(y, (int,np.integer)) or isinstance(y, Tensor) and y.ndim==0 and not y.is_floating_point()): return
+    raise ValueError("A loss of embeddings takes the class of each image, as `ClassBlock` makes it of a label, and the items of these data loaders have "
+        + (f"{len(ys)} targets: leave out all but one." if len(ys)>1 else f"a {type(y).__name__}{f' of {y.dtype}, of shape {tuple(y.shape)},' if isinstance(y, Tensor) else ''} as their target."))
+
 def _n_classes(dls):
     "Number of training classes"
     if (n := getattr(dls, 'n_train_classes', None)) is not None: return n
@@ -520,6 +529,7 @@ def metric_learner(
     "A `Learner` that trains embeddings of `dls` with a timm backbone and a metric-learning loss"
     _check_names(kwargs)
     if not isinstance(dls, DataLoaders): raise ValueError(f"A learner takes data loaders, such as `ds.dataloaders()`; got a {type(dls).__name__}.")
+    _check_target(dls)
     r = recipe if isinstance(recipe, Recipe) else recipes[recipe] if recipe else Recipe()
     loss_func = _metric_loss(r.loss() if loss_func is None else loss_func)
     if old := [o for o in _with_weights(loss_func) if o in _used]:

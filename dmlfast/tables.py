@@ -93,11 +93,12 @@ def check(self:MetricDataset,
     "Raise `ValueError` where the table is not one of a retrieval data set, and warn of classes with one image"
     self._check_columns()
     df = self.df
+    _sorted(df.label) # raises for labels that cannot be told apart
     for c in ('path','label'): df[c] = pd.Series(df[c].map(os.path.normpath if c=='path' else _printable), dtype=object)
     if unknown := _sorted(set(df.split)-set(_splits)): raise ValueError(f"Unknown split {_some(unknown)}; the splits are {_some(_splits)}.")
     if len(twice := df.path[df.path.duplicated()]): raise ValueError(f"{len(twice)} images are in the table twice: {_some(twice)}.")
-    n_splits = df.groupby('label').split.nunique()
-    if len(both := n_splits[n_splits>1]): raise ValueError(f"{len(both)} classes are in two splits: {_some(both.index)}.")
+    n_splits = df.groupby('label', sort=False).split.nunique()
+    if len(both := n_splits[n_splits>1].index): raise ValueError(f"{len(both)} classes are in two splits: {_some(_sorted(both))}.")
     self._check_roles()
     if files and (gone := [o for o in df.path if not os.path.exists(os.path.join(self.path, o))]):
         raise ValueError(f"{self.name}: {len(gone)} of {len(df)} images are not in {str(self.path)!r}: {_some(gone)}.")

@@ -645,3 +645,9 @@ def test_names_of_metrics_are_checked_before_images_are_seen(make_learner, few, 
     with pytest.raises(ValueError, match='nmi have no gallery, and here it is drawn'): learn.fit(1)
     for f in (learn.evaluate, learn.gain):
         with pytest.raises(ValueError, match='recal@1'): f(metrics=['recal@1'])
+
+@pytest.mark.parametrize('block,get_y,said', [(MultiCategoryBlock, lambda o: ['x',o.parent.name], r'a TensorMultiCategory of torch.float32, of shape \(\d+,\),'), ([ClassBlock,ClassBlock], [parent_label]*2, '2 targets'),
+    (RegressionBlock, lambda o: 1.5, 'a Tensor of torch.float32'), (TransformBlock, parent_label, 'a str as their target')])
+def test_a_target_is_one_class(few, block, get_y, said):
+    block = DataBlock(blocks=[ImageBlock,*L(block)], n_inp=1, get_y=get_y, splitter=ClassSplitter(parent_label))
+    with pytest.raises(ValueError, match=f'takes the class of each image.*{said}'): metric_learner(block.dataloaders(few.items(), bs=8, num_workers=0), 'test_resnet', pretrained=False)
