@@ -279,7 +279,8 @@ class Embedder(nn.Module):
     )->Tensor: # `(n,n_features)`
         "Pooled features of images, before the head"
         if x.ndim==2: return x
-        x = self.body.forward_features(x)
+        try: x = self.body.forward_features(x)
+        except AssertionError as e: raise ValueError(f"{self.arch!r} cannot take images of {x.shape[-2]}×{x.shape[-1]} pixels ({str(e).rstrip('.')}): {self._what_size(x)}.") from None
         if isinstance(x, Tensor) and x.ndim==4:
             return self.pool(x.permute(0,3,1,2) if getattr(self.body, 'output_fmt', 'NCHW')=='NHWC' else x)
         return self.body.forward_head(x, pre_logits=True) if self.own_pool else self.pool_tokens(x)
@@ -289,6 +290,14 @@ class Embedder(nn.Module):
         return F.normalize(x.float(), dim=-1) if self.normalize else x
 
 # %% ../nbs/api/20_models.ipynb #722d6410
+@patch
+def _what_size(self:Embedder, x):
+    "Which size images must have instead of that of `x`, and what to say to timm for it"
+    patches = getattr(self.body, 'patch_embed', None)
+    if not (p := to_2tuple(getattr(patches, 'patch_size', None))[0]): return f"make them {self.cfg['input_size'][-1]} pixels to a side"
+    n = max(1, round(x.shape[-1]/p))*p
+    return f"make them {n} pixels to a side, a multiple of its patches of {p}" + (f", and pass `model_kwargs=dict(img_size={n})`" if getattr(patches, 'strict_img_size', True) else '')
+
 @patch
 def pool_tokens(self:Embedder,
     x:Tensor, # Tokens, `(n,t,c)`

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 import numpy as np, pandas as pd
 from copy import copy
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from fastcore.all import *
 from fastai.data.all import *
@@ -80,7 +81,7 @@ class MetricDataset:
 
     def __len__(self): return len(self.df)
     def __repr__(self): return f'{self.name}: {len(self):,} images of {self.df.label.nunique():,} classes\n{self.summary().to_string()}'
-    def _repr_html_(self): return f'<p>{self.name}: {len(self):,} images of {self.df.label.nunique():,} classes</p>{self.summary().to_html()}'
+    def _repr_html_(self): return f'<p>{escape(self.name)}: {len(self):,} images of {self.df.label.nunique():,} classes</p>{self.summary().to_html()}'
 
     @cached_property
     def _row_of(self): return {o:i for i,o in enumerate(self.items())}

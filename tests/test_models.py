@@ -127,6 +127,12 @@ def test_unnormalised_and_identity():
     m = Embedder('test_resnet', pretrained=False, normalize=False, head='identity').eval()
     assert m.emb_sz==m.n_features and torch.equal(m(x), m.features(x))
 
+@pytest.mark.parametrize('arch,kwargs,size,said', [('test_vit', {}, 24, r'24×24 pixels .*: make them 32 pixels to a side, a multiple of its patches of 16\.$'), ('test_vit', dict(dynamic_img_size=False), 24, 'patches of 16, and pass `model_kwargs=dict\\(img_size=32\\)`'),
+    ('mixer_s32_224', {}, 24, 'make them 224 pixels to a side')])
+def test_sizes_that_patches_do_not_fit(arch, kwargs, size, said):
+    with pytest.raises(ValueError, match=f'{arch!r} cannot take images of {said if "×" in said else ".*"+said}'): Embedder(arch, 8, pretrained=False, **kwargs)(torch.zeros(2,3,size,size))
+    if 'vit' in arch: assert Embedder(arch, 8, pretrained=False, img_size=32, **kwargs)(torch.rand(2,3,32,32)).shape==(2,8) # as it says
+
 def test_wrong_names_are_named():
     def make(**kwargs): return Embedder('test_resnet', pretrained=False, **kwargs)
     for kwargs,said in ((dict(pool='gen'), "'avgmax' or 'gem'; got 'gen'"), (dict(head='bn'), "'bnneck' and 'identity'; got 'bn'"), (dict(init='he'), "'orthogonal', 'kaiming' or 'random'; got 'he'"),

@@ -467,6 +467,8 @@ def test_macro_and_per_class():
     v = r.values['map']
     np.testing.assert_allclose(r.macro('map'), (v[:6].mean()+v[6:].mean())/2)
     assert r.per_class('map')=={3:pytest.approx(v[:6].mean()), 5:pytest.approx(v[6:].mean())}
+    with pytest.raises(KeyError, match="'mrr' was not measured: there are map"): r.per_class('mrr')
+    with pytest.raises(ValueError, match="'nmi' is a score of the clusters of the whole set"): evaluate_retrieval(rand(8), y, metrics=['map','nmi']).per_class('nmi')
 
 def test_difference_is_paired():
     x,y = noisy()
