@@ -132,7 +132,11 @@ class MetricLearner(Learner):
             join_last_group(self, new.values())
         multiply_lr(self.opt, lr_mults(self.model))
 
-    def added_cbs(self, cbs): return super().added_cbs(L(cbs).map(instantiate)) # of a class fastai takes away all that there are
+    def added_cbs(self,
+        cbs, # Callbacks, or their classes
+    ):
+        "As any learner; of a class only what was added is taken away again, and not all that there are"
+        return super().added_cbs(L(cbs).map(instantiate))
 
     def add_cb(self, cb):
         if isinstance(cb, type): cb = cb()
