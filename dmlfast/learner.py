@@ -347,8 +347,8 @@ def _normalize(dls, cfg, trained=True):
 @patch
 def _lacks(self:MetricLearner, dl):
     "The normalisation that `dl` lacks and the learner's own loaders have; raises `ValueError` where it has that of another model"
+    if any(hasattr(o, 'features') for o in (dl,self.dls.train)): return # no images, as while a head is fitted
     need,has = _norm_of(self.dls.train),_norm_of(dl)
-    if hasattr(dl, 'features'): return
     if has is None: return need
     if hasattr(has, 'of_model') and (need is None or not _same(has, need)):
         raise ValueError("These data loaders normalise images for another model than this learner's: make new ones for it.")
