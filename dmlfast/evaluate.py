@@ -22,7 +22,7 @@ def protocol_of(
     dl, # Loader whose items are scored
 )->dict: # Arguments of `evaluate_protocol`, none if `dls` were not made of a data set
     "How the data set behind `dls` has the items of `dl` scored"
-    source,items = getattr(dls, 'source', None),getattr(getattr(dl, 'dataset', None), 'items', None)
+    source,items = getattr(dl, 'source', None) or getattr(dls, 'source', None),getattr(getattr(dl, 'dataset', None), 'items', None)
     if source is None or items is None or dl.shuffle or dl.drop_last: return {} # items in another order than the table's cannot be told apart
     return source.protocol(items)
 

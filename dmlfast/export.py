@@ -16,6 +16,7 @@ from fastai.vision.augment import *
 from .data import *
 from .deploy import *
 from .learner import *
+from .models import *
 
 # %% ../nbs/api/52_export.ipynb #b1ddfbe6
 def _steps_of(t):
@@ -67,12 +68,13 @@ def export_embedder(self:MetricLearner,
 )->ImageEmbedder: # What `load_embedder(folder)` gives
     "Write weights, preprocessing and gallery, without the training; raises `ValueError` for what cannot be described"
     check_folder(folder, overwrite)
-    if not hasattr(self.model, 'spec'): raise ValueError(f"Only the models that `metric_learner` makes by name can be built again elsewhere, and this one was given as it is.")
+    model = unwrapped(self.model)
+    if not hasattr(model, 'spec'): raise ValueError(f"Only the models that `metric_learner` makes by name can be built again elsewhere, and this one was given as it is.")
     self.start_head()
-    res = ImageEmbedder(self.model, preprocess_of(self.dls), _facts(self))
+    res = ImageEmbedder(model, preprocess_of(self.dls), _facts(self))
     if gallery is not None:
         dl = self.split_dl(gallery)
         embs,ys = self.embed(dl)
         if ys is None: raise ValueError("The items of the gallery have no labels, so a search could not say what it found.")
-        res.add_embs(embs, [self.dls.vocab[int(o)] for o in ys], _short_names(ifnone(items_of(dl), [None]*len(embs)), self.dls.path))
+        res.add_embs(embs, [self.vocab_of(dl)[int(o)] for o in ys], _short_names(ifnone(items_of(dl), [None]*len(embs)), self.dls.path))
     return load_embedder(res.save(folder, overwrite=overwrite))

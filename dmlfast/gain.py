@@ -10,11 +10,11 @@ __all__ = ['what_to_try', 'Gain', 'gain_of']
 # %% ../nbs/api/53_gain.ipynb #a008b61b
 import torch
 from fastcore.all import *
-from fastai.torch_core import get_model
 from torch.nn.modules.batchnorm import _BatchNorm
 from .baseline import *
 from .evaluate import *
 from .learner import *
+from .models import *
 from .results import *
 from .retrieval import *
 from .retrieval import _metric_names
@@ -50,7 +50,7 @@ def what_to_try(
     learn:MetricLearner, # A learner with a trained body
 )->str: # A sentence
     "Why training may have ended below its features, most likely cause first"
-    model,start = get_model(learn.model),getattr(learn, 'head_start', None)
+    model,start = unwrapped(learn.model),getattr(learn, 'head_start', None)
     if any(isinstance(o, _BatchNorm) for o in model.body.modules()) and not model.freeze_bn:
         return "Keep the body's batch norm as it was trained: `freeze_bn=True`."
     if start is not None and not start.said and not isinstance(model.head, torch.nn.Identity):
@@ -137,6 +137,6 @@ def gain_of(
 )->Gain:
     "The gain of a result that is there already"
     metrics = [o for o in res.values if o.startswith('recall@') or o=='map@r'] or list(res.values)
-    start,model = learn.head_start_of(),get_model(learn.model)
+    start,model = learn.head_start_of(),unwrapped(learn.model)
     what = 'Training' if has_moved(model, start.origin) else 'The start of the head' if start.head_is_start else 'The head'
     return Gain(res, learn.baseline(dl, metrics, **kwargs), model.emb_sz, model.n_features, what_to_try(learn), what)

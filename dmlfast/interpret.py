@@ -161,7 +161,7 @@ def from_learner(cls:RetrievalInterpretation,
     embs,ys = learn.embed(dl)
     if ys is None: raise ValueError("These items have no labels, so their neighbours are neither right nor wrong.")
     items = items_of(dl)
-    return cls(embs, ys, None if items is None else [item_name(o) for o in items], getattr(learn.dls, 'vocab', None), lambda i: dl.dataset[i][0], learn.loss_func, **protocol_of(learn.dls, dl))
+    return cls(embs, ys, None if items is None else [item_name(o) for o in items], learn.vocab_of(dl), lambda i: dl.dataset[i][0], learn.loss_func, **protocol_of(learn.dls, dl))
 
 # %% ../nbs/api/60_interpret.ipynb #75d8e6b1
 @patch

@@ -125,6 +125,15 @@ class MetricLearner(Learner):
     "A `Learner` whose model makes embeddings and holds the weights of its loss"
     body_share = 1. # Rate of the body as a multiple of the head's where one is given
     between = None # What `Interpolate` saw and kept in the last fit
+    @property
+    def dls(self):
+        "The data loaders; others that take their place get the same normalisation"
+        return self._dls
+    @dls.setter
+    def dls(self, dls):
+        if '_dls' in self.__dict__ and (norm := self._lacks(dls.train)): dls.add_tfms([norm], 'after_batch')
+        self._dls = dls
+
     def create_opt(self):
         super().create_opt()
         if new := _left_out(get_model(self.model), self.opt):
@@ -171,15 +180,9 @@ class MetricLearner(Learner):
         fname='export.pkl', # File to write, in the learner's folder
         **kwargs # Passed to `Learner.export`
     ):
-        "As any learner, with the table of its data set, so that splits keep their names"
+        "As any learner, its head started"
         self.start_head()
-        self._source = getattr(self.dls, 'source', None)
-        try: super().export(fname, **kwargs)
-        finally: del self._source
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        if (source := self.__dict__.pop('_source', None)) is not None: self.dls.source = source
+        super().export(fname, **kwargs)
 
 # %% ../nbs/api/50_learner.ipynb #cd636288
 @patch
@@ -365,18 +368,38 @@ def _n_classes(dls):
     return len(vocab or ())
 
 # %% ../nbs/api/50_learner.ipynb #fb8beb46
+def _norm_of(dl):
+    "How a loader normalises images, if it does"
+    return next((o for o in getattr(getattr(dl, 'after_batch', None), 'fs', ()) if isinstance(o, Normalize)), None)
+
+def _same(a, b): return all(torch.allclose(x.flatten().cpu(), y.flatten().cpu()) for x,y in ((a.mean,b.mean), (a.std,b.std)))
+
 def _normalize(dls, cfg, trained=True):
     "Give `dls` the statistics that the model was trained with, unless it normalises already; raises `ValueError` where it has those of another model, and this one was trained"
-    has = dls.after_batch.fs.filter(risinstance(Normalize))
-    if has and not hasattr(has[0], 'of_model'): return # the user's own
-    stats = cfg['mean'],cfg['std']
-    if not has:
-        if dls.one_batch()[0].shape[1]!=len(stats[0]): return
-        norm = Normalize.from_stats(*stats)
-        norm.of_model = stats
-        dls.add_tfms([norm], 'after_batch')
-    elif trained and not np.allclose(has[0].of_model, stats):
+    has,norm = _norm_of(dls.train),Normalize.from_stats(cfg['mean'], cfg['std'])
+    norm.of_model = True # and not the user's own
+    if has is None:
+        if dls.one_batch()[0].shape[1]==len(cfg['mean']): dls.add_tfms([norm], 'after_batch')
+    elif trained and hasattr(has, 'of_model') and not _same(has, norm):
         raise ValueError("These data loaders normalise images for the first model that they were given to, and this one has other statistics: make data loaders of its own for it, or pass `normalize=False`.")
+
+# %% ../nbs/api/50_learner.ipynb #6856c089
+@patch
+def _lacks(self:MetricLearner, dl):
+    "The normalisation that `dl` lacks and the learner's own loaders have; raises `ValueError` where it has that of another model"
+    if any(hasattr(o, 'features') for o in (dl,self.dls.train)): return # no images, as while a head is fitted
+    need,has = _norm_of(self.dls.train),_norm_of(dl)
+    if has is None: return need
+    if hasattr(has, 'of_model') and (need is None or not _same(has, need)):
+        raise ValueError("These data loaders normalise images for another model than this learner's: make new ones for it.")
+
+@patch
+def admit(self:MetricLearner,
+    dl, # Loader, of the learner's own data loaders or of others
+): # The same, or one that normalises images as the learner's own do
+    "The one door through which a learner takes a loader; raises `ValueError` where its images are normalised for another model"
+    norm = self._lacks(dl)
+    return dl if norm is None else dl.new(after_batch=[*dl.after_batch.fs, norm])
 
 # %% ../nbs/api/50_learner.ipynb #bd38217c
 @dataclass(frozen=True)
@@ -547,6 +570,7 @@ def metric_learner(
     model.loss_func = loss_func.setup(_n_classes(dls), getattr(model, 'emb_sz', emb_sz or r.emb_sz or 128))
     names,mets = L(metrics).map(str) if metrics and all(isinstance(o, str) for o in L(metrics)) else None,L(metrics)
     cbs = L(cbs).map(instantiate)
+    if not any(isinstance(o, SetEpoch) for o in cbs): cbs = cbs + SetEpoch()
     cbs = cbs + [o for o in (make() for make in r.cbs) if not any(isinstance(c, type(o)) for c in cbs)]
     mine = any(isinstance(o, RetrievalMetrics) for o in cbs)
     if mine and names: raise ValueError(f"Names of metrics are given twice, as `metrics` and in `RetrievalMetrics`: {', '.join(names)} belong to the latter.")
@@ -621,7 +645,7 @@ def split_dl(self:MetricLearner,
         items = source.items(dl)
         if not items: raise ValueError(f"{source.name} has no split {dl!r}; its splits are {', '.join(source.summary().index)}.")
         return self.dls.test_dl(items, with_labels=True)
-    return dl.new(shuffle=False, drop_last=False) if dl.shuffle or dl.drop_last else dl
+    return as_measured(self.admit(dl))
 
 # %% ../nbs/api/50_learner.ipynb #af3abd59
 @patch
@@ -650,15 +674,15 @@ class TensorEmbedding(TensorCategory):
 
 @patch
 def _named(self:MetricLearner, ds_idx, dl):
-    "The loader of the split that `ds_idx` or `dl` names; `dl` where they name none"
+    "The loader that `ds_idx` or `dl` names; `dl` where it is one"
     name = ds_idx if dl is None else dl
-    return self.split_dl(name) if isinstance(name, str) else dl
+    if isinstance(name, str): return self.split_dl(name)
+    return self.split_dl(self.dls[ds_idx]) if dl is None else self.admit(dl)
 
 @patch
 def _one_of(self:MetricLearner, ds_idx, dl):
     "The loader that is meant, with each item once"
-    dl = self._named(ds_idx, dl)
-    return self.split_dl(self.dls[ds_idx] if dl is None else dl)
+    return self.split_dl(self._named(ds_idx, dl))
 
 @patch
 @delegates(Learner.get_preds)
@@ -710,13 +734,20 @@ def plot_top_losses(x:TensorImage, y:TensorCategory, samples, outs, raws:TensorE
 _galleries = weakref.WeakKeyDictionary() # not on the learner, whose export would carry it along
 
 @patch
+def vocab_of(self:MetricLearner,
+    dl, # Loader, of the learner's own data loaders or of others
+): # None where classes have no names
+    "Names of classes, as a loader numbers them"
+    return ifnone(getattr(dl, 'vocab', None), getattr(self.dls, 'vocab', None))
+
+@patch
 def _gallery(self:MetricLearner, gallery):
-    "Loader of the items of `gallery`, their embeddings and class ids"
+    "The items of `gallery`, their embeddings and labels"
     key = self.dls,gallery,tuple(o.double().sum().item() for o in self.model.state_dict().values())
     if _galleries.get(self, [None])[0]!=key:
-        dl = self.dls.test_dl(self.dls.train.items, with_labels=True) if gallery is None else self.split_dl(gallery)
+        dl = self.split_dl(self.dls.train if gallery is None else gallery)
         embs,ys = self.embed(dl)
-        _galleries[self] = key,dl,Gallery(embs),ys
+        _galleries[self] = key,ifnone(items_of(dl), [None]*len(embs)),Gallery(embs),None if ys is None else [self.vocab_of(dl)[int(o)] for o in ys]
     return _galleries[self][1:]
 
 @patch
@@ -729,11 +760,10 @@ def predict(self:MetricLearner,
     if isinstance(item, str): item = Path(item)
     emb = self.embed(self.dls.test_dl([self._as_opened(item)], num_workers=0), bar=False)[0]
     if gallery is None and not len(self.dls.train.items): return emb[0],[] # an exported learner has no items
-    dl,embs,ys = self._gallery(gallery)
-    if ys is None: raise ValueError("The items of the gallery have no labels, so a search could not say what it found.")
+    items,embs,labels = self._gallery(gallery)
+    if labels is None: raise ValueError("The items of the gallery have no labels, so a search could not say what it found.")
     scores,idx = neighbours(emb, embs, k=min(k, len(embs)))
-    items = ifnone(items_of(dl), [None]*len(embs))
-    return emb[0],[Hit(str(self.dls.vocab[int(ys[j])]), item_name(items[j]), s) for s,j in zip(scores[0].tolist(), idx[0].tolist())]
+    return emb[0],[Hit(str(labels[j]), item_name(items[j]), s) for s,j in zip(scores[0].tolist(), idx[0].tolist())]
 
 @patch
 def _as_opened(self:MetricLearner, item):
@@ -752,10 +782,14 @@ def item_name(
 
 def items_of(
     dl, # A loader
-): # Its items, such as paths; None where there are none, or rows of a table
+): # Its items, such as paths, and for rows of a table what is opened; None where there are none
     "What a loader's data set was made from, without opening it"
     items = getattr(dl, 'items', None)
-    return None if items is None or callable(items) or hasattr(items, 'columns') else list(items)
+    if items is None or callable(items): return None
+    if not hasattr(items, 'columns'): return list(items)
+    tl = dl.dataset.tls[0]
+    at = next((i for i,t in enumerate(tl.types) if isinstance(t, type) and issubclass(t, Image.Image)), 1) # what comes before it is the path
+    return [compose(*tl.tfms.fs[:at-1])(items.iloc[i]) for i in range(len(items))]
 
 # %% ../nbs/api/50_learner.ipynb #832c379f
 @patch
@@ -775,5 +809,6 @@ def show_results(self:MetricLearner,
     (qs,gal,own),ids = query_gallery(proto.get('role'), len(embs)),proto.get('ignore')
     qs = (qs[torch.randperm(len(qs))] if shuffle else qs)[:max_n]
     scores,nn = neighbours(embs[qs], embs[gal], k=min(k, len(gal)-int((own[qs]>=0).any())), self_exclude=own[qs], ignore=None if ids is None else (ids[qs],ids[gal]))
-    labels = L(self.dls.vocab[int(o)] for o in ys)
+    vocab = self.vocab_of(dl)
+    labels = L(vocab[int(o)] for o in ys)
     return show_neighbours(lambda i: dl.dataset[i][0], qs, gal[nn], labels, scores=scores, **kwargs)

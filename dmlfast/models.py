@@ -6,7 +6,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/models.html.md"""
 
 # %% auto #0
 __all__ = ['check_arch', 'timm_body', 'load_weights', 'GlobalPool', 'GeM', 'make_pool', 'init_head', 'mlp_head', 'bnneck_head',
-           'make_head', 'body_stages', 'Embedder', 'embedder_splitter', 'stage_splitter']
+           'make_head', 'body_stages', 'Embedder', 'unwrapped', 'embedder_splitter', 'stage_splitter']
 
 # %% ../nbs/api/20_models.ipynb #e1ca4bf6
 import difflib, sys, warnings
@@ -375,11 +375,22 @@ def embedder_state(self:Embedder)->dict: # Weights and buffers by name
     "The weights that make embeddings, without those of a loss or a callback"
     return {k:v for k,v in self.state_dict().items() if k.split('.')[0] in ('body','pool','head')}
 
+# %% ../nbs/api/20_models.ipynb #e99184b2
+def unwrapped(
+    model:nn.Module, # A model, or what wraps one
+)->nn.Module: # The model itself
+    "The model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`"
+    while (inner := getattr(model, '_orig_mod', None) or (model.module if isinstance(model, _parallel) else None)) is not None: model = inner
+    return model
+
+_parallel = nn.DataParallel,nn.parallel.DistributedDataParallel
+
 # %% ../nbs/api/20_models.ipynb #45629ff1
 def embedder_splitter(
     model:nn.Module, # An `Embedder`, with or without a loss in it
 )->list: # Two lists of parameters
     "Parameters of the body, and all others, for discriminative learning rates and freezing"
+    model = unwrapped(model)
     frozen = {id(p) for p in (model.frozen_params() if hasattr(model, 'frozen_params') else ())}
     body = set(map(id, model.body.parameters()))
     return [[p for p in model.body.parameters() if id(p) not in frozen],
@@ -390,6 +401,7 @@ def stage_splitter(
     model:nn.Module, # An `Embedder`, with or without a loss in it
 )->list: # A list of parameters for each stage that is trained, and one for all others
     "Parameters of each stage of the body, and all others, for rates that rise from stage to stage"
+    model = unwrapped(model)
     frozen = set(model.frozen)
     stages = [[model.body.get_parameter(o) for o in names if o not in frozen] for names in body_stages(model.body)]
     return [o for o in stages if o] + [embedder_splitter(model)[1]]

@@ -17,8 +17,9 @@ from fastcore.all import *
 from fastai.callback.core import Callback
 from fastai.data.transforms import Normalize
 from fastai.learner import *
-from fastai.torch_core import get_model, no_random, norm_bias_params
+from fastai.torch_core import no_random, norm_bias_params
 from .geometry import full_precision
+from .models import *
 
 # %% ../nbs/api/40_ranking.ipynb #7f84d74c
 def _quads(
@@ -329,7 +330,7 @@ def attach(self:SelfSupervisedRanking,
     learn:Learner, # The learner to which the callback is being added
 ):
     "Give the model its ranking head; raises `ValueError` for a model without pooled features, or with a head of other widths"
-    model = get_model(learn.model)
+    model = unwrapped(learn.model)
     if not (callable(getattr(model, 'features', None)) and isinstance(getattr(model, 'n_features', None), int)):
         raise ValueError(f"Self-supervised ranking shares the backbone's pooled features: the model needs a method `features(x)` that gives them, "
             "(n,n_features), and an attribute `n_features`, as `Embedder` has.")
@@ -367,7 +368,7 @@ def before_train(self:SelfSupervisedRanking):
     "Start the series anew in a new fit, and say so if there is nothing to train"
     if self.fresh: self.ssr_losses,self.metric_losses,self.epoch_start,self.fresh = [],[],0,False
     if self.per=='epoch': self.toss()
-    body = getattr(get_model(self.learn.model), 'body', None)
+    body = getattr(unwrapped(self.learn.model), 'body', None)
     if self.p==0 or body is None: return
     norms = set(map(id, norm_bias_params(body, False)))
     if not any(o.requires_grad for o in body.parameters() if id(o) not in norms):
@@ -395,7 +396,7 @@ def ranking(self:SelfSupervisedRanking,
     x:Tensor, # Images of a batch, `(b,c,h,w)`
 )->Tensor: # Scalar
     "The ranking loss of some images of a batch"
-    x,model = _check_images(x),get_model(self.learn.model)
+    x,model = _check_images(x),unwrapped(self.learn.model)
     if len(x)<self.m: self.say_once('small', f"The batch has {len(x)} images, fewer than m={self.m}: self-supervised ranking uses all of them.")
     pick = torch.randperm(len(x), generator=self.rng)[:self.m].to(x.device)
     views = self.views(x[pick], *self.stats())
@@ -412,7 +413,7 @@ def after_loss(self:SelfSupervisedRanking):
         loss = self.ranking(self.learn.xb[0])
         self.learn.loss_grad = self.learn.loss_grad+self.gamma*loss
         self.ssr_losses[-1] = loss.item()
-    elif (model := get_model(self.learn.model)) is not self.learn.model: # replicas wait for a gradient of every weight
+    elif (model := unwrapped(self.learn.model)) is not self.learn.model: # replicas wait for a gradient of every weight
         self.learn.loss_grad = self.learn.loss_grad+0*sum(o.sum() for o in model.ranking_head.parameters())
 
 # %% ../nbs/api/40_ranking.ipynb #26127e2b

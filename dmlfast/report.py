@@ -16,13 +16,13 @@ from PIL import Image
 from jinja2 import Environment, StrictUndefined
 from fastcore.all import *
 from fastai.callback.core import Callback
-from fastai.torch_core import get_model
 from . import __version__
 from .data import _labels
 from .doctor import *
 from .gain import *
 from .interpret import *
 from .learner import *
+from .models import *
 from .show import _axes, _blue, _grey, _orange
 from .tables import MetricDataset
 from .transfer import *

@@ -364,7 +364,7 @@ def dataloaders(self:MetricDataset,
     items = L(self.path/o for o in self.df.path[seen | held])
     if bs is None: bs = _batch_size(self.df.label[seen].nunique(), per_class)
     dls = block.dataloaders(items, path=self.path, bs=bs, per_class=per_class, seed=seed, num_workers=num_workers, device=device, dl_type=BalancedDL)
-    dls.source = self
+    for o in dls.loaders: o.source = self
     return dls
 
 # %% ../nbs/api/11_tables.ipynb #593486e7

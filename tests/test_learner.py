@@ -467,13 +467,13 @@ def test_multiples_of_copies_and_of_an_optimiser_that_is_used_again(make_learner
     assert np.isclose(q.item(), -.1*100)
 
 def test_a_table_as_items(few, tmp_path):
-    "What is found has no name where the items are rows"
+    "What is found is called by its path, also where the items are rows"
     df = few.df.assign(path=[str(few.path/o) for o in few.df.path])
     block = DataBlock(blocks=(ImageBlock, ClassBlock), get_x=ColReader('path'), get_y=ColReader('label'), splitter=ClassSplitter('label'))
     learn = metric_learner(block.dataloaders(df, bs=32, dl_type=BalancedDL, num_workers=0), 'test_resnet', pretrained=False, path=tmp_path)
     hits = learn.predict(df.iloc[0], k=2)[1]
-    assert [o.item for o in hits]==['',''] and hits[0].label in set(df.label)
-    assert set(learn.export_embedder(tmp_path/'e', gallery=learn.dls.valid).items)=={''}
+    assert {Path(o.item).name for o in hits} <= {Path(o).name for o in df.path} and [o.label for o in hits]==[Path(o.item).parent.name for o in hits]
+    assert set(learn.export_embedder(tmp_path/'e', gallery=learn.dls.valid).items)=={str(Path(o).relative_to(few.path)) for o in learn.dls.valid_ds.items.path}
 
 def test_predict_knows_new_loaders(make_learner, few):
     learn = make_learner()
