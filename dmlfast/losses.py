@@ -31,7 +31,7 @@ def check_batch(
     if labels.shape!=embs.shape[:1]: raise ValueError(f'labels must be ({len(embs)},), one for each embedding, not {tuple(labels.shape)}')
     if labels.is_floating_point() or labels.dtype==torch.bool: raise ValueError(f'labels must be integers, not {labels.dtype}')
     if embs.dtype not in (torch.float32,torch.float64): embs = embs.float()
-    if not embs.detach().sum().isfinite(): # a sum may also overflow
+    if not math.isfinite(embs.detach().sum().item()): # a sum may also overflow
         bad = (~embs.isfinite()).any(1).nonzero()[:,0].tolist()
         if bad: raise ValueError(f'{len(bad)} of {len(embs)} embeddings are not finite, in rows {bad[:10]}{"..." if len(bad)>10 else ""}')
     return embs,labels.to(embs.device, torch.int64)
@@ -351,7 +351,7 @@ def known_labels(
     n_classes:int, # How many classes it has weights for
 )->tuple[Tensor,Tensor|None]: # Labels, 0 where unknown; which ones are unknown, None if none
     "In training, refuse labels that the loss has no weights for; in evaluation, mark them"
-    lo,hi = labels.aminmax() if len(labels) else (0,0)
+    lo,hi = (o.item() for o in labels.aminmax()) if len(labels) else (0,0)
     if lo>=0 and hi<n_classes: return labels,None
     bad = (labels<0)|(labels>=n_classes)
     if loss.training: raise ValueError(f'{type(loss).__name__} was made for {n_classes} classes, 0 to {n_classes-1}, '
@@ -429,12 +429,13 @@ class NPairLoss(MetricLoss):
 
     def compute(self, embs, labels):
         a,p = first_pairs(labels)
-        logits = embs[a]@embs[p].T
+        wide = embs.to(wide_dtype(embs)) # differences of the few products are what counts
+        logits = wide[a]@wide[p].T
         if self.gamma:
             d2 = sqdist(embs)
             c = dir_cos(d2[a,p][:,None], d2[a][:,p], d2[p][:,p]).fill_diagonal_(0)
-            logits = logits-self.gamma*c.to(logits.dtype)
-        terms = F.cross_entropy(logits, torch.arange(len(a), device=a.device), reduction='none')
+            logits = logits-self.gamma*c
+        terms = F.cross_entropy(logits, torch.arange(len(a), device=a.device), reduction='none').to(embs.dtype)
         norms = self.l2*embs.pow(2).sum(1)
         if self.reduction=='none': return norms.index_add(0, a, terms)
         return terms.sum()/max(len(a), 1) + norms.sum()/max(len(norms), 1)
@@ -454,8 +455,8 @@ def _log1p_softmax(x, mask, dim=1):
     "Masked logarithm of one plus a sum of exponentials, and the softmax which is its gradient; overwrites `x`"
     top = (x*mask).amax(dim, keepdim=True).clamp_(min=0)
     e = x.sub_(top).clamp_(-80, 0).exp_().mul_(mask) # exp is slow where it underflows
-    total = e.sum(dim, keepdim=True).add_(top.neg().exp_())
-    return total.log().add_(top).squeeze(dim),e.div_(total)
+    more = e.sum(dim, keepdim=True).add_(top.neg().expm1_()) # the total without the 1, which would swallow a small one
+    return more.log1p().add_(top).squeeze(dim),e.div_(more+1)
 
 # %% ../nbs/api/02_losses.ipynb #8b83a4a1
 class _Log1pSumExp(torch.autograd.Function):

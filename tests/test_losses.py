@@ -378,6 +378,44 @@ def test_gradients_of_tight_classes(name, spread):
         loss.proxies.data = torch.stack([f[y==c].mean(0) for c in range(16)])
         assert grad_error(loss, f, y)<1e-4
 
+PROXY = dict(nca=ProxyNCALoss, excluded=partial(ProxyNCALoss, include_positive=False), plain=partial(ProxyNCALoss, squared=False),
+    free=partial(ProxyNCALoss, normalize_proxies=False), anchor=ProxyAnchorLoss)
+
+def proxy_batch(where, gap, n=64, c=16, d=32):
+    "Unit embeddings and proxies: one embedding `gap` from another class's proxy, pairs of proxies `gap` apart, or all of them within `gap`"
+    g = torch.Generator().manual_seed(0)
+    noise = lambda *shape: gap*torch.randn(*shape, generator=g, dtype=f64)/d**.5
+    p,y = normalize(torch.randn(c, d, generator=g, dtype=f64), dim=1),torch.arange(n)%c
+    f = p[y]+torch.randn(n, d, generator=g, dtype=f64)/(2*d**.5)
+    if where=='one': f[0] = p[1]+noise(d)
+    if where=='pairs': p[1::2] = normalize(p[::2]+noise(c//2, d), dim=1)
+    if where=='all': p = normalize(p[:1]+noise(c, d), dim=1)
+    if where in ('pairs','all','own'): f = p[y]+noise(n, d)
+    return normalize(f, dim=1).float(),y,p.float()
+
+@pytest.mark.parametrize('gap', [.3,.1,1e-2,1e-3,1e-4])
+@pytest.mark.parametrize('where', ['one','pairs','all','own'])
+@pytest.mark.parametrize('gamma', [0.,.3])
+@pytest.mark.parametrize('name', PROXY)
+def test_near_proxies(name, gamma, where, gap):
+    "Value and both gradients of float32 are those of float64 on the same numbers"
+    f,y,p = proxy_batch(where, gap)
+    res = []
+    for dtype in (torch.float32,f64):
+        loss = PROXY[name](16, 32, gamma=gamma).to(dtype)
+        with torch.no_grad(): loss.proxies.copy_(p)
+        res.append([o.double() for o in (*value_grad(loss, f.to(dtype), y),loss.proxies.grad)])
+    for got,want in zip(*res): assert (got-want).norm()<=1e-4*want.norm()
+
+def test_on_another_proxy():
+    "Distance, cosine and their gradients are 0 where an embedding coincides with a proxy, its own or another"
+    p = torch.randn(6, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    f = normalize(p.detach(), dim=1).requires_grad_()
+    for y in (torch.arange(6), torch.arange(6).roll(1)):
+        d2,c = proxy_cos(f, y, *proxy_norms(p, True))
+        assert (d2.diagonal()==0).all() and (c.diagonal()==0).all() and (d2>1).sum()==30
+        for o in torch.autograd.grad((d2.diagonal()+c.diagonal()).sum()*1e8, (f,p)): assert (o==0).all()
+
 @pytest.mark.parametrize('name', ALL)
 @pytest.mark.parametrize('dtype', [torch.float16,torch.bfloat16])
 def test_half_precision(name, dtype):
