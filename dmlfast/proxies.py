@@ -20,6 +20,7 @@ from .losses import _gammas
 class ProxyLoss(MetricLoss):
     "A loss with a learned proxy for each class"
     seen_only = True
+    ranges = dict(n_classes='count', emb_sz='count')
     def __init__(self,
         n_classes:int=None, # Number of training classes; see `setup`
         emb_sz:int=None, # Length of an embedding; see `setup`
@@ -76,7 +77,7 @@ def proxy_norms(
     "What `proxy_dots` needs to deal with normalised proxies"
     one = proxies.new_ones(())
     if not normalize: return proxies,one,proxies.pow(2).sum(1)
-    return proxies,1/torch.linalg.vector_norm(proxies, dim=1).clamp(min=1e-12),one
+    return proxies,1/F.threshold(torch.linalg.vector_norm(proxies, dim=1), 1e-12, 1e-12),one
 
 # %% ../nbs/api/03_proxies.ipynb #0f1abaec
 def proxy_dots(
@@ -140,6 +141,7 @@ def proxy_cos(
 class ProxyNCALoss(ProxyLoss):
     "Softmax over the distances to all proxies"
     space = dict(scale=(3.,30.,'log'), lr_mult=(10.,1000.,'log'))
+    ranges = dict(scale='positive')
     def __init__(self,
         n_classes:int=None, # Number of training classes; see `setup`
         emb_sz:int=None, # Length of an embedding; see `setup`
@@ -169,7 +171,9 @@ class ProxyNCALoss(ProxyLoss):
         sq:Tensor, # Squared norms of the proxies with that factor, `(c,)` or scalar
     )->Tensor: # `(n,c)`
         "Minus the scaled distances, up to a number per row"
-        if self.squared and not self.gamma: return torch.add(-self.scale*sq, proxy_sims(embs, labels, proxies, inv, sq), alpha=2*self.scale)
+        if self.squared and not self.gamma:
+            s = proxy_sims(embs, labels, proxies, inv, sq)
+            return s*(2*self.scale) if inv.ndim else torch.sub(s, sq, alpha=.5)*(2*self.scale) # `sq` is 1 for all if they are normalised
         d,c = proxy_cos(embs, labels, proxies, inv, sq)
         if not self.squared: d = safe_sqrt(d)
         return -self.scale*torch.add(d, c, alpha=self.gamma)
@@ -198,6 +202,7 @@ class ProxyAnchorLoss(ProxyLoss):
     "Each proxy pulls its class and pushes the others, the hardest most"
     reductions = 'mean','none'
     space = dict(margin=(0.,.4), alpha=(8.,64.,'log'), lr_mult=(10.,1000.,'log'))
+    ranges = dict(margin='finite', alpha='positive')
     def __init__(self,
         n_classes:int=None, # Number of training classes; see `setup`
         emb_sz:int=None, # Length of an embedding; see `setup`
