@@ -22,7 +22,7 @@ from .mining import *
 # %% ../nbs/api/02_losses.ipynb #5b368fec
 class MetricLoss(CheckedArgs, nn.Module):
     "A loss of embeddings and labels"
-    ranges = dict(gamma='finite', lr_mult='from 0')
+    ranges = dict(gamma='finite', lr_mult='from 0') # What its arguments may be
     lr_mult = 1. # Multiplier of the learning rate for the loss's own weights
     normalize_embs = True # Does it want unit rows?
     seen_only = False # Has it weights for each training class, and so no value on any other?

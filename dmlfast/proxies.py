@@ -89,9 +89,9 @@ def proxy_dots(
     return (x@proxies.T)*inv
 
 # %% ../nbs/api/03_proxies.ipynb #22389693
-def _near_another(s, norms, labels):
-    "Is a proxy of another class so near, by these similarities, that the squared distance `norms-2*s` cancels?"
-    return s.dtype!=wide_dtype(s) and torch.sub(norms, s, alpha=256/127).scatter_(1, labels[:,None], 1).amin().item()<0
+def _near_another(s, norms, labels, share):
+    "With these similarities, is the squared distance to another class's proxy, `norms-2*s`, less than this share of `norms`?"
+    return s.dtype!=wide_dtype(s) and torch.sub(norms, s, alpha=2/(1-share)).scatter_(1, labels[:,None], 1).amin().item()<0
 
 def _widen(embs, labels, proxies, inv):
     "The arguments of `proxy_sims` in `wide_dtype`"
@@ -108,7 +108,7 @@ def proxy_sims(
 )->Tensor: # `(n,c)`, in `wide_dtype` if an embedding is near the proxy of another class
     "Similarities with all proxies, precise where they hardly differ"
     s = proxy_dots(embs, proxies, inv)
-    with torch.no_grad(): near = _near_another(s, embs.pow(2).sum(1, keepdim=True)+sq, labels)
+    with torch.no_grad(): near = _near_another(s, embs.pow(2).sum(1, keepdim=True)+sq, labels, 2**-11)
     return proxy_sims(*_widen(embs, labels, proxies, inv)) if near else s
 
 # %% ../nbs/api/03_proxies.ipynb #7caed473
@@ -130,7 +130,7 @@ def proxy_cos(
     vv,vf,ff = (o.sum(1, keepdim=True) for o in (v*v,v*embs,embs*embs))
     norms = ff+sq
     s = a.index_select(0, which)-w
-    if _near_another(s.detach(), norms.detach(), labels): return proxy_cos(*_widen(embs, labels, proxies, inv), eps)
+    if _near_another(s.detach(), norms.detach(), labels, 2**-7): return proxy_cos(*_widen(embs, labels, proxies, inv), eps)
     d2 = torch.sub(norms, s, alpha=2)
     d2 = d2*(d2.detach()>norms.detach()*eps**2)
     vv = vv*(vv.detach()>ff.detach()*eps**2)

@@ -397,7 +397,7 @@ def proxy_batch(where, gap, n=64, c=16, d=32):
     if where in ('pairs','all','own'): f = p[y]+noise(n, d)
     return normalize(f, dim=1).float(),y,p.float()
 
-@pytest.mark.parametrize('gap', [.3,.1,1e-2,1e-3,1e-4])
+@pytest.mark.parametrize('gap', [.3,.1,.065,.035,1e-2,1e-3,1e-4])
 @pytest.mark.parametrize('where', ['one','pairs','all','own'])
 @pytest.mark.parametrize('gamma', [0.,.3])
 @pytest.mark.parametrize('name', PROXY)
