@@ -163,8 +163,8 @@ class BalancedSampler:
 @patch
 def check(self:BalancedSampler):
     "Raise `ValueError` where no such batch can be made"
-    if self.per_class<1 or self.bs%self.per_class:
-        raise ValueError(f"`bs` must be a multiple of `per_class`; got bs={self.bs} and per_class={self.per_class}.")
+    if self.per_class<1 or self.bs<1 or self.bs%self.per_class:
+        raise ValueError(f"`bs` must be a multiple of `per_class`, and both at least 1; got bs={self.bs} and per_class={self.per_class}.")
     if self.n==0: raise ValueError("There is nothing to make batches of: the split has no items.")
     if self.n_classes==1: raise ValueError(f"All {self.n} items are of one class: a metric needs at least two to tell apart.")
     if self.n_classes<self.p:

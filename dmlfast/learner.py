@@ -677,7 +677,7 @@ def _named(self:MetricLearner, ds_idx, dl):
     "The loader that `ds_idx` or `dl` names; `dl` where it is one"
     name = ds_idx if dl is None else dl
     if isinstance(name, str): return self.split_dl(name)
-    return self.split_dl(self.dls[ds_idx]) if dl is None else self.admit(dl)
+    return self.split_dl(self.dls[ds_idx]) if dl is None else self.admit(dl) if isinstance(dl, DataLoader) else dl # batches that are ready
 
 @patch
 def _one_of(self:MetricLearner, ds_idx, dl):

@@ -205,7 +205,7 @@ class RankingLoss(nn.Module):
         with full_precision(z):
             z = F.normalize(z if z.dtype==torch.float64 else z.float(), dim=-1)
             sim = (z[:,1:]@z[:,0,:,None])[...,0]
-            return (self.soft(sim.diff(dim=1)+self.alpha)+self.lam*self.soft(self.beta-sim)).mean()
+            return (self.soft(sim.diff(dim=1)+self.alpha)+self.lam*self.soft(self.beta-sim)).sum()/max(len(z), 1)
 
     def soft(self,
         x, # Numbers, `(m,n)`

@@ -49,7 +49,8 @@ def _dls(labels, **kwargs):
     return dblock.dataloaders(L(range(len(labels))), dl_type=BalancedDL, num_workers=0, **kwargs)
 
 def test_faults_come_before_the_first_batch():
-    for kwargs,said in [(dict(bs=6, per_class=4), 'bs=6 and per_class=4'), (dict(bs=64, per_class=4), 'needs 16 classes and there are 3: take bs=12')]:
+    for kwargs,said in [*((dict(bs=b, per_class=k), f'both at least 1; got bs={b} and per_class={k}') for b,k in ((6,4), (0,4), (-4,4), (4,0), (-4,-4))),
+                        (dict(bs=64, per_class=4), 'needs 16 classes and there are 3: take bs=12')]:
         with pytest.raises(ValueError, match=said): _dls([0,0,0,0,1,1,1,1,2,2,2,2,3], **kwargs)
     with pytest.raises(ValueError, match='All 4 items are of one class'): _dls([0,0,0,0,1,1], bs=4, per_class=4)
     with pytest.raises(ValueError, match='pass them as `labels`'): BalancedDL(list(range(8)), bs=4, per_class=2, shuffle=True)
