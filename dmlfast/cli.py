@@ -587,17 +587,18 @@ def _as_json(space): return space and {k:['range',*o] if isinstance(o, tuple) el
 def _after_trial(settings, out, n):
     "Function that says what came of a trial, and keeps the best settings"
     from dmlfast.runs import absolute_paths, save_settings
-    from dmlfast.tune import best_settings
+    from dmlfast.tune import _done, best_settings
     def _say(study, trial):
         score = '-' if trial.value is None else f'{trial.value:.4f}'
-        print(f"trial {trial.number+1} of {n}: {trial.state.name.lower()}, {score}   " + ', '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k,v in trial.params.items()))
+        k = sum(o.datetime_complete<=trial.datetime_complete for o in _done(study)) # numbers of trials have gaps where processes died
+        print(f"trial {k} of {n}: {trial.state.name.lower()}, {score}   " + ', '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k,v in trial.params.items()))
         if any(o.state.name=='COMPLETE' for o in study.trials): save_settings(absolute_paths(best_settings(settings, study)), Path(out)/'best.toml')
     return _say
 
 def _study_results(study):
     "What a search found, as plain numbers and strings"
-    done = [o for o in study.trials if o.state.name in ('COMPLETE','PRUNED')]
-    trials = [dict(number=o.number, state=o.state.name, score=o.value if o.state.name=='COMPLETE' else None, params=o.params) for o in done]
+    from dmlfast.tune import _done
+    trials = [dict(number=i, state=o.state.name, score=o.value if o.state.name=='COMPLETE' else None, params=o.params) for i,o in enumerate(_done(study))]
     return dict(best=study.best_params, score=study.best_value, trials=trials)
 
 @command

@@ -9,7 +9,7 @@ __all__ = ['distributions', 'suggest', 'TrialScore', 'make_study', 'tune', 'plot
            'transfers', 'run_space', 'default_params', 'check_space', 'tune_settings', 'n_folds', 'best_settings']
 
 # %% ../nbs/api/70_tune.ipynb #9f6fbacf
-import json, math, warnings
+import json, math, time, warnings
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from pathlib import Path
@@ -27,7 +27,7 @@ from .show import _blue, _orange
 def _optuna():
     try: import optuna
     except ImportError: raise ImportError('Tuning needs Optuna: pip install "dmlfast[tune]".') from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR) # what fails is raised, and said once
     return optuna
 
 def _sampler(seed):
@@ -113,6 +113,12 @@ def _objective(trial, build, folds, space, n_epoch, metric, fit):
 # %% ../nbs/api/70_tune.ipynb #00adbd13
 def _url(storage): return str(storage) if '://' in str(storage) else f'sqlite:///{Path(storage)}'
 
+def _one_writer(storage):
+    "Lock SQLite from the first statement of a transaction on: it knows no SELECT ... FOR UPDATE, so that two processes could take the same trial"
+    from sqlalchemy import event
+    event.listen(storage.engine, 'begin', lambda o: o.exec_driver_sql('BEGIN IMMEDIATE'))
+    return storage
+
 def _storage(storage):
     "A database that notices when the process of a trial has died, and has the trial done again"
     if storage is None: return None
@@ -122,9 +128,12 @@ def _storage(storage):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
         retry = optuna.storages.RetryFailedTrialCallback(max_retry=1)
-        try: return optuna.storages.RDBStorage(url, engine_kwargs=wait, heartbeat_interval=60, failed_trial_callback=retry)
+        try: res = optuna.storages.RDBStorage(url, engine_kwargs=wait, heartbeat_interval=15, grace_period=60, failed_trial_callback=retry)
         except ImportError: raise
-        except Exception as e: raise ValueError(f"The storage {str(storage)!r} cannot be opened: {str(e).splitlines()[0]}") from e
+        except Exception as e:
+            if any(o in str(e) for o in ('already exists','UNIQUE')): return _storage(storage) # another process is making its tables
+            raise ValueError(f"The storage {str(storage)!r} cannot be opened: {str(e).splitlines()[0]}") from e
+    return _one_writer(res) if wait else res
 
 def make_study(
     storage=None, # File for SQLite, or a database URL; in memory if not given
@@ -151,8 +160,39 @@ def _same_search(study, about):
 
 def _done(study):
     "Trials that came to a result"
-    s = _optuna().trial.TrialState
-    return study.get_trials(deepcopy=False, states=(s.COMPLETE,s.PRUNED))
+    return _in_state(study, 'COMPLETE', 'PRUNED')
+
+def _in_state(study, *names):
+    states = _optuna().trial.TrialState
+    return study.get_trials(deepcopy=False, states=[states[o] for o in names])
+
+class _Needless(Exception):
+    "Other processes do what a trial was for"
+
+def _check_need(study, trial, n_trials):
+    "Raise `_Needless` for a trial that is one too many, or that another with the same first settings makes superfluous: two that are asked for at once have two numbers"
+    known = [o for o in _in_state(study, 'WAITING', 'RUNNING', 'COMPLETE', 'PRUNED') if o.number<=trial.number]
+    firsts = [o.system_attrs.get('fixed_params') for o in known]
+    if len(known)>n_trials or firsts[-1] is not None and firsts.count(firsts[-1])>1: raise _Needless
+
+def _fail_stale(study):
+    "Have the trials done again whose process has died"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', _optuna().exceptions.ExperimentalWarning)
+        _optuna().storages.fail_stale_trials(study)
+
+def _is_one_left(study, n_trials):
+    "Is a trial left to do? While other processes are at all that are left, wait for them: one that dies leaves its trial to us"
+    seen = set()
+    while (left := n_trials-len(_done(study)))>0:
+        _fail_stale(study)
+        running = {o._trial_id for o in _in_state(study, 'RUNNING')}
+        if len(running)<left: return True
+        if not seen: print(f"As many trials as are left are under way in other processes ({len(running)}); waiting for what comes of them.")
+        for o in running-seen: study._storage.record_heartbeat(o) # one that died before its first beat would never count as dead
+        seen |= running
+        time.sleep(1)
+    return False
 
 def _count(name, value):
     if not isinstance(value, int) or isinstance(value, bool) or value<1: raise ValueError(f"`{name}` is 1 or more; got {value!r}.")
@@ -175,17 +215,20 @@ def tune(
     about:dict=None, # What else must be the same where a study in a storage goes on
 ): # `optuna.Study`
     "Search for the parameters with the best score on held-out training classes"
-    optuna = _optuna()
     distributions(space)
     for k,v in dict(n_trials=n_trials, n_epoch=n_epoch, folds=folds).items(): _count(k, v)
     parts = [ds] if folds==1 else ds.folds(folds)
     study = make_study(storage, name, seed, first)
     _same_search(study, dict(space=space, n_epoch=n_epoch, folds=folds, metric=metric, **(about or {})))
     def _score(trial):
+        _check_need(study, trial, n_trials)
         study.sampler = _sampler(seed+trial.number)
         return _objective(trial, build, parts, space, n_epoch, metric, fit or _fit)
-    s = optuna.trial.TrialState
-    if len(_done(study))<n_trials: study.optimize(_score, callbacks=[*callbacks, optuna.study.MaxTrialsCallback(n_trials, states=(s.COMPLETE,s.PRUNED))])
+    def _ended(study, trial):
+        if trial.state.name!='FAIL':
+            for f in callbacks: f(study, trial)
+        if not _is_one_left(study, n_trials): study.stop()
+    if _is_one_left(study, n_trials): study.optimize(_score, callbacks=[_ended], catch=_Needless)
     return study
 
 # %% ../nbs/api/70_tune.ipynb #e9a39458

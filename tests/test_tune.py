@@ -1,5 +1,5 @@
 "Searches: judged on training classes, given up where they fall behind, and the same whether interrupted or not"
-import contextlib, math
+import contextlib, math, multiprocessing, os, sqlite3, time
 from pathlib import Path
 import pytest
 
@@ -60,7 +60,6 @@ def test_the_first_settings_are_tried_again_if_their_trial_failed(few, tmp_path)
 
 def test_a_process_that_died_in_a_trial(few, tmp_path):
     "Its trial is done again once its heart has not beaten for long enough"
-    import sqlite3
     from dmlfast.tune import make_study
     study = make_study(tmp_path/'s.db', first=[dict(x=.5)])
     trial = study.ask()
@@ -69,6 +68,75 @@ def test_a_process_that_died_in_a_trial(few, tmp_path):
     with sqlite3.connect(tmp_path/'s.db') as db: db.execute("update trial_heartbeats set heartbeat = datetime('now', '-1 hour')")
     study = _search(few, lambda e, x: x, storage=tmp_path/'s.db', first=[dict(x=.5)], n=3)
     assert [o.state.name for o in study.trials].count('FAIL')==1 and dict(x=.5) in _xs(study)
+
+def _resume(ds, file, barrier, log):
+    "What one of several processes does"
+    def _f(e, x):
+        if e==0:
+            with open(log, 'a') as f: f.write(f'{os.getpid()} {x}\n')
+            time.sleep(.05)
+        return x
+    barrier.wait()
+    _search(ds, _f, n=8, storage=file)
+
+def test_two_processes_go_on_after_a_third_was_killed(few, tmp_path):
+    "Two of eight trials are done and one died, with its heart or before the first beat: six more, the dead one's among them, and none twice"
+    from dmlfast.tune import make_study
+    _search(few, lambda e, x: x, n=2, storage=tmp_path/'s.db', first=[dict(x=.5)])
+    study = make_study(tmp_path/'s.db')
+    dead = study.ask()
+    x = dead.suggest_float('x', 0., 1.)
+    study._storage.record_heartbeat(dead._trial_id)
+    with sqlite3.connect(tmp_path/'s.db') as db: db.execute("update trial_heartbeats set heartbeat = datetime('now', '-1 hour')")
+    ctx = multiprocessing.get_context('fork')
+    barrier = ctx.Barrier(2)
+    ps = [ctx.Process(target=_resume, args=(few, tmp_path/'s.db', barrier, tmp_path/'log')) for _ in range(2)]
+    for p in ps: p.start()
+    for p in ps: p.join(120)
+    study = make_study(tmp_path/'s.db')
+    states,lines = [o.state.name for o in study.trials],(tmp_path/'log').read_text().splitlines()
+    assert [p.exitcode for p in ps]==[0,0] and len(_xs(study))==8 and not {'RUNNING','WAITING'} & {*states}
+    assert len(lines)==len(set(lines))==6 and len({o.split()[0] for o in lines})==2 and dict(x=x) in _xs(study)
+
+def test_a_trial_too_many_is_not_begun(few, tmp_path, monkeypatch):
+    "Another process asks for its trial between our look at what is left and our asking"
+    from dmlfast import tune
+    others,said,real = [],[],tune._is_one_left
+    def _look(study, n_trials):
+        left = not others and real(study, n_trials)
+        if left: others.append(tune.make_study(tmp_path/'s.db').ask())
+        else: study.tell(others[0], .5) # which is then finished
+        return left
+    monkeypatch.setattr(tune, '_is_one_left', _look)
+    study = _search(few, lambda e, x: 1/0, n=1, storage=tmp_path/'s.db', callbacks=[lambda *a: said.append(a)])
+    assert [o.value for o in study.trials if o.state.name=='COMPLETE']==[.5] and [o.state.name for o in study.trials]==['COMPLETE','FAIL'] and not said
+
+def test_transactions_of_sqlite_do_not_overlap(few, tmp_path):
+    "Else two processes read that a trial waits, and both take it"
+    from dmlfast.tune import _storage
+    with _storage(tmp_path/'s.db').engine.begin() as one, sqlite3.connect(tmp_path/'s.db', timeout=0) as other:
+        one.exec_driver_sql('select * from trials')
+        with pytest.raises(sqlite3.OperationalError, match='locked'): other.execute('begin immediate')
+
+def test_first_settings_of_two_processes(few, tmp_path):
+    "Both saw that nobody had tried them; they are tried once, and beside them as many others as asked for"
+    from dmlfast import tune
+    tries = []
+    tune.make_study(tmp_path/'s.db', first=[dict(x=.5)]).enqueue_trial(dict(x=.5))
+    study = _search(few, lambda e, x: tries.append(x) or x, n=3, n_epoch=1, storage=tmp_path/'s.db')
+    assert len(tries)==len(set(tries))==3 and tries[0]==.5 and _xs(study)==[dict(x=o) for o in tries]
+
+def test_a_process_that_died_before_its_heart_beat(few, tmp_path, monkeypatch, capsys):
+    "It is waited for no longer than any other"
+    from dmlfast import tune
+    tune.make_study(tmp_path/'s.db', first=[dict(x=.5)]).ask() # and no more of it
+    naps = iter(range(9))
+    def _later(_):
+        next(naps) # which ends, and so does a wait for ever
+        with sqlite3.connect(tmp_path/'s.db') as db: db.execute("update trial_heartbeats set heartbeat = datetime('now', '-1 hour')")
+    monkeypatch.setattr(tune.time, 'sleep', _later)
+    study = _search(few, lambda e, x: x, n=1, storage=tmp_path/'s.db')
+    assert _xs(study)==[dict(x=.5)] and 'under way in other processes (1)' in capsys.readouterr().out
 
 def test_trials_that_fall_behind_are_given_up(few):
     study = _search(few, lambda e, x: (1-x)*(e+1), n=15, space={'x':[0.,.2,.4,.6,.8,1.]})
