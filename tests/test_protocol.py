@@ -43,6 +43,8 @@ def test_all_of_it(few, tmp_path):
     assert _keys(exp)==all_work
     best = max(exp.rows('trial', 'a'), key=lambda o: o['value'] if o['state']=='COMPLETE' else -1)
     assert exp.chosen('a')['toy']['noise']==best['params']['toy.noise']
+    tried = [o['params']['toy.noise'] for o in exp.rows('trial', 'a')]
+    assert tried[0]==.5 and len(set(tried))==4 # what the method says is tried first, and once
     assert exp.chosen('louder')['toy']==dict(noise=3.) and exp.chosen('louder')['seed']==0
     assert list(exp.values('louder', 'map@r'))==[1,5]
     d = exp.difference('louder', measure='recall@1') # seed 1 is the only one that both have
@@ -50,6 +52,18 @@ def test_all_of_it(few, tmp_path):
     assert list(exp.differences().index)==['γ'] # one seed in common is no interval
     assert list(exp.choices().index)==['a','γ'] and list(exp.table().index)==['a','γ','louder']
     assert exp.hours_left()==0 and exp.jobs()==[]
+
+def test_trials_that_were_given_up_are_not_chosen(few, tmp_path):
+    "Neither by the experiment nor in its table, however high their last score; and its search knows which ones they were"
+    exp = _exp(tmp_path, few)
+    for i,(state,scores) in enumerate((('COMPLETE',[.1,.3]),('PRUNED',[.9]),('COMPLETE',[.2,.4]),('COMPLETE',[.3,.2]))):
+        exp.write(dict(kind='trial', method='a', number=i, params={'toy.noise':.5*(i+1)}, state=state, value=scores[-1], scores=scores, seconds=1., cpu_seconds=1.))
+    assert exp.chosen('a')['toy']['noise']==1.5
+    assert exp.choices().loc['a'].to_dict()=={'chosen':'toy.noise=1.5', 'map@r in validation':40., 'trials':4, 'pruned':1}
+    trials = exp.study('a').trials
+    assert [o.state.name for o in trials]==['COMPLETE','PRUNED','COMPLETE','COMPLETE'] and [o.intermediate_values for o in trials]==[{0:.1, 1:.3},{0:.9},{0:.2, 1:.4},{0:.3, 1:.2}]
+    for o in exp.rows('trial'): exp.write({**o, 'method':'γ', 'state':'PRUNED'})
+    with pytest.raises(ValueError, match="None of the 4 trials of 'γ' came to its end"): exp.chosen('γ')
 
 def test_killed_and_started_again(few, tmp_path):
     "A process that is killed loses the piece that it was in; what it half wrote, within a letter, is not in the way"

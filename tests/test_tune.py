@@ -144,6 +144,23 @@ def test_trials_that_fall_behind_are_given_up(few):
     assert pruned and all(len(o.intermediate_values)<=3 for o in pruned) and any(len(o.intermediate_values)<3 for o in pruned)
     assert study.best_value==3. and all(o.params['x']>study.best_params['x'] for o in pruned)
 
+def test_folds_go_on_counting_and_report_the_mean_so_far(few):
+    "The second fold's three epochs are steps 3 to 5; its scores are 0, 1, 2 as the first one's, whose last was 2. Optuna ignores a step that was reported before"
+    study = _search(few, lambda e, x: float(e), n=1, folds=2)
+    assert study.trials[0].intermediate_values=={0:0., 1:1., 2:2., 3:1., 4:1.5, 5:2.} and study.best_value==2.
+
+def test_what_is_said_of_trials_has_no_gaps(few, tmp_path, capsys):
+    "The second of three numbers was taken by a trial that failed; a trial that was pruned has no score"
+    from dmlfast.cli import _after_trial, _study_results
+    from dmlfast.tune import distributions, make_study
+    from optuna.trial import TrialState
+    study = make_study()
+    for value,state in ((.25,'COMPLETE'),(None,'FAIL'),(None,'PRUNED'),(.5,'COMPLETE')):
+        study.tell(study.ask(distributions({'fit.lr':(1e-3,1e-2)})), value, state=TrialState[state])
+        if state!='FAIL': _after_trial(dict(loss=dict(name='triplet')), tmp_path, 3)(study, study.trials[-1])
+    assert [o.split(',')[0] for o in capsys.readouterr().out.splitlines()]==['trial 1 of 3: complete','trial 2 of 3: pruned','trial 3 of 3: complete']
+    assert [(o['number'],o['score']) for o in _study_results(study)['trials']]==[(0,.25),(1,None),(2,.5)]
+
 def test_a_trial_that_diverged_scores_nothing(few):
     from dmlfast.evaluate import Diverged
     def _f(e, x):
