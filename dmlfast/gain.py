@@ -17,6 +17,7 @@ from .evaluate import *
 from .learner import *
 from .results import *
 from .retrieval import *
+from .retrieval import _metric_names
 
 # %% ../nbs/api/53_gain.ipynb #633bb948
 _few = 'recall@1','map@r'
@@ -36,10 +37,11 @@ def baseline(self:MetricLearner,
     **kwargs # Passed to `evaluate_protocol`
 )->RetrievalResult:
     "Retrieval metrics of the frozen features of the body that this learner began with; raises `ValueError` where that is not known"
+    names = _metric_names(ifnone(metrics, _names(self)), kwargs.get('ks', (1,2,4,8))) # before the images are run through the body
     start,dl = self.head_start_of(),self.split_dl(dl)
     X,y = start.features(dl)
     if y is None: raise ValueError("These items have no labels, so their neighbours cannot be scored.")
-    return evaluate_protocol(X, y, metrics=ifnone(metrics, _names(self)), **protocol_of(self.dls, dl) | kwargs)
+    return evaluate_protocol(X, y, metrics=names, **protocol_of(self.dls, dl) | kwargs)
 
 def _names(learn): return [f'recall@{k}' for k in getattr(getattr(learn.dls, 'source', None), 'ks', (1,2,4,8))]+['map@r']
 

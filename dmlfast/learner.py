@@ -37,6 +37,7 @@ from .models import *
 from .ranking import *
 from .results import *
 from .retrieval import *
+from .retrieval import _metric_names
 from .show import *
 
 # %% ../nbs/api/50_learner.ipynb #e19d2be4
@@ -590,6 +591,7 @@ def evaluate(self:MetricLearner,
     **kwargs # Passed to `evaluate_protocol`, instead of what the data set says
 )->RetrievalResult:
     "Retrieval metrics of a loader, a split or the validation set, scored as its data set says"
+    _metric_names(metrics, kwargs.get('ks', (1,))) # before the images are run through the model
     dl = self.split_dl(dl)
     embs,labels = self.embed(dl)
     if labels is None: raise ValueError("These items have no labels, so their neighbours cannot be scored; `embed` gives their embeddings.")

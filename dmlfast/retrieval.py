@@ -9,7 +9,7 @@ __all__ = ['Gallery', 'neighbours', 'kmeans', 'evaluate_retrieval', 'evaluate_ra
            'evaluate_protocol']
 
 # %% ../nbs/api/30_retrieval.ipynb #1b633fd1
-import contextlib, functools, warnings, numpy as np, torch
+import contextlib, difflib, functools, warnings, numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
 from torch import Tensor
 from .results import *
@@ -402,17 +402,25 @@ def kmeans(
 # %% ../nbs/api/30_retrieval.ipynb #b5b2dca0
 _ranked,_clustered = ('precision@1','r_precision','map@r','map','mrr','pr_curve'),('nmi','ami','f1')
 
-def _metric_names(metrics, ks):
-    "Metrics asked for, each by its full name"
+def _metric_names(metrics, ks=(1,2,4,8), drawn=False, curve=True):
+    "Metrics asked for, each by its full name: of those that there are with a `drawn` gallery, and with or without a `curve`, which is not one number"
     if any(int(k)!=k or k<1 for k in ks): raise ValueError(f'ks must be whole numbers from 1, not {list(ks)}')
+    no = (_clustered if drawn else ()) + (() if curve else ('pr_curve',))
     if metrics is None: metrics = ['recall','r_precision','map@r']
-    if metrics=='all': metrics = ['recall',*_ranked[1:],*_clustered]
+    if metrics=='all': metrics = ['recall',*(o for o in _ranked[1:]+_clustered if o not in no)]
     res = []
     for m in [metrics] if isinstance(metrics, str) else metrics:
         if m=='recall': res += [f'recall@{int(k)}' for k in ks]
-        elif m in _ranked+_clustered or (m.startswith('recall@') and m[7:].isdecimal() and int(m[7:])>0): res.append(m)
-        else: raise ValueError(f'{m!r} is not a metric: there are recall, recall@k, {", ".join(_ranked+_clustered)}, or all')
+        elif m in _ranked+_clustered or (isinstance(m, str) and m.startswith('recall@') and m[7:].isdecimal() and int(m[7:])>0): res.append(m)
+        else: raise ValueError(f'{m!r} is not a metric{_nearest(m)}: there are recall, recall@k, {", ".join(_ranked+_clustered)}, or all')
+    if bad := [o for o in res if o in no]:
+        raise ValueError("'pr_curve' is a curve, and what is wanted here is one number: 'map' is its height on average" if 'pr_curve' in bad else f'{", ".join(bad)} have no gallery, and here it is drawn')
     return list(dict.fromkeys(res))
+
+def _nearest(m):
+    "The nearest name of a metric, for a sentence"
+    near = difflib.get_close_matches(str(m).lower(), ['recall','recall@1',*_ranked,*_clustered], n=1)
+    return f', and the nearest name is {near[0]!r}' if near else ''
 
 def _k_needed(names):
     "How many irrelevant items must be told apart, beside the R of each query; 0 for all"
@@ -486,8 +494,7 @@ def evaluate_random_gallery(
     **kwargs, # For `evaluate_retrieval`
 )->RetrievalResult: # With the values of all repeats
     "Retrieval metrics where the gallery is one random item of each class and the others are the queries"
-    if metrics=='all': metrics = ['recall',*_ranked[1:]]
-    if set(_metric_names(metrics, kwargs.get('ks', (1,)))) & set(_clustered): raise ValueError(f'{", ".join(_clustered)} have no gallery')
+    metrics = _metric_names(metrics, kwargs.get('ks', (1,2,4,8)), drawn=True)
     x,rng,res,items = _embeddings(embs),np.random.default_rng(seed),[],[]
     y = _labels(labels, len(x)).cpu()
     for _ in range(repeats):

@@ -186,7 +186,7 @@ def test_bad_embeddings(x):
 def test_bad_arguments():
     x,y = rand(20),labels(20,3)
     for kw,msg in [
-        (dict(metric='cosin'),'metric must be'), (dict(metrics=['map','recal']),"'recal' is not a metric"),
+        (dict(metric='cosin'),'metric must be'), (dict(metrics=['map','recal']),"'recal' is not a metric, and the nearest name is 'recall': there are"), (dict(metrics=['MAP@R']),"nearest name is 'map@r'"), (dict(metrics=[42]),'42 is not a metric: '),
         (dict(metrics=['recall@0']),'not a metric'), (dict(ks=[0]),'ks must be'), (dict(ks=[1.5]),'ks must be'),
         (dict(gallery=x),'come together'), (dict(gallery_labels=y),'come together'), (dict(ignore=y[:-1]),'ignore'),
         (dict(gallery=rand(20,9), gallery_labels=y),'8 columns, gallery has 9'), (dict(gallery=x, gallery_labels=y[:-1]),'gallery_labels'),
