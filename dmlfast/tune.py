@@ -20,7 +20,9 @@ from .datasets import *
 from .evaluate import *
 from .learner import *
 from .ranking import *
+from .retrieval import _metric_names
 from .runs import *
+from .runs import _plain
 from .show import _blue, _orange
 
 # %% ../nbs/api/70_tune.ipynb #d89bac19
@@ -44,6 +46,10 @@ def _range(name, o):
     if not ok or (len(o)==3 and o[0]<=0): raise ValueError(f"Where to look for {name!r} is (low, high), (low, high, 'log') with low above 0, or a list of choices; got {o!r}.")
     return o[0],o[1],len(o)==3
 
+def _plain_space(space):
+    "A space whose choices are as a file or a database has them; raises `ValueError` where it cannot"
+    return {k:_plain(o, k, True) if isinstance(o, list) else o for k,o in space.items()}
+
 def distributions(
     space:dict, # Name to range or choices
 )->dict: # Name to Optuna distribution
@@ -55,7 +61,7 @@ def distributions(
         lo,hi,log = _range(name, o)
         return (d.IntDistribution if isinstance(lo, int) and isinstance(hi, int) else d.FloatDistribution)(lo, hi, log=log)
     if not isinstance(space, dict) or not space: raise ValueError(f"A space is a dictionary from names to where to look; got {space!r}.")
-    return {k:_one(k, o) for k,o in space.items()}
+    return {k:_one(k, o) for k,o in _plain_space(space).items()}
 
 # %% ../nbs/api/70_tune.ipynb #d9bae7be
 def suggest(
@@ -67,7 +73,7 @@ def suggest(
         if isinstance(o, list): return trial.suggest_categorical(name, o)
         lo,hi,log = _range(name, o)
         return (trial.suggest_int if isinstance(lo, int) and isinstance(hi, int) else trial.suggest_float)(name, lo, hi, log=log)
-    return {k:_one(k, o) for k,o in space.items()}
+    return {k:_one(k, o) for k,o in _plain_space(space).items()}
 
 # %% ../nbs/api/70_tune.ipynb #3243378c
 class TrialScore(Callback):
@@ -78,10 +84,12 @@ class TrialScore(Callback):
         metric:str='map@r', # Column of the score
     ): store_attr()
 
+    def before_fit(self):
+        self.names = [str(o) for o in self.learn.recorder.metric_names]
+        if self.metric not in self.names: raise ValueError(f"The score is {self.metric!r}, and the columns are {', '.join(self.names[1:-1])}.")
+
     def after_epoch(self):
-        names = [str(o) for o in self.learn.recorder.metric_names]
-        if self.metric not in names: raise ValueError(f"The score is {self.metric!r}, and the columns are {', '.join(names[1:-1])}.")
-        self.value = float(self.learn.recorder.log[names.index(self.metric)])
+        self.value = float(self.learn.recorder.log[self.names.index(self.metric)])
         self.report(self.learn.epoch, self.value)
 
 # %% ../nbs/api/70_tune.ipynb #4354d888
@@ -193,6 +201,10 @@ def _is_one_left(study, n_trials):
         seen |= running
         time.sleep(1)
     return False
+
+def _check_metric(metric):
+    "Raise `ValueError` for what is no metric that a column of this name shows"
+    if not isinstance(metric, str) or _metric_names(metric, curve=False)!=[metric]: raise ValueError(f"The score of a search is one metric, such as 'map@r' or 'recall@1'; got {metric!r}.")
 
 def _count(name, value):
     if not isinstance(value, int) or isinstance(value, bool) or value<1: raise ValueError(f"`{name}` is 1 or more; got {value!r}.")
@@ -319,12 +331,12 @@ def default_params(
 def check_space(
     settings:dict, # Tables
     space:dict, # Path of a setting to where to look
-)->dict: # The space
+)->dict: # The space, its paths to files as words
     "Raise `ValueError` for a path that is no setting's, or values that the setting cannot have"
     distributions(space)
     for k,o in space.items():
         for v in o if isinstance(o, list) else _range(k, o)[:2]: check_settings(with_settings(settings, {k:v}))
-    return space
+    return _plain_space(space)
 
 def _about(settings):
     "What must be the same in all trials of a search, wherever they run"
@@ -340,11 +352,12 @@ def tune_settings(
 ): # `optuna.Study`
     "Search for the best settings of a run"
     check_settings(settings)
-    settings = with_settings(settings, {'batch.valid':'val', 'fit.patience':0, 'fit.monitor':None, 'fit.transfer':None, 'fit.interpolate':None}) # a trial is scored by its last epoch
+    settings = with_settings(_plain(settings, none=True), {'batch.valid':'val', 'fit.patience':0, 'fit.monitor':None, 'fit.transfer':None, 'fit.interpolate':None}) # a trial is scored by its last epoch
     space = check_space(settings, ifnone(space, run_space(settings)))
     ds = read_data(settings.get('data', {})) if ds is None else ds
     folds = ifnone(folds, n_folds(ds))
-    names = dict.fromkeys(['map@r','recall@1',kwargs.get('metric', 'map@r')])
+    _check_metric(metric := kwargs.get('metric', 'map@r'))
+    names = dict.fromkeys(['map@r','recall@1',metric])
     def _build(ds, **params): return make_learner(with_settings(settings, params), ds, cbs=RetrievalMetrics(list(names)))
     def _fit(learn, n_epoch, cbs): fit_settings(learn, learn.settings, n_epoch, cbs) # those of the trial
     first = default_params(settings, space)

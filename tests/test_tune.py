@@ -205,6 +205,25 @@ def test_wrong_arguments(few, tmp_path):
         with pytest.raises(ValueError): check_space(s, o)
         with pytest.raises(ValueError): tune_settings(s, o, few)
 
+def test_a_column_that_is_not_there(few, tmp_path):
+    "Names of metrics are checked before there is a study, and other columns before the first epoch"
+    from dmlfast.runs import make_learner
+    from dmlfast.tune import TrialScore, tune_settings
+    s = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=8), loss=dict(name='triplet'))
+    for metric,said in (('recal@1',"nearest name is 'recall@1'"), ('pr_curve','is a curve'), ('recall','one metric'), (['map@r'],'one metric')):
+        with pytest.raises(ValueError, match=said): tune_settings(s, {'fit.lr':[1e-3]}, few, n_trials=1, storage=tmp_path/'s.db', metric=metric)
+    assert not [*tmp_path.iterdir()]
+    learn,steps = make_learner(s, few),[]
+    learn.one_batch = lambda *a: steps.append(a)
+    with pytest.raises(ValueError, match="The score is 'f1', and the columns are train_loss, valid_loss, recall@1"): learn.fit(1, 1e-3, cbs=TrialScore(print, 'f1'))
+    assert not steps
+
+def test_paths_among_the_choices(few, tmp_path):
+    "A database holds them as words, and another process finds them in it"
+    for n in (2,4): study = _search(few, lambda e, x: float(len(x)), n=n, n_epoch=1, space={'x':[Path('a'),Path('bb')]}, first=[dict(x='bb')], storage=tmp_path/'s.db')
+    assert study.best_params==dict(x='bb') and study.trials[0].params==dict(x='bb') and len(_xs(study))==4
+    with pytest.raises(ValueError, match="`x` is <built-in"): _search(few, space={'x':[print]})
+
 def test_test_classes_stay_out(few):
     "Whatever the settings say, a search measures on `val`; patience and best epochs are not for trials"
     from dmlfast.tune import tune_settings
