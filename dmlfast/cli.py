@@ -587,17 +587,18 @@ def _as_json(space): return space and {k:['range',*o] if isinstance(o, tuple) el
 def _after_trial(settings, out, n):
     "Function that says what came of a trial, and keeps the best settings"
     from dmlfast.runs import absolute_paths, save_settings
-    from dmlfast.tune import best_settings
+    from dmlfast.tune import _done, best_settings
     def _say(study, trial):
         score = '-' if trial.value is None else f'{trial.value:.4f}'
-        print(f"trial {trial.number+1} of {n}: {trial.state.name.lower()}, {score}   " + ', '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k,v in trial.params.items()))
+        k = sum(o.datetime_complete<=trial.datetime_complete for o in _done(study)) # numbers of trials have gaps where processes died
+        print(f"trial {k} of {n}: {trial.state.name.lower()}, {score}   " + ', '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k,v in trial.params.items()))
         if any(o.state.name=='COMPLETE' for o in study.trials): save_settings(absolute_paths(best_settings(settings, study)), Path(out)/'best.toml')
     return _say
 
 def _study_results(study):
     "What a search found, as plain numbers and strings"
-    done = [o for o in study.trials if o.state.name in ('COMPLETE','PRUNED')]
-    trials = [dict(number=o.number, state=o.state.name, score=o.value if o.state.name=='COMPLETE' else None, params=o.params) for o in done]
+    from dmlfast.tune import _done
+    trials = [dict(number=i, state=o.state.name, score=o.value if o.state.name=='COMPLETE' else None, params=o.params) for i,o in enumerate(_done(study))]
     return dict(best=study.best_params, score=study.best_value, trials=trials)
 
 @command
@@ -672,24 +673,29 @@ def _bench_worker(plan, out, until, workers):
     sys.exit(_guarded(_f))
 
 def _guarded(f):
-    try: f()
+    "Status of a process; standard output is for why it failed, and standard error for all else"
+    import traceback
+    try:
+        with redirect_stdout(sys.stderr): f()
     except KeyboardInterrupt: return 130
-    except (ValueError,OSError,RuntimeError,ImportError) as e:
-        print(f'dmlfast-bench: {_sentence(e)}', file=sys.stderr)
-        return 1
-    return 0
+    except (ValueError,OSError,RuntimeError,ImportError) as e: print(_sentence(e))
+    except Exception as e:
+        traceback.print_exc()
+        print(f'{type(e).__name__}: {e}')
+    else: return 0
+    return 1
 
 def _share(plan, out, until, workers):
-    "Let one or several processes work; raises `RuntimeError` where one failed"
+    "Let one or several processes work; raises `RuntimeError` with what those say that failed"
     import os, subprocess
     keep = dict(MALLOC_MMAP_THRESHOLD_=str(2**33), MALLOC_TRIM_THRESHOLD_=str(2**34)) # glibc else gives each large tensor's memory back, and asks for it anew: 1.4 times the time of a step on a CPU
     code = 'import sys; from dmlfast.cli import _bench_worker; _bench_worker(*sys.argv[1:])'
-    ps = [subprocess.Popen([sys.executable, '-c', code, str(plan), str(out), '' if until is None else str(until), str(workers)], stdout=2, env={**keep, **os.environ}) for _ in range(workers)]
-    try: failed = sum(p.wait()!=0 for p in ps)
+    ps = [subprocess.Popen([sys.executable, '-c', code, str(plan), str(out), '' if until is None else str(until), str(workers)], stdout=subprocess.PIPE, text=True, env={**keep, **os.environ}) for _ in range(workers)]
+    try: said = [p.communicate()[0].strip() or f'one ended with status {p.returncode} and no word' for p in ps]
     finally:
         for p in ps:
             if p.poll() is None: p.terminate()
-    if failed: raise RuntimeError(f'{failed} of {workers} workers failed.')
+    if failed := [o for p,o in zip(ps, said) if p.returncode]: raise RuntimeError(f"{len(failed)} of {workers} workers failed: {' '.join(dict.fromkeys(failed))}")
 
 @command
 def dmlfast_bench(

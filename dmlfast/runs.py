@@ -301,10 +301,11 @@ def load_settings(
     try: return check_settings(res)
     except ValueError as e: raise ValueError(f"{str(file)!r}: {e}") from None
 
-def _plain(o):
-    "What TOML can hold: no None, which is the same as not being there"
-    if isinstance(o, dict): return {k:_plain(v) for k,v in o.items() if v is not None}
-    if isinstance(o, (list,tuple)): return [_plain(v) for v in o]
+def _plain(o, where='', none=False):
+    "What a file can hold: TOML no None, which is the same as not being there; raises `ValueError` for what is in no settings of a file"
+    if isinstance(o, dict) and all(isinstance(k, str) for k in o): return {k:_plain(v, f'{where}.{k}' if where else k, none) for k,v in o.items() if none or v is not None}
+    if isinstance(o, (list,tuple)): return [_plain(v, where, none) for v in o]
+    if not (o is None or isinstance(o, (str,int,float,Path))): raise ValueError(f"`{where}` is {o!r}, which cannot be written down: settings are numbers, words, true or false, and lists and tables of these.")
     return str(o) if isinstance(o, Path) else o
 
 def _check_nones(settings):
