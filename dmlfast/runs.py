@@ -10,7 +10,7 @@ __all__ = ['loss_class', 'miner_class', 'read_data', 'make_loss', 'get_setting',
            'about_run', 'train_settings', 'PreprocessTransform', 'features_of', 'embedder_learner']
 
 # %% ../nbs/api/63_runs.ipynb #465a8370
-import csv, difflib, inspect, io, json, os, shutil, time, tomli_w, tomllib, torch, types, typing
+import csv, difflib, inspect, io, json, tomli_w, tomllib, torch, types, typing
 from copy import deepcopy
 from pathlib import Path
 from fastcore.all import *
@@ -32,6 +32,7 @@ from .deploy import *
 from .doctor import *
 from .evaluate import is_fitting
 from .export import *
+from .files import *
 from .gain import *
 from .learner import *
 from .losses import *
@@ -287,12 +288,6 @@ def _read_toml(file):
     try: return tomllib.loads(Path(file).read_text(encoding='utf-8'))
     except (tomllib.TOMLDecodeError,UnicodeDecodeError) as e: raise ValueError(f"{str(file)!r} is not a TOML file: {e}.") from None
 
-def _write_whole(file, text):
-    "Write a file, whole or not at all"
-    tmp = file.with_name(f'.{file.name}.{os.getpid()}')
-    with tmp.open('w', newline='', encoding='utf-8') as f: f.write(text)
-    os.replace(tmp, file)
-
 def load_settings(
     file, # TOML file
 )->dict: # Tables, checked
@@ -318,7 +313,7 @@ def save_settings(
 ):
     "Write settings as TOML; raises `ValueError` for settings that are not right, or that TOML cannot say"
     _check_nones(check_settings(settings))
-    _write_whole(Path(file), tomli_w.dumps(_plain(settings)))
+    write_whole(Path(file), tomli_w.dumps(_plain(settings)))
 
 # %% ../nbs/api/63_runs.ipynb #5cf4706f
 def _lr(fit):
@@ -420,12 +415,6 @@ def _check_run_folder(out, resume, overwrite):
         state = 'a finished run' if (out/'results.json').is_file() else 'an interrupted run: `resume` goes on with it'
         raise FileExistsError(f"{str(out)!r} holds {state}; `overwrite` begins it anew.")
 
-def _remove(out, names):
-    "Take files and folders away"
-    for o in names:
-        if (out/o).is_dir(): shutil.rmtree(out/o)
-        else: (out/o).unlink(missing_ok=True)
-
 class History(Callback):
     "Write a row for each epoch to a CSV file, also those of a run that goes on"
     order,run_valid = 98,False # before Checkpoint, so that no epoch is stored without its row
@@ -439,7 +428,8 @@ class History(Callback):
         names = [str(o) for o in self.recorder.metric_names][1:-1]
         rows = [[i,*o] for i,o in enumerate(self.recorder.values)]
         csv.writer(text := io.StringIO()).writerows([['epoch',*names],*rows])
-        _write_whole(self.file, text.getvalue())
+        try: write_whole(self.file, text.getvalue())
+        except OSError as e: warn(f"The rows up to epoch {self.epoch} were not written to {str(self.file)!r} ({e}); after the next epoch all are written again.")
 
 # %% ../nbs/api/63_runs.ipynb #040566e9
 def absolute_paths(
@@ -451,7 +441,7 @@ def absolute_paths(
 
 def _begin(learn, settings, out, resume, overwrite):
     "Make the folder of a run, and put the learner where its checkpoint left it"
-    if overwrite: _remove(out, _run_files)
+    if overwrite: remove_files(out, _run_files)
     out.mkdir(parents=True, exist_ok=True)
     if not resume: save_settings(absolute_paths(settings), out/'settings.toml')
     if resume and (out/'checkpoint'/'checkpoint.pt').exists(): learn.resume(out/'checkpoint')
@@ -470,7 +460,7 @@ def _plan(learn, settings, out):
     if not settings.get('fit', {}).get('transfer') or not n_epochs(settings): return
     if (out/'checkpoint'/'checkpoint.pt').is_file() and file.is_file(): return json.loads(file.read_text(encoding='utf-8'))
     res = learn.plan_transfer(n_epochs(settings), **_transfer_args(settings))
-    _write_whole(file, json.dumps(res, indent=1))
+    write_whole(file, json.dumps(res, indent=1))
     return res
 
 def about_run(
@@ -505,7 +495,7 @@ def train_settings(
     learn.export_embedder(out/'embedder', overwrite=True)
     res = dict(**_scores(learn), **(dict(transfer=learn.transfer) if hasattr(learn, 'transfer') else dict(between=learn.between) if learn.between else {}), epochs=len(learn.recorder.__dict__.get('values', [])), seconds=round(learn.training_doctor.seconds, 1), findings=[o.text for o in learn.training_doctor.findings], **about_run(learn.dls))
     if report: learn.report(out/'report', overwrite=True)
-    _write_whole(out/'results.json', json.dumps(res, indent=1, ensure_ascii=False))
+    write_whole(out/'results.json', json.dumps(res, indent=1, ensure_ascii=False))
     return res
 
 
