@@ -193,7 +193,7 @@ def _as_options(func, msg):
 def _odd(v):
     "What is wrong with the value of an argument, whatever it is for"
     if isinstance(v, str) and not v.strip(): return 'is empty: is a variable of the shell not set?'
-    if isinstance(v, (int,float)) and not abs(v)<2**31: return f"is {'too large' if abs(v)>=2**31 else 'not a number'}; got {v}."
+    if isinstance(v, (int,float)) and not abs(v)<2**32: return f"is {'too large' if abs(v)>=2**32 else 'not a number'}; got {v}."
 
 def parse_command(
     func, # Function of a command

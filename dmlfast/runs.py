@@ -205,7 +205,7 @@ def _allowed(settings):
 
 # %% ../nbs/api/63_runs.ipynb #391a743b
 _kind_names = {int:'a whole number', float:'a number', bool:'true or false', str:'a word', dict:'a table', list:'a list'}
-_most = {int:2**31-1, float:1e300} # what PyTorch and NumPy can count, and a margin to what is infinite
+_most = {int:2**32-1, float:1e300} # the greatest seed of NumPy, and a margin to what is infinite
 
 def _is(value, kind):
     "Is a value of a type, as far as a type of an argument says anything of a setting?"
@@ -223,7 +223,7 @@ def _check_table(table, settings, kinds):
     "Raise `ValueError` for an unknown name in a table, or a value of another type"
     for k,o in get_setting(settings, table, {}).items():
         if k not in kinds: raise ValueError(_nearest(f'{table}.{k}', [f'{table}.{o}' for o in kinds], 'setting'))
-        if isinstance(o, str) and not o.strip(): raise ValueError(f"`{table}.{k}` is empty.")
+        if o=='': raise ValueError(f"`{table}.{k}` is empty.")
         if not (_is(o, kinds[k]) or f'{table}.{k}'=='loss.miner.upper' and o==float('inf')): raise ValueError(f"`{table}.{k}` is {_kind_said(kinds[k])}; got {o!r}.")
 
 # %% ../nbs/api/63_runs.ipynb #3eb09b15
@@ -290,8 +290,7 @@ def _try_loss(loss):
     "Raise `ValueError` for a loss that four embeddings of two classes cannot be trained with"
     if loss is None: return
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        x,y = torch.nn.functional.normalize(torch.randn(4, 8)),torch.tensor([0,0,1,1])
+        x,y = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0))),torch.tensor([0,0,1,1])
         try: res = loss.setup(2, 8)(x, y)
         except Exception as e: raise ValueError(f"{loss!r} cannot be computed: {e}") from e
     if res.ndim or not res.isfinite(): raise ValueError(f"Training needs a loss that is one finite number for a batch, and {loss!r} is {res.tolist()} for one.")

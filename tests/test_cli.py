@@ -314,6 +314,18 @@ def test_what_was_left_behind(table, folder, tmp_path, begins):
     (tmp_path/'file').write_text('')
     for func in (dmlfast_train,dmlfast_tune): assert "file' is a file" in begins(func, {**net, '--out':tmp_path/'file'/'x'})
 
+def test_without_a_network(table, tmp_path, monkeypatch):
+    "The sentence has the words of the command"
+    import socket
+    import dmlfast.models as models
+    from dmlfast.cli import dmlfast_train
+    def _no_name(*args, **kwargs): raise socket.gaierror(-2, 'Name or service not known')
+    monkeypatch.setattr(socket, 'getaddrinfo', _no_name)
+    monkeypatch.setattr(models, 'try_to_load_from_cache', lambda *args, **kwargs: None)
+    monkeypatch.setattr(models, 'get_hf_file_metadata', lambda *args: _no_name())
+    assert 'pass a file as `--weights`, or `--no-pretrained` to begin' in said(dmlfast_train, '--data', table, '--arch', 'test_resnet', '--size', 24, '--out', tmp_path/'x', status=1)
+    assert not (tmp_path/'x').exists()
+
 def test_a_demo_looks_at_its_folder_first(folder, tmp_path, begins):
     from dmlfast.cli import dmlfast_demo
     args = {'--data':folder, '--arch':'test_resnet', '--weights':_weights(tmp_path), '--size':32, '--bs':16}

@@ -585,3 +585,10 @@ def test_recipe_is_exported(make_learner, tmp_path):
         warnings.simplefilter('ignore')
         other = load_learner(tmp_path/'export.pkl')
     assert other.recipe.data==recipes['dr_triplet'].data and not any(m.training for m in other.model.train().body.modules() if isinstance(m, nn.BatchNorm2d))
+
+@pytest.mark.parametrize('lr', [-1, float('nan'), float('inf'), slice(1e-4, -1.), slice(float('nan'), 1.)])
+def test_a_rate_that_is_none(make_learner, lr):
+    learn = make_learner()
+    for f in (learn.fit, learn.fit_one_cycle, learn.fit_flat_cos, learn.fit_recipe):
+        with pytest.raises(ValueError, match='A learning rate is a finite number, 0 or more'): f(1, lr)
+    assert not getattr(learn.recorder, 'values', [])
