@@ -237,7 +237,10 @@ def restore(self:Checkpoint,
 # %% ../nbs/api/51_checkpoint.ipynb #71a384d0
 @patch
 @delegates(Learner.save)
-def save(self:MetricLearner, file, **kwargs):
+def save(self:MetricLearner,
+    file, # Name, `.pth` is added, in `learn.path/learn.model_dir`; or a path
+    **kwargs
+)->Path: # The file
     "As of any learner, and the file is written whole or not at all, so that a run can go on with its best epoch"
     if rank_distrib() or not isinstance(file, (str,Path)): return Learner.save(self, file, **kwargs)
     file = join_path_file(file, self.path/self.model_dir, ext='.pth')
