@@ -18,6 +18,7 @@ from fastai.torch_core import no_random
 from fastprogress.fastprogress import progress_bar
 from .data import *
 from .data import _labels
+from .files import *
 from .models import *
 
 # %% ../nbs/api/41_features.ipynb #b138b114
@@ -191,8 +192,7 @@ def _open_file(file, shape):
 def _write_file(file, shape, parts):
     "Write an array part by part; it is whole when its note is there"
     file.parent.mkdir(parents=True, exist_ok=True)
-    tmp = file.with_name(f'.{file.name}.{os.getpid()}')
-    try:
+    with whole_file(file) as tmp:
         out = np.memmap(tmp, np.float16, 'w+', shape=tuple(shape))
         for v,i,x in parts: out[v, i:i+len(x)] = x
         if not all(np.isfinite(out[v, i:i+4096]).all() for v in range(shape[0]) for i in range(0, shape[1], 4096)):
@@ -200,9 +200,7 @@ def _write_file(file, shape, parts):
         out.flush()
         del out
         file.with_suffix('.json').unlink(missing_ok=True)
-        os.replace(tmp, file)
-        file.with_suffix('.json').write_text(json.dumps(dict(shape=list(shape))))
-    finally: tmp.unlink(missing_ok=True)
+    write_whole(file.with_suffix('.json'), json.dumps(dict(shape=list(shape))))
     return np.memmap(file, np.float16, 'r', shape=tuple(shape))
 
 # %% ../nbs/api/41_features.ipynb #1439c81a

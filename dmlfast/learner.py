@@ -200,6 +200,8 @@ def group_rates(self:MetricLearner,
 ): # The same, or a `slice`
     "The rates of the parameter groups: where one is given, a trained body has a share of it"
     lr = ifnone(lr, self.lr)
+    for o in (lr.start,lr.stop) if isinstance(lr, slice) else [lr]:
+        if isinstance(o, (int,float)) and not 0<=o<float('inf'): raise ValueError(f"A learning rate is a finite number, 0 or more; got {o!r}.")
     return slice(lr*self.body_share, lr) if isinstance(lr, (int,float)) and self.body_share!=1 else lr
 
 @patch

@@ -13,6 +13,8 @@ import difflib, sys, warnings
 import timm, torch, torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from pathlib import Path
 from safetensors.torch import load_file
 from types import SimpleNamespace
@@ -44,12 +46,30 @@ def timm_body(
 )->nn.Module: # timm model without its classifier
     "Body of timm model `arch`; raises `ValueError` for an unknown name and for weights that do not fit"
     check_arch(arch, weights)
-    if weights is not None: return load_weights(timm.create_model(arch, pretrained=False, num_classes=0, **kwargs), weights)
+    if weights is not None: return load_weights(_timm_model(arch, False, kwargs), weights)
+    if pretrained and not {'cache_dir','pretrained_cfg','pretrained_cfg_overlay'} & set(kwargs): _reach_weights(arch)
+    return _timm_model(arch, pretrained, kwargs)
+
+def _timm_model(arch, pretrained, kwargs):
+    "What timm makes of its arguments; raises `ValueError` where it can make nothing of them, and `RuntimeError` where its weights cannot be had"
     try: return timm.create_model(arch, pretrained=pretrained, num_classes=0, **kwargs)
+    except (TypeError,AttributeError,AssertionError,ArithmeticError,LookupError) as e: raise ValueError(f"timm cannot make {arch!r} with {kwargs}: {e}") from e
     except Exception as e:
-        if not pretrained or isinstance(e, TypeError): raise
-        raise RuntimeError(f"The pretrained weights of {arch!r} could not be loaded ({type(e).__name__}: {e}). "
-            "Without a network, pass a file as `weights=`, or `pretrained=False` to begin with random ones.") from e
+        if not pretrained: raise
+        raise _no_weights(arch, e) from e
+
+def _no_weights(arch, e):
+    return RuntimeError(f"The pretrained weights of {arch!r} could not be loaded ({type(e).__name__}: {e}). "
+        "Without a network, pass a file as `weights=`, or `pretrained=False` to begin with random ones.")
+
+def _reach_weights(arch):
+    "Raise `RuntimeError` where the weights of a model are neither on this machine nor within reach: the hub's own functions would try again for most of a minute"
+    if not (hub := getattr(timm.get_pretrained_cfg(arch), 'hf_hub_id', None)): return
+    repo,_,revision = hub.partition('@')
+    if any(isinstance(try_to_load_from_cache(repo, o, revision=revision or None), str) for o in ('model.safetensors','pytorch_model.bin')): return
+    try: get_hf_file_metadata(hf_hub_url(repo, 'config.json', revision=revision or None))
+    except HfHubHTTPError: pass # it answers, and timm says what is wrong
+    except Exception as e: raise _no_weights(arch, e) from e
 
 # %% ../nbs/api/20_models.ipynb #522246ca
 def _read_weights(fn):

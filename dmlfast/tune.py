@@ -229,7 +229,8 @@ def tune(
     "Search for the parameters with the best score on held-out training classes"
     distributions(space)
     for k,v in dict(n_trials=n_trials, n_epoch=n_epoch, folds=folds).items(): _count(k, v)
-    parts = [ds] if folds==1 else ds.folds(folds)
+    try: parts = [ds] if folds==1 else ds.folds(folds)
+    except ValueError as e: raise ValueError(str(e).replace('`k`', '`folds`')) from None
     study = make_study(storage, name, seed, first)
     _same_search(study, dict(space=space, n_epoch=n_epoch, folds=folds, metric=metric, **(about or {})))
     def _score(trial):

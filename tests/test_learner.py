@@ -651,3 +651,10 @@ def test_names_of_metrics_are_checked_before_images_are_seen(make_learner, few, 
 def test_a_target_is_one_class(few, block, get_y, said):
     block = DataBlock(blocks=[ImageBlock,*L(block)], n_inp=1, get_y=get_y, splitter=ClassSplitter(parent_label))
     with pytest.raises(ValueError, match=f'takes the class of each image.*{said}'): metric_learner(block.dataloaders(few.items(), bs=8, num_workers=0), 'test_resnet', pretrained=False)
+
+@pytest.mark.parametrize('lr', [-1, float('nan'), float('inf'), slice(1e-4, -1.), slice(float('nan'), 1.)])
+def test_a_rate_that_is_none(make_learner, lr):
+    learn = make_learner()
+    for f in (learn.fit, learn.fit_one_cycle, learn.fit_flat_cos, learn.fit_recipe):
+        with pytest.raises(ValueError, match='A learning rate is a finite number, 0 or more'): f(1, lr)
+    assert not getattr(learn.recorder, 'values', [])
