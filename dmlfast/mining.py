@@ -56,7 +56,7 @@ kinds = {
     'finite': ('a finite number', lambda o: -math.inf<o<math.inf),
     'from 0': ('a number from 0', lambda o: 0<=o<math.inf),
     'positive': ('a number greater than 0', lambda o: 0<o<math.inf),
-    'limit': ('a number greater than 0, or None', lambda o: o is None or 0<o<math.inf),
+    'limit': ('a number greater than 0, or None', lambda o: o is None or 0<o), # infinity is a limit, too: a file of settings has no None
     'count': ('a whole number from 1, or None', lambda o: o is None or (o>=1 and o==int(o)))}
 
 def check_number(
