@@ -121,8 +121,8 @@ def _storage(storage):
     wait = dict(connect_args=dict(timeout=60)) if url.startswith('sqlite') else {} # seconds that a process waits for another one's writing
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
-        retry = optuna.storages.RetryFailedTrialCallback(max_retry=1)
-        try: return optuna.storages.RDBStorage(url, engine_kwargs=wait, heartbeat_interval=60, failed_trial_callback=retry)
+        retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=1)
+        try: return optuna.storages.RDBStorage(url, engine_kwargs=wait, heartbeat_interval=60, heartbeat_stale_trial_callback=retry)
         except ImportError: raise
         except Exception as e: raise ValueError(f"The storage {str(storage)!r} cannot be opened: {str(e).splitlines()[0]}") from e
 
