@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
 from fastai.vision.all import *
 from dmlfast.all import *
-from dmlfast.baseline import _halves, choose_shrinkage
+from dmlfast.baseline import _halves
 from dmlfast.features import _kept, body_key, body_state, collect, items_key, weights_hash
 
 @pytest.fixture(scope='module')
@@ -367,6 +367,14 @@ def test_other_loaders_number_classes_their_way(quiet, few):
         learn = quiet(dls=few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0, valid=valid))
         g = learn.gain('test')
         assert g.a.labels.tolist()==g.b.labels.tolist()==learn.embed('test')[1].tolist()
+
+def test_halves_have_no_class_in_common(few):
+    "All training images, half of the classes to train on and the others to measure on, and none of the held-out ones"
+    dls = few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0)
+    half = halves(dls)
+    train,valid = ({parent_label(o) for o in dl.items} for dl in half.loaders)
+    assert not train & valid and train|valid=={parent_label(o) for o in dls.train.items} and len(train)==half.n_train_classes==(len(train|valid)+1)//2
+    assert sorted([*half.train.items,*half.valid.items])==sorted(dls.train.items)
 
 def test_halves_are_judged_from_their_own_start(quiet, few):
     "A trial's head has not seen the classes that it is measured on"
