@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONWARNINGS = ignore
-.PHONY: setup demo test docs bench readme prepare check release clean
+.PHONY: setup demo test mutants docs bench readme prepare check release clean
 
 setup: $(VENV)/.installed  ## make the environment
 
@@ -19,6 +19,9 @@ demo: setup     ## train an embedding on characters, score it on characters it h
 
 test: setup     ## every notebook and everything in tests/
 	python -m pytest -q -n 2 --dist loadfile tests/test_notebooks.py tests
+
+mutants: setup  ## small mistakes in the hot paths, each of which the tests must find
+	python tests/mutants.py
 
 docs: setup     ## build the site into docs/_build/html
 	python docs/nbsite.py

@@ -206,11 +206,11 @@ def go_on(self:Checkpoint,
         print(f"Fit {self.i_fit+1} of the run in {str(self.folder)!r} is complete: skipped.")
         raise CancelFitException
     self.learn._resumed.pop(self.folder.resolve())
+    self.restore(state)
     then = state.get('facts', {})
     if other := [f"{k} {then[k]} then and {v} now" for k,v in self.facts.items() if k in then and then[k]!=v]:
         warn(f"This is not the call that was interrupted in {str(self.folder)!r}: {'; '.join(other)}. It goes on from there, with the checkpoint's weights and optimiser (a constant rate and weight decay included) "
              "and all else as called now, and not to where the run would have ended.")
-    self.restore(state)
 
 @patch
 def restore(self:Checkpoint,

@@ -23,7 +23,7 @@ def _turn(im):
 
 # %% ../nbs/api/04_images.ipynb #d4c72c25
 @cache
-def _say_scaled(): warnings.warn("Images of 32-bit numbers have no fixed range: each is scaled by its own least and greatest value. Store 8 or 16 bits where brightness matters.", stacklevel=6)
+def _say_scaled(): warnings.warn("Images of 32-bit numbers have no fixed range: each is scaled by its own least and greatest value. Store 8 or 16 bits where brightness matters.", stacklevel=5)
 
 def _scaled(a):
     "`(h,w)` numbers as uint8, the least as 0 and the greatest as 255"

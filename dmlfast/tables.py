@@ -344,7 +344,7 @@ def dblock(self:MetricDataset,
 def _batch_size(n, per_class):
     "Images in a batch where nobody said: 64 or as near below as whole classes make, and no more classes than there are"
     most = max(2, 64//max(per_class, 1))
-    if n<most: warnings.warn(f"Batches have {n*per_class} images, since there are {n} training classes, with {per_class} images of each.")
+    if per_class>0 and n<most: warnings.warn(f"Batches have {n*per_class} images, since there are {n} training classes, with {per_class} images of each.")
     return min(most, n)*per_class
 
 @patch

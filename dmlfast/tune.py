@@ -127,7 +127,7 @@ def _one_writer(storage):
     event.listen(storage.engine, 'begin', lambda o: o.exec_driver_sql('BEGIN IMMEDIATE'))
     return storage
 
-def _storage(storage):
+def _storage(storage, tries=5):
     "A database that notices when the process of a trial has died, and has the trial done again"
     if storage is None: return None
     optuna,url = _optuna(),_url(storage)
@@ -135,11 +135,11 @@ def _storage(storage):
     wait = dict(connect_args=dict(timeout=60)) if url.startswith('sqlite') else {} # seconds that a process waits for another one's writing
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
-        retry = optuna.storages.RetryFailedTrialCallback(max_retry=1)
-        try: res = optuna.storages.RDBStorage(url, engine_kwargs=wait, heartbeat_interval=15, grace_period=60, failed_trial_callback=retry)
+        retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=1)
+        try: res = optuna.storages.RDBStorage(url, engine_kwargs=wait, heartbeat_interval=15, grace_period=60, heartbeat_stale_trial_callback=retry)
         except ImportError: raise
         except Exception as e:
-            if any(o in str(e) for o in ('already exists','UNIQUE')): return _storage(storage) # another process is making its tables
+            if tries>1 and any(o in str(e) for o in ('already exists','UNIQUE')): return _storage(storage, tries-1) # another process is making its tables
             raise ValueError(f"The storage {str(storage)!r} cannot be opened: {str(e).splitlines()[0]}") from e
     return _one_writer(res) if wait else res
 

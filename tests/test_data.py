@@ -35,7 +35,7 @@ def test_every_image_is_seen(counts, per_class, seed, start):
 def test_epochs_differ_and_seeds_differ():
     labels = np.repeat(np.arange(20), 10)
     s,t = BalancedSampler(labels, 16, 4, 0),BalancedSampler(labels, 16, 4, 1)
-    assert (s.idxs(0)!=s.idxs(1)).any() and (s.idxs(0)!=t.idxs(0)).any()
+    for f in ('idxs','classes'): assert (getattr(s, f)(0)!=getattr(s, f)(1)).any() and (getattr(s, f)(0)!=getattr(t, f)(0)).any()
 
 def test_classes_are_drawn_alike():
     "Neither rare nor frequent classes are drawn more often than others: over many passes within a tenth"
@@ -47,6 +47,13 @@ def test_classes_are_drawn_alike():
 def _dls(labels, **kwargs):
     dblock = DataBlock(blocks=(TransformBlock, ClassBlock), get_y=lambda i: labels[i], splitter=ClassSplitter(lambda i: labels[i], n_valid=1))
     return dblock.dataloaders(L(range(len(labels))), dl_type=BalancedDL, num_workers=0, **kwargs)
+
+def test_training_classes_come_first():
+    "Whatever the order of their names: a class id below their number is a proxy's row"
+    labels = list('aabbccdd')
+    block = DataBlock(blocks=(TransformBlock, ClassBlock), get_y=lambda i: labels[i], splitter=ClassSplitter(lambda i: labels[i], valid=['a','c']))
+    dls = block.dataloaders(L(range(8)), dl_type=BalancedDL, bs=4, per_class=2, num_workers=0)
+    assert list(dls.vocab)==['b','d','a','c'] and dls.n_train_classes==2
 
 def test_faults_come_before_the_first_batch():
     for kwargs,said in [*((dict(bs=b, per_class=k), f'both at least 1; got bs={b} and per_class={k}') for b,k in ((6,4), (0,4), (-4,4), (4,0), (-4,-4))),

@@ -189,7 +189,7 @@ def odd(tmp_path):
     except OSError: pytest.skip('this disk has only UTF-8 names')
     return name
 
-def test_names_that_are_no_utf8(odd, tmp_path):
+def test_names_that_are_no_utf8(odd, tmp_path, tmp_path_factory):
     "Such names are read, found, shown and told apart"
     for c in (odd, os.fsdecode(b'caf\xe8'), 'café', 'tea'):
         for i in range(3): put(tmp_path/c/f'{i}.jpg', jpeg(i))
@@ -200,7 +200,7 @@ def test_names_that_are_no_utf8(odd, tmp_path):
     assert dls.one_batch()[0].shape==(6,3,16,16)
     dls.show_batch()
     learn = metric_learner(dls, 'test_resnet', emb_sz=8, pretrained=False, path=tmp_path)
-    assert learn.export_embedder(tmp_path/'finder', gallery='test').items==[str(o.relative_to(tmp_path)) for o in ds.items('test')]
+    assert learn.export_embedder(tmp_path_factory.mktemp('finder'), gallery='test').items==[str(o.relative_to(tmp_path)) for o in ds.items('test')]
     assert split_hash(dls)!=split_hash(MetricDataset.from_folder(tmp_path, test_pct=.5, val_pct=0).dataloaders(bs=4, per_class=2, valid='test', size=16, num_workers=0))
     rows = [b'path,label'] + [f'{c}/{i}.jpg,{c}'.encode('utf-8', 'surrogateescape') for c in (odd,'tea') for i in range(3)]
     put(tmp_path/'own.csv', b'\n'.join(rows))

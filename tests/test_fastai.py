@@ -58,9 +58,7 @@ def test_export_and_predict(learn):
     item = learn.dls.valid.items[1]
     emb,near = learn.predict(item)
     learn.export()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        other = load_learner(learn.path/'export.pkl')
+    other = load_learner(learn.path/'export.pkl')
     emb2,none = other.predict(item)
     assert torch.allclose(emb, emb2, atol=1e-6) and len(near)==5 and none==[]
     assert [o.item for o in other.predict(item, gallery='train')[1]]==[o.item for o in near]
@@ -133,9 +131,7 @@ def test_a_loaded_learner_without_a_data_set(few, tmp_path):
     dblock = DataBlock(blocks=(ImageBlock, ClassBlock), get_items=lambda o: few.items('train'), get_y=parent_label, splitter=ClassSplitter(parent_label))
     learn = metric_learner(dblock.dataloaders(tmp_path, bs=16, dl_type=BalancedDL, per_class=4, num_workers=0), 'test_resnet', pretrained=False, path=tmp_path)
     learn.export()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        other = load_learner(tmp_path/'export.pkl')
+    other = load_learner(tmp_path/'export.pkl')
     with pytest.raises(ValueError, match=r"not made by a `MetricDataset`, so they know no split 'test': pass a loader, such as `dls.test_dl\(items, with_labels=True\)`"): other.evaluate('test')
 
 def test_tta(learn):
@@ -143,6 +139,7 @@ def test_tta(learn):
     assert embs.shape==(len(ys),16) and embs.isfinite().all()
 
 @pytest.mark.parametrize('how', ['to_fp16','to_bf16','to_channelslast'])
+@pytest.mark.filterwarnings('ignore:The body is frozen')
 def test_callbacks_that_change_the_loop(make_learner, how):
     learn = getattr(make_learner(ProxyNCALoss(), cbs=SelfSupervisedRanking(n=2, m=4)), how)()
     learn.fine_tune(1, 1e-3)

@@ -78,7 +78,7 @@ def folder(tmp_path_factory):
 def four(folder, tmp_path_factory):
     "File of each case; the data set, a learner on it, and what was exported from it"
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+        warnings.filterwarnings('ignore', 'Images of 32-bit')
         ds = MetricDataset.from_folder(folder, val_pct=.5)
         set_seed(0)
         learn = metric_learner(ds.dataloaders(bs=4, per_class=2, size=32, num_workers=0, valid='test'), 'test_resnet', TripletLoss(), emb_sz=8, pretrained=False, path=tmp_path_factory.mktemp('x'), head='linear')
@@ -121,7 +121,7 @@ def _first_format(folder):
     (folder/'embedder.json').write_text(json.dumps(about | dict(format=1)))
     return load_embedder(folder)
 
-@pytest.mark.filterwarnings('ignore')
+@pytest.mark.filterwarnings('ignore:Images of 32-bit')
 def test_folders_of_the_first_format_do_as_they_did(four, tmp_path):
     "Pixels as they are stored: neither turned nor composed, and 16 bits cut off"
     files,ds,learn,embedder = four
@@ -137,7 +137,7 @@ def test_folders_of_the_first_format_do_as_they_did(four, tmp_path):
         for name in ('exif6','rgba','i16_png'): assert torch.allclose(embs[list(m.dls.valid.items).index(files[name])], o.embed(files[name]), atol=1e-5)
         with m.no_bar(): assert torch.allclose(m.predict(Image.open(files['exif6']))[0], o.embed(files['exif6']), atol=1e-5)
 
-@pytest.mark.filterwarnings('ignore')
+@pytest.mark.filterwarnings('ignore:Images of 32-bit')
 def test_fastais_own_images_stay_as_fastai_opens_them(folder, tmp_path):
     "Where the training opened bare pixels, so do `predict` and what is exported"
     block = DataBlock(blocks=(ImageBlock, ClassBlock), get_items=get_image_files, get_y=parent_label, splitter=ClassSplitter(parent_label), item_tfms=Resize(32, ResizeMethod.Squish))
@@ -150,7 +150,7 @@ def test_fastais_own_images_stay_as_fastai_opens_them(folder, tmp_path):
     for o in (fn, fn.read_bytes(), Image.open(fn), np.rot90(FLAG)):
         with learn.no_bar(): assert torch.allclose(learn.predict(o)[0], e.embed(fn), atol=1e-5)
 
-@pytest.mark.filterwarnings('ignore')
+@pytest.mark.filterwarnings('ignore:Images of 32-bit')
 def test_a_learner_that_was_loaded_opens_images_as_before(four, tmp_path):
     "It has no items left, and still knows how they were opened"
     files,ds,learn,embedder = four

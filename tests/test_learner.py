@@ -109,9 +109,7 @@ def test_export(make_learner, tmp_path):
     learn = make_learner(Centres())
     learn.fit(1, 1e-3)
     learn.export()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        other = load_learner(tmp_path/'export.pkl')
+    other = load_learner(tmp_path/'export.pkl')
     assert other.loss_func is other.model.loss_func
     assert (other.loss_func.centres==learn.loss_func.centres.cpu()).all()
     fns = learn.dls.source.items('test')[:5]
@@ -150,9 +148,7 @@ def test_a_loss_from_elsewhere(make_learner, tmp_path):
     learn.load('theirs')
     assert (proxies==trained).all()
     learn.export()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        assert (load_learner(tmp_path/'export.pkl').loss_func.loss.proxies==trained.cpu()).all()
+    assert (load_learner(tmp_path/'export.pkl').loss_func.loss.proxies==trained.cpu()).all()
 
 def test_several_losses_and_a_function(make_learner):
     learn = make_learner((DRTripletLoss(), ProxyNCALoss(lr_mult=10.), lambda embs, labels: embs.pow(2).mean()))
@@ -389,7 +385,8 @@ def test_scores_that_are_not_of_every_epoch(make_learner):
 def test_nothing_to_retrieve(few, tmp_path):
     "Validation classes of one image each leave no score to monitor: refused before the fit, and without a tracker the columns are nan"
     lone = few.df[few.df.split=='val'].drop_duplicates('label')
-    dls = MetricDataset(pd.concat([few.df[few.df.split!='val'],lone]), few.path, size=None, flip=False).dataloaders(bs=32, per_class=4, num_workers=0)
+    with pytest.warns(UserWarning, match='4 of 38 classes of images have one image only'): ds = MetricDataset(pd.concat([few.df[few.df.split!='val'],lone]), few.path, size=None, flip=False)
+    dls = ds.dataloaders(bs=32, per_class=4, num_workers=0)
     learn = metric_learner(dls, 'test_resnet', pretrained=False, path=tmp_path)
     for cb in (SaveModelCallback('recall@1'),EarlyStoppingCallback('map@r')):
         with pytest.raises(ValueError, match=f"each of the {len(lone)} validation items is the only one of its class"): learn.fit(1, cbs=cb)
@@ -584,9 +581,7 @@ def test_recipe_is_exported(make_learner, tmp_path):
     learn = make_learner(recipe='dr_triplet')
     learn.fit_recipe(1)
     learn.export()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        other = load_learner(tmp_path/'export.pkl')
+    other = load_learner(tmp_path/'export.pkl')
     assert other.recipe.data==recipes['dr_triplet'].data and not any(m.training for m in other.model.train().body.modules() if isinstance(m, nn.BatchNorm2d))
 
 @pytest.mark.parametrize('opt', [Adam, partial(OptimWrapper, opt=torch.optim.SGD)])

@@ -316,6 +316,24 @@ def test_miners_choose_what_they_say():
         three = miner(f, y)
         assert all(torch.equal(i,j) for i,j in zip(one,two)) and not all(torch.equal(i,j) for i,j in zip(one,three))
 
+def test_semi_hard_is_farther_than_the_positive():
+    "A negative as near as the positive is none: of those at 1 and 1.1 it is the latter"
+    f,y = torch.tensor([[0.],[1.],[-1.],[1.1]]),torch.tensor([0,0,1,1])
+    for seed in range(8):
+        torch.manual_seed(seed)
+        a,p,n = SemiHardMiner(.2)(f, y)
+        assert n[(a==0)&(p==1)].item()==3
+
+@pytest.mark.parametrize('loss', [TripletLoss, MarginLoss, ContrastiveLoss, MultiSimilarityLoss])
+def test_no_gradient_goes_through_a_miner(loss):
+    seen = []
+    def miner(embs, labels):
+        seen.append(embs.requires_grad)
+        return all_triplets(labels)
+    f,y = batch(12, 8, 3)
+    value_grad(loss(miner=miner), f, y)
+    assert seen and not any(seen)
+
 def test_random_negatives_are_uniform():
     torch.manual_seed(0)
     y = torch.tensor([2,0,1,0,2,2,1])

@@ -61,6 +61,11 @@ def test_a_rate_of_the_body_alone(few):
     learn = make_learner(_with({'fit.lr':None, 'fit.body_lr':.1}), few)
     assert learn.group_rates(1.)==slice(.1, 1.) and learn.group_rates(slice(2.))==slice(2.)
 
+def test_a_seed_draws_weights_and_batches(few):
+    from dmlfast.runs import make_learner
+    a,b,c = (make_learner(_with({'seed':o}), few) for o in (3,3,4))
+    for f in (lambda o: o.model.head.weight, lambda o: o.dls.train.sampler.classes(0)): assert (f(a)==f(b)).all() and (f(a)!=f(c)).any()
+
 def test_steps_of_the_rate_in_a_fit(few):
     from dmlfast.runs import fit_settings, make_learner
     s = _with({'fit':dict(sched='step', steps=[1,2], factor=.5, body_lr=.1)})

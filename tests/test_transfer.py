@@ -5,6 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
 from fastai.vision.all import *
 from dmlfast.all import *
+from dmlfast.baseline import _halves
 from dmlfast.features import _kept, body_key, body_state, collect, items_key, weights_hash
 
 @pytest.fixture(scope='module')
@@ -36,14 +37,27 @@ def map_r(z, y): return evaluate_retrieval(F.normalize(z.float()), y, metrics=['
 def test_lda_is_what_its_definition_says():
     "Against the definition with an inverse and a singular value decomposition, up to the signs of rows"
     g = torch.Generator().manual_seed(0)
-    X,y = torch.randn(40, 6, generator=g).double(),torch.arange(40)%5
+    X,y = torch.randn(40, 6, generator=g).double(),torch.arange(40).sqrt().long() # classes of 1 to 11
     W,mu = lda_head(X, y, 3, s=.3)
-    D = X-torch.stack([X[y==c].mean(0) for c in range(5)])[y]
+    D = X-torch.stack([X[y==c].mean(0) for c in range(7)])[y]
     S = D.T@D/40
     L = torch.linalg.cholesky(torch.linalg.inv(.7*S+.3*S.diagonal().mean()*torch.eye(6).double()))
     V = torch.linalg.svd((X-X.mean(0))@L, full_matrices=False)[2][:3]@L.T
     V = V/V.norm(dim=1).mean()
     assert torch.allclose((W*V).sum(1).abs(), V.norm(dim=1)**2, rtol=1e-8) and torch.allclose(mu, X.mean(0))
+
+def test_shrinkage_is_judged_on_classes_that_it_was_not_fitted_to():
+    "Half of the classes fit, the other half score, and the other way round"
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(64)%8
+    X = 2*torch.randn(8, 6, generator=g)[y]+torch.randn(64, 6, generator=g)*torch.arange(1, 7)
+    s,scores = choose_shrinkage(X, y, 3)
+    a,b = (torch.isin(y, o) for o in _halves(y.unique()))
+    def score(fit, held, s):
+        W,mu = lda_head(X[fit], y[fit], 3, s)
+        return map_r((X[held]-mu.float())@W.float().T, y[held])
+    want = {o:(score(a, b, o)+score(b, a, o))/2 for o in (.05,.1,.3,.5,.7,.9)}
+    assert scores==pytest.approx(want, abs=1e-6) and s==max(want, key=want.get) and len(set(want.values()))>3
 
 def test_pca_is_that_of_scikit_learn():
     from sklearn.decomposition import PCA
@@ -353,6 +367,14 @@ def test_other_loaders_number_classes_their_way(quiet, few):
         learn = quiet(dls=few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0, valid=valid))
         g = learn.gain('test')
         assert g.a.labels.tolist()==g.b.labels.tolist()==learn.embed('test')[1].tolist()
+
+def test_halves_have_no_class_in_common(few):
+    "All training images, half of the classes to train on and the others to measure on, and none of the held-out ones"
+    dls = few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0)
+    half = halves(dls)
+    train,valid = ({parent_label(o) for o in dl.items} for dl in half.loaders)
+    assert not train & valid and train|valid=={parent_label(o) for o in dls.train.items} and len(train)==half.n_train_classes==(len(train|valid)+1)//2
+    assert sorted([*half.train.items,*half.valid.items])==sorted(dls.train.items)
 
 def test_halves_are_judged_from_their_own_start(quiet, few):
     "A trial's head has not seen the classes that it is measured on"

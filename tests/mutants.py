@@ -1,0 +1,80 @@
+"Small deliberate mistakes in the hot paths, each of which the tests of its room must find: `make mutants`, or `python tests/mutants.py geometry losses` for some rooms"
+import os, shlex, shutil, subprocess, sys, tempfile, time
+from pathlib import Path
+
+root = Path(__file__).parent.parent
+mutants = [ # room, what its code says, what it says instead, tests
+    ('geometry', "r = (g+g.T).mul_(-2)", "r = (g+g).mul_(-2)", 'test_losses.py'), # the transpose is forgotten
+    ('geometry', "(ap + (an-pn))", "(ap + (an+pn))", 'test_geometry.py'),
+    ('mining', "torch.searchsorted(far, edges, right=True)", "torch.searchsorted(far, edges)", "test_losses.py -k 'miner or semi_hard'"), # a negative as near as the positive
+    ('mining', "order[(end+(r*(len(labels)-m)).long())%len(labels)]", "order[(end+(r*(len(labels)-m-1)).long())%len(labels)]", 'test_losses.py'), # one negative is never drawn
+    ('losses', "args = (embs.detach(), labels)", "args = (embs, labels)", "test_losses.py -k miner"), # the gradient goes through the choice
+    ('losses', "(self.margin-dn+beta[a2]).relu()", "(self.margin-dn-beta[a2]).relu()", 'test_losses.py'),
+    ('losses', "(terms.detach().sign() if reduction=='active' else mask)", "(mask if reduction=='active' else mask)", 'test_losses.py'), # the mean of all for that of those above 0
+    ('proxies', "if inv.ndim: own = F.normalize(own, dim=1)", "if not inv.ndim: own = F.normalize(own, dim=1)", 'test_losses.py'),
+    ('images', "6:'ROTATE_270'", "6:'ROTATE_90'", 'test_images.py'),
+    ('images', "return Image.alpha_composite(Image.new('RGBA', im.size, background), im).convert(mode)", "return im.convert(mode)", 'test_images.py'), # what is hidden shows
+    ('data', "rng = np.random.default_rng([self.seed, epoch])", "rng = np.random.default_rng([0, epoch])", 'test_data.py'),
+    ('data', "group = epoch*(len(self)//self.round)", "group = epoch*(len(self)//self.round+1)", 'test_data.py'), # images are left out
+    ('data', "CategoryMap(seen+other, sort=False)", "CategoryMap(other+seen, sort=False)", 'test_data.py'),
+    ('tables', "return seen & ~self.df.label.isin(self.df.label[held]),held", "return seen,held", 'test_datasets.py -k subset'), # held-out classes are trained on
+    ('models', "and (self.freeze_bn or m.weight is not None", "and (m.weight is not None", 'test_models.py -k bn'), # running statistics move
+    ('heads', "self.total-(means*n[:,None]).T@means/len(X)", "self.total-means.T@means/len(means)", 'test_transfer.py -k lda'), # classes count alike
+    ('baseline', "for fit,score in (parts,parts[::-1]):", "for fit,score in zip(parts, parts):", 'test_transfer.py -k shrinkage'), # judged on what it was fitted to
+    ('retrieval', "in_r = (rank<=n[:,None]) & there", "in_r = (rank<n[:,None]) & there", 'test_retrieval.py'),
+    ('retrieval', "has = (own>=0).nonzero()[:,0]", "has = (own>0).nonzero()[:,0]", 'test_retrieval.py'), # the first item finds itself
+    ('evaluate', "(epoch+1)%self.every==0", "epoch%self.every==0", 'test_learner.py -k every_other'),
+    ('deploy', "m = min(w/tw, h/th)", "m = max(w/tw, h/th)", 'test_deploy.py'),
+    ('deploy', "if self._index[0] is not self.embs:", "if self._index[0] is None:", 'test_deploy.py'), # what was added later is not found
+    ('ranking', "self.soft(sim.diff(dim=1)+self.alpha)", "self.soft(sim.diff(dim=1)-self.alpha)", 'test_ranking.py -k loss'),
+    ('ranking', "torch.randperm(len(x), generator=self.rng)", "torch.randperm(len(x))", 'test_ranking.py -k gradients_add_up'),
+    ('learner', "return slice(lr*self.body_share, lr)", "return slice(lr, lr*self.body_share)", 'test_transfer.py -k rate'),
+    ('learner', "isdisjoint(source.items('test'))", "isdisjoint(source.items('val'))", 'test_learner.py -k patience'),
+    ('checkpoint', "for o in ('seed','epoch') if hasattr(dl, o)", "for o in ('seed',) if hasattr(dl, o)", 'test_checkpoint.py -k killed'), # a resumed run begins with the first batches
+    ('transfer', "dls.valid.new(_of_items(ds, (~seen)", "dls.valid.new(_of_items(ds, seen", 'test_transfer.py -k halves'), # judged on what was trained on
+    ('interpret', "n,r = len(g)-_count(self.ids[q], self.ids[g])", "n,r = len(g)-0*_count(self.ids[q], self.ids[g])", 'test_interpret.py'), # chance with the query in its own gallery
+    ('tune', "report(i*n_epoch+epoch,", "report(epoch,", 'test_tune.py'), # folds report the same steps to the pruner
+    ('tune', "MaxTrialsCallback(n_trials, states=(s.COMPLETE,s.PRUNED))", "MaxTrialsCallback(n_trials, states=(s.COMPLETE,s.PRUNED,s.FAIL))", 'test_tune.py'), # a trial that was interrupted counts
+    ('protocol', "done = [o for o in trials if o['state']=='COMPLETE']", "done = trials", 'test_protocol.py'), # one that was given up is chosen
+    ('runs', "set_seed(seed, reproducible=True)", "set_seed(0, reproducible=True)", 'test_runs.py -k seed'),
+    ('cli', "evaluate_retrieval(*_raw_pixels(test), metrics=names)", "evaluate_retrieval(*_raw_pixels(dls.train), metrics=names)", 'test_cli.py -k demo'), # of training images
+]
+
+def code_of(room, folder=root):
+    "The file of a room"
+    return Path(folder)/'dmlfast'/f'{room}.py'
+
+def copy_of_repository(folder):
+    "A copy whose package may be changed; the tests' own files are copied, and all else is linked"
+    for o in root.iterdir():
+        if o.name in ('dmlfast','tests'): shutil.copytree(o, folder/o.name, ignore=shutil.ignore_patterns('__pycache__'))
+        elif not o.name.startswith('.'): (folder/o.name).symlink_to(o)
+
+def found(folder, room, old, new, tests):
+    "Do the tests fail with the mistake? Raises `ValueError` where it cannot be made, or where there is nothing to run"
+    file = code_of(room, folder)
+    code = file.read_text(encoding='utf-8')
+    if code.count(old)!=1: raise ValueError(f"{room}: {old!r} is there {code.count(old)} times, and must be once.")
+    file.write_text(code.replace(old, new), encoding='utf-8')
+    env = {**os.environ, 'PYTHONPATH':str(folder), 'PYTHONDONTWRITEBYTECODE':'1'} # bytecode is told from other bytecode by time and size alone
+    try: res = subprocess.run([sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', *shlex.split(tests)], cwd=folder/'tests', env=env, capture_output=True, text=True)
+    finally: file.write_text(code, encoding='utf-8')
+    if res.returncode not in (0,1): raise ValueError(f"{room}: `pytest {tests}` ended with {res.returncode}.\n{res.stdout[-2000:]}{res.stderr[-2000:]}")
+    return res.returncode==1,next((o for o in res.stdout.splitlines() if o.startswith(('FAILED','ERROR'))), '')
+
+def main(rooms):
+    "Print what became of each mistake; exit with 1 where one was not found"
+    bad = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy_of_repository(folder := Path(folder))
+        for room,old,new,tests in mutants:
+            if rooms and room not in rooms: continue
+            began = time.time()
+            try: dead,why = found(folder, room, old, new, tests)
+            except ValueError as e: dead,why = False,str(e)
+            bad += not dead
+            print(f"{'found' if dead else 'SURVIVED':<9}{time.time()-began:>5.0f} s  {room:<11}{new}  {why}", flush=True)
+    print(f'{bad} were not found.' if bad else 'All were found.')
+    return int(bad>0)
+
+if __name__=='__main__': sys.exit(main(sys.argv[1:]))
