@@ -6,8 +6,8 @@ from statistics import median
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 import numpy as np
 from pytorch_metric_learning.samplers import MPerClassSampler
-from dmlfast.data import BalancedDL, BalancedSampler
-from dmlfast.datasets import online_products
+from dmlfast.data.batches import BalancedDL, BalancedSampler
+from dmlfast.data.datasets import online_products
 
 def labels_of(n, n_classes):
     "Labels of `n` items in random order, of `n_classes` classes of different sizes"

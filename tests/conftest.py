@@ -9,13 +9,13 @@ import pytest
 @pytest.fixture(scope='session')
 def glyph_dir(tmp_path_factory):
     "A folder with the images of `glyphs`, 24 pixels to a side"
-    from dmlfast.datasets import glyphs
+    from dmlfast.data.datasets import glyphs
     return glyphs(tmp_path_factory.mktemp('data'), size=24).path
 
 @pytest.fixture(scope='session')
 def few(glyph_dir):
     "Images of every twelfth glyph, a `MetricDataset`"
-    from dmlfast.datasets import MetricDataset
+    from dmlfast.data.datasets import MetricDataset
     df = MetricDataset.from_folder(glyph_dir, seed=0).df
     return MetricDataset(df[df.label.isin(sorted(set(df.label))[::12])], glyph_dir, 'few glyphs', size=None, flip=False)
 

@@ -1,48 +1,48 @@
-"Small deliberate mistakes in the hot paths, each of which the tests of its room must find: `make mutants`, or `python tests/mutants.py geometry losses` for some rooms"
+"Small deliberate mistakes in the hot paths, each of which the tests of its room must find: `make mutants`, or `python tests/mutants.py losses.geometry data.batches` for some rooms"
 import os, shlex, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 root = Path(__file__).parent.parent
 mutants = [ # room, what its code says, what it says instead, tests
-    ('geometry', "r = (g+g.T).mul_(-2)", "r = (g+g).mul_(-2)", 'test_losses.py'), # the transpose is forgotten
-    ('geometry', "(ap + (an-pn))", "(ap + (an+pn))", 'test_geometry.py'),
-    ('mining', "torch.searchsorted(far, edges, right=True)", "torch.searchsorted(far, edges)", "test_losses.py -k 'miner or semi_hard'"), # a negative as near as the positive
-    ('mining', "order[(end+(r*(len(labels)-m)).long())%len(labels)]", "order[(end+(r*(len(labels)-m-1)).long())%len(labels)]", 'test_losses.py'), # one negative is never drawn
-    ('losses', "args = (embs.detach(), labels)", "args = (embs, labels)", "test_losses.py -k miner"), # the gradient goes through the choice
-    ('losses', "(self.margin-dn+beta[a2]).relu()", "(self.margin-dn-beta[a2]).relu()", 'test_losses.py'),
-    ('losses', "(terms.detach().sign() if reduction=='active' else mask)", "(mask if reduction=='active' else mask)", 'test_losses.py'), # the mean of all for that of those above 0
-    ('proxies', "if inv.ndim: own = F.normalize(own, dim=1)", "if not inv.ndim: own = F.normalize(own, dim=1)", 'test_losses.py'),
-    ('images', "6:'ROTATE_270'", "6:'ROTATE_90'", 'test_images.py'),
-    ('images', "return Image.alpha_composite(Image.new('RGBA', im.size, background), im).convert(mode)", "return im.convert(mode)", 'test_images.py'), # what is hidden shows
-    ('data', "rng = np.random.default_rng([self.seed, epoch])", "rng = np.random.default_rng([0, epoch])", 'test_data.py'),
-    ('data', "group = epoch*(len(self)//self.round)", "group = epoch*(len(self)//self.round+1)", 'test_data.py'), # images are left out
-    ('data', "CategoryMap(seen+other, sort=False)", "CategoryMap(other+seen, sort=False)", 'test_data.py'),
-    ('tables', "return seen & ~self.df.label.isin(self.df.label[held]),held", "return seen,held", 'test_datasets.py -k subset'), # held-out classes are trained on
-    ('models', "and (self.freeze_bn or m.weight is not None", "and (m.weight is not None", 'test_models.py -k bn'), # running statistics move
-    ('heads', "self.total-(means*n[:,None]).T@means/len(X)", "self.total-means.T@means/len(means)", 'test_transfer.py -k lda'), # classes count alike
-    ('baseline', "for fit,score in (parts,parts[::-1]):", "for fit,score in zip(parts, parts):", 'test_transfer.py -k shrinkage'), # judged on what it was fitted to
-    ('retrieval', "in_r = (rank<=n[:,None]) & there", "in_r = (rank<n[:,None]) & there", 'test_retrieval.py'),
-    ('retrieval', "has = (own>=0).nonzero()[:,0]", "has = (own>0).nonzero()[:,0]", 'test_retrieval.py'), # the first item finds itself
-    ('evaluate', "(epoch+1)%self.every==0", "epoch%self.every==0", 'test_learner.py -k every_other'),
-    ('deploy', "m = min(w/tw, h/th)", "m = max(w/tw, h/th)", 'test_deploy.py'),
-    ('deploy', "if self._index[0] is not self.embs:", "if self._index[0] is None:", 'test_deploy.py'), # what was added later is not found
-    ('ranking', "self.soft(sim.diff(dim=1)+self.alpha)", "self.soft(sim.diff(dim=1)-self.alpha)", 'test_ranking.py -k loss'),
-    ('ranking', "torch.randperm(len(x), generator=self.rng)", "torch.randperm(len(x))", 'test_ranking.py -k gradients_add_up'),
-    ('learner', "return slice(lr*self.body_share, lr)", "return slice(lr, lr*self.body_share)", 'test_transfer.py -k rate'),
-    ('learner', "isdisjoint(source.items('test'))", "isdisjoint(source.items('val'))", 'test_learner.py -k patience'),
-    ('checkpoint', "for o in ('seed','epoch') if hasattr(dl, o)", "for o in ('seed',) if hasattr(dl, o)", 'test_checkpoint.py -k killed'), # a resumed run begins with the first batches
-    ('transfer', "dls.valid.new(_of_items(ds, (~seen)", "dls.valid.new(_of_items(ds, seen", 'test_transfer.py -k halves'), # judged on what was trained on
-    ('interpret', "n,r = len(g)-_count(self.ids[q], self.ids[g])", "n,r = len(g)-0*_count(self.ids[q], self.ids[g])", 'test_interpret.py'), # chance with the query in its own gallery
-    ('tune', "report(i*n_epoch+epoch,", "report(epoch,", 'test_tune.py'), # folds report the same steps to the pruner
-    ('tune', "MaxTrialsCallback(n_trials, states=(s.COMPLETE,s.PRUNED))", "MaxTrialsCallback(n_trials, states=(s.COMPLETE,s.PRUNED,s.FAIL))", 'test_tune.py'), # a trial that was interrupted counts
-    ('protocol', "done = [o for o in trials if o['state']=='COMPLETE']", "done = trials", 'test_protocol.py'), # one that was given up is chosen
-    ('runs', "set_seed(seed, reproducible=True)", "set_seed(0, reproducible=True)", 'test_runs.py -k seed'),
-    ('cli', "evaluate_retrieval(*_raw_pixels(test), metrics=names)", "evaluate_retrieval(*_raw_pixels(dls.train), metrics=names)", 'test_cli.py -k demo'), # of training images
+    ('losses.geometry', "r = (g+g.T).mul_(-2)", "r = (g+g).mul_(-2)", 'test_losses.py'), # the transpose is forgotten
+    ('losses.geometry', "(ap + (an-pn))", "(ap + (an+pn))", 'test_geometry.py'),
+    ('losses.miners', "torch.searchsorted(far, edges, right=True)", "torch.searchsorted(far, edges)", "test_losses.py -k 'miner or semi_hard'"), # a negative as near as the positive
+    ('losses.miners', "order[(end+(r*(len(labels)-m)).long())%len(labels)]", "order[(end+(r*(len(labels)-m-1)).long())%len(labels)]", 'test_losses.py'), # one negative is never drawn
+    ('losses.base', "args = (embs.detach(), labels)", "args = (embs, labels)", "test_losses.py -k miner"), # the gradient goes through the choice
+    ('losses.base', "(self.margin-dn+beta[a2]).relu()", "(self.margin-dn-beta[a2]).relu()", 'test_losses.py'),
+    ('losses.base', "(terms.detach().sign() if reduction=='active' else mask)", "(mask if reduction=='active' else mask)", 'test_losses.py'), # the mean of all for that of those above 0
+    ('losses.proxies', "if inv.ndim: own = F.normalize(own, dim=1)", "if not inv.ndim: own = F.normalize(own, dim=1)", 'test_losses.py'),
+    ('files.images', "6:'ROTATE_270'", "6:'ROTATE_90'", 'test_images.py'),
+    ('files.images', "return Image.alpha_composite(Image.new('RGBA', im.size, background), im).convert(mode)", "return im.convert(mode)", 'test_images.py'), # what is hidden shows
+    ('data.batches', "rng = np.random.default_rng([self.seed, epoch])", "rng = np.random.default_rng([0, epoch])", 'test_data.py'),
+    ('data.batches', "group = epoch*(len(self)//self.round)", "group = epoch*(len(self)//self.round+1)", 'test_data.py'), # images are left out
+    ('data.batches', "CategoryMap(seen+other, sort=False)", "CategoryMap(other+seen, sort=False)", 'test_data.py'),
+    ('data.tables', "return seen & ~self.df.label.isin(self.df.label[held]),held", "return seen,held", 'test_datasets.py -k subset'), # held-out classes are trained on
+    ('models.embedder', "and (self.freeze_bn or m.weight is not None", "and (m.weight is not None", 'test_models.py -k bn'), # running statistics move
+    ('models.heads', "self.total-(means*n[:,None]).T@means/len(X)", "self.total-means.T@means/len(means)", 'test_transfer.py -k lda'), # classes count alike
+    ('train.baseline', "for fit,score in (parts,parts[::-1]):", "for fit,score in zip(parts, parts):", 'test_transfer.py -k shrinkage'), # judged on what it was fitted to
+    ('retrieval.search', "in_r = (rank<=n[:,None]) & there", "in_r = (rank<n[:,None]) & there", 'test_retrieval.py'),
+    ('retrieval.search', "has = (own>=0).nonzero()[:,0]", "has = (own>0).nonzero()[:,0]", 'test_retrieval.py'), # the first item finds itself
+    ('train.columns', "(epoch+1)%self.every==0", "epoch%self.every==0", 'test_learner.py -k every_other'),
+    ('deploy.embedder', "m = min(w/tw, h/th)", "m = max(w/tw, h/th)", 'test_deploy.py'),
+    ('deploy.embedder', "if self._index[0] is not self.embs:", "if self._index[0] is None:", 'test_deploy.py'), # what was added later is not found
+    ('train.ssr', "self.soft(sim.diff(dim=1)+self.alpha)", "self.soft(sim.diff(dim=1)-self.alpha)", 'test_ranking.py -k loss'),
+    ('train.ssr', "torch.randperm(len(x), generator=self.rng)", "torch.randperm(len(x))", 'test_ranking.py -k gradients_add_up'),
+    ('train.learner', "return slice(lr*self.body_share, lr)", "return slice(lr, lr*self.body_share)", 'test_transfer.py -k rate'),
+    ('train.learner', "isdisjoint(source.items('test'))", "isdisjoint(source.items('val'))", 'test_learner.py -k patience'),
+    ('train.checkpoint', "for o in ('seed','epoch') if hasattr(dl, o)", "for o in ('seed',) if hasattr(dl, o)", 'test_checkpoint.py -k killed'), # a resumed run begins with the first batches
+    ('train.transfer', "dls.valid.new(_of_items(ds, (~seen)", "dls.valid.new(_of_items(ds, seen", 'test_transfer.py -k halves'), # judged on what was trained on
+    ('look.interpret', "n,r = len(g)-_count(self.ids[q], self.ids[g])", "n,r = len(g)-0*_count(self.ids[q], self.ids[g])", 'test_interpret.py'), # chance with the query in its own gallery
+    ('study.tuning', "report(i*n_epoch+epoch,", "report(epoch,", 'test_tune.py'), # folds report the same steps to the pruner
+    ('study.tuning', "MaxTrialsCallback(n_trials, states=(s.COMPLETE,s.PRUNED))", "MaxTrialsCallback(n_trials, states=(s.COMPLETE,s.PRUNED,s.FAIL))", 'test_tune.py'), # a trial that was interrupted counts
+    ('study.experiments', "done = [o for o in trials if o['state']=='COMPLETE']", "done = trials", 'test_protocol.py'), # one that was given up is chosen
+    ('study.runs', "set_seed(seed, reproducible=True)", "set_seed(0, reproducible=True)", 'test_runs.py -k seed'),
+    ('cli.commands', "evaluate_retrieval(*_raw_pixels(test), metrics=names)", "evaluate_retrieval(*_raw_pixels(dls.train), metrics=names)", 'test_cli.py -k demo'), # of training images
 ]
 
 def code_of(room, folder=root):
     "The file of a room"
-    return Path(folder)/'dmlfast'/f'{room}.py'
+    return Path(folder)/'dmlfast'/f"{room.replace('.', '/')}.py"
 
 def copy_of_repository(folder):
     "A copy whose package may be changed; the tests' own files are copied, and all else is linked"
@@ -73,7 +73,7 @@ def main(rooms):
             try: dead,why = found(folder, room, old, new, tests)
             except ValueError as e: dead,why = False,str(e)
             bad += not dead
-            print(f"{'found' if dead else 'SURVIVED':<9}{time.time()-began:>5.0f} s  {room:<11}{new}  {why}", flush=True)
+            print(f"{'found' if dead else 'SURVIVED':<9}{time.time()-began:>5.0f} s  {room:<17}{new}  {why}", flush=True)
     print(f'{bad} were not found.' if bad else 'All were found.')
     return int(bad>0)
 

@@ -1,8 +1,8 @@
 "BN-Inception against the published layout, written down a second time and computed a second time"
 import pytest, timm, torch, torch.nn.functional as F
 from safetensors.torch import save_file
-from dmlfast.bninception import BNInception
-from dmlfast.models import Embedder, load_weights, timm_body
+from dmlfast.models.bninception import BNInception
+from dmlfast.models.embedder import Embedder, load_weights, timm_body
 
 # channels in, and channels out of each convolution, as the layers of Caffe's network are listed
 listing = """

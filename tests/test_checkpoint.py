@@ -165,7 +165,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_the_run_goes_on(make_lear
 
 def test_a_table_that_cannot_be_written_does_not_end_the_run(make_learner, tmp_path):
     "Its rows are written with those of the next epoch"
-    from dmlfast.runs import History
+    from dmlfast.study.runs import History
     learn,old = make_learner(),resource.getrlimit(resource.RLIMIT_FSIZE)
     def limit(n):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -35,11 +35,11 @@ pipelines = dict(
 
 script = '''
 import json, sys
-from dmlfast.deploy import load_embedder
+from dmlfast.deploy.embedder import load_embedder
 import torch
 todo = json.load(open(sys.argv[1]))
 res = {k: load_embedder(folder).embed(files).tolist() for k,(folder,files) in todo.items()}
-wrong = [o for o in sys.modules if o.split('.')[0] in ('fastai','fastprogress') or o in ('dmlfast.losses','dmlfast.learner','dmlfast.data','dmlfast.all')]
+wrong = [o for o in sys.modules if o.split('.')[0] in ('fastai','fastprogress') or o in ('dmlfast.losses.base','dmlfast.train.learner','dmlfast.data.batches','dmlfast.all')]
 json.dump(dict(res=res, wrong=wrong), open(sys.argv[2], 'w'))
 '''
 

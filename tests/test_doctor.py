@@ -4,7 +4,7 @@ import pytest, torch
 from torch import nn
 from fastai.vision.all import *
 from dmlfast.all import *
-from dmlfast.doctor import active_share, dr_share, effective_rank
+from dmlfast.train.doctor import active_share, dr_share, effective_rank
 
 def points(noise=.6, shuffle_labels=False, n=24, per=16, bs=48):
     "Loaders of points of `n` classes, of which the first half are for training"

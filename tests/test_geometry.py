@@ -2,7 +2,7 @@
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.nn.functional import normalize
-from dmlfast.geometry import *
+from dmlfast.losses.geometry import *
 
 f64 = torch.float64
 

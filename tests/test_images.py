@@ -3,7 +3,7 @@ import io, json, os, struct, warnings, zlib
 import numpy as np, pytest, torch
 from PIL import Image
 from fastai.vision.all import *
-from dmlfast import images
+import dmlfast.files.images as images
 from dmlfast.all import *
 
 H,W = 40,60

@@ -203,7 +203,7 @@ def test_a_foreign_loss_and_pairs(make_learner, recwarn):
 
 def test_plain_table(make_learner, capsys):
     "Its head is printed once in a fit, and not at all by what trains nothing"
-    from dmlfast.learner import PlainTable
+    from dmlfast.train.learner import PlainTable
     learn = make_learner(cbs=PlainTable)
     learn.logger = print
     learn.tta(n=1)

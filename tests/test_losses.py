@@ -9,10 +9,10 @@ from pytorch_metric_learning import losses as pml, miners as pml_miners
 from pytorch_metric_learning.distances import DotProductSimilarity
 from pytorch_metric_learning.reducers import MeanReducer
 from dmlfast import all as package
-from dmlfast.geometry import *
-from dmlfast.losses import *
-from dmlfast.mining import *
-from dmlfast.proxies import *
+from dmlfast.losses.geometry import *
+from dmlfast.losses.base import *
+from dmlfast.losses.miners import *
+from dmlfast.losses.proxies import *
 
 f64 = torch.float64
 i = torch.arange(96).reshape(12,8).double()
@@ -76,7 +76,7 @@ def test_triplet_is_its_definition(gamma, squared, reduction):
         torch.testing.assert_close(g1, g0, rtol=1e-7, atol=1e-9)
 
 def test_blocks_do_not_matter(monkeypatch):
-    import dmlfast.losses as m
+    import dmlfast.losses.base as m
     f,y = batch(40, 4, 5)
     want = value_grad(DRTripletLoss(), f, y)
     blocks = m._anchor_blocks
@@ -682,7 +682,7 @@ def test_combined():
 
 def test_starts_without_fastai():
     import subprocess, sys
-    code = "import sys, dmlfast.proxies; sys.exit('fastai' in sys.modules)"
+    code = "import sys, dmlfast.losses.proxies; sys.exit('fastai' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code]).returncode==0
 
 def test_a_loss_that_remembers_batches_remembers_those_of_training_alone():

@@ -7,7 +7,7 @@ import pytest
 
 trainer = """
 import os, time, torch, numpy as np
-from dmlfast.evaluate import Diverged
+from dmlfast.train.columns import Diverged
 def train(settings, ds, valid, report):
     "Embeddings of the labels themselves, with as much noise as `noise` says"
     s = settings['toy']
@@ -30,7 +30,7 @@ def _plan(tmp_path, **toy):
         methods={'a':ours, 'γ':{**ours, 'twin':'a'}, 'louder':dict(like='a', settings=dict(toy=dict(noise=3.)), twin='a', seeds=[1,5], trainer=ours['trainer'])})
 
 def _exp(tmp_path, ds, plan=None):
-    from dmlfast.protocol import Experiment
+    from dmlfast.study.experiments import Experiment
     return Experiment(plan or _plan(tmp_path), tmp_path/'r.jsonl', ds)
 
 def _keys(exp): return sorted([(o['kind'],o['method'],o.get('seed', o.get('number'))) for o in exp.rows()])
@@ -129,7 +129,7 @@ def test_more_trials_than_the_runs_were_chosen_by(few, tmp_path):
 def test_the_commit_is_ours_or_none(tmp_path, monkeypatch):
     "An environment within a repository of someone else says nothing about our source"
     import subprocess
-    from dmlfast import protocol
+    import dmlfast.study.experiments as protocol
     home = tmp_path/'theirs'
     (home/'env'/'dmlfast').mkdir(parents=True)
     (home/'env'/'dmlfast'/'__init__.py').write_text('')
@@ -167,25 +167,25 @@ def test_our_own_methods(few, tmp_path):
     left.mkdir(parents=True)
     (left/'embedder.json').write_text('{')
     exp.run()
-    from dmlfast.deploy import load_embedder
+    from dmlfast.deploy.embedder import load_embedder
     assert load_embedder(left).model.emb_sz==8 and len(exp.rows('run'))==2
 
 def test_data_without_test_classes(few, tmp_path):
-    from dmlfast.tables import MetricDataset
+    from dmlfast.data.tables import MetricDataset
     ds = MetricDataset(few.df[few.df.split!='test'], few.path, 'no test', size=None)
     with pytest.raises(ValueError, match="has no classes in its split 'test'"): _exp(tmp_path, ds).run()
     assert not (tmp_path/'r.jsonl').exists()
 
 def test_one_class_to_choose_on(few, tmp_path):
     "Each neighbour would be right, whatever the settings"
-    from dmlfast.tables import MetricDataset
+    from dmlfast.data.tables import MetricDataset
     val = few.df.split=='val'
     ds = MetricDataset(few.df[~val | (few.df.label==few.df.label[val].iloc[0])], few.path, 'one', size=None)
     with pytest.raises(ValueError, match="one has 1 class in its split 'val', and it takes two or more"): _exp(tmp_path, ds).run()
 
 def test_results_of_other_data(few, tmp_path):
     "They are not mixed; nor those of seeds that the plan does not ask for, or of trials beyond its number"
-    from dmlfast.tables import MetricDataset
+    from dmlfast.data.tables import MetricDataset
     plan = _plan(tmp_path)
     exp = _exp(tmp_path, few, plan)
     exp.run()
@@ -273,7 +273,7 @@ def test_the_file_is_read_when_it_has_changed(few, tmp_path, monkeypatch):
 def test_a_worker_that_fails_says_why(tmp_path, monkeypatch, capsys):
     "Its own sentence is that of the command, once however many failed; one that was killed said none, and an error that nobody foresaw is named"
     import sys
-    from dmlfast.cli import _guarded, _share
+    from dmlfast.cli.commands import _guarded, _share
     def _fail(e): raise e
     assert _guarded(lambda: print('on its way'))==0 and capsys.readouterr().out==''
     assert _guarded(lambda: _fail(ValueError('the drum is out of oil')))==1 and capsys.readouterr().out=='the drum is out of oil\n'
@@ -293,7 +293,7 @@ def test_trainers_that_break_their_word(few, tmp_path):
     with pytest.raises(ValueError, match='2 embeddings'): _exp(tmp_path, few, _one('few', {})).step()
 
 def test_files(few, tmp_path):
-    from dmlfast.protocol import Experiment
+    from dmlfast.study.experiments import Experiment
     with pytest.raises(ValueError, match='no file'): Experiment(tmp_path/'no.toml', tmp_path/'r.jsonl')
     (tmp_path/'p.toml').write_text('methods = [')
     with pytest.raises(ValueError, match='not a TOML file'): Experiment(tmp_path/'p.toml', tmp_path/'r.jsonl')
@@ -305,7 +305,7 @@ def test_files(few, tmp_path):
 
 def test_a_plan_with_a_base(few, tmp_path):
     "It changes settings of the base, adds methods to its methods, and replaces all else"
-    from dmlfast.protocol import Experiment
+    from dmlfast.study.experiments import Experiment
     def _write(name, text): (tmp_path/name).write_text(text)
     _write('all.toml', 'seeds = 4\nname = "all"\n[settings]\nfit = {n_epoch = 2, lr = 1e-3}\nmodel = {arch = "resnet18"}\n[methods.triplet]\nloss = {name = "triplet"}\n[methods.ms]\nloss = {name = "ms"}\n')
     _write('one.toml', 'base = "all.toml"\nname = "one"\nsettings.fit.n_epoch = 3\n[methods.margin]\nloss = {name = "margin"}\n[methods.ms]\nloss = {name = "ms", lam = 0.7}\n')
@@ -327,7 +327,7 @@ plans = sorted((Path(__file__).parent.parent/'benchmarks'/'evidence').glob('*.to
 @pytest.mark.parametrize('plan', plans, ids=lambda o: o.stem)
 def test_the_plans_of_the_evidence(plan, tmp_path):
     "Each is complete and consistent, and every regularised method has the twin without"
-    from dmlfast.protocol import Experiment
+    from dmlfast.study.experiments import Experiment
     exp = Experiment(plan, tmp_path/'r.jsonl')
     twins = dict(dr_triplet='triplet', dr_proxynca='proxynca', dr_ms='ms', margin_ssr='margin')
     again = plan.stem=='cub100_again' # a part of another plan
@@ -368,7 +368,7 @@ def test_differences_of_any_two(few, tmp_path):
 def body(few, tmp_path_factory):
     "File of a body with the weights of one draw"
     import torch
-    from dmlfast.models import Embedder
+    from dmlfast.models.embedder import Embedder
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp('body')/'body.pth'
     torch.save(Embedder('test_resnet', pretrained=False).body.state_dict(), file)
@@ -405,7 +405,7 @@ def test_features_are_scored_once(few, tmp_path, body, monkeypatch, capsys):
     assert [o['kind'] for o in exp.rows()]==['features']+['run']*4 and exp.jobs()==[] and exp.todo().loc['features','runs']=='1/1'
     row,expected = exp.rows('features')[0],_frozen(body, few)
     assert row['scores']==pytest.approx(expected, abs=1e-6) and row['n_features']>16 and row['data_hash']==exp.facts()['data_hash']
-    monkeypatch.setattr('dmlfast.protocol.make_learner', None) # nothing is made to look at results
+    monkeypatch.setattr('dmlfast.study.experiments.make_learner', None) # nothing is made to look at results
     again = _exp(tmp_path, few, _trained(body))
     table = again.table()
     assert list(table.index)==['features','narrow','wide'] and table.loc['features'].tolist()[:3]==[f"{100*expected['recall@1']:.1f}",f"{100*expected['map@r']:.{1+(expected['map@r']<.1)}f}",'']
@@ -454,8 +454,8 @@ def test_files_from_before_features_were_scored(few, tmp_path, body):
 
 def test_features_do_not_change_what_methods_are(few, tmp_path, body):
     "Hashes of the evidence as they were before; a name that cannot be; features of other images"
-    from dmlfast.protocol import Experiment
-    from dmlfast.tables import MetricDataset
+    from dmlfast.study.experiments import Experiment
+    from dmlfast.data.tables import MetricDataset
     root = Path(__file__).parent.parent/'benchmarks'/'evidence'
     for name in ('cars','cub100'):
         exp = Experiment(root/f'{name}.toml', root/f'{name}.jsonl')

@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from fastai.vision.all import *
 from dmlfast.all import *
-from dmlfast.report import split_hash, plot_curves
+from dmlfast.look.report import split_hash, plot_curves
 
 class Page(HTMLParser):
     "Text, tables, links and pictures of a page"
@@ -81,7 +81,7 @@ def test_pictures_are_whole_and_described(page):
 @pytest.fixture
 def no_pictures(monkeypatch):
     "Reports without figures, where a test looks at words"
-    monkeypatch.setattr('dmlfast.report._figures', lambda *args: iter(()))
+    monkeypatch.setattr('dmlfast.look.report._figures', lambda *args: iter(()))
 
 def test_findings_are_on_the_page(run, tmp_path, no_pictures):
     learn,_ = run
@@ -149,7 +149,7 @@ def test_an_untrained_learner_and_strange_names(make_learner, tmp_path):
 @pytest.mark.parametrize('args,stdin,command', [(['-c','{}'],'','-c'), (['-'],'{}',''), (['{file}','a b'],'',"run.py 'a b'"), (['-m','run','x'],'','-m run x')])
 def test_the_command_repeats_the_run(tmp_path, args, stdin, command):
     "Code given with `-c` is in the command; what came from a console is in no command"
-    code = 'from dmlfast.report import _repeat; print(_repeat()[0])'
+    code = 'from dmlfast.look.report import _repeat; print(_repeat()[0])'
     file = tmp_path/'run.py'
     file.write_text(code)
     res = subprocess.run([sys.executable,*(o.replace('{file}', str(file)).replace('{}', code) for o in args)], input=stdin.replace('{}', code), capture_output=True, text=True,
@@ -259,7 +259,7 @@ def test_what_fit_transfer_decided(gained):
     assert 'fig-between' in p.ims
 
 def test_the_curve_between_start_and_end(gained):
-    from dmlfast.report import _plot_between
+    from dmlfast.look.report import _plot_between
     ax, = _plot_between(gained[0], {0:.2,1:.3,.5:.4}, .5, 'map@r').axes
     line,kept,level = ax.lines
     assert line.get_xydata().tolist()==[[0,.2],[.5,.4],[1,.3]] and kept.get_xydata().tolist()==[[.5,.4]]
@@ -284,7 +284,7 @@ def test_training_that_did_harm(few, body, tmp_path, no_pictures):
 
 def test_without_features_the_page_is_as_before(run, page, body, gained, few, tmp_path, no_pictures):
     "Random weights, a model that was given, an exported embedder, a learner that was loaded"
-    from dmlfast.runs import embedder_learner
+    from dmlfast.study.runs import embedder_learner
     assert 'gain' not in page.ids and not [o for o in page.cells if o[:1] in (['features'],['start'],['between start and end'])] and 'below the features' not in page.text
     learn = gained[0]
     with learn.no_bar():

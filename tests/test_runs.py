@@ -20,11 +20,11 @@ class Count(Callback):
     def before_train(self): self.n += 1
 
 def _with(changes, base=small):
-    from dmlfast.runs import with_settings
+    from dmlfast.study.runs import with_settings
     return with_settings(base, changes)
 
 def test_round_trip(tmp_path):
-    from dmlfast.runs import load_settings, save_settings
+    from dmlfast.study.runs import load_settings, save_settings
     s = _with({'data':dict(reader='csv', path=Path('some')/'täble.csv', columns=dict(label='species')), 'batch.valid':'none', 'loss.miner':dict(name='distance_weighted', upper=math.inf),
         'ssr':dict(m=4, views=dict(n=3, strength=.1), loss=dict(alpha=.01)), 'fit.sched':'step', 'fit.steps':[1,2], 'fit.factor':.5, 'model.timm':dict(pad_type='same'), 'recipe':'margin'})
     save_settings(s, tmp_path/'a.toml')
@@ -37,7 +37,7 @@ def test_round_trip(tmp_path):
 @pytest.mark.parametrize('path,near', [('data.val_pc','data.val_pct'), ('batch.per_clas','batch.per_class'), ('model.archi','model.arch'), ('loss.gama','loss.gamma'), ('loss.miner.marg','loss.miner.margin'),
     ('ssr.gama','ssr.gamma'), ('ssr.views.stength','ssr.views.strength'), ('ssr.loss.alfa','ssr.loss.alpha'), ('fit.n_epochs','fit.n_epoch'), ('seeds','seed')])
 def test_every_unknown_name(path, near):
-    from dmlfast.runs import check_settings
+    from dmlfast.study.runs import check_settings
     full = _with({'loss.miner':dict(name='semi_hard'), 'ssr':dict(views={}, loss={}), 'data':dict(reader='folder', path='x')})
     check_settings(full)
     with pytest.raises(ValueError, match=f'nearest is {near!r}'): check_settings(_with({path:1}, full))
@@ -50,24 +50,24 @@ def test_every_unknown_name(path, near):
     ({'fit.precision':'fp8'}, 'fp16'), ({'fit.patience':2, 'batch.valid':'none'}, 'measures on nothing'), ({'fit.monitor':'recall@1', 'batch.valid':'test'}, 'would choose an epoch'),
     ({'batch.device':'gpu'}, 'cpu'), ({'ssr':dict(p=2.)}, '0 to 1'), ({'ssr':dict(n=3, views=dict(n=3))}, 'set one of them'), ({'recipe':'dr_tripplet'}, 'dr_triplet'), ({'ssr':dict(gamma=[1])}, 'is a number')])
 def test_what_makes_no_sense(changes, said):
-    from dmlfast.runs import check_settings
+    from dmlfast.study.runs import check_settings
     base = {k:v for k,v in small.items() if k!='loss'} if changes=={'loss':dict(margin=.1)} else small
     if base is not small: said = 'needs the `name`'
     with pytest.raises(ValueError, match=said): check_settings(_with(changes, base))
 
 def test_a_rate_of_the_body_alone(few):
     "It is a share of whatever rate the learner has"
-    from dmlfast.runs import make_learner
+    from dmlfast.study.runs import make_learner
     learn = make_learner(_with({'fit.lr':None, 'fit.body_lr':.1}), few)
     assert learn.group_rates(1.)==slice(.1, 1.) and learn.group_rates(slice(2.))==slice(2.)
 
 def test_a_seed_draws_weights_and_batches(few):
-    from dmlfast.runs import make_learner
+    from dmlfast.study.runs import make_learner
     a,b,c = (make_learner(_with({'seed':o}), few) for o in (3,3,4))
     for f in (lambda o: o.model.head.weight, lambda o: o.dls.train.sampler.classes(0)): assert (f(a)==f(b)).all() and (f(a)!=f(c)).any()
 
 def test_steps_of_the_rate_in_a_fit(few):
-    from dmlfast.runs import fit_settings, make_learner
+    from dmlfast.study.runs import fit_settings, make_learner
     s = _with({'fit':dict(sched='step', steps=[1,2], factor=.5, body_lr=.1)})
     learn = make_learner(s, few)
     with learn.no_bar(), learn.no_logging(): fit_settings(learn, s)
@@ -75,7 +75,7 @@ def test_steps_of_the_rate_in_a_fit(few):
     assert np.allclose(lrs, np.array([[6e-3],[3e-3],[1.5e-3]])*np.ones_like(lrs))
 
 def test_settings_are_not_changed_by_their_use(few):
-    from dmlfast.runs import make_learner
+    from dmlfast.study.runs import make_learner
     s = _with({'ssr':dict(n=3, views=dict(strength=.1), m=4), 'model.timm':{}, 'batch.valid':'none'})
     before = copy.deepcopy(s)
     learn = make_learner(s, few)
@@ -83,7 +83,7 @@ def test_settings_are_not_changed_by_their_use(few):
     assert (learn.self_supervised_ranking.views.n, learn.self_supervised_ranking.views.strength)==(3,.1)
 
 def test_interrupted_and_resumed(few, tmp_path):
-    from dmlfast.runs import train_settings
+    from dmlfast.study.runs import train_settings
     s = _with({'fit.monitor':'map@r'})
     whole = train_settings(s, tmp_path/'whole', few, plain=True)
     with pytest.raises(KeyboardInterrupt): train_settings(s, tmp_path/'cut', few, plain=True, cbs=[Stop(2)])
@@ -100,7 +100,7 @@ def test_interrupted_and_resumed(few, tmp_path):
     assert math.isclose(max(float(o['map@r']) for o in rows), whole['scores']['val']['metrics']['map@r']['mean'], rel_tol=1e-5) # the best epoch is what is left
 
 def test_a_run_that_stops_early_has_its_last_epoch(few, tmp_path):
-    from dmlfast.runs import train_settings
+    from dmlfast.study.runs import train_settings
     class Worse(Callback):
         order = 46
         def after_validate(self): self.learn.retrieval_metrics.scores['recall@1'] = -self.epoch
@@ -108,24 +108,24 @@ def test_a_run_that_stops_early_has_its_last_epoch(few, tmp_path):
     assert res['epochs']==2 and [o['epoch'] for o in csv.DictReader((tmp_path/'run'/'history.csv').open())]==['0','1']
 
 def test_what_stops_a_run_is_the_recipes_unless_said():
-    from dmlfast.runs import _trackers
+    from dmlfast.study.runs import _trackers
     def _patience(**s): return [o.patience for o in _trackers(s) if hasattr(o, 'patience')]
     assert _patience(recipe='dr_triplet', fit=dict(monitor='recall@1'))==[10] # the reproduction's
     assert _patience(recipe='dr_triplet', fit=dict(monitor='recall@1', patience=3))==[3] and _patience(recipe='dr_triplet', fit=dict(monitor='recall@1', patience=0))==[]
     assert _patience(fit=dict(monitor='recall@1'))==[] and _patience(recipe='dr_triplet')==[]
 
 def test_views_are_drawn_with_the_seed_of_the_ranking():
-    from dmlfast.runs import _ssr
+    from dmlfast.study.runs import _ssr
     assert [_ssr(dict(seed=5, **o), 1).views.seed for o in ({}, dict(views={}), dict(views=dict(seed=7)))]==[5,5,7] and _ssr(dict(views={}), 1).views.seed==1
 
 def test_interrupted_in_the_first_epoch(few, tmp_path):
-    from dmlfast.runs import train_settings
+    from dmlfast.study.runs import train_settings
     s = _with({'fit.n_epoch':1})
     with pytest.raises(KeyboardInterrupt): train_settings(s, tmp_path/'cut', few, plain=True, cbs=[Stop(0)])
     assert train_settings(s, tmp_path/'cut', few, resume=True, plain=True)['epochs']==1
 
 def test_nothing_of_anyone_else_is_touched(few, tmp_path):
-    from dmlfast.runs import train_settings
+    from dmlfast.study.runs import train_settings
     s,out = _with({'fit.n_epoch':0}),tmp_path/'run'
     out.mkdir()
     (out/'thesis.txt').write_text('years of work')
@@ -140,7 +140,7 @@ def test_nothing_of_anyone_else_is_touched(few, tmp_path):
     with pytest.raises(ValueError, match='take one'): train_settings(s, out, few, resume=True, overwrite=True)
 
 def test_nothing_is_written_for_a_run_that_cannot_be(few, tmp_path):
-    from dmlfast.runs import train_settings
+    from dmlfast.study.runs import train_settings
     for changes in ({'model.arch':'resnett'}, {'batch.bs':4096}, {'fit.monitor':'recal@1'}, {'fit.n_epoch':None}, {'model.weights':'no.pth'}):
         with pytest.raises(ValueError): train_settings(_with(changes), tmp_path/'run', few)
         assert not (tmp_path/'run').exists()
@@ -148,7 +148,7 @@ def test_nothing_is_written_for_a_run_that_cannot_be(few, tmp_path):
 def test_an_exported_embedder_is_measured_as_the_learner_was(few, tmp_path):
     "Also with roles, and on a split whose images the training loaders never saw"
     from dmlfast.all import MetricDataset, load_embedder
-    from dmlfast.runs import embedder_learner, fit_settings, make_learner
+    from dmlfast.study.runs import embedder_learner, fit_settings, make_learner
     df = few.df.assign(role=['query' if i%2 else 'gallery' for i in range(len(few.df))])
     ds = MetricDataset(df, few.path, 'roles', size=24, flip=False)
     learn = make_learner(small, ds)
@@ -163,12 +163,12 @@ def test_an_exported_embedder_is_measured_as_the_learner_was(few, tmp_path):
 
 @pytest.mark.parametrize('name,near', [('tripel','TripletLoss'), ('DRTripletLos','DRTripletLoss'), ('dr-triple','DRTripletLoss'), ('proxy_nca2','ProxyNCALoss'), ('multi_simlarity','MultiSimilarityLoss')])
 def test_the_nearest_loss(name, near):
-    from dmlfast.runs import loss_class
+    from dmlfast.study.runs import loss_class
     with pytest.raises(ValueError, match=f"no loss {name!r}; the nearest is {near!r}"): loss_class(name)
 
 def test_batches_fit_few_classes(few):
     "Where nothing says how large a batch is, it has no more classes than there are to train on, and says so"
-    from dmlfast.runs import make_learner
+    from dmlfast.study.runs import make_learner
     df = few.df[few.df.split!='val']
     keep = df.label[df.split=='train'].unique()[:3]
     ds = few.__class__(df[df.label.isin(keep)], few.path, 'three classes', size=None, flip=False)
@@ -180,8 +180,10 @@ def test_batches_fit_few_classes(few):
 
 def test_odd_values_of_every_loss():
     "What a loss or a miner cannot work with is refused before a fit, whatever stumbles over it"
-    from dmlfast import losses, mining, proxies
-    from dmlfast.runs import _allowed, _classes, check_settings
+    import dmlfast.losses.base as losses
+import dmlfast.losses.miners as mining
+import dmlfast.losses.proxies as proxies
+    from dmlfast.study.runs import _allowed, _classes, check_settings
     def names(base, *modules): return [k for m in modules for k,o in _classes(m, base).items() if k not in ('MetricLoss','ProxyLoss','OtherLoss','CombinedLoss','Miner')]
     tables = [('loss', dict(name=o)) for o in names(losses.MetricLoss, losses, proxies)]+[('loss.miner', dict(name='triplet', miner=dict(name=o))) for o in names(mining.Miner, mining)]
     assert len(tables)>15

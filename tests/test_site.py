@@ -56,9 +56,9 @@ def test_a_dead_link_is_found(site, tmp_path):
     shutil.copytree(site, tmp_path/'site')
     assert dead_links(tmp_path/'site', root)==[]
     page = tmp_path/'site'/'index.html'
-    bad = {'nowhere.html':'no such page', 'api/losses.html#nothing':'no such anchor', '#nothing':'no such anchor', 'https://dmlfast.github.io/dmlfast/api/nowhere.html':'no such page',
-        'https://github.com/dmlfast/dmlfast/blob/main/dmlfast/losses.py#L99999':'no such line', 'https://github.com/dmlfast/dmlfast/blob/main/nowhere.py':'no such file'}
-    good = ['https://github.com/dmlfast/dmlfast/blob/main/dmlfast/losses.py#L1', 'https://dmlfast.github.io/dmlfast/api/losses.html#tripletloss', 'https://example.invalid/', 'api/losses.html#tripletloss']
+    bad = {'nowhere.html':'no such page', 'api/losses/base.html#nothing':'no such anchor', '#nothing':'no such anchor', 'https://dmlfast.github.io/dmlfast/api/nowhere.html':'no such page',
+        'https://github.com/dmlfast/dmlfast/blob/main/dmlfast/losses/base.py#L99999':'no such line', 'https://github.com/dmlfast/dmlfast/blob/main/nowhere.py':'no such file'}
+    good = ['https://github.com/dmlfast/dmlfast/blob/main/dmlfast/losses/base.py#L1', 'https://dmlfast.github.io/dmlfast/api/losses/base.html#tripletloss', 'https://example.invalid/', 'api/losses/base.html#tripletloss']
     page.write_text(page.read_text(encoding='utf-8').replace('</article>', ''.join(f'<a href="{o}">x</a>' for o in [*bad,*good])
         + '<pre>[x](https://example.invalid/)</pre>[<a>x</a>](https://example.invalid/twice)</article>', 1), encoding='utf-8')
     bad['https://example.invalid/twice'] = 'stayed text'
@@ -135,7 +135,7 @@ def test_a_fault_would_be_seen(page, url):
 
 @needs_browser
 def test_formulas_are_drawn(page, url):
-    page.go(f'{url}api/losses.html')
+    page.go(f'{url}api/losses/base.html')
     n = page.wait('document.querySelectorAll("article .math mjx-container svg").length')
     assert n>=page.eval('document.querySelectorAll("article div.math").length')>3
     assert not page.eval('document.querySelectorAll("article mjx-merror, article [data-mjx-error]").length')
@@ -156,7 +156,7 @@ def test_nothing_is_wider_than_the_screen(page, url, site, width):
 def test_text_can_be_read_in_light_and_dark(page, url, dark):
     "The colours follow what the reader's system prefers, with the contrast that WCAG asks of text (4.5)"
     page.look(1280, dark=dark)
-    page.go(f'{url}api/losses.html')
+    page.go(f'{url}api/losses/base.html')
     def light(js):
         r,g,b = [int(o)/255 for o in re.findall(r'\d+', page.eval(js))[:3]]
         return sum(w*(c/12.92 if c<=.03928 else ((c+.055)/1.055)**2.4) for w,c in zip((.2126,.7152,.0722), (r,g,b)))

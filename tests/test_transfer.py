@@ -5,8 +5,8 @@ import numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
 from fastai.vision.all import *
 from dmlfast.all import *
-from dmlfast.baseline import _halves
-from dmlfast.features import _kept, body_key, body_state, collect, items_key, weights_hash
+from dmlfast.train.baseline import _halves
+from dmlfast.train.features import _kept, body_key, body_state, collect, items_key, weights_hash
 
 @pytest.fixture(scope='module')
 def body(few, tmp_path_factory):
@@ -260,7 +260,7 @@ def test_gain_is_the_paired_difference(quiet):
     assert not all(torch.equal(v, now[k]) for k,v in learn.head_start.origin.items()) # the trained body is back in its place
 
 def test_verdicts_and_sentences():
-    from dmlfast.gain import Gain
+    from dmlfast.train.gain import Gain
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(40), 10)
     base = rng.random(400)
@@ -378,7 +378,7 @@ def test_halves_have_no_class_in_common(few):
 
 def test_halves_are_judged_from_their_own_start(quiet, few):
     "A trial's head has not seen the classes that it is measured on"
-    from dmlfast.transfer import _trial, _try_head
+    from dmlfast.train.transfer import _trial, _try_head
     learn = quiet(dls=few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0, valid='test'))
     learn.start_head()
     half = halves(learn.dls)

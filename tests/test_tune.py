@@ -16,7 +16,7 @@ def _fit(learn, n_epoch, score):
         score.report(e, score.value)
 
 def _search(ds, f=lambda e, x: -(x-.3)**2*(e+1), n=6, space={'x':(0.,1.)}, seen=None, **kwargs):
-    from dmlfast.tune import tune
+    from dmlfast.study.tuning import tune
     def _build(ds, **params):
         if seen is not None: seen.append(ds)
         return Toy(f, **params)
@@ -60,7 +60,7 @@ def test_the_first_settings_are_tried_again_if_their_trial_failed(few, tmp_path)
 
 def test_a_process_that_died_in_a_trial(few, tmp_path):
     "Its trial is done again once its heart has not beaten for long enough"
-    from dmlfast.tune import make_study
+    from dmlfast.study.tuning import make_study
     study = make_study(tmp_path/'s.db', first=[dict(x=.5)])
     trial = study.ask()
     assert trial.suggest_float('x', 0., 1.)==.5
@@ -81,7 +81,7 @@ def _resume(ds, file, barrier, log):
 
 def test_two_processes_go_on_after_a_third_was_killed(few, tmp_path):
     "Two of eight trials are done and one died, with its heart or before the first beat: six more, the dead one's among them, and none twice"
-    from dmlfast.tune import make_study
+    from dmlfast.study.tuning import make_study
     _search(few, lambda e, x: x, n=2, storage=tmp_path/'s.db', first=[dict(x=.5)])
     study = make_study(tmp_path/'s.db')
     dead = study.ask()
@@ -100,7 +100,7 @@ def test_two_processes_go_on_after_a_third_was_killed(few, tmp_path):
 
 def test_a_trial_too_many_is_not_begun(few, tmp_path, monkeypatch):
     "Another process asks for its trial between our look at what is left and our asking"
-    from dmlfast import tune
+    import dmlfast.study.tuning as tune
     others,said,real = [],[],tune._is_one_left
     def _look(study, n_trials):
         left = not others and real(study, n_trials)
@@ -113,14 +113,14 @@ def test_a_trial_too_many_is_not_begun(few, tmp_path, monkeypatch):
 
 def test_transactions_of_sqlite_do_not_overlap(few, tmp_path):
     "Else two processes read that a trial waits, and both take it"
-    from dmlfast.tune import _storage
+    from dmlfast.study.tuning import _storage
     with _storage(tmp_path/'s.db').engine.begin() as one, sqlite3.connect(tmp_path/'s.db', timeout=0) as other:
         one.exec_driver_sql('select * from trials')
         with pytest.raises(sqlite3.OperationalError, match='locked'): other.execute('begin immediate')
 
 def test_first_settings_of_two_processes(few, tmp_path):
     "Both saw that nobody had tried them; they are tried once, and beside them as many others as asked for"
-    from dmlfast import tune
+    import dmlfast.study.tuning as tune
     tries = []
     tune.make_study(tmp_path/'s.db', first=[dict(x=.5)]).enqueue_trial(dict(x=.5))
     study = _search(few, lambda e, x: tries.append(x) or x, n=3, n_epoch=1, storage=tmp_path/'s.db')
@@ -128,7 +128,7 @@ def test_first_settings_of_two_processes(few, tmp_path):
 
 def test_a_process_that_died_before_its_heart_beat(few, tmp_path, monkeypatch, capsys):
     "It is waited for no longer than any other"
-    from dmlfast import tune
+    import dmlfast.study.tuning as tune
     tune.make_study(tmp_path/'s.db', first=[dict(x=.5)]).ask() # and no more of it
     naps = iter(range(9))
     def _later(_):
@@ -151,8 +151,8 @@ def test_folds_go_on_counting_and_report_the_mean_so_far(few):
 
 def test_what_is_said_of_trials_has_no_gaps(few, tmp_path, capsys):
     "The second of three numbers was taken by a trial that failed; a trial that was pruned has no score"
-    from dmlfast.cli import _after_trial, _study_results
-    from dmlfast.tune import distributions, make_study
+    from dmlfast.cli.commands import _after_trial, _study_results
+    from dmlfast.study.tuning import distributions, make_study
     from optuna.trial import TrialState
     study = make_study()
     for value,state in ((.25,'COMPLETE'),(None,'FAIL'),(None,'PRUNED'),(.5,'COMPLETE')):
@@ -162,7 +162,7 @@ def test_what_is_said_of_trials_has_no_gaps(few, tmp_path, capsys):
     assert [(o['number'],o['score']) for o in _study_results(study)['trials']]==[(0,.25),(1,None),(2,.5)]
 
 def test_a_trial_that_diverged_scores_nothing(few):
-    from dmlfast.evaluate import Diverged
+    from dmlfast.train.columns import Diverged
     def _f(e, x):
         if x>.5: raise Diverged('no longer finite')
         return x
@@ -172,8 +172,8 @@ def test_a_trial_that_diverged_scores_nothing(few):
 
 def test_a_real_search_fits_with_what_it_tries(few, monkeypatch):
     "The rate of a trial is the rate of its fit; where it is too high for the weights to stay finite, the trial scores nothing"
-    from dmlfast.learner import MetricLearner
-    from dmlfast.tune import tune_settings
+    from dmlfast.train.learner import MetricLearner
+    from dmlfast.study.tuning import tune_settings
     s = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=8), loss=dict(name='triplet'), fit=dict(lr=1e-3, sched='flat'))
     rates,real = [],MetricLearner.fit_recipe
     monkeypatch.setattr(MetricLearner, 'fit_recipe', lambda self, *args, **kwargs: (rates.append(args[1]), real(self, *args, **kwargs)))
@@ -193,7 +193,7 @@ def test_what_is_no_space(space, few):
     with pytest.raises(ValueError): _search(few, space=space)
 
 def test_wrong_arguments(few, tmp_path):
-    from dmlfast.tune import check_space, tune_settings
+    from dmlfast.study.tuning import check_space, tune_settings
     for k in ('n_epoch','folds'):
         with pytest.raises(ValueError, match=k): _search(few, **{k:0})
     with pytest.raises(ValueError, match='n_trials'): _search(few, n=True)
@@ -207,8 +207,8 @@ def test_wrong_arguments(few, tmp_path):
 
 def test_a_column_that_is_not_there(few, tmp_path):
     "Names of metrics are checked before there is a study, and other columns before the first epoch"
-    from dmlfast.runs import make_learner
-    from dmlfast.tune import TrialScore, tune_settings
+    from dmlfast.study.runs import make_learner
+    from dmlfast.study.tuning import TrialScore, tune_settings
     s = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=8), loss=dict(name='triplet'))
     for metric,said in (('recal@1',"nearest name is 'recall@1'"), ('pr_curve','is a curve'), ('recall','one metric'), (['map@r'],'one metric')):
         with pytest.raises(ValueError, match=said): tune_settings(s, {'fit.lr':[1e-3]}, few, n_trials=1, storage=tmp_path/'s.db', metric=metric)
@@ -226,7 +226,7 @@ def test_paths_among_the_choices(few, tmp_path):
 
 def test_test_classes_stay_out(few):
     "Whatever the settings say, a search measures on `val`; patience and best epochs are not for trials"
-    from dmlfast.tune import tune_settings
+    from dmlfast.study.tuning import tune_settings
     s = dict(batch=dict(bs=32, per_class=4, num_workers=0, valid='test'), model=dict(arch='test_resnet', pretrained=False, emb_sz=8), loss=dict(name='triplet'), fit=dict(lr=1e-3))
     looked,items = [],type(few).items
     study = tune_settings(s, {'loss.margin':(.1,.3)}, few, n_trials=1, n_epoch=1, callbacks=[lambda study, trial: looked.append(trial.value)])
@@ -235,7 +235,7 @@ def test_test_classes_stay_out(few):
 def test_the_first_trial_has_what_a_learner_would_have():
     "Its rate, and for a trained body also how it begins"
     from fastai.learner import defaults
-    from dmlfast.tune import default_params, run_space, settings_space
+    from dmlfast.study.tuning import default_params, run_space, settings_space
     s = dict(loss=dict(name='triplet'), model=dict(pretrained=False))
     assert default_params(s, run_space(s))=={'fit.lr':defaults.lr, 'loss.margin':.2} and run_space(s)==settings_space(s)
     s = dict(loss=dict(name='triplet'))
@@ -246,7 +246,7 @@ def test_the_first_trial_has_what_a_learner_would_have():
 
 def test_few_validation_classes_are_not_chosen_by(few, capsys):
     "Folds of all training classes take their place, and it is said; the best settings name their epochs"
-    from dmlfast.tune import best_settings, n_folds, tune_settings
+    from dmlfast.study.tuning import best_settings, n_folds, tune_settings
     assert few.df.label[few.df.split=='val'].nunique()<20 and n_folds(few)==3
     assert 'To choose by fewer than 20 is guesswork' in capsys.readouterr().out
     s = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=8), loss=dict(name='triplet'))

@@ -1,0 +1,1 @@
+"Files and drawing: what knows nothing of learning"
