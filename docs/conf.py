@@ -21,9 +21,9 @@ def linkcode_resolve(domain, info):
     "Where the code of a card is in the repository"
     from cards import Symbol
     fn = Symbol(info['fullname'], info['module']).fn
-    try: file,line = Path(inspect.getsourcefile(fn)),inspect.getsourcelines(fn)[1]
-    except (TypeError, OSError): return # a value, or a class that has no source of its own
-    return f'{cfg.git_url}/blob/{cfg.branch}/{cfg.lib_path.name}/{file.name}#L{line}'
+    try: file,line = Path(inspect.getsourcefile(fn)).relative_to(cfg.config_path),inspect.getsourcelines(fn)[1]
+    except (TypeError, ValueError, OSError): return # a value, or a class that has no source of its own
+    return f'{cfg.git_url}/blob/{cfg.branch}/{file.as_posix()}#L{line}'
 
 html_theme = "furo"
 html_title = cfg.title

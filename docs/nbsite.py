@@ -10,6 +10,7 @@ from nbdev.processors import (FilterDefaults, add_links, clean_magics, filter_st
     rm_export, rm_header_dash, strip_ansi, strip_hidden_metadata)
 
 captions = dict(tutorials='Tutorials', explanations='Explanations', api='Reference') # folders of `nbs/`, as the navigation names them
+wings = ['files','losses','models','retrieval','deploy','data','train','look','study','cli'] # folders of `nbs/api`, the lowest first: one imports only from those before it
 reading_order = ['transfer','metrics','measuring','direction_regularization','ranking','evidence','fastai','design'] # of explanations; the others go by their numbers
 project_pages = dict(CONTRIBUTING='contributing', CHANGELOG='changelog')
 
@@ -42,11 +43,16 @@ def place(f):
 def toctree(caption, docs): return f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(docs) + '\n```'
 
 def navigation(files, root):
-    "Cell with the navigation: one group per folder of `nbs/`, and the project's own pages"
+    "Cell with the navigation: one group per folder of `nbs/`, the wings among them, and the project's own pages"
     groups = {d: [page(f, root).with_suffix('').as_posix() for f in sorted(files, key=place) if f.parent.name==d] for d in captions}
-    if groups['api']: groups['api'].insert(0, 'reference')
+    if groups['api']: groups['api'] += [f'api/{w}/index' for w in wings] + ['reference']
     trees = [toctree(captions[d], o) for d,o in groups.items() if o]
     return mk_cell('\n\n'.join([*trees, toctree('Project', project_pages.values())]), 'markdown')
+
+def rooms_of(wing, files, root):
+    "Cell with the navigation within a wing"
+    docs = [page(f, root).stem for f in sorted(files) if f.parent.name==wing and f.stem!='index']
+    return mk_cell('```{toctree}\n:hidden:\n\n' + '\n'.join(docs) + '\n```', 'markdown')
 
 def title_of(nb):
     "The heading and the sentence below it"
@@ -66,9 +72,8 @@ def build_pages(dest):
     root,base = cfg.nbs_path,f"{cfg.doc_host}{cfg.doc_baseurl}/"
     shutil.rmtree(dest, ignore_errors=True)
     nbs = sorted((Path(f) for f in nbglob(root)), key=str)
-    names = {f.name: page(f, root) for f in nbs}
     done,rooms,full = {},{},{}
-    for f in nbs:
+    for f in sorted(nbs, key=lambda f: (wings.index(f.parent.name) if f.parent.name in wings else -1, str(f))):
         done[f] = nb = read_nb(f)
         SiteFilter()(nb)
         if room := nb.pop('room', None):
@@ -80,10 +85,11 @@ def build_pages(dest):
     def mend(src):
         "Links to symbols and to notebooks, as Sphinx has them"
         src = re.sub(rf'\[(`[^`]+`)\]\({re.escape(base)}([^)#]*#[^)]+)\)', symbol, src)
-        return re.sub(r'\]\(([^():]*?)([^/()\s:]+\.ipynb)', lambda m: f']({m[1]}{names.get(m[2], Path(m[2])).name}', src)
+        return re.sub(r'\]\(([^():]*?)([^/()\s:]+\.ipynb)', lambda m: f']({m[1]}{nbpath2html(m[2]).with_suffix(".ipynb")}', src)
     for f,nb in done.items():
         out = page(f, root)
         if f.stem=='index' and f.parent==root: nb.cells.append(navigation(nbs, root))
+        if f.stem=='index' and f.parent.name in wings: nb.cells.append(rooms_of(f.parent.name, nbs, root))
         for c in nb.cells:
             c.metadata.pop('execution', None)
             c.source = mend(c.source) if c.cell_type=='markdown' else re.sub(r'^#\| .*\n?', '', c.source, flags=re.M)

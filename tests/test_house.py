@@ -1,0 +1,45 @@
+"The rules of the house: who may import whom, and how large a room is"
+import ast, re
+from pathlib import Path
+import pytest
+
+root = Path(__file__).parent.parent
+wings = ['files','losses','models','retrieval','deploy','data','train','look','study','cli'] # the lowest first
+above_the_line = wings[:5] # these do not know fastai
+rooms = [f'{w}.{re.sub(r"^[0-9]+_", "", f.stem)}' for w in wings for f in sorted((root/'nbs'/'api'/w).glob('[0-9]*.ipynb'))]
+
+def source(room): return (root/'dmlfast'/f"{room.replace('.', '/')}.py").read_text(encoding='utf-8')
+
+def imported(room):
+    "Module and names of what a room imports from the package, and modules that it imports from elsewhere"
+    ours,others = [],[]
+    for o in ast.walk(ast.parse(source(room))):
+        if isinstance(o, ast.Import): names = [(a.name, [], 0) for a in o.names]
+        elif isinstance(o, ast.ImportFrom): names = [(o.module or '', [a.name for a in o.names], o.level)]
+        else: continue
+        for mod,what,level in names:
+            if level: ours.append((mod if level==2 else f"{room.split('.')[0]}.{mod}", what))
+            elif mod.startswith('dmlfast.'): ours.append((mod.removeprefix('dmlfast.'), what))
+            elif mod!='dmlfast': others.append(mod)
+    return ours,others
+
+def test_every_room_has_a_module():
+    assert len(set(rooms))==len(rooms)>25
+    files = {f'{o.parent.name}.{o.stem}' for o in (root/'dmlfast').glob('*/*.py') if o.stem!='__init__'}
+    assert files==set(rooms)
+    assert [o.parent.name for o in (root/'dmlfast').glob('*/__init__.py') if o.parent.name not in wings]==[]
+
+@pytest.mark.parametrize('room', rooms)
+def test_a_room_knows_only_what_stands_below_it(room):
+    ours,others = imported(room)
+    for mod,_ in ours:
+        if mod in wings: assert wings.index(mod)<wings.index(room.split('.')[0]), f'{room} imports {mod}'
+        elif mod: assert rooms.index(mod)<rooms.index(room), f'{room} imports {mod}'
+    if room.split('.')[0] in above_the_line: assert not [o for o in others if o.split('.')[0] in ('fastai','fastprogress')], room
+
+def test_wings_give_the_names_of_their_rooms():
+    import importlib
+    for w in wings[1:-1]:
+        wing = importlib.import_module(f'dmlfast.{w}')
+        for room in rooms:
+            if room.startswith(f'{w}.'): assert set(importlib.import_module(f'dmlfast.{room}').__all__)<=set(wing.__all__), room
