@@ -1,5 +1,6 @@
 "Search, the metrics of retrieval, and what they say"
-from . import results, search
+from . import results, search, embedded
 from .results import *
 from .search import *
-__all__ = [*results.__all__, *search.__all__]
+from .embedded import *
+__all__ = [*results.__all__, *search.__all__, *embedded.__all__]
