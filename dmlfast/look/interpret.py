@@ -17,19 +17,19 @@ from PIL import Image
 from torch import Tensor
 from fastcore.basics import patch
 from ..data.batches import BalancedSampler
-from ..train.columns import protocol_of
 from ..losses.geometry import *
 from ..train.learner import *
 from ..losses.base import *
 from ..losses.miners import *
+from ..retrieval.embedded import *
 from ..retrieval.search import *
-from ..retrieval.search import _embeddings, _labels, _unit_
+from ..retrieval.search import _unit_
 from ..files.drawing import *
 from ..files.drawing import _axes, _blue, _draw_image, _grey, _orange, _right, _title_height, _wrong
 
 # %% ../../nbs/api/look/00_interpret.ipynb #c5ad13b3
-class RetrievalInterpretation:
-    "What an embedding takes for near in a set of items, each of which searches among all the others, or as their roles say"
+class RetrievalInterpretation(Embedded):
+    "What an embedding takes for near in a set of items, in pictures and tables"
     def __init__(self,
         embs, # Embeddings, `(n,d)` float; they are compared by cosine
         labels, # Class of each item, `(n,)` integer
@@ -38,56 +38,16 @@ class RetrievalInterpretation:
         image=None, # Function from an index to an image: PIL or an array `(h,w)` or `(h,w,3)` of 0 to 255
         loss=None, # The loss that it was trained with, for its miner, margin and γ
         block:int=None, # Queries scored at a time; about 64 MiB of scores if not given
-        role=None, # Of each item `'query'`, `'gallery'` or `''` for both, `(n,)` str; all are both if not given
-        ignore=None, # Ids, `(n,)` integer: a query does not see what has its id
-        random_gallery:int=0, # Score with galleries of one random item of each class, this many, whatever the roles; pictures are of the first
         ks=(1,2,4,8,16,32), # k of recall@k
+        **kwargs # `role`, `ignore`, `random_gallery` and `facts` of `Embedded`
     ):
-        self.embs = _embeddings(embs).cpu()
-        self.labels = _labels(labels, len(self.embs), device='cpu')
-        if len(self.embs)<2: raise ValueError('to interpret an embedding takes two items at least, and there is 1')
-        if items is not None and len(items)!=len(self.embs): raise ValueError(f'items must be one for each of {len(self.embs)} embeddings, not {len(items)}')
-        self.items,self.vocab,self.draw,self.loss,self.block,self.ks = items,vocab,image,loss,block,tuple(ks)
-        self.role,self.random_gallery = None if role is None else np.asarray(role),random_gallery
-        query_gallery(self.role, len(self.embs))
-        self.ids = torch.arange(len(self.embs)) if ignore is None else _labels(ignore, len(self.embs), 'ignore', 'cpu')
-        self.ignore = None if ignore is None else self.ids
-        self._nearest = None
-
-    def __len__(self): return len(self.embs)
-    def __repr__(self):
-        res = f'{len(self):,} items of {len(self.labels.unique()):,} classes, {self.embs.shape[1]} dimensions'
-        return res if self.all_search else f'{res}, {len(self.queries):,} queries in a gallery of {len(self.gallery):,}'
-
-    def label(self,
-        i:int, # Index of an item
-    )->str:
-        "Name of the class of an item"
-        return self.name(self.labels[int(i)])
-
-    def name(self,
-        c:int, # Class id
-    )->str:
-        "Name of a class"
-        return str(int(c) if self.vocab is None else self.vocab[int(c)])
-
-    def image(self,
-        i:int, # Index of an item
-    ):
-        "Image of an item, reduced to 160 pixels; raises `ValueError` where there are no images"
-        if self.draw is None: raise ValueError('these items have no images to draw: give `image`, a function from an index to an image')
-        im = self.draw(int(i))
-        if not isinstance(im, Image.Image) or max(im.size)<=160: return im
-        im = im.copy()
-        im.thumbnail((160,160))
-        return im
+        super().__init__(embs, labels, items, vocab, image, ks=ks, **kwargs)
+        self.check_labels()
+        if len(self)<2: raise ValueError('to interpret an embedding takes two items at least, and there is 1')
+        self.loss,self.block,self._nearest = loss,block,None
+        self.ids = torch.arange(len(self)) if self.ignore is None else self.ignore
 
 # %% ../../nbs/api/look/00_interpret.ipynb #c09dedb6
-@patch(as_prop=True)
-def all_search(self:RetrievalInterpretation)->bool:
-    "Does each item search among all the others?"
-    return self.role is None and not self.random_gallery
-
 def _lazy(f):
     "Make `_name` an attribute `name` of an interpretation that is computed once"
     res,name = cached_property(f),f.__name__[1:]
@@ -97,25 +57,7 @@ def _lazy(f):
 @_lazy
 def _result(self):
     "Metrics, as `evaluate_protocol` has them"
-    return evaluate_protocol(self.embs, self.labels, self.role, self.ignore, self.random_gallery, metrics=['recall','r_precision','map@r','map','pr_curve'], ks=self.ks, block=self.block)
-
-@_lazy
-def _search(self):
-    "Who searches where, as `query_gallery` has it; of drawn galleries the first"
-    if not self.random_gallery: return query_gallery(self.role, len(self))
-    drawn = np.full(len(self), 'gallery')
-    drawn[self.result.items[:len(self)-len(self.labels.unique())]] = 'query'
-    return query_gallery(drawn, len(self))
-
-@patch(as_prop=True)
-def queries(self:RetrievalInterpretation)->torch.Tensor: # `(q,)` int64
-    "Indices of the items that search"
-    return self.search[0]
-
-@patch(as_prop=True)
-def gallery(self:RetrievalInterpretation)->torch.Tensor: # `(g,)` int64
-    "Indices of the items that are searched"
-    return self.search[1]
+    return self.evaluate(['recall','r_precision','map@r','map','pr_curve'], block=self.block)
 
 @patch
 def values(self:RetrievalInterpretation,
@@ -136,8 +78,7 @@ def nearest(self:RetrievalInterpretation,
 @_lazy
 def _most(self):
     "As many neighbours each query has at least, but for those to ignore"
-    q,g,own = self.search
-    return len(g)-int((own[q]>=0).any())
+    return self.n_others(self.queries)
 
 @patch
 def nearest_of(self:RetrievalInterpretation,
@@ -145,10 +86,7 @@ def nearest_of(self:RetrievalInterpretation,
     k:int, # How many; at most as many as there are
 )->tuple: # As `nearest` gives them
     "The `k` nearest items to some items only"
-    q,(_,g,own) = torch.tensor(np.asarray(queries), dtype=torch.int64),self.search
-    x,ids = self.embs if self.all_search else self.embs[g],None if self.ignore is None else (self.ids[q],self.ids[g])
-    s,i = neighbours(self.embs[q], x, k=min(k, len(g)-int((own[q]>=0).any())), self_exclude=own[q], ignore=ids, block=self.block)
-    return s,g[i]
+    return self.neighbours(k, queries, block=self.block)
 
 # %% ../../nbs/api/look/00_interpret.ipynb #44190f43
 @patch(cls_method=True)
@@ -157,11 +95,16 @@ def from_learner(cls:RetrievalInterpretation,
     dl=None, # Loader, or the name of a split of the data set (`'val'`, `'test'`, `'train'`); the validation loader if not given
 ):
     "Interpretation of the items of a loader; raises `ValueError` where they have no labels"
-    dl = learn.split_dl(dl)
-    embs,ys = learn.embed(dl)
-    if ys is None: raise ValueError("These items have no labels, so their neighbours are neither right nor wrong.")
-    items = items_of(dl)
-    return cls(embs, ys, None if items is None else [item_name(o) for o in items], learn.vocab_of(dl), lambda i: dl.dataset[i][0], learn.loss_func, **protocol_of(learn.dls, dl))
+    return cls.of(learn.embedded(dl), learn.loss_func)
+
+@patch(cls_method=True)
+def of(cls:RetrievalInterpretation,
+    embedded:Embedded, # Embeddings with their items, such as `Embedded.load(file)`
+    loss=None, # The loss that it was trained with, for its miner, margin and γ
+):
+    "Interpretation of embeddings that are there already; raises `ValueError` where they have no labels"
+    embedded.check_labels()
+    return cls(embedded.embs, embedded.labels, embedded.items, embedded.vocab, embedded.draw, loss, facts=embedded.facts, **embedded.protocol())
 
 # %% ../../nbs/api/look/00_interpret.ipynb #75d8e6b1
 @patch

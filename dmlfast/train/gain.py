@@ -15,6 +15,7 @@ from .baseline import *
 from .columns import *
 from .learner import *
 from ..models.embedder import *
+from ..retrieval.embedded import *
 from ..retrieval.results import *
 from ..retrieval.search import *
 from ..retrieval.search import _metric_names
@@ -39,9 +40,7 @@ def baseline(self:MetricLearner,
     "Retrieval metrics of the frozen features of the body that this learner began with; raises `ValueError` where that is not known"
     names = _metric_names(ifnone(metrics, _names(self)), kwargs.get('ks', (1,2,4,8))) # before the images are run through the body
     start,dl = self.head_start_of(),self.split_dl(dl)
-    X,y = start.features(dl)
-    if y is None: raise ValueError("These items have no labels, so their neighbours cannot be scored.")
-    return evaluate_protocol(X, y, metrics=names, **protocol_of(self.dls, dl) | kwargs)
+    return Embedded(*start.features(dl), **self.about_items(dl)).evaluate(names, **kwargs)
 
 def _names(learn): return [f'recall@{k}' for k in getattr(getattr(learn.dls, 'source', None), 'ks', (1,2,4,8))]+['map@r']
 

@@ -35,6 +35,7 @@ from ..losses.proxies import *
 from ..losses.miners import *
 from ..models.embedder import *
 from .ssr import *
+from ..retrieval.embedded import *
 from ..retrieval.results import *
 from ..retrieval.search import *
 from ..retrieval.search import _metric_names
@@ -651,6 +652,22 @@ def split_dl(self:MetricLearner,
 
 # %% ../../nbs/api/train/04_learner.ipynb #af3abd59
 @patch
+def about_items(self:MetricLearner,
+    dl, # Loader
+)->dict: # Arguments of `Embedded`
+    "What is known of the items of a loader: names of items and classes, images, and who searches where"
+    items = items_of(dl)
+    return dict(items=None if items is None else [item_name(o) for o in items], vocab=self.vocab_of(dl), image=lambda i: dl.dataset[i][0], **protocol_of(self.dls, dl))
+
+@patch
+def embedded(self:MetricLearner,
+    dl=None, # Loader, or the name of a split of the data set; the validation loader if not given
+)->Embedded:
+    "Embeddings of the items of a loader, with what is known of the items"
+    dl = self.split_dl(dl)
+    return Embedded(*self.embed(dl), **self.about_items(dl))
+
+@patch
 def evaluate(self:MetricLearner,
     dl=None, # Loader, or the name of a split of the data set (`'val'`, `'test'`); the validation loader if not given
     metrics='all', # Names, see `evaluate_retrieval`
@@ -658,11 +675,7 @@ def evaluate(self:MetricLearner,
 )->RetrievalResult:
     "Retrieval metrics of a loader, a split or the validation set, scored as its data set says"
     _metric_names(metrics, kwargs.get('ks', (1,))) # before the images are run through the model
-    dl = self.split_dl(dl)
-    embs,labels = self.embed(dl)
-    if labels is None: raise ValueError("These items have no labels, so their neighbours cannot be scored; `embed` gives their embeddings.")
-    if 'gallery' in kwargs: return evaluate_retrieval(embs, labels, metrics=metrics, **kwargs)
-    return evaluate_protocol(embs, labels, metrics=metrics, **protocol_of(self.dls, dl) | kwargs)
+    return self.embedded(dl).evaluate(metrics, **kwargs)
 
 # %% ../../nbs/api/train/04_learner.ipynb #1f5281a4
 class TensorEmbedding(TensorCategory):
@@ -744,13 +757,10 @@ def vocab_of(self:MetricLearner,
 
 @patch
 def _gallery(self:MetricLearner, gallery):
-    "The items of `gallery`, their embeddings and labels"
+    "The items of `gallery`, embedded once for the same weights"
     key = self.dls,gallery,tuple(o.double().sum().item() for o in self.model.state_dict().values())
-    if _galleries.get(self, [None])[0]!=key:
-        dl = self.split_dl(self.dls.train if gallery is None else gallery)
-        embs,ys = self.embed(dl)
-        _galleries[self] = key,ifnone(items_of(dl), [None]*len(embs)),Gallery(embs),None if ys is None else [self.vocab_of(dl)[int(o)] for o in ys]
-    return _galleries[self][1:]
+    if _galleries.get(self, [None])[0]!=key: _galleries[self] = key,self.embedded(self.dls.train if gallery is None else gallery)
+    return _galleries[self][1]
 
 @patch
 def predict(self:MetricLearner,
@@ -762,10 +772,10 @@ def predict(self:MetricLearner,
     if isinstance(item, str): item = Path(item)
     emb = self.embed(self.dls.test_dl([self._as_opened(item)], num_workers=0), bar=False)[0]
     if gallery is None and not len(self.dls.train.items): return emb[0],[] # an exported learner has no items
-    items,embs,labels = self._gallery(gallery)
-    if labels is None: raise ValueError("The items of the gallery have no labels, so a search could not say what it found.")
-    scores,idx = neighbours(emb, embs, k=min(k, len(embs)))
-    return emb[0],[Hit(str(labels[j]), item_name(items[j]), s) for s,j in zip(scores[0].tolist(), idx[0].tolist())]
+    gal = self._gallery(gallery)
+    gal.check_labels()
+    scores,idx = gal.find(emb, k)
+    return emb[0],[Hit(gal.label(j), gal.items[j] if gal.items else '', s) for s,j in zip(scores[0].tolist(), idx[0].tolist())]
 
 @patch
 def _as_opened(self:MetricLearner, item):
@@ -804,13 +814,9 @@ def show_results(self:MetricLearner,
     **kwargs # Passed to `show_neighbours`
 ):
     "Queries with their nearest neighbours, as the data set says who searches where; right ones framed green and wrong ones red"
-    dl = self._one_of(ds_idx, dl)
-    embs,ys = self.embed(dl)
-    if ys is None: raise ValueError("These items have no labels, so their neighbours are neither right nor wrong; `embed` gives their embeddings.")
-    proto = protocol_of(self.dls, dl)
-    (qs,gal,own),ids = query_gallery(proto.get('role'), len(embs)),proto.get('ignore')
+    emb = self.embedded(self._one_of(ds_idx, dl))
+    emb.check_labels()
+    qs = emb.queries
     qs = (qs[torch.randperm(len(qs))] if shuffle else qs)[:max_n]
-    scores,nn = neighbours(embs[qs], embs[gal], k=min(k, len(gal)-int((own[qs]>=0).any())), self_exclude=own[qs], ignore=None if ids is None else (ids[qs],ids[gal]))
-    vocab = self.vocab_of(dl)
-    labels = L(vocab[int(o)] for o in ys)
-    return show_neighbours(lambda i: dl.dataset[i][0], qs, gal[nn], labels, scores=scores, **kwargs)
+    scores,nn = emb.neighbours(k, qs)
+    return show_neighbours(emb.draw, qs, nn, L(range(len(emb))).map(emb.label), scores=scores, **kwargs)
