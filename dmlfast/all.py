@@ -1,5 +1,4 @@
 "What `from dmlfast.all import *` gives: the public names of every wing but the commands"
-from .files.writing import *
 from .files.images import *
 from .files.drawing import *
 from .losses import *

@@ -56,9 +56,9 @@ def _facts(learn):
 
 def _short_names(items, path):
     "Paths of items within the data set, or else the folder that all have in common: what is given away need not say where it was made"
-    paths = [Path(o) for o in items if isinstance(o, (str,Path))]
+    paths = [Path(o) for o in items if o]
     if not all(o.is_relative_to(path) for o in paths): path = os.path.commonpath([o.absolute().parent for o in paths])
-    return [item_name(Path(o).absolute().relative_to(Path(path).absolute()) if isinstance(o, (str,Path)) else o) for o in items]
+    return [str(Path(o).absolute().relative_to(Path(path).absolute())) if o else '' for o in items]
 
 @patch
 def export_embedder(self:MetricLearner,
@@ -73,8 +73,7 @@ def export_embedder(self:MetricLearner,
     self.start_head()
     res = ImageEmbedder(model, preprocess_of(self.dls), _facts(self))
     if gallery is not None:
-        dl = self.split_dl(gallery)
-        embs,ys = self.embed(dl)
-        if ys is None: raise ValueError("The items of the gallery have no labels, so a search could not say what it found.")
-        res.add_embs(embs, [self.vocab_of(dl)[int(o)] for o in ys], _short_names(ifnone(items_of(dl), [None]*len(embs)), self.dls.path))
+        gal = self.embedded(gallery)
+        gal.check_labels()
+        res.add_embs(gal.embs, [gal.label(i) for i in range(len(gal))], _short_names(gal.items or ['']*len(gal), self.dls.path))
     return load_embedder(res.save(folder, overwrite=overwrite))
