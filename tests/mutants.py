@@ -37,7 +37,7 @@ mutants = [ # room, what its code says, what it says instead, tests
     ('tune', "MaxTrialsCallback(n_trials, states=(s.COMPLETE,s.PRUNED))", "MaxTrialsCallback(n_trials, states=(s.COMPLETE,s.PRUNED,s.FAIL))", 'test_tune.py'), # a trial that was interrupted counts
     ('protocol', "done = [o for o in trials if o['state']=='COMPLETE']", "done = trials", 'test_protocol.py'), # one that was given up is chosen
     ('runs', "set_seed(seed, reproducible=True)", "set_seed(0, reproducible=True)", 'test_runs.py -k seed'),
-    ('cli', "evaluate_retrieval(*_raw_pixels(test), metrics=names)", "evaluate_retrieval(*_raw_pixels(dls.train), metrics=names)", 'test_cli.py -k demo'), # of training images
+    ('cli', "evaluate_retrieval(*_raw_pixels(test), metrics=names)", "evaluate_retrieval(*_raw_pixels(dls.train), metrics=names)", 'test_cli.py -k demo_on_a_folder'), # of training images
 ]
 
 def code_of(room, folder=root):
