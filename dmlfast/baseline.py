@@ -14,12 +14,12 @@ from fastcore.all import *
 from fastai.learner import *
 from fastai.learner import noop # not the same as fastcore's
 from fastai.callback.core import Callback
-from fastai.torch_core import get_model
 from fastprogress.core import format_time
 from .data import _labels
 from .evaluate import *
 from .features import *
 from .heads import *
+from .models import *
 from .retrieval import *
 
 # %% ../nbs/api/42_baseline.ipynb #a3cd8534
@@ -124,13 +124,13 @@ class HeadStart(Callback):
         learn, # Learner that this callback is added to
     ):
         "Remember the body as it came"
-        if self.origin is not None or not hasattr(get_model(learn.model), 'features'): return
-        self.origin,self.kind = {k:v.clone() for k,v in body_state(get_model(learn.model)).items()},get_model(learn.model).pending
+        if self.origin is not None or not hasattr(unwrapped(learn.model), 'features'): return
+        self.origin,self.kind = {k:v.clone() for k,v in body_state(unwrapped(learn.model)).items()},unwrapped(learn.model).pending
 
     @property
     def model(self):
         "The embedder"
-        return get_model(self.learn.model)
+        return unwrapped(self.learn.model)
 
     def state_dict(self): return dict(rows=self.rows, said=self.said, head_hash=self.head_hash)
     def load_state_dict(self, d): self.rows,self.said,self.head_hash = d['rows'],d['said'],d['head_hash']

@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/checkpoint.html.md"""
 __all__ = ['Checkpoint']
 
 # %% ../nbs/api/51_checkpoint.ipynb #4931eae2
-import os, random, re, torch
+import random, re, torch
 import numpy as np
 from collections import Counter
 from fastcore.all import *
@@ -16,6 +16,7 @@ from fastai.data.all import *
 from fastai.learner import *
 from fastai.callback.all import *
 from .evaluate import *
+from .files import *
 from .learner import *
 
 # %% ../nbs/api/51_checkpoint.ipynb #afea36bf
@@ -73,15 +74,9 @@ def _cb_names(cbs):
 # %% ../nbs/api/51_checkpoint.ipynb #f78b13e9
 def _write(path, state):
     "Write `state` to `path`, whole or not at all"
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        with open(tmp, 'wb') as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
+        with whole_file(path) as tmp, open(tmp, 'wb') as f: torch.save(state, f)
     except RuntimeError as e: raise OSError(f"{e}".split('\n')[0]) from e # what PyTorch makes of a full disk
-    finally: tmp.unlink(missing_ok=True)
 
 # %% ../nbs/api/51_checkpoint.ipynb #40e54ec5
 class Checkpoint(Callback):
@@ -240,6 +235,18 @@ def restore(self:Checkpoint,
     _set_random_states(state['random'])
 
 # %% ../nbs/api/51_checkpoint.ipynb #71a384d0
+@patch
+@delegates(Learner.save)
+def save(self:MetricLearner,
+    file, # Name, `.pth` is added, in `learn.path/learn.model_dir`; or a path
+    **kwargs
+)->Path: # The file
+    "As of any learner, and the file is written whole or not at all, so that a run can go on with its best epoch"
+    if rank_distrib() or not isinstance(file, (str,Path)): return Learner.save(self, file, **kwargs)
+    file = join_path_file(file, self.path/self.model_dir, ext='.pth')
+    with whole_file(file) as tmp: Learner.save(self, tmp.absolute().with_suffix(''), **kwargs)
+    return file
+
 @patch
 def _do_fit(self:MetricLearner):
     first = self.__dict__.pop('first_epoch', 0) # of this fit alone, also if it is interrupted

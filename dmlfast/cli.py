@@ -17,6 +17,7 @@ from typing import Annotated
 from fastcore.imports import IN_NOTEBOOK
 from fastcore.meta import delegates
 from fastcore.script import anno_parser, store_true
+from .files import *
 
 # %% ../nbs/api/90_cli.ipynb #c54c81d9
 def _value(s):
@@ -39,7 +40,12 @@ def _pairs(words):
 
 def _kwargs(s):
     "`'a=(1,2), b=same'` as a dictionary"
-    return _pairs(re.split(r',(?![^(\[{]*[)\]}])', s)) if s else {}
+    parts,depth = [''],0
+    for o in s or '':
+        depth += (o in '([{')-(o in ')]}')
+        if o==',' and not depth: parts.append('')
+        else: parts[-1] += o
+    return _pairs(parts) if s else {}
 
 # %% ../nbs/api/90_cli.ipynb #c800ce1f
 def run_args(
@@ -153,10 +159,14 @@ class Interrupted(Exception):
     "Ctrl-C, and what it left"
 
 @contextmanager
-def _refusing():
-    "What is wrong here was found before any work was done"
+def _refusing(
+    worth=lambda: False, # Function that says whether something came of the work by now
+):
+    "What is wrong here was found before anything came of the work, and nothing is left of it"
     try: yield
-    except (ValueError,FileExistsError,FileNotFoundError) as e: raise Refused(re.sub('`(resume|overwrite)`', r'`--\1`', str(e))) from e
+    except (ValueError,FileExistsError,FileNotFoundError) as e:
+        if worth(): raise
+        raise Refused(str(e)) from e
 
 def _sentence(e):
     "The sentence of an error, also of one that comes from a process that reads images"
@@ -164,17 +174,37 @@ def _sentence(e):
 
 def _name(func): return func.__name__.replace('_', '-')
 
+def _parser(func):
+    "What reads the words of a command"
+    p = anno_parser(getattr(func, '__wrapped__', func), prog=_name(func))
+    p.allow_abbrev = False
+    return p
+
+def _options(p): return [o for a in p._actions for o in a.option_strings if o not in ('--pdb','--xtra')]
+
+def _as_options(func, msg):
+    "A sentence about arguments of functions, about those of a command where it has them"
+    known = _options(_parser(func))
+    def _f(m):
+        option = f"{'--no-' if m[2]=='=False' else '--'}{m[1]}"
+        return f'`{option}`' if option in known else m[0]
+    return re.sub(r'`(resume|overwrite|weights|pretrained)(=\w*)?`', _f, msg)
+
+def _odd(v):
+    "What is wrong with the value of an argument, whatever it is for"
+    if isinstance(v, str) and not v.strip(): return 'is empty: is a variable of the shell not set?'
+    if isinstance(v, (int,float)) and not abs(v)<2**32: return f"is {'too large' if abs(v)>=2**32 else 'not a number'}; got {v}."
+
 def parse_command(
     func, # Function of a command
     argv, # Words
 )->dict: # Arguments
     "Arguments of a command; raises `Refused` for those that are unknown, naming the nearest one"
-    p = anno_parser(getattr(func, '__wrapped__', func), prog=_name(func))
-    p.allow_abbrev = False
+    p = _parser(func)
     def _error(msg): raise Refused(f"{msg.replace('argument ', '', 1)}. `{_name(func)} --help` lists the arguments.")
     p.error = _error
     argv = [re.sub(r'^--[^=]*', lambda m: m[0].replace('_', '-'), o) for o in argv]
-    known = [o for a in p._actions for o in a.option_strings if o not in ('--pdb','--xtra')]
+    known = _options(p)
     for o in argv:
         if o.startswith('--') and o.partition('=')[0] not in known:
             near = difflib.get_close_matches(o.partition('=')[0], known, n=1, cutoff=.5)
@@ -182,8 +212,11 @@ def parse_command(
     once = [o for a in p._actions if not isinstance(a, argparse._ExtendAction) for o in a.option_strings]
     for o in once:
         if sum(v.partition('=')[0]==o for v in argv)>1: raise Refused(f"{o} is given twice.")
-    args = vars(p.parse_args(argv))
-    return {k:v for k,v in args.items() if k not in ('pdb','xtra')}
+    args = {k:v for k,v in vars(p.parse_args(argv)).items() if k not in ('pdb','xtra')}
+    for a in p._actions:
+        for v in (v if isinstance(v := args.get(a.dest), list) else [v]):
+            if why := _odd(v): raise Refused(f"{(a.option_strings or [a.dest])[-1]} {why}")
+    return args
 
 def run_command(
     func, # Function of a command
@@ -192,7 +225,7 @@ def run_command(
     "Do what a shell asks for"
     warnings.simplefilter('ignore', FutureWarning) # PyTorch's to fastai, no concern of the user's
     def _say(msg, status):
-        print(f'{_name(func)}: {msg}', file=sys.stderr)
+        print(f'{_name(func)}: {_as_options(func, msg)}', file=sys.stderr)
         return status
     try:
         args = parse_command(func, argv)
@@ -207,11 +240,13 @@ def run_command(
 def command(
     func, # Function, its arguments with docments
 ):
-    "Let a function be the command of its name where a shell calls it, and a function elsewhere"
+    "Let a function be the command of its name where a script calls it, and a function elsewhere, also in a notebook"
     @wraps(func)
     def _f(*args, **kwargs):
         caller = inspect.currentframe().f_back
-        if args or kwargs or caller.f_globals.get('__name__')!='__main__' or caller.f_locals is not caller.f_globals: return func(*args, **kwargs)
+        ns = caller.f_globals
+        script = ns.get('__name__')=='__main__' and ('__file__' in ns or sys.argv[0]=='-c') # a notebook and a console have neither, and words that are not for us
+        if args or kwargs or not script or caller.f_locals is not ns: return func(*args, **kwargs)
         if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(line_buffering=True) # a log shows each epoch as it ends
         sys.exit(run_command(_f, sys.argv[1:]))
     return _f
@@ -244,7 +279,7 @@ def _line(name, row): return f'{name:<14}' + ''.join(f'{o:>10.3f}' for o in row.
 # %% ../nbs/api/90_cli.ipynb #b2e83303
 def _or(x, default):
     "`x`, or a default where it is not given; raises `ValueError` where it is not positive"
-    if x is not None and x<=0: raise ValueError(f"Sizes, rates and numbers of epochs must be positive; got {x}.")
+    if x is not None and not 0<x<float('inf'): raise ValueError(f"Sizes, rates and numbers of epochs must be positive; got {x}.")
     return default if x is None else x
 
 # %% ../nbs/api/90_cli.ipynb #d979a112
@@ -289,8 +324,9 @@ def run_demo(
     from dmlfast.learner import metric_learner, plain_table
     from dmlfast.losses import DRTripletLoss
     from dmlfast.retrieval import evaluate_retrieval
-    own,trained = data is not None,data is not None or weights is not None
-    epochs = _or(epochs, 3 if trained else 12)
+    own,trained,out = data is not None,data is not None or weights is not None,Path(out)
+    check_folder(out, _is_demo(out), 'demo')
+    epochs,lr = _or(epochs, 3 if trained else 12),_or(lr, None if trained else 6e-3)
     set_seed(seed, reproducible=True)
     dls = demo_data(data, size, bs, per_class, seed, skip_bad)
     print(dls.source, end='\n\n')
@@ -305,23 +341,34 @@ def run_demo(
     if not (sys.stdout.isatty() or IN_NOTEBOOK): plain_table(learn) # a log file has no use for bars
     if trained: _row('features', learn.baseline('test', names))
     _row('start' if trained else 'untrained', learn.evaluate('test', names))
-    if trained: learn.fit_transfer(epochs, lr and _or(lr, None))
-    else: learn.fit_one_cycle(epochs, _or(lr, 6e-3))
+    if trained: learn.fit_transfer(epochs, lr)
+    else: learn.fit_one_cycle(epochs, lr)
     res = learn.evaluate('test', names)
     _row('trained', res)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    learn.show_results(dl='test', max_n=8, k=8).savefig(out/'neighbours.png', dpi=100)
     if trained: rows['sentence'] = gain_of(learn, res, 'test').sentence
-    (out/'scores.json').write_text(json.dumps(rows, indent=1))
+    with clear_up(out, ('neighbours.png','scores.json')):
+        out.mkdir(parents=True, exist_ok=True)
+        _save_figure(learn.show_results(dl='test', max_n=8, k=8), out/'neighbours.png')
+        write_whole(out/'scores.json', json.dumps(rows, indent=1))
     return rows
+
+def _is_demo(out):
+    "Does a folder hold what a demo wrote?"
+    try: return 'raw pixels' in json.loads((out/'scores.json').read_text(encoding='utf-8'))
+    except (OSError,ValueError,TypeError): return False
+
+def _save_figure(fig, file):
+    import matplotlib.pyplot as plt
+    fig = getattr(fig, 'figure', fig)
+    with whole_file(file) as tmp: fig.savefig(tmp, dpi=100)
+    plt.close(fig)
 
 # %% ../nbs/api/90_cli.ipynb #04f36274
 @command
 @delegates(run_demo)
 def dmlfast_demo(**kwargs):
     "Train an embedding, and show what it learned on classes it has never seen"
-    rows = run_demo(**kwargs)
+    with _refusing(): rows = run_demo(**kwargs)
     print(f"\nOn classes it has never seen:\n\n{_table(rows)}\n" + (f"\n{rows['sentence']}\n" if 'sentence' in rows else '') + f"\nQueries with their nearest neighbours: {Path(kwargs.get('out', 'dmlfast-demo'))/'neighbours.png'}")
     return rows
 
@@ -402,7 +449,7 @@ def dmlfast_train(
 ):
     "Train an embedding, measure it on classes it has never seen, and leave everything in a folder"
     with _stdout_for(Json):
-        from dmlfast.runs import _check_run_folder, train_settings
+        from dmlfast.runs import _check_run_folder, _worth, train_settings
         args = dict(kwargs, epochs=epochs, valid=valid, patience=patience, monitor=monitor)
         with _refusing():
             _check_run_folder(Path(out), resume, overwrite)
@@ -410,7 +457,8 @@ def dmlfast_train(
             if not (resume or plain): settings = _with_transfer(settings, args)
             settings = _with_epochs(settings)
             cbs = [_tensorboard(tensorboard)] if tensorboard else []
-        try: res = train_settings(settings, out, resume=resume, overwrite=overwrite, report=report, plain=not sys.stdout.isatty(), cbs=cbs)
+        try:
+            with _refusing(lambda: _worth(out)): res = train_settings(settings, out, resume=resume, overwrite=overwrite, report=report, plain=not sys.stdout.isatty(), cbs=cbs)
         except KeyboardInterrupt: raise Interrupted(_left_by_training(out)) from None
     if Json: print(json.dumps({'out':str(out), **res}))
     else:
@@ -430,7 +478,7 @@ def _embedder_of(run):
     if (run/'settings.toml').is_file(): raise ValueError(f"{str(run)!r} holds an interrupted run, whose embedder is written at its end: {_resume_with('dmlfast-train', run)}.")
     raise ValueError(f"{str(run)!r} is neither a run of dmlfast-train nor an exported embedder.")
 
-def _eval_data(file, data, path, data_args, split):
+def _eval_data(file, data, path, data_args, split, batch):
     "Data set and split to measure on"
     from dmlfast.runs import check_settings, load_settings, read_data, with_settings
     own = file is not None and data is None
@@ -438,16 +486,10 @@ def _eval_data(file, data, path, data_args, split):
     if own and path is not None: raise ValueError("--path is for --data.")
     table = load_settings(file).get('data', {}) if own else _data_table(data, path, {})
     table = with_settings(table, _kwargs(data_args))
-    check_settings(dict(data=table))
+    check_settings(dict(data=table, batch=batch))
     ds = read_data(table)
     if split is None: split = 'test' if own or table.get('reader') not in ('folder','csv') else 'all'
     return ds,split
-
-def _save_figure(fig, file):
-    import matplotlib.pyplot as plt
-    fig = getattr(fig, 'figure', fig)
-    fig.savefig(file, dpi=100)
-    plt.close(fig)
 
 def _pictures(learn, out, queries):
     "Draw neighbours, worst queries and curves"
@@ -478,8 +520,7 @@ def _run_gain(file, embedder, res, learner_of):
 _eval_files = 'results.json','curves.png','neighbours.png','worst.png','report'
 
 def _check_eval_folder(out, overwrite):
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out/'results.json').is_file(): raise ValueError(f"{str(out)!r} is there already and holds no scores: it is not overwritten.")
+    check_folder(out, (out/'results.json').is_file(), 'scores')
     if (out/'settings.toml').is_file(): raise ValueError(f"{str(out)!r} is the folder of a run: write the scores to another one.")
     if (out/'results.json').is_file() and not overwrite: raise ValueError(f"{str(out)!r} holds scores: --overwrite replaces them.")
 
@@ -498,7 +539,7 @@ def dmlfast_eval(
     bs:int=64, # Images at a time
     workers:int=None, # Processes that read images; fastai's choice if not given
     device:str='cpu', # Where to compute: cpu, cuda:1 and the like
-    out:str=None, # Folder for scores and pictures; nothing is written if not given
+    out:str=None, # Folder for scores and pictures; dmlfast-eval with --report, and otherwise nothing is written if not given
     queries:int=6, # Queries to draw in a picture
     report:store_true=False, # Write a page too, in --out?
     overwrite:store_true=False, # Replace the scores in --out?
@@ -508,29 +549,29 @@ def dmlfast_eval(
     with _stdout_for(Json):
         from dmlfast.deploy import load_embedder
         from dmlfast.retrieval import _metric_names
-        from dmlfast.runs import _remove, _write_whole, about_run, embedder_learner
+        from dmlfast.runs import about_run, embedder_learner
+        out = Path(out or 'dmlfast-eval') if out or report else None
         with _refusing():
             folder,file = _embedder_of(run)
-            if report and not out: raise ValueError("--report needs a folder to write to: --out.")
             if ci not in ('classes','queries'): raise ValueError(f"--ci is classes or queries; got {ci!r}.")
             if min(bs, n_boot, queries)<1: raise ValueError("--bs, --n-boot and --queries are 1 or more.")
             _metric_names(metrics or 'all', (1,))
             if out: _check_eval_folder(out, overwrite)
-            ds,split = _eval_data(file, data, path, data_args, split)
+            ds,split = _eval_data(file, data, path, data_args, split, dict(per_class=1, bs=bs, num_workers=workers, device=device))
             part = None if split=='all' else split
             embedder = load_embedder(folder, device)
             learn = embedder_learner(embedder, ds, part, bs, workers)
-        learn.remove_cbs([o for o in learn.cbs if type(o).__name__=='ProgressCallback'] if not sys.stdout.isatty() else [])
-        res = learn.evaluate(metrics=metrics or 'all', ci=ci, n_boot=n_boot, seed=seed)
+            learn.remove_cbs([o for o in learn.cbs if type(o).__name__=='ProgressCallback'] if not sys.stdout.isatty() else [])
+            res = learn.evaluate(metrics=metrics or 'all', ci=ci, n_boot=n_boot, seed=seed)
         gain = file and _run_gain(file, embedder, res, lambda o: embedder_learner(o, ds, part, bs, workers))
         found = dict(run=str(run), split=split, scores=res.to_dict(), **(dict(gain=gain.to_dict()) if gain else {}), **about_run(learn.dls))
         if out:
-            out = Path(out)
-            if overwrite: _remove(out, _eval_files)
-            out.mkdir(parents=True, exist_ok=True)
-            _pictures(learn, out, queries)
-            if report: learn.report(out/'report', learn.dls.valid if split=='all' else split, title=f'{learn.model.arch} on {ds.name}, {split}', n_queries=queries)
-            _write_whole(out/'results.json', json.dumps(found, indent=1, ensure_ascii=False))
+            with clear_up(out, _eval_files):
+                if overwrite: remove_files(out, _eval_files)
+                out.mkdir(parents=True, exist_ok=True)
+                _pictures(learn, out, queries)
+                if report: learn.report(out/'report', learn.dls.valid if split=='all' else split, title=f'{learn.model.arch} on {ds.name}, {split}', n_queries=queries)
+                write_whole(out/'results.json', json.dumps(found, indent=1, ensure_ascii=False))
     if Json: print(json.dumps(found))
     else:
         print(f'{ds.name}, {split}\n\n{res}')
@@ -566,12 +607,10 @@ _tune_defaults = dict(trials=20, epochs=4, folds=None, metric='map@r', storage=N
 
 def _check_tune_folder(out, resume, overwrite):
     "Raise `ValueError` where a search cannot be written to a folder"
-    out = Path(out)
-    there,ours = out.exists() and (not out.is_dir() or any(out.iterdir())),(out/'search.json').is_file()
+    ours = (out/'search.json').is_file()
     if resume and overwrite: raise ValueError("--resume goes on with a search and --overwrite begins it anew: take one of them.")
     if resume and not ours: raise ValueError(f"There is nothing to resume in {str(out)!r}.")
-    if there and not ours: raise ValueError(f"{str(out)!r} is there already and holds no search: it is not overwritten.")
-    if there and not (resume or overwrite): raise ValueError(f"{str(out)!r} holds a search: --resume goes on with it, --overwrite begins it anew.")
+    if check_folder(out, ours, 'search') and not (resume or overwrite): raise ValueError(f"{str(out)!r} holds a search: --resume goes on with it, --overwrite begins it anew.")
 
 def _search_args(out, given, resume):
     "What to search for and how; raises `ValueError` where this is not what the search in the folder was"
@@ -587,17 +626,18 @@ def _as_json(space): return space and {k:['range',*o] if isinstance(o, tuple) el
 def _after_trial(settings, out, n):
     "Function that says what came of a trial, and keeps the best settings"
     from dmlfast.runs import absolute_paths, save_settings
-    from dmlfast.tune import best_settings
+    from dmlfast.tune import _done, best_settings
     def _say(study, trial):
         score = '-' if trial.value is None else f'{trial.value:.4f}'
-        print(f"trial {trial.number+1} of {n}: {trial.state.name.lower()}, {score}   " + ', '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k,v in trial.params.items()))
+        k = sum(o.datetime_complete<=trial.datetime_complete for o in _done(study)) # numbers of trials have gaps where processes died
+        print(f"trial {k} of {n}: {trial.state.name.lower()}, {score}   " + ', '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k,v in trial.params.items()))
         if any(o.state.name=='COMPLETE' for o in study.trials): save_settings(absolute_paths(best_settings(settings, study)), Path(out)/'best.toml')
     return _say
 
 def _study_results(study):
     "What a search found, as plain numbers and strings"
-    done = [o for o in study.trials if o.state.name in ('COMPLETE','PRUNED')]
-    trials = [dict(number=o.number, state=o.state.name, score=o.value if o.state.name=='COMPLETE' else None, params=o.params) for o in done]
+    from dmlfast.tune import _done
+    trials = [dict(number=i, state=o.state.name, score=o.value if o.state.name=='COMPLETE' else None, params=o.params) for i,o in enumerate(_done(study))]
     return dict(best=study.best_params, score=study.best_value, trials=trials)
 
 @command
@@ -618,8 +658,7 @@ def dmlfast_tune(
 ):
     "Search for the best settings on training classes that are held out; the test classes are not looked at"
     with _stdout_for(Json):
-        from dmlfast.runs import _remove, _write_whole, absolute_paths, load_settings, save_settings
-        from dmlfast.runs import read_data
+        from dmlfast.runs import absolute_paths, read_data, save_settings
         from dmlfast.tune import best_settings, check_space, n_folds, plot_study, run_space, tune_settings
         given = dict(trials=trials, epochs=epochs, folds=folds, metric=metric, storage=storage, name=name)
         out = Path(out)
@@ -631,17 +670,21 @@ def dmlfast_tune(
             check_space(settings, where)
             if search['folds'] is None: search['folds'] = n_folds(read_data(settings.get('data', {})))
             if search['trials']<1 or search['epochs']<1 or search['folds']<1: raise ValueError("--trials, --epochs and --folds are 1 or more.")
-        if overwrite: _remove(out, _tune_files)
-        out.mkdir(parents=True, exist_ok=True)
-        if not resume: save_settings(absolute_paths(settings), out/'settings.toml')
-        _write_whole(out/'search.json', json.dumps({**search, 'space':_as_json(where)}, indent=1))
-        try: study = tune_settings(settings, where, n_trials=search['trials'], n_epoch=search['epochs'], folds=search['folds'], metric=search['metric'],
-            storage=search['storage'] or out/'study.db', name=search['name'], seed=settings.get('seed', 0), callbacks=[_after_trial(settings, out, search['trials'])])
+        def _worth(): return (out/'best.toml').is_file()
+        def _search():
+            if overwrite: remove_files(out, _tune_files)
+            out.mkdir(parents=True, exist_ok=True)
+            if not resume: save_settings(absolute_paths(settings), out/'settings.toml')
+            write_whole(out/'search.json', json.dumps({**search, 'space':_as_json(where)}, indent=1))
+            return tune_settings(settings, where, n_trials=search['trials'], n_epoch=search['epochs'], folds=search['folds'], metric=search['metric'],
+                storage=search['storage'] or out/'study.db', name=search['name'], seed=settings.get('seed', 0), callbacks=[_after_trial(settings, out, search['trials'])])
+        try:
+            with _refusing(_worth), clear_up(out, _tune_files, _worth): study = _search()
         except KeyboardInterrupt: raise Interrupted(f"Interrupted. The finished trials are kept; {_resume_with('dmlfast-tune', out)} goes on.") from None
         res = _study_results(study)
         save_settings(absolute_paths(best_settings(settings, study)), out/'best.toml')
         _save_figure(plot_study(study), out/'study.png')
-        _write_whole(out/'results.json', json.dumps(res, indent=1))
+        write_whole(out/'results.json', json.dumps(res, indent=1))
     if Json: print(json.dumps({'out':str(out), **res}))
     else: print(f"\nBest score {res['score']:.4f}. `dmlfast-train --config {shlex.quote(str(out/'best.toml'))}` trains with these settings; {str(out/'study.png')!r} shows the search.")
     return res
@@ -672,24 +715,29 @@ def _bench_worker(plan, out, until, workers):
     sys.exit(_guarded(_f))
 
 def _guarded(f):
-    try: f()
+    "Status of a process; standard output is for why it failed, and standard error for all else"
+    import traceback
+    try:
+        with redirect_stdout(sys.stderr): f()
     except KeyboardInterrupt: return 130
-    except (ValueError,OSError,RuntimeError,ImportError) as e:
-        print(f'dmlfast-bench: {_sentence(e)}', file=sys.stderr)
-        return 1
-    return 0
+    except (ValueError,OSError,RuntimeError,ImportError) as e: print(_sentence(e))
+    except Exception as e:
+        traceback.print_exc()
+        print(f'{type(e).__name__}: {e}')
+    else: return 0
+    return 1
 
 def _share(plan, out, until, workers):
-    "Let one or several processes work; raises `RuntimeError` where one failed"
+    "Let one or several processes work; raises `RuntimeError` with what those say that failed"
     import os, subprocess
     keep = dict(MALLOC_MMAP_THRESHOLD_=str(2**33), MALLOC_TRIM_THRESHOLD_=str(2**34)) # glibc else gives each large tensor's memory back, and asks for it anew: 1.4 times the time of a step on a CPU
     code = 'import sys; from dmlfast.cli import _bench_worker; _bench_worker(*sys.argv[1:])'
-    ps = [subprocess.Popen([sys.executable, '-c', code, str(plan), str(out), '' if until is None else str(until), str(workers)], stdout=2, env={**keep, **os.environ}) for _ in range(workers)]
-    try: failed = sum(p.wait()!=0 for p in ps)
+    ps = [subprocess.Popen([sys.executable, '-c', code, str(plan), str(out), '' if until is None else str(until), str(workers)], stdout=subprocess.PIPE, text=True, env={**keep, **os.environ}) for _ in range(workers)]
+    try: said = [p.communicate()[0].strip() or f'one ended with status {p.returncode} and no word' for p in ps]
     finally:
         for p in ps:
             if p.poll() is None: p.terminate()
-    if failed: raise RuntimeError(f'{failed} of {workers} workers failed.')
+    if failed := [o for p,o in zip(ps, said) if p.returncode]: raise RuntimeError(f"{len(failed)} of {workers} workers failed: {' '.join(dict.fromkeys(failed))}")
 
 @command
 def dmlfast_bench(

@@ -16,12 +16,12 @@ from typing import NamedTuple
 from torch import Tensor
 from fastcore.basics import ifnone, patch, store_attr
 from fastai.callback.core import Callback
-from fastai.torch_core import get_model
 from .evaluate import is_fitting
 from .gain import *
 from .geometry import *
 from .losses import *
 from .mining import *
+from .models import *
 from .show import _axes, _blue, _grey, _orange
 
 # %% ../nbs/api/61_doctor.ipynb #7c342804
@@ -127,7 +127,7 @@ def before_fit(self:TrainingDoctor):
     self.steps,self.epochs,self.due,self.now,self.seconds,self.began = [],[],False,{},0.,time.perf_counter()
     self.period = ifnone(self.every, min(20, max(1, self.n_epoch*len(self.dls.train)//24)))
     self.start = {k:p.detach().clone() for k,p in self.watched().items()}
-    model = get_model(self.learn.model)
+    model = unwrapped(self.learn.model)
     if isinstance(head := getattr(model, 'head', None), torch.nn.Module):
         self.hooks += [head.register_forward_pre_hook(lambda m,x: self.watch('metric', x[0])), head.register_forward_hook(lambda m,i,o: self.lengths(o))]
     if isinstance(head := getattr(model, 'ranking_head', None), torch.nn.Module):
@@ -148,7 +148,7 @@ def proxies(self:TrainingDoctor)->dict:
 @patch
 def watched(self:TrainingDoctor)->dict:
     "Weights whose way is measured: the proxies, and those of the head's layers where they are trained"
-    head = getattr(get_model(self.learn.model), 'head', None)
+    head = getattr(unwrapped(self.learn.model), 'head', None)
     return self.proxies() | ({f'head.{k}':p for k,p in head.named_parameters() if p.ndim==2 and p.requires_grad} if isinstance(head, torch.nn.Module) else {})
 
 @patch
@@ -289,7 +289,7 @@ def _below(self, tol=.01):
 
 def _narrow(self, tol):
     "What to do where training did no harm, and the head has too few numbers from the start"
-    model,start = get_model(self.learn.model),_at_first(self, 'start')
+    model,start = unwrapped(self.learn.model),_at_first(self, 'start')
     if not self.learn.head_start.said or start is None or model.emb_sz>=model.n_features: return
     if self.measured[-1]['recall']>=start-tol and start<self.theirs-tol:
         return f'Training did no harm, but the head began at {start:.3f}, with {model.emb_sz:,} numbers in place of {model.n_features:,}: raise `emb_sz`.'

@@ -14,6 +14,7 @@ from fastcore.all import *
 from fastai.learner import *
 from fastai.callback.core import Callback
 from .retrieval import *
+from .retrieval import _metric_names
 
 # %% ../nbs/api/31_evaluate.ipynb #f81f2323
 def protocol_of(
@@ -21,7 +22,7 @@ def protocol_of(
     dl, # Loader whose items are scored
 )->dict: # Arguments of `evaluate_protocol`, none if `dls` were not made of a data set
     "How the data set behind `dls` has the items of `dl` scored"
-    source,items = getattr(dls, 'source', None),getattr(getattr(dl, 'dataset', None), 'items', None)
+    source,items = getattr(dl, 'source', None) or getattr(dls, 'source', None),getattr(getattr(dl, 'dataset', None), 'items', None)
     if source is None or items is None or dl.shuffle or dl.drop_last: return {} # items in another order than the table's cannot be told apart
     return source.protocol(items)
 
@@ -41,12 +42,13 @@ class RetrievalMetrics(Callback):
     "Score the validation embeddings after each epoch, as columns that recorder, trackers and loggers know"
     order = 45 # before Recorder, at 50, reads the columns
     def __init__(self,
-        metrics=None, # Names such as `'recall@1'`, `'map@r'`, `'r_precision'`; recall at `ks` and map@r if not given
+        metrics=None, # Names such as `'recall@1'`, `'map@r'`, `'r_precision'`, see `evaluate_retrieval`; recall at `ks` and map@r if not given
         ks=(1,2,4,8), # Neighbours to look at for recall
         every:int=1, # Score each so many epochs; in the others the columns repeat
     ):
+        if not (isinstance(every, int) and every>=1): raise ValueError(f"`every` is a number of epochs, 1 or more; got {every!r}.")
         store_attr('every')
-        self.names = list(ifnone(metrics, [f'recall@{k}' for k in ks] + ['map@r']))
+        self.names = _metric_names(ifnone(metrics, ['recall','map@r']), ks, curve=False)
         self.columns = [ValueMetric(partial(self.value, o), o) for o in self.names]
         self.reset()
 
@@ -58,6 +60,12 @@ class RetrievalMetrics(Callback):
         return self.scores.get(name, float('nan'))
     def state_dict(self): return self.scores
     def load_state_dict(self, d): self.scores = d
+    def check_fit(self,
+        learn, # Learner that is about to be fitted
+    ):
+        "Raise `ValueError` where the data set has no such metrics"
+        _metric_names(self.names, drawn=getattr(getattr(learn.dls, 'source', None), 'random_gallery', 0), curve=False)
+
     def due(self):
         "Is this epoch scored? The last one always is, and what is no epoch of a fit"
         epoch = getattr(self.learn, 'epoch', 0)

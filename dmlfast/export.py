@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/export.html.md"""
 __all__ = ['preprocess_of']
 
 # %% ../nbs/api/52_export.ipynb #ed53a94d
-import math
+import math, os
 from fastcore.all import *
 from fastai.data.all import *
 from fastai.vision.core import *
@@ -16,6 +16,7 @@ from fastai.vision.augment import *
 from .data import *
 from .deploy import *
 from .learner import *
+from .models import *
 
 # %% ../nbs/api/52_export.ipynb #b1ddfbe6
 def _steps_of(t):
@@ -53,9 +54,11 @@ def _facts(learn):
     source = getattr(learn.dls, 'source', None)
     return dict(data=getattr(source, 'name', None), train_classes=getattr(learn.dls, 'n_train_classes', None), loss=repr(learn.loss_func))
 
-def _short_name(o, path):
-    "Path of an item within the data set: what is given away need not say where it was made"
-    return item_name(Path(o).relative_to(path) if isinstance(o, (str,Path)) and Path(o).is_relative_to(path) else o)
+def _short_names(items, path):
+    "Paths of items within the data set, or else the folder that all have in common: what is given away need not say where it was made"
+    paths = [Path(o) for o in items if isinstance(o, (str,Path))]
+    if not all(o.is_relative_to(path) for o in paths): path = os.path.commonpath([o.absolute().parent for o in paths])
+    return [item_name(Path(o).absolute().relative_to(Path(path).absolute()) if isinstance(o, (str,Path)) else o) for o in items]
 
 @patch
 def export_embedder(self:MetricLearner,
@@ -65,12 +68,13 @@ def export_embedder(self:MetricLearner,
 )->ImageEmbedder: # What `load_embedder(folder)` gives
     "Write weights, preprocessing and gallery, without the training; raises `ValueError` for what cannot be described"
     check_folder(folder, overwrite)
-    if not hasattr(self.model, 'spec'): raise ValueError(f"Only the models that `metric_learner` makes by name can be built again elsewhere, and this one was given as it is.")
+    model = unwrapped(self.model)
+    if not hasattr(model, 'spec'): raise ValueError(f"Only the models that `metric_learner` makes by name can be built again elsewhere, and this one was given as it is.")
     self.start_head()
-    res = ImageEmbedder(self.model, preprocess_of(self.dls), _facts(self))
+    res = ImageEmbedder(model, preprocess_of(self.dls), _facts(self))
     if gallery is not None:
         dl = self.split_dl(gallery)
         embs,ys = self.embed(dl)
         if ys is None: raise ValueError("The items of the gallery have no labels, so a search could not say what it found.")
-        res.add_embs(embs, [self.dls.vocab[int(o)] for o in ys], [_short_name(o, self.dls.path) for o in ifnone(items_of(dl), [None]*len(embs))])
+        res.add_embs(embs, [self.vocab_of(dl)[int(o)] for o in ys], _short_names(ifnone(items_of(dl), [None]*len(embs)), self.dls.path))
     return load_embedder(res.save(folder, overwrite=overwrite))

@@ -10,13 +10,14 @@ __all__ = ['what_to_try', 'Gain', 'gain_of']
 # %% ../nbs/api/53_gain.ipynb #a008b61b
 import torch
 from fastcore.all import *
-from fastai.torch_core import get_model
 from torch.nn.modules.batchnorm import _BatchNorm
 from .baseline import *
 from .evaluate import *
 from .learner import *
+from .models import *
 from .results import *
 from .retrieval import *
+from .retrieval import _metric_names
 
 # %% ../nbs/api/53_gain.ipynb #633bb948
 _few = 'recall@1','map@r'
@@ -36,10 +37,11 @@ def baseline(self:MetricLearner,
     **kwargs # Passed to `evaluate_protocol`
 )->RetrievalResult:
     "Retrieval metrics of the frozen features of the body that this learner began with; raises `ValueError` where that is not known"
+    names = _metric_names(ifnone(metrics, _names(self)), kwargs.get('ks', (1,2,4,8))) # before the images are run through the body
     start,dl = self.head_start_of(),self.split_dl(dl)
     X,y = start.features(dl)
     if y is None: raise ValueError("These items have no labels, so their neighbours cannot be scored.")
-    return evaluate_protocol(X, y, metrics=ifnone(metrics, _names(self)), **protocol_of(self.dls, dl) | kwargs)
+    return evaluate_protocol(X, y, metrics=names, **protocol_of(self.dls, dl) | kwargs)
 
 def _names(learn): return [f'recall@{k}' for k in getattr(getattr(learn.dls, 'source', None), 'ks', (1,2,4,8))]+['map@r']
 
@@ -48,7 +50,7 @@ def what_to_try(
     learn:MetricLearner, # A learner with a trained body
 )->str: # A sentence
     "Why training may have ended below its features, most likely cause first"
-    model,start = get_model(learn.model),getattr(learn, 'head_start', None)
+    model,start = unwrapped(learn.model),getattr(learn, 'head_start', None)
     if any(isinstance(o, _BatchNorm) for o in model.body.modules()) and not model.freeze_bn:
         return "Keep the body's batch norm as it was trained: `freeze_bn=True`."
     if start is not None and not start.said and not isinstance(model.head, torch.nn.Identity):
@@ -135,6 +137,6 @@ def gain_of(
 )->Gain:
     "The gain of a result that is there already"
     metrics = [o for o in res.values if o.startswith('recall@') or o=='map@r'] or list(res.values)
-    start,model = learn.head_start_of(),get_model(learn.model)
+    start,model = learn.head_start_of(),unwrapped(learn.model)
     what = 'Training' if has_moved(model, start.origin) else 'The start of the head' if start.head_is_start else 'The head'
     return Gain(res, learn.baseline(dl, metrics, **kwargs), model.emb_sz, model.n_features, what_to_try(learn), what)

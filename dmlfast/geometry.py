@@ -6,10 +6,10 @@ Docs: https://dmlfast.github.io/dmlfast/api/geometry.html.md"""
 
 # %% auto #0
 __all__ = ['class_index', 'label_masks', 'class_mates', 'wide_dtype', 'gram_sqdist', 'gram_grad', 'sqdist', 'safe_rsqrt',
-           'safe_sqrt', 'dir_cos', 'full_precision']
+           'safe_sqrt', 'dir_cos', 'full_precision', 'check_batch']
 
 # %% ../nbs/api/00_geometry.ipynb #d7ec472b
-import torch
+import math, torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -144,3 +144,23 @@ def full_precision(
 ): # Context manager
     "A context in which autocast is off on the device of `x`"
     return torch.autocast(x.device.type, enabled=False)
+
+# %% ../nbs/api/00_geometry.ipynb #43940fbe
+def check_batch(
+    embs:Tensor, # Embeddings, `(n,d)` float
+    labels:Tensor, # Class of each row, `(n,)` integer
+)->tuple[Tensor,Tensor]: # Plain tensors, float32 or float64 and int64
+    "Cast a batch to what a loss computes with, or say what is wrong with it"
+    for name,o in (('embeddings',embs),('labels',labels)):
+        if not isinstance(o, Tensor): raise ValueError(f'{name} must be a tensor, not {type(o).__name__}: torch.as_tensor makes one')
+    embs,labels = embs.as_subclass(Tensor),labels.as_subclass(Tensor)
+    if embs.ndim!=2 or not embs.shape[1] or not embs.is_floating_point():
+        raise ValueError(f'embeddings must be (n,d) floats, not {tuple(embs.shape)} {embs.dtype}')
+    if labels.shape!=embs.shape[:1]: raise ValueError(f'labels must be ({len(embs)},), one for each embedding, not {tuple(labels.shape)}')
+    if labels.is_floating_point() or labels.dtype in (torch.bool,torch.complex64,torch.complex128):
+        raise ValueError(f'labels must be integers, not {labels.dtype}')
+    if embs.dtype not in (torch.float32,torch.float64): embs = embs.float()
+    if not math.isfinite(embs.detach().sum().item()): # a sum may also overflow
+        bad = (~embs.isfinite()).any(1).nonzero()[:,0].tolist()
+        if bad: raise ValueError(f'{len(bad)} of {len(embs)} embeddings are not finite, in rows {bad[:10]}{"..." if len(bad)>10 else ""}')
+    return embs,labels.to(embs.device, torch.int64)

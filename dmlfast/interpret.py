@@ -161,7 +161,7 @@ def from_learner(cls:RetrievalInterpretation,
     embs,ys = learn.embed(dl)
     if ys is None: raise ValueError("These items have no labels, so their neighbours are neither right nor wrong.")
     items = items_of(dl)
-    return cls(embs, ys, None if items is None else [item_name(o) for o in items], getattr(learn.dls, 'vocab', None), lambda i: dl.dataset[i][0], learn.loss_func, **protocol_of(learn.dls, dl))
+    return cls(embs, ys, None if items is None else [item_name(o) for o in items], learn.vocab_of(dl), lambda i: dl.dataset[i][0], learn.loss_func, **protocol_of(learn.dls, dl))
 
 # %% ../nbs/api/60_interpret.ipynb #75d8e6b1
 @patch
@@ -243,6 +243,12 @@ def _draw_pairs(self, axs, pairs, sims):
         _draw_image(b, self.image(j), self.label(j), _right if ok else _wrong, '✓' if ok else '✗')
         b.set_xlabel(f'{s:.3f}', fontsize=8, labelpad=2)
 
+def _only_text(text):
+    "A figure of one sentence: that nothing is wrong is no error"
+    fig = plt.figure(figsize=(6,.5))
+    fig.text(.01, .5, text, va='center', fontsize=10)
+    return fig
+
 def _pair_axes(fig, rows, cols): return fig.subplots(rows, 3*cols-1, squeeze=False, gridspec_kw=dict(width_ratios=([1,1,.25]*cols)[:-1]))
 
 @patch
@@ -251,9 +257,9 @@ def plot_most_confused(self:RetrievalInterpretation,
     each:int=4, # Mistakes of each
     size:float=1.1, # Inches to an image
 )->plt.Figure:
-    "Draw the pairs of classes that are confused most, with the most confident mistakes; raises `ValueError` where there are none"
+    "Draw the pairs of classes that are confused most, with the most confident mistakes"
     conf = self.most_confused(max_n)
-    if not len(conf): raise ValueError('nothing is confused: the nearest neighbour of each item is of its class')
+    if not len(conf): return _only_text('Nothing is confused: the nearest neighbour of each item is of its class.')
     s,i = (o[:,0] for o in self.nearest())
     titles = sum(_title_height([o.a,o.b], self.name)/72 for o in conf.itertuples())
     fig = plt.figure(figsize=(2.25*each*size, len(conf)*(size*1.15+.4)+titles), layout='constrained')
@@ -467,9 +473,9 @@ def plot_pairs(self:RetrievalInterpretation,
     max_n:int=8, # Pairs to draw
     size:float=1.1, # Inches to an image
 )->plt.Figure:
-    "Draw pairs of items side by side, with their similarity; raises `ValueError` where there are none"
+    "Draw pairs of items side by side, with their similarity"
     pairs = pairs[:max_n]
-    if not len(pairs): raise ValueError('there are no such pairs: a lower `min_sim` finds more')
+    if not len(pairs): return _only_text('There are no such pairs; a lower `min_sim` looks for more.')
     cols = min(4, len(pairs))
     rows = -(-len(pairs)//cols)
     titles = rows*_title_height([*pairs.label_a,*pairs.label_b], str)/72

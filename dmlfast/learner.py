@@ -37,6 +37,7 @@ from .models import *
 from .ranking import *
 from .results import *
 from .retrieval import *
+from .retrieval import _metric_names
 from .show import *
 
 # %% ../nbs/api/50_learner.ipynb #e19d2be4
@@ -115,13 +116,36 @@ def plain_table(
     return learn.remove_cb(ProgressCallback).add_cb(PlainTable()) if hasattr(learn, 'progress') else learn
 
 # %% ../nbs/api/50_learner.ipynb #1227a3f2
+def _left_out(model, opt):
+    "Weights that need a gradient and that no group of `opt` has, by name; but for a body's, or a foreign model's own, which are left out to be frozen"
+    known = {p for o in opt.param_lists for p in o} | {*(model.body.parameters() if hasattr(model, 'body') else ())}
+    return {n:p for n,p in model.named_parameters() if p.requires_grad and p not in known and (hasattr(model, 'body') or n.startswith('loss_func.'))}
+
 class MetricLearner(Learner):
     "A `Learner` whose model makes embeddings and holds the weights of its loss"
     body_share = 1. # Rate of the body as a multiple of the head's where one is given
     between = None # What `Interpolate` saw and kept in the last fit
+    @property
+    def dls(self):
+        "The data loaders; others that take their place get the same normalisation"
+        return self._dls
+    @dls.setter
+    def dls(self, dls):
+        if '_dls' in self.__dict__ and (norm := self._lacks(dls.train)): dls.add_tfms([norm], 'after_batch')
+        self._dls = dls
+
     def create_opt(self):
         super().create_opt()
+        if new := _left_out(get_model(self.model), self.opt):
+            warnings.warn(f"The groups of the splitter leave out {', '.join(new)}: the last group trains {'it' if len(new)==1 else 'them'} too. What is not to be trained has `requires_grad=False`.")
+            join_last_group(self, new.values())
         multiply_lr(self.opt, lr_mults(self.model))
+
+    def added_cbs(self,
+        cbs, # Callbacks, or their classes
+    ):
+        "As any learner; of a class only what was added is taken away again, and not all that there are"
+        return super().added_cbs(L(cbs).map(instantiate))
 
     def add_cb(self, cb):
         if isinstance(cb, type): cb = cb()
@@ -130,8 +154,9 @@ class MetricLearner(Learner):
 
     @delegates(Learner.fit)
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
-        self.check_cbs(L(self.cbs) + L(cbs))
-        self.start_head(bool(n_epoch) and not any(isinstance(o, LRFinder) for o in L(cbs)))
+        cbs = L(cbs).map(instantiate) # fastai takes classes, too
+        self.check_cbs(L(self.cbs) + cbs)
+        self.start_head(bool(n_epoch) and not any(isinstance(o, LRFinder) for o in cbs))
         old,self.fitted,self.between = self.metrics,False,None
         try: super().fit(n_epoch, self.group_rates(lr), wd, cbs, **kwargs)
         except BaseException: # callbacks that were cut off could take neither their columns away nor themselves up again
@@ -155,15 +180,9 @@ class MetricLearner(Learner):
         fname='export.pkl', # File to write, in the learner's folder
         **kwargs # Passed to `Learner.export`
     ):
-        "As any learner, with the table of its data set, so that splits keep their names"
+        "As any learner, its head started"
         self.start_head()
-        self._source = getattr(self.dls, 'source', None)
-        try: super().export(fname, **kwargs)
-        finally: del self._source
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        if (source := self.__dict__.pop('_source', None)) is not None: self.dls.source = source
+        super().export(fname, **kwargs)
 
 # %% ../nbs/api/50_learner.ipynb #cd636288
 @patch
@@ -181,6 +200,8 @@ def group_rates(self:MetricLearner,
 ): # The same, or a `slice`
     "The rates of the parameter groups: where one is given, a trained body has a share of it"
     lr = ifnone(lr, self.lr)
+    for o in (lr.start,lr.stop) if isinstance(lr, slice) else [lr]:
+        if isinstance(o, (int,float)) and not 0<=o<float('inf'): raise ValueError(f"A learning rate is a finite number, 0 or more; got {o!r}.")
     return slice(lr*self.body_share, lr) if isinstance(lr, (int,float)) and self.body_share!=1 else lr
 
 @patch
@@ -255,7 +276,11 @@ def check_cbs(self:MetricLearner,
     cbs, # All callbacks of a fit
 ):
     "Raise `ValueError` for a callback that cannot work, and show TensorBoard's projector where the embeddings are"
-    columns = dict.fromkeys(['train_loss','valid_loss',*L(self.metrics).attrgot('name')], 1) | {c.name:getattr(o, 'every', 1) for o in cbs for c in getattr(o, 'columns', ())}
+    columns = dict.fromkeys(['train_loss','valid_loss',*L(self.metrics).attrgot('name')], 1)
+    for o in cbs:
+        for c in getattr(o, 'columns', ()):
+            if c.name in columns: raise ValueError(f"There are two columns {c.name!r}, one of them of a {type(o).__name__}: `learn.remove_cb({type(o).__name__})` takes such callbacks away.")
+            columns[c.name] = getattr(o, 'every', 1)
     for o in cbs:
         if hasattr(o, 'check_fit'): o.check_fit(self)
         if isinstance(o, TrackerCallback): self.check_tracker(o, columns)
@@ -312,11 +337,31 @@ def _metric_loss(loss):
     "`loss` as a `MetricLoss`: one of them, several, or a callable from elsewhere"
     if loss is None: return DRTripletLoss()
     if isinstance(loss, type): raise ValueError(f"`loss_func` is a loss, such as {loss.__name__}(), and not its class.")
-    if isinstance(loss, (list,tuple)): return CombinedLoss(loss)
+    if isinstance(loss, (list,tuple)): loss = CombinedLoss(loss)
     if not callable(loss): raise ValueError(f"`loss_func` is a loss, such as DRTripletLoss(); got {loss!r}.")
-    return loss if isinstance(loss, MetricLoss) else OtherLoss(loss)
+    loss = loss if isinstance(loss, MetricLoss) else OtherLoss(loss)
+    for o in loss.modules():
+        if isinstance(o, OtherLoss): _check_other(o.loss)
+    return loss
+
+def _check_other(loss):
+    "Raise `ValueError` for a loss of scores or values: it would take the numbers of an embedding for them"
+    f = getattr(loss, 'func', loss) # what fastai's `BaseLoss` or a `partial` calls
+    made = getattr(f if inspect.isroutine(f) else getattr(type(f), 'forward', f), '__module__', None) or ''
+    if not made.startswith(('torch.nn.','fastai.losses','timm.loss')): return
+    raise ValueError(f"{getattr(f, '__name__', type(f).__name__)} is no loss of embeddings: it compares a score for each class, or values, with a target. "
+        "`ProxyNCALoss()` is the cross entropy of embeddings, with a learned proxy for each class, and `DRTripletLoss()` compares them with each other.")
 
 # %% ../nbs/api/50_learner.ipynb #f40118e1
+def _check_target(dls):
+    "Raise `ValueError` where items have more than one target, or one that is no class"
+    ds = dls.train.dataset
+    if not (ys := getattr(ds, 'tls', ())[getattr(ds, 'n_inp', 1):]) or not len(ds): return
+    y = ys[0][0]
+    if len(ys)==1 and (isinstance(y, (int,np.integer)) or isinstance(y, Tensor) and y.ndim==0 and not y.is_floating_point()): return
+    raise ValueError("A loss of embeddings takes the class of each image, as `ClassBlock` makes it of a label, and the items of these data loaders have "
+        + (f"{len(ys)} targets: leave out all but one." if len(ys)>1 else f"a {type(y).__name__}{f' of {y.dtype}, of shape {tuple(y.shape)},' if isinstance(y, Tensor) else ''} as their target."))
+
 def _n_classes(dls):
     "Number of training classes"
     if (n := getattr(dls, 'n_train_classes', None)) is not None: return n
@@ -325,18 +370,38 @@ def _n_classes(dls):
     return len(vocab or ())
 
 # %% ../nbs/api/50_learner.ipynb #fb8beb46
+def _norm_of(dl):
+    "How a loader normalises images, if it does"
+    return next((o for o in getattr(getattr(dl, 'after_batch', None), 'fs', ()) if isinstance(o, Normalize)), None)
+
+def _same(a, b): return all(torch.allclose(x.flatten().cpu(), y.flatten().cpu()) for x,y in ((a.mean,b.mean), (a.std,b.std)))
+
 def _normalize(dls, cfg, trained=True):
     "Give `dls` the statistics that the model was trained with, unless it normalises already; raises `ValueError` where it has those of another model, and this one was trained"
-    has = dls.after_batch.fs.filter(risinstance(Normalize))
-    if has and not hasattr(has[0], 'of_model'): return # the user's own
-    stats = cfg['mean'],cfg['std']
-    if not has:
-        if dls.one_batch()[0].shape[1]!=len(stats[0]): return
-        norm = Normalize.from_stats(*stats)
-        norm.of_model = stats
-        dls.add_tfms([norm], 'after_batch')
-    elif trained and not np.allclose(has[0].of_model, stats):
+    has,norm = _norm_of(dls.train),Normalize.from_stats(cfg['mean'], cfg['std'])
+    norm.of_model = True # and not the user's own
+    if has is None:
+        if dls.one_batch()[0].shape[1]==len(cfg['mean']): dls.add_tfms([norm], 'after_batch')
+    elif trained and hasattr(has, 'of_model') and not _same(has, norm):
         raise ValueError("These data loaders normalise images for the first model that they were given to, and this one has other statistics: make data loaders of its own for it, or pass `normalize=False`.")
+
+# %% ../nbs/api/50_learner.ipynb #6856c089
+@patch
+def _lacks(self:MetricLearner, dl):
+    "The normalisation that `dl` lacks and the learner's own loaders have; raises `ValueError` where it has that of another model"
+    if any(hasattr(o, 'features') for o in (dl,self.dls.train)): return # no images, as while a head is fitted
+    need,has = _norm_of(self.dls.train),_norm_of(dl)
+    if has is None: return need
+    if hasattr(has, 'of_model') and (need is None or not _same(has, need)):
+        raise ValueError("These data loaders normalise images for another model than this learner's: make new ones for it.")
+
+@patch
+def admit(self:MetricLearner,
+    dl, # Loader, of the learner's own data loaders or of others
+): # The same, or one that normalises images as the learner's own do
+    "The one door through which a learner takes a loader; raises `ValueError` where its images are normalised for another model"
+    norm = self._lacks(dl)
+    return dl if norm is None else dl.new(after_batch=[*dl.after_batch.fs, norm])
 
 # %% ../nbs/api/50_learner.ipynb #bd38217c
 @dataclass(frozen=True)
@@ -493,6 +558,7 @@ def metric_learner(
     "A `Learner` that trains embeddings of `dls` with a timm backbone and a metric-learning loss"
     _check_names(kwargs)
     if not isinstance(dls, DataLoaders): raise ValueError(f"A learner takes data loaders, such as `ds.dataloaders()`; got a {type(dls).__name__}.")
+    _check_target(dls)
     r = recipe if isinstance(recipe, Recipe) else recipes[recipe] if recipe else Recipe()
     loss_func = _metric_loss(r.loss() if loss_func is None else loss_func)
     if old := [o for o in _with_weights(loss_func) if o in _used]:
@@ -505,7 +571,8 @@ def metric_learner(
     as_given = _copy(loss_func)
     model.loss_func = loss_func.setup(_n_classes(dls), getattr(model, 'emb_sz', emb_sz or r.emb_sz or 128))
     names,mets = L(metrics).map(str) if metrics and all(isinstance(o, str) for o in L(metrics)) else None,L(metrics)
-    cbs = L(cbs)
+    cbs = L(cbs).map(instantiate)
+    if not any(isinstance(o, SetEpoch) for o in cbs): cbs = cbs + SetEpoch()
     cbs = cbs + [o for o in (make() for make in r.cbs) if not any(isinstance(c, type(o)) for c in cbs)]
     mine = any(isinstance(o, RetrievalMetrics) for o in cbs)
     if mine and names: raise ValueError(f"Names of metrics are given twice, as `metrics` and in `RetrievalMetrics`: {', '.join(names)} belong to the latter.")
@@ -580,7 +647,7 @@ def split_dl(self:MetricLearner,
         items = source.items(dl)
         if not items: raise ValueError(f"{source.name} has no split {dl!r}; its splits are {', '.join(source.summary().index)}.")
         return self.dls.test_dl(items, with_labels=True)
-    return dl.new(shuffle=False, drop_last=False) if dl.shuffle or dl.drop_last else dl
+    return as_measured(self.admit(dl))
 
 # %% ../nbs/api/50_learner.ipynb #af3abd59
 @patch
@@ -590,6 +657,7 @@ def evaluate(self:MetricLearner,
     **kwargs # Passed to `evaluate_protocol`, instead of what the data set says
 )->RetrievalResult:
     "Retrieval metrics of a loader, a split or the validation set, scored as its data set says"
+    _metric_names(metrics, kwargs.get('ks', (1,))) # before the images are run through the model
     dl = self.split_dl(dl)
     embs,labels = self.embed(dl)
     if labels is None: raise ValueError("These items have no labels, so their neighbours cannot be scored; `embed` gives their embeddings.")
@@ -608,15 +676,15 @@ class TensorEmbedding(TensorCategory):
 
 @patch
 def _named(self:MetricLearner, ds_idx, dl):
-    "The loader of the split that `ds_idx` or `dl` names; `dl` where they name none"
+    "The loader that `ds_idx` or `dl` names; `dl` where it is one"
     name = ds_idx if dl is None else dl
-    return self.split_dl(name) if isinstance(name, str) else dl
+    if isinstance(name, str): return self.split_dl(name)
+    return self.split_dl(self.dls[ds_idx]) if dl is None else self.admit(dl) if isinstance(dl, DataLoader) else dl # batches that are ready
 
 @patch
 def _one_of(self:MetricLearner, ds_idx, dl):
     "The loader that is meant, with each item once"
-    dl = self._named(ds_idx, dl)
-    return self.split_dl(self.dls[ds_idx] if dl is None else dl)
+    return self.split_dl(self._named(ds_idx, dl))
 
 @patch
 @delegates(Learner.get_preds)
@@ -668,13 +736,20 @@ def plot_top_losses(x:TensorImage, y:TensorCategory, samples, outs, raws:TensorE
 _galleries = weakref.WeakKeyDictionary() # not on the learner, whose export would carry it along
 
 @patch
+def vocab_of(self:MetricLearner,
+    dl, # Loader, of the learner's own data loaders or of others
+): # None where classes have no names
+    "Names of classes, as a loader numbers them"
+    return ifnone(getattr(dl, 'vocab', None), getattr(self.dls, 'vocab', None))
+
+@patch
 def _gallery(self:MetricLearner, gallery):
-    "Loader of the items of `gallery`, their embeddings and class ids"
+    "The items of `gallery`, their embeddings and labels"
     key = self.dls,gallery,tuple(o.double().sum().item() for o in self.model.state_dict().values())
     if _galleries.get(self, [None])[0]!=key:
-        dl = self.dls.test_dl(self.dls.train.items, with_labels=True) if gallery is None else self.split_dl(gallery)
+        dl = self.split_dl(self.dls.train if gallery is None else gallery)
         embs,ys = self.embed(dl)
-        _galleries[self] = key,dl,Gallery(embs),ys
+        _galleries[self] = key,ifnone(items_of(dl), [None]*len(embs)),Gallery(embs),None if ys is None else [self.vocab_of(dl)[int(o)] for o in ys]
     return _galleries[self][1:]
 
 @patch
@@ -687,11 +762,10 @@ def predict(self:MetricLearner,
     if isinstance(item, str): item = Path(item)
     emb = self.embed(self.dls.test_dl([self._as_opened(item)], num_workers=0), bar=False)[0]
     if gallery is None and not len(self.dls.train.items): return emb[0],[] # an exported learner has no items
-    dl,embs,ys = self._gallery(gallery)
-    if ys is None: raise ValueError("The items of the gallery have no labels, so a search could not say what it found.")
+    items,embs,labels = self._gallery(gallery)
+    if labels is None: raise ValueError("The items of the gallery have no labels, so a search could not say what it found.")
     scores,idx = neighbours(emb, embs, k=min(k, len(embs)))
-    items = ifnone(items_of(dl), [None]*len(embs))
-    return emb[0],[Hit(str(self.dls.vocab[int(ys[j])]), item_name(items[j]), s) for s,j in zip(scores[0].tolist(), idx[0].tolist())]
+    return emb[0],[Hit(str(labels[j]), item_name(items[j]), s) for s,j in zip(scores[0].tolist(), idx[0].tolist())]
 
 @patch
 def _as_opened(self:MetricLearner, item):
@@ -710,10 +784,14 @@ def item_name(
 
 def items_of(
     dl, # A loader
-): # Its items, such as paths; None where there are none, or rows of a table
+): # Its items, such as paths, and for rows of a table what is opened; None where there are none
     "What a loader's data set was made from, without opening it"
     items = getattr(dl, 'items', None)
-    return None if items is None or callable(items) or hasattr(items, 'columns') else list(items)
+    if items is None or callable(items): return None
+    if not hasattr(items, 'columns'): return list(items)
+    tl = dl.dataset.tls[0]
+    at = next((i for i,t in enumerate(tl.types) if isinstance(t, type) and issubclass(t, Image.Image)), 1) # what comes before it is the path
+    return [compose(*tl.tfms.fs[:at-1])(items.iloc[i]) for i in range(len(items))]
 
 # %% ../nbs/api/50_learner.ipynb #832c379f
 @patch
@@ -733,5 +811,6 @@ def show_results(self:MetricLearner,
     (qs,gal,own),ids = query_gallery(proto.get('role'), len(embs)),proto.get('ignore')
     qs = (qs[torch.randperm(len(qs))] if shuffle else qs)[:max_n]
     scores,nn = neighbours(embs[qs], embs[gal], k=min(k, len(gal)-int((own[qs]>=0).any())), self_exclude=own[qs], ignore=None if ids is None else (ids[qs],ids[gal]))
-    labels = L(self.dls.vocab[int(o)] for o in ys)
+    vocab = self.vocab_of(dl)
+    labels = L(vocab[int(o)] for o in ys)
     return show_neighbours(lambda i: dl.dataset[i][0], qs, gal[nn], labels, scores=scores, **kwargs)

@@ -6,13 +6,15 @@ Docs: https://dmlfast.github.io/dmlfast/api/models.html.md"""
 
 # %% auto #0
 __all__ = ['check_arch', 'timm_body', 'load_weights', 'GlobalPool', 'GeM', 'make_pool', 'init_head', 'mlp_head', 'bnneck_head',
-           'make_head', 'body_stages', 'Embedder', 'embedder_splitter', 'stage_splitter']
+           'make_head', 'body_stages', 'Embedder', 'unwrapped', 'embedder_splitter', 'stage_splitter']
 
 # %% ../nbs/api/20_models.ipynb #e1ca4bf6
 import difflib, sys, warnings
 import timm, torch, torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from pathlib import Path
 from safetensors.torch import load_file
 from types import SimpleNamespace
@@ -44,12 +46,30 @@ def timm_body(
 )->nn.Module: # timm model without its classifier
     "Body of timm model `arch`; raises `ValueError` for an unknown name and for weights that do not fit"
     check_arch(arch, weights)
-    if weights is not None: return load_weights(timm.create_model(arch, pretrained=False, num_classes=0, **kwargs), weights)
+    if weights is not None: return load_weights(_timm_model(arch, False, kwargs), weights)
+    if pretrained and not {'cache_dir','pretrained_cfg','pretrained_cfg_overlay'} & set(kwargs): _reach_weights(arch)
+    return _timm_model(arch, pretrained, kwargs)
+
+def _timm_model(arch, pretrained, kwargs):
+    "What timm makes of its arguments; raises `ValueError` where it can make nothing of them, and `RuntimeError` where its weights cannot be had"
     try: return timm.create_model(arch, pretrained=pretrained, num_classes=0, **kwargs)
+    except (TypeError,AttributeError,AssertionError,ArithmeticError,LookupError) as e: raise ValueError(f"timm cannot make {arch!r} with {kwargs}: {e}") from e
     except Exception as e:
-        if not pretrained or isinstance(e, TypeError): raise
-        raise RuntimeError(f"The pretrained weights of {arch!r} could not be loaded ({type(e).__name__}: {e}). "
-            "Without a network, pass a file as `weights=`, or `pretrained=False` to begin with random ones.") from e
+        if not pretrained: raise
+        raise _no_weights(arch, e) from e
+
+def _no_weights(arch, e):
+    return RuntimeError(f"The pretrained weights of {arch!r} could not be loaded ({type(e).__name__}: {e}). "
+        "Without a network, pass a file as `weights=`, or `pretrained=False` to begin with random ones.")
+
+def _reach_weights(arch):
+    "Raise `RuntimeError` where the weights of a model are neither on this machine nor within reach: the hub's own functions would try again for most of a minute"
+    if not (hub := getattr(timm.get_pretrained_cfg(arch), 'hf_hub_id', None)): return
+    repo,_,revision = hub.partition('@')
+    if any(isinstance(try_to_load_from_cache(repo, o, revision=revision or None), str) for o in ('model.safetensors','pytorch_model.bin')): return
+    try: get_hf_file_metadata(hf_hub_url(repo, 'config.json', revision=revision or None))
+    except HfHubHTTPError: pass # it answers, and timm says what is wrong
+    except Exception as e: raise _no_weights(arch, e) from e
 
 # %% ../nbs/api/20_models.ipynb #522246ca
 def _read_weights(fn):
@@ -279,7 +299,8 @@ class Embedder(nn.Module):
     )->Tensor: # `(n,n_features)`
         "Pooled features of images, before the head"
         if x.ndim==2: return x
-        x = self.body.forward_features(x)
+        try: x = self.body.forward_features(x)
+        except AssertionError as e: raise ValueError(f"{self.arch!r} cannot take images of {x.shape[-2]}×{x.shape[-1]} pixels ({str(e).rstrip('.')}): {self._what_size(x)}.") from None
         if isinstance(x, Tensor) and x.ndim==4:
             return self.pool(x.permute(0,3,1,2) if getattr(self.body, 'output_fmt', 'NCHW')=='NHWC' else x)
         return self.body.forward_head(x, pre_logits=True) if self.own_pool else self.pool_tokens(x)
@@ -289,6 +310,14 @@ class Embedder(nn.Module):
         return F.normalize(x.float(), dim=-1) if self.normalize else x
 
 # %% ../nbs/api/20_models.ipynb #722d6410
+@patch
+def _what_size(self:Embedder, x):
+    "Which size images must have instead of that of `x`, and what to say to timm for it"
+    patches = getattr(self.body, 'patch_embed', None)
+    if not (p := to_2tuple(getattr(patches, 'patch_size', None))[0]): return f"make them {self.cfg['input_size'][-1]} pixels to a side"
+    n = max(1, round(x.shape[-1]/p))*p
+    return f"make them {n} pixels to a side, a multiple of its patches of {p}" + (f", and pass `model_kwargs=dict(img_size={n})`" if getattr(patches, 'strict_img_size', True) else '')
+
 @patch
 def pool_tokens(self:Embedder,
     x:Tensor, # Tokens, `(n,t,c)`
@@ -366,11 +395,22 @@ def embedder_state(self:Embedder)->dict: # Weights and buffers by name
     "The weights that make embeddings, without those of a loss or a callback"
     return {k:v for k,v in self.state_dict().items() if k.split('.')[0] in ('body','pool','head')}
 
+# %% ../nbs/api/20_models.ipynb #e99184b2
+def unwrapped(
+    model:nn.Module, # A model, or what wraps one
+)->nn.Module: # The model itself
+    "The model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`"
+    while (inner := getattr(model, '_orig_mod', None) or (model.module if isinstance(model, _parallel) else None)) is not None: model = inner
+    return model
+
+_parallel = nn.DataParallel,nn.parallel.DistributedDataParallel
+
 # %% ../nbs/api/20_models.ipynb #45629ff1
 def embedder_splitter(
     model:nn.Module, # An `Embedder`, with or without a loss in it
 )->list: # Two lists of parameters
     "Parameters of the body, and all others, for discriminative learning rates and freezing"
+    model = unwrapped(model)
     frozen = {id(p) for p in (model.frozen_params() if hasattr(model, 'frozen_params') else ())}
     body = set(map(id, model.body.parameters()))
     return [[p for p in model.body.parameters() if id(p) not in frozen],
@@ -381,6 +421,7 @@ def stage_splitter(
     model:nn.Module, # An `Embedder`, with or without a loss in it
 )->list: # A list of parameters for each stage that is trained, and one for all others
     "Parameters of each stage of the body, and all others, for rates that rise from stage to stage"
+    model = unwrapped(model)
     frozen = set(model.frozen)
     stages = [[model.body.get_parameter(o) for o in names if o not in frozen] for names in body_stages(model.body)]
     return [o for o in stages if o] + [embedder_splitter(model)[1]]

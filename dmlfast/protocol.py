@@ -27,10 +27,10 @@ from .models import *
 from .retrieval import *
 from .retrieval import _metric_names
 from .runs import *
-from .runs import _allowed, _nearest, _read_toml, _recipe
+from .runs import _allowed, _nearest, _plain, _read_toml, _recipe
 from .show import _blue, _grey, _orange
 from .tune import *
-from .tune import _optuna, _pruner
+from .tune import _check_metric, _count, _optuna, _plain_space, _pruner
 
 # %% ../nbs/api/71_protocol.ipynb #35d89d7f
 _top = 'name','seeds','search','measures','settings','methods','keep_models'
@@ -63,15 +63,27 @@ def _read_plan(file, above=()):
     methods = {k:o for k,o in merge(methods, own).items() if k not in out}
     return {**base, **plan, 'settings':with_settings(base.get('settings', {}), plan.get('settings', {})), 'methods':methods}
 
+def _measures(plan):
+    "By what runs are scored; raises `ValueError` for what is no metric with one number"
+    o = plan.get('measures', ['recall','map@r'])
+    if not (res := _metric_names(o if isinstance(o, str) else listify(o), curve=False)): raise ValueError("`measures` are one or more metrics, such as 'map@r'; got none.")
+    return res
+
 def _check_search(search):
     "Raise `ValueError` for a search that cannot be"
     for k in search:
         if k not in _search: raise ValueError(_nearest(f'search.{k}', [f'search.{o}' for o in _search], 'word'))
-    for k in ('n_trials','n_epoch'):
-        if not isinstance(search.get(k, 1), int) or search.get(k, 1)<1: raise ValueError(f"`search.{k}` is 1 or more; got {search[k]!r}.")
+    for k in ('n_trials','n_epoch'): _count(f'search.{k}', search.get(k, 1))
+    if not isinstance(o := search.get('seed', 0), int) or isinstance(o, bool) or o<0: raise ValueError(f"`search.seed` is a whole number, 0 or more; got {o!r}.")
+
+def _check_name(name):
+    "Raise `ValueError` for the name of a method that is no name of a file: locks and kept models are called so"
+    if not isinstance(name, str) or not name or name[0]=='.' or not name.isprintable() or len(name.encode())>200 or set(name) & set('/\\:*?"<>|'):
+        raise ValueError(f"Method {name!r}: files are called by the names of methods. Such a name does not begin with a dot, is short, and has none of / \\ : * ? \" < > | in it.")
 
 def _check_method(name, m, methods):
     "Raise `ValueError` for a word of a method that is not known, or that contradicts another"
+    _check_name(name)
     if m is False: raise ValueError(f"Method {name!r} is `false`, which leaves out a method of a base, and this plan has none.")
     if not isinstance(m, dict): raise ValueError(f"Method {name!r} is a table; got {m!r}.")
     for k in m:
@@ -89,15 +101,23 @@ def _check_method(name, m, methods):
 def _check_plan(plan):
     "Raise `ValueError` for a word that is not known, or a method that refers to none"
     if not isinstance(plan, dict): raise ValueError(f"An experiment is a TOML file or a dictionary; got a {type(plan).__name__}.")
-    for k in plan:
+    for k,o in plan.items():
         if k not in _top: raise ValueError(f"{_nearest(k, _top, 'word')} An experiment has {', '.join(map(repr, _top))}.")
+        if k in ('search','settings','methods') and not isinstance(o, dict): raise ValueError(f"`{k}` is a table; got {o!r}.")
     _seeds(plan.get('seeds', 5))
     _check_search(plan.get('search', {}))
-    _metric_names(plan.get('measures', ['map@r']), (1,))
-    methods = plan.get('methods') or {}
+    _measures(plan)
+    methods = plan.get('methods', {})
     if not methods: raise ValueError("The experiment has no `methods`.")
     if 'features' in methods: raise ValueError("No method can be called 'features', which is the row of the features that methods with a trained body begin with: give it another name.")
     for name,m in methods.items(): _check_method(name, m, methods)
+    if any('trainer' not in m for m in methods.values()): _check_metric(plan.get('search', {}).get('metric', 'map@r')) # a trainer reports what it likes
+
+def _written(name, m):
+    "What a method says, as results are written down and read again; raises `ValueError` for what cannot be"
+    def _one(k, o): return _plain_space(o) if k=='space' and isinstance(o, dict) else _plain(o, k, True)
+    try: return {k:_one(k, o) for k,o in m.items()}
+    except ValueError as e: raise ValueError(f"{name}: {e}") from None
 
 # %% ../nbs/api/71_protocol.ipynb #9ed0f077
 class Experiment:
@@ -108,12 +128,13 @@ class Experiment:
         ds:MetricDataset=None, # Data set; that of the settings if not given
     ):
         self.home = Path(plan).parent if isinstance(plan, (str,Path)) else Path('.')
-        self.plan = _read_plan(plan) if isinstance(plan, (str,Path)) else plan
-        _check_plan(self.plan)
+        plan = _read_plan(plan) if isinstance(plan, (str,Path)) else plan
+        _check_plan(plan)
+        self.plan = {**plan, 'settings':_plain(plan.get('settings', {}), none=True)}
         self.out,self._ds = Path(out),ds
-        self.name,self.methods = self.plan.get('name', self.out.stem),_Methods(self.plan['methods'])
+        self.name,self.methods = self.plan.get('name', self.out.stem),_Methods({k:_written(f'Method {k!r}', m) for k,m in plan['methods'].items()})
         self.search = {**_search, **self.plan.get('search', {})}
-        self.measures = _metric_names(self.plan.get('measures', ['recall@1','recall@2','recall@4','recall@8','map@r']), (1,2,4,8))
+        self.measures = _measures(plan)
         for o in self.methods: self.check_method(o)
         self.check_rows()
 
@@ -170,6 +191,7 @@ def check_method(self:Experiment,
 @patch
 def check_data(self:Experiment):
     "Raise `ValueError` where the data set lacks classes that the experiment needs, or is not the one that the results are of"
+    _metric_names(self.measures, drawn=self.ds.random_gallery, curve=False)
     need,df = ['test'] + ['val']*any(self.space(o) for o in self.methods),self.ds.df
     for o in need:
         if (n := df.label[df.split==o].nunique())<2:
@@ -201,12 +223,22 @@ def rows(self:Experiment,
 )->list: # Dictionaries
     "What is in the file; raises `ValueError` for a method that the plan does not have"
     if method is not None: self.methods[method]
+    return [o for o in self._lines() if kind in (None,o['kind']) and method in (None,o['method'])]
+
+@patch
+def _lines(self:Experiment):
+    "The lines of the file, read again only where it has changed"
     if not self.out.exists(): return []
-    found = []
-    for o in self.out.read_text(encoding='utf-8', errors='replace').split('\n'): # the line that a killed process did not finish may end within a letter
-        try: found.append(json.loads(o))
-        except json.JSONDecodeError: continue
-    return [o for o in found if kind in (None,o['kind']) and method in (None,o['method'])]
+    now = (o := self.out.stat()).st_ino,o.st_size,o.st_mtime_ns # before it is read: what is added in the meantime is seen the next time
+    if getattr(self, '_read', (None,))[0]!=now:
+        found = []
+        for o in self.out.read_text(encoding='utf-8', errors='replace').split('\n'): # the line that a killed process did not finish may end within a letter
+            try: found.append(json.loads(o))
+            except json.JSONDecodeError: continue
+        self._read = now,found
+    return self._read[1]
+
+def _as_number(o): return o.tolist() if hasattr(o, 'tolist') else str(o) # of NumPy's or PyTorch's, which a trainer may give
 
 @patch
 def runs(self:Experiment,
@@ -223,7 +255,7 @@ def write(self:Experiment,
     self.out.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f'{self.out}.lock'):
         old = self.out.read_bytes()[-1:] if self.out.exists() else b'\n'
-        with self.out.open('a', encoding='utf-8') as f: f.write('\n'*(old not in (b'',b'\n')) + json.dumps(row, ensure_ascii=False) + '\n')
+        with self.out.open('a', encoding='utf-8') as f: f.write('\n'*(old not in (b'',b'\n')) + json.dumps(row, ensure_ascii=False, default=_as_number) + '\n')
     return row
 
 @patch
@@ -469,7 +501,7 @@ def _locked(self:Experiment, job):
     "The lock of a piece of work, or nothing if another process has it"
     folder = self.out.parent/f'.{self.out.stem}-locks'
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder/f'{job[0]}-{job[1]}'.replace('/', '_'))
+    lock = filelock.FileLock(folder/f'{job[0]}-{job[1]}')
     try: return lock.acquire(timeout=0) # which lets go of it at the end of a `with`
     except filelock.Timeout: return None
 

@@ -16,13 +16,14 @@ from PIL import Image
 from jinja2 import Environment, StrictUndefined
 from fastcore.all import *
 from fastai.callback.core import Callback
-from fastai.torch_core import get_model
 from . import __version__
 from .data import _labels
 from .doctor import *
+from .files import *
 from .gain import *
 from .interpret import *
 from .learner import *
+from .models import *
 from .show import _axes, _blue, _grey, _orange
 from .tables import MetricDataset
 from .transfer import *
@@ -167,14 +168,6 @@ def _first_rows(learn, head):
     "Rows of the features and of the start, above those of the epochs"
     return [[name,*(o['scores'].get(k, '') for k in head[1:])] for name,o in getattr(_start(learn), 'rows', {}).items()]
 
-def _smooth(losses, beta=.98):
-    "As `Recorder` has it"
-    res,mean = [],0.
-    for i,o in enumerate(losses, 1):
-        mean = beta*mean+(1-beta)*float(o)
-        res.append(mean/(1-beta**i))
-    return res
-
 def _draw_metric(ax, name, x, y, share):
     "Recalls from dark to light, other metrics in orange"
     style = dict(color=plt.get_cmap('cividis')(.75*share), marker='.') if name.startswith('recall') else dict(color=_orange, ls='--', marker='x', ms=5)
@@ -188,7 +181,7 @@ def plot_curves(
     rec = learn.recorder
     fig,(a,b,c) = plt.subplots(1, 3, figsize=(10.5,3.2), layout='constrained')
     _axes(a, title='Losses', xlabel='steps', ylabel='loss')
-    a.plot(range(1, len(rec.lrs)+1), _smooth(rec.losses)[-len(rec.lrs):], color=_blue, label='training, smoothed')
+    a.plot(range(1, len(rec.lrs)+1), [float(o) for o in rec.losses[-len(rec.lrs):]], color=_blue, label='training, smoothed') # by `Recorder`
     valid = [(i,r[2]) for i,r in zip(rec.iters, rows) if np.isfinite(r[2])]
     if valid: a.plot(*zip(*valid), color=_orange, ls='--', marker='o', ms=3, label='validation')
     a.legend(frameon=False, fontsize=8)
@@ -382,7 +375,7 @@ def report(self:MetricLearner,
     interp = RetrievalInterpretation.from_learner(self, dl)
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(_template).render(_context(self, interp, dl, title, code, n_queries, began))
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page, encoding='utf-8')
+    write_whole(file, page)
     return file
 
 def _context(learn, interp, dl, title, code, n, began):

@@ -10,6 +10,7 @@ __all__ = ['Contingency', 'RetrievalResult', 'RetrievalDifference']
 # %% ../nbs/api/29_results.ipynb #5d8bd74a
 import json, numpy as np
 from fastcore.basics import patch
+from html import escape
 
 # %% ../nbs/api/29_results.ipynb #a4c67896
 def _draws(n, n_boot, seed, size=2**22):
@@ -130,15 +131,19 @@ class RetrievalResult:
     def __getitem__(self, name):
         "Mean over queries"
         if name in self._clusters: return self._clusters[name]
+        return float(self._each(name).mean()) if self.used.any() else float('nan')
+
+    def _each(self, name):
         if name not in self.values: raise KeyError(f'{name!r} was not measured: there are {", ".join(self.keys())}')
-        return float(self.values[name][self.used].mean()) if self.used.any() else float('nan')
+        return self.values[name][self.used]
 
     def per_class(self,
         name:str, # A metric that has a value for each query
     )->dict: # Label to mean
-        "Mean over the queries of each class"
+        "Mean over the queries of each class; raises `ValueError` for a clustering's score, which is of the whole set"
+        if name in self._clusters: raise ValueError(f'{name!r} is a score of the clusters of the whole set, and has no value for each class')
         c,g = np.unique(self.labels[self.used], return_inverse=True)
-        v = np.bincount(g, self.values[name][self.used], len(c))/np.bincount(g, minlength=len(c))
+        v = np.bincount(g, self._each(name), len(c))/np.bincount(g, minlength=len(c))
         return dict(zip(c.tolist(), v.tolist()))
 
     def macro(self,
@@ -200,9 +205,9 @@ def _text(head, rows, notes):
 
 def _html(head, rows, notes):
     "A table in HTML"
-    tr = lambda r,t: '<tr>'+''.join(f'<{t}>{c}</{t}>' for c in r)+'</tr>'
+    tr = lambda r,t: '<tr>'+''.join(f'<{t}>{escape(c)}</{t}>' for c in r)+'</tr>'
     body = ''.join(tr(r, 'td') for r in rows)
-    return f'<table class="dataframe"><thead>{tr(head,"th")}</thead><tbody>{body}</tbody></table>' + ''.join(f'<p>{n}</p>' for n in notes)
+    return f'<table class="dataframe"><thead>{tr(head,"th")}</thead><tbody>{body}</tbody></table>' + ''.join(f'<p>{escape(n)}</p>' for n in notes)
 
 # %% ../nbs/api/29_results.ipynb #8bff47f6
 @patch

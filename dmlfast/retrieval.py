@@ -9,8 +9,9 @@ __all__ = ['Gallery', 'neighbours', 'kmeans', 'evaluate_retrieval', 'evaluate_ra
            'evaluate_protocol']
 
 # %% ../nbs/api/30_retrieval.ipynb #1b633fd1
-import contextlib, functools, warnings, numpy as np, torch
+import contextlib, difflib, functools, math, warnings, numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral, Real
 from torch import Tensor
 from .results import *
 
@@ -273,7 +274,8 @@ def neighbours(
     "The `k` nearest items of the gallery to each query, exactly, nearest first, equal ones by index"
     q,g,own = _resolve(query, gallery, self_exclude, 'query')
     n = len(g)-(own is not None and bool((own>=0).any()))
-    if not 1<=k<=n: raise ValueError(f'k must be between 1 and {n}, the number of items there are to find, not {k}')
+    if not isinstance(k, Integral) or not 1<=k<=n:
+        raise ValueError(f'k must be a whole number between 1 and {n}, the number of items there are to find, not {k!r}')
     if backend not in ('auto','torch','faiss'): raise ValueError(f"backend must be 'auto', 'torch' or 'faiss', not {backend!r}")
     v,i = torch.empty(len(q), k, device=q.device),torch.empty(len(q), k, dtype=torch.int64, device=q.device)
     todo,ids = torch.arange(len(q), device=q.device),_ignore_ids(ignore, q, g, gallery is None)
@@ -393,7 +395,7 @@ def kmeans(
 )->np.ndarray: # Cluster of each row, (n,) int64
     "Clusters of the rows of `embs`, by faiss where it is installed, else by scikit-learn"
     x = _embeddings(embs).cpu().numpy()
-    if not 1<=k<=len(x): raise ValueError(f'k must be between 1 and the {len(x)} rows, not {k}')
+    if not isinstance(k, Integral) or not 1<=k<=len(x): raise ValueError(f'k must be a whole number between 1 and the {len(x)} rows, not {k!r}')
     start = x[np.random.default_rng(seed).permutation(len(x))[:k]]
     faiss = _faiss()
     res = _kmeans_faiss(faiss, x, start, n_iter) if faiss else _kmeans_sklearn(x, start, n_iter)
@@ -402,17 +404,27 @@ def kmeans(
 # %% ../nbs/api/30_retrieval.ipynb #b5b2dca0
 _ranked,_clustered = ('precision@1','r_precision','map@r','map','mrr','pr_curve'),('nmi','ami','f1')
 
-def _metric_names(metrics, ks):
-    "Metrics asked for, each by its full name"
-    if any(int(k)!=k or k<1 for k in ks): raise ValueError(f'ks must be whole numbers from 1, not {list(ks)}')
+def _metric_names(metrics, ks=(1,2,4,8), drawn=False, curve=True):
+    "Metrics asked for, each by its full name: of those that there are with a `drawn` gallery, and with or without a `curve`, which is not one number"
+    ks = [ks] if isinstance(ks, Real) else list(ks)
+    if not all(isinstance(k, Real) and 1<=k<math.inf and int(k)==k for k in ks):
+        raise ValueError(f'ks must be whole numbers from 1, not {ks}')
+    no = (_clustered if drawn else ()) + (() if curve else ('pr_curve',))
     if metrics is None: metrics = ['recall','r_precision','map@r']
-    if metrics=='all': metrics = ['recall',*_ranked[1:],*_clustered]
+    if metrics=='all': metrics = ['recall',*(o for o in _ranked[1:]+_clustered if o not in no)]
     res = []
     for m in [metrics] if isinstance(metrics, str) else metrics:
         if m=='recall': res += [f'recall@{int(k)}' for k in ks]
-        elif m in _ranked+_clustered or (m.startswith('recall@') and m[7:].isdecimal() and int(m[7:])>0): res.append(m)
-        else: raise ValueError(f'{m!r} is not a metric: there are recall, recall@k, {", ".join(_ranked+_clustered)}, or all')
+        elif m in _ranked+_clustered or (isinstance(m, str) and m.startswith('recall@') and m[7:].isdecimal() and int(m[7:])>0): res.append(m)
+        else: raise ValueError(f'{m!r} is not a metric{_nearest(m)}: there are recall, recall@k, {", ".join(_ranked+_clustered)}, or all')
+    if bad := [o for o in res if o in no]:
+        raise ValueError("'pr_curve' is a curve, and what is wanted here is one number: 'map' is its height on average" if 'pr_curve' in bad else f'{", ".join(bad)} have no gallery, and here it is drawn')
     return list(dict.fromkeys(res))
+
+def _nearest(m):
+    "The nearest name of a metric, for a sentence"
+    near = difflib.get_close_matches(str(m).lower(), ['recall','recall@1',*_ranked,*_clustered], n=1)
+    return f', and the nearest name is {near[0]!r}' if near else ''
 
 def _k_needed(names):
     "How many irrelevant items must be told apart, beside the R of each query; 0 for all"
@@ -438,7 +450,7 @@ def evaluate_retrieval(
     gallery=None, # Embeddings to search, (n,d) float; the queries themselves if not given, each without itself
     gallery_labels=None, # Their classes, (n,) int
     metrics=None, # Names from the tables above, `'recall'` for all `ks`, or `'all'`; recall, r_precision and map@r if not given
-    ks=(1,2,4,8), # k of recall@k
+    ks=(1,2,4,8), # k of recall@k, or one of them
     metric:str='cosine', # `'cosine'`, `'l2'` or `'dot'`
     ignore=None, # Ids, (n,) int: a query does not see what has its id. With a gallery a pair of such, (q,) and (n,)
     self_exclude=None, # Each query's own index in the gallery, as in `neighbours`
@@ -486,8 +498,7 @@ def evaluate_random_gallery(
     **kwargs, # For `evaluate_retrieval`
 )->RetrievalResult: # With the values of all repeats
     "Retrieval metrics where the gallery is one random item of each class and the others are the queries"
-    if metrics=='all': metrics = ['recall',*_ranked[1:]]
-    if set(_metric_names(metrics, kwargs.get('ks', (1,)))) & set(_clustered): raise ValueError(f'{", ".join(_clustered)} have no gallery')
+    metrics = _metric_names(metrics, kwargs.get('ks', (1,2,4,8)), drawn=True)
     x,rng,res,items = _embeddings(embs),np.random.default_rng(seed),[],[]
     y = _labels(labels, len(x)).cpu()
     for _ in range(repeats):

@@ -10,7 +10,7 @@ __all__ = ['loss_class', 'miner_class', 'read_data', 'make_loss', 'get_setting',
            'about_run', 'train_settings', 'PreprocessTransform', 'features_of', 'embedder_learner']
 
 # %% ../nbs/api/63_runs.ipynb #465a8370
-import csv, difflib, inspect, io, json, os, shutil, time, tomli_w, tomllib, torch, types, typing
+import csv, difflib, inspect, io, json, tomli_w, tomllib, torch, types, typing
 from copy import deepcopy
 from pathlib import Path
 from fastcore.all import *
@@ -32,6 +32,7 @@ from .deploy import *
 from .doctor import *
 from .evaluate import is_fitting
 from .export import *
+from .files import *
 from .gain import *
 from .learner import *
 from .losses import *
@@ -94,7 +95,7 @@ def _reader(data):
     "Name of the reader that some settings mean"
     name,path = data.get('reader'),data.get('path')
     if name is None: name = 'glyphs' if path is None else 'csv' if Path(path).is_file() else 'folder'
-    if name not in _readers: raise ValueError(_nearest(name, list(_readers), 'reader'))
+    if not isinstance(name, str) or name not in _readers: raise ValueError(_nearest(name, list(_readers), 'reader'))
     return name
 
 # %% ../nbs/api/63_runs.ipynb #54eb4a28
@@ -104,11 +105,18 @@ def read_data(
     "The data set of some settings"
     data = dict(data)
     name = _reader(data)
-    return _readers[name](**{k:o for k,o in data.items() if k!='reader'})
+    return _built(_readers[name], {k:o for k,o in data.items() if k!='reader'}, f'The data set {name!r}')
+
+def _built(f, kwargs, what):
+    "What `f` makes of settings; raises `ValueError` where it can make nothing of their values"
+    try: return f(**kwargs)
+    except (TypeError,AttributeError,ArithmeticError,LookupError) as e: raise ValueError(f"{what} cannot be made of {kwargs}: {e}") from e
 
 def _made(o, f):
     "An object from a table with its `name` and arguments"
-    return f(o['name'])(**{k:v for k,v in o.items() if k!='name'})
+    cls = f(o['name'])
+    kinds = _kinds(cls.__init__)
+    return _built(cls, {k:float(v) if kinds.get(k) is float and type(v) is int else v for k,v in o.items() if k!='name'}, o['name'])
 
 def make_loss(
     loss:dict, # The table `loss`; nothing: what the recipe or `metric_learner` says
@@ -122,8 +130,8 @@ def _ssr(ssr, seed):
     if 'views' in ssr and 'n' in ssr:
         if 'n' in ssr['views']: raise ValueError("`ssr.n` and `ssr.views.n` are the same: set one of them.")
         ssr = {**ssr, 'views':{**ssr['views'], 'n':ssr['n']}}
-    made = {k:f(**ssr[k]) for k,f in dict(views=partial(GradedViews, seed=ssr.get('seed', seed)), loss=RankingLoss).items() if k in ssr}
-    return SelfSupervisedRanking(**{'seed':seed, **ssr, **made})
+    made = {k:_built(f, ssr[k], f'`ssr.{k}`') for k,f in dict(views=partial(GradedViews, seed=ssr.get('seed', seed)), loss=RankingLoss).items() if k in ssr}
+    return _built(SelfSupervisedRanking, {'seed':seed, **ssr, **made}, '`ssr`')
 
 # %% ../nbs/api/63_runs.ipynb #015c7159
 def get_setting(
@@ -159,63 +167,74 @@ def with_settings(
 
 # %% ../nbs/api/63_runs.ipynb #449e19b1
 def _kind(p):
-    "Type of an argument: what its annotation says, or its default; None if that is not known"
-    if p.annotation is not p.empty: return p.annotation
-    return type(p.default) if isinstance(p.default, (bool,int,float,str)) else None
+    "Type of an argument: what its annotation says, or its default, and None too where that is the default; `object` if it is not known"
+    kind = p.annotation if p.annotation is not p.empty else type(p.default) if isinstance(p.default, (bool,int,float,str)) else object
+    return kind|None if p.default is None else kind
 
 def _kinds(f, but=()):
     "Names of the arguments of `f`, with their types"
     ps = inspect.signature(f).parameters.values()
     return {o.name:_kind(o) for o in ps if o.kind not in (o.VAR_KEYWORD,o.VAR_POSITIONAL) and o.name not in ('self','cls',*but)}
 
-_fit = dict(n_epoch=int, lr=float, patience=int, sched=str, wd=float, body_lr=float, steps=list, factor=float, monitor=str, precision=str, channels_last=bool,
-    head_epochs=int, transfer=bool, interpolate=bool)
+_fit = {k:o|None for k,o in dict(n_epoch=int, lr=float, patience=int, sched=str, wd=float, body_lr=float, steps=list, factor=float, monitor=str, precision=str, channels_last=bool,
+    head_epochs=int, transfer=bool, interpolate=bool).items()}
 _model = 'arch','emb_sz','pretrained','weights','normalize','pool','head','init','freeze_bn','frozen_stages','normalize_embs'
 _top = 'data','batch','model','loss','ssr','fit','seed','recipe'
 
 def _data_kinds(name):
     "Arguments of a reader, with their types"
     more = (MetricDataset.from_csv,MetricDataset.from_df) if name=='csv' else ()
-    return merge(_kinds(MetricDataset.__init__, ('df','path','seed','check_files')), *(_kinds(f, ('fn','path','df')) for f in more), _kinds(_readers[name]), dict(reader=str))
+    return merge(_kinds(MetricDataset.__init__, ('df','path','seed','check_files')), *(_kinds(f, ('fn','path','df')) for f in more), _kinds(_readers[name]), dict(reader=str|None, size=int|None, ks=list, subsets=list))
 
 def _allowed(settings):
     "Names that each table may have, with their types, as `{name of the table: {name: type}}`"
     loss,ssr,learner = settings.get('loss', {}),settings.get('ssr', {}),_kinds(metric_learner)
+    word = str|None
     res = dict(data=_data_kinds(_reader(settings.get('data', {}))),
-        batch=_kinds(MetricDataset.dataloaders, ('item_tfms','batch_tfms'))|dict(device=str), model={k:learner[k] for k in _model}|dict(arch=str, timm=dict),
+        batch=_kinds(MetricDataset.dataloaders, ('item_tfms','batch_tfms'))|dict(device=word, valid=word), model={k:learner[k] for k in _model}|dict(arch=word, weights=word, pool=word, head=word, timm=dict|None),
         loss=dict(name=str), ssr=_kinds(SelfSupervisedRanking.__init__)|dict(views=dict, loss=dict), fit=_fit)
     if 'name' in loss:
         res['loss'] |= _kinds(loss_class(loss['name']).__init__, ('n_classes','emb_sz'))
-        if 'miner' in res['loss']: res['loss']['miner'] = dict
+        if 'miner' in res['loss']: res['loss']['miner'] = dict|None
     if isinstance(loss.get('miner'), dict):
         res['loss.miner'] = dict(name=str) | (_kinds(miner_class(loss['miner']['name']).__init__) if 'name' in loss['miner'] else {})
+        if 'upper' in res['loss.miner']: res['loss.miner']['upper'] = float|None # no bound
     if isinstance(ssr.get('views'), dict): res['ssr.views'] = _kinds(GradedViews.__init__)
     if isinstance(ssr.get('loss'), dict): res['ssr.loss'] = _kinds(RankingLoss.__init__)
     return res
 
 # %% ../nbs/api/63_runs.ipynb #391a743b
 _kind_names = {int:'a whole number', float:'a number', bool:'true or false', str:'a word', dict:'a table', list:'a list'}
+_most = {int:2**32-1, float:1e300} # the greatest seed of NumPy, and a margin to what is infinite
 
 def _is(value, kind):
     "Is a value of a type, as far as a type of an argument says anything of a setting?"
-    if value is None or kind not in _kind_names and not isinstance(kind, types.UnionType): return True
-    if isinstance(kind, types.UnionType): return any(_is(value, o) for o in typing.get_args(kind) if o is not type(None))
-    if kind in (int,float): return isinstance(value, (int,kind)) and not isinstance(value, bool) and value==value
-    return isinstance(value, {str:(str,Path), list:(list,tuple)}.get(kind, kind))
+    if isinstance(kind, types.UnionType): return any(_is(value, o) for o in typing.get_args(kind))
+    if value is None or kind is type(None): return value is None and kind is type(None)
+    if kind in (int,float): return isinstance(value, (int,kind)) and not isinstance(value, bool) and abs(value)<=_most[kind]
+    return kind not in _kind_names or isinstance(value, {str:(str,Path), list:(list,tuple)}.get(kind, kind))
+
+def _kind_said(kind):
+    "A type in words"
+    names = [_kind_names[o] for o in (typing.get_args(kind) or [kind]) if o in _kind_names]
+    return ' or '.join(names) or 'of another type'
 
 def _check_table(table, settings, kinds):
     "Raise `ValueError` for an unknown name in a table, or a value of another type"
     for k,o in get_setting(settings, table, {}).items():
         if k not in kinds: raise ValueError(_nearest(f'{table}.{k}', [f'{table}.{o}' for o in kinds], 'setting'))
-        if not _is(o, kinds[k]): raise ValueError(f"`{table}.{k}` is {_kind_names.get(kinds[k], 'of another type')}; got {o!r}.")
+        if o=='': raise ValueError(f"`{table}.{k}` is empty.")
+        if not (_is(o, kinds[k]) or f'{table}.{k}'=='loss.miner.upper' and o==float('inf')): raise ValueError(f"`{table}.{k}` is {_kind_said(kinds[k])}; got {o!r}.")
 
 # %% ../nbs/api/63_runs.ipynb #3eb09b15
 _scheds = 'flat','exp','step','one_cycle'
-_least = {'fit.n_epoch':0, 'fit.head_epochs':0, 'fit.patience':0, 'fit.wd':0, 'batch.bs':1, 'batch.per_class':1, 'batch.num_workers':0}
+_least = {'data.size':1, 'data.random_gallery':0, 'fit.n_epoch':0, 'fit.head_epochs':0, 'fit.patience':0, 'fit.wd':0, 'batch.bs':1, 'batch.per_class':1, 'batch.size':1, 'batch.num_workers':0}
 
 def _recipe(settings):
     "The recipe of some settings, one that says nothing where they name none; raises `ValueError` for an unknown name"
-    return Recipe() if (o := settings.get('recipe')) is None else recipes[o]
+    if (o := settings.get('recipe')) is None: return Recipe()
+    if not isinstance(o, str): raise ValueError(f"`recipe` is a word; got {o!r}.")
+    return recipes[o]
 
 def _sched_name(settings):
     "Name of the schedule: one cycle unless the settings or their recipe say otherwise"
@@ -262,8 +281,19 @@ def _check_sense(settings):
     if batch.get('device'):
         try: torch.device(str(batch['device']))
         except RuntimeError: raise ValueError(f"`batch.device` is such as 'cpu' or 'cuda:0'; got {batch['device']!r}.") from None
-    make_loss(settings.get('loss'))
+    if not all(_is(o, int) and o>0 for o in get_setting(settings, 'data.ks', ())): raise ValueError(f"`data.ks` are whole numbers, 1 or more; got {settings['data']['ks']!r}.")
+    if (o := get_setting(settings, 'batch.min_scale')) is not None and not 0<o<=1: raise ValueError(f"`batch.min_scale` is a share of the image, 0 to 1; got {o!r}.")
+    _try_loss(make_loss(settings.get('loss')))
     if 'ssr' in settings: _ssr(settings['ssr'], 0)
+
+def _try_loss(loss):
+    "Raise `ValueError` for a loss that four embeddings of two classes cannot be trained with"
+    if loss is None: return
+    with torch.random.fork_rng(devices=[]):
+        x,y = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0))),torch.tensor([0,0,1,1])
+        try: res = loss.setup(2, 8)(x, y)
+        except Exception as e: raise ValueError(f"{loss!r} cannot be computed: {e}") from e
+    if res.ndim or not res.isfinite(): raise ValueError(f"Training needs a loss that is one finite number for a batch, and {loss!r} is {res.tolist()} for one.")
 
 def check_settings(
     settings:dict, # Tables as described above
@@ -273,7 +303,7 @@ def check_settings(
     for k,o in settings.items():
         if k not in _top: raise ValueError(_nearest(k, _top, 'setting'))
         if k in _top[:6] and not isinstance(o, dict): raise ValueError(f"`{k}` is a table of settings; got {o!r}.")
-    if not _is(settings.get('seed', 0), int) or settings.get('seed', 0)<0: raise ValueError(f"`seed` is a whole number, 0 or more; got {settings['seed']!r}.")
+    if not (_is(settings.get('seed', 0), int) and settings.get('seed', 0)>=0): raise ValueError(f"`seed` is a whole number, 0 or more; got {settings['seed']!r}.")
     _recipe(settings)
     if settings.get('loss') and 'name' not in settings['loss']: raise ValueError("The table `loss` needs the `name` of the loss.")
     if isinstance(m := get_setting(settings, 'loss.miner'), dict) and 'name' not in m: raise ValueError("The table `loss.miner` needs the `name` of the miner.")
@@ -287,12 +317,6 @@ def _read_toml(file):
     try: return tomllib.loads(Path(file).read_text(encoding='utf-8'))
     except (tomllib.TOMLDecodeError,UnicodeDecodeError) as e: raise ValueError(f"{str(file)!r} is not a TOML file: {e}.") from None
 
-def _write_whole(file, text):
-    "Write a file, whole or not at all"
-    tmp = file.with_name(f'.{file.name}.{os.getpid()}')
-    with tmp.open('w', newline='', encoding='utf-8') as f: f.write(text)
-    os.replace(tmp, file)
-
 def load_settings(
     file, # TOML file
 )->dict: # Tables, checked
@@ -301,15 +325,16 @@ def load_settings(
     try: return check_settings(res)
     except ValueError as e: raise ValueError(f"{str(file)!r}: {e}") from None
 
-def _plain(o):
-    "What TOML can hold: no None, which is the same as not being there"
-    if isinstance(o, dict): return {k:_plain(v) for k,v in o.items() if v is not None}
-    if isinstance(o, (list,tuple)): return [_plain(v) for v in o]
+def _plain(o, where='', none=False):
+    "What a file can hold: TOML no None, which is the same as not being there; raises `ValueError` for what is in no settings of a file"
+    if isinstance(o, dict) and all(isinstance(k, str) for k in o): return {k:_plain(v, f'{where}.{k}' if where else k, none) for k,v in o.items() if none or v is not None}
+    if isinstance(o, (list,tuple)): return [_plain(v, where, none) for v in o]
+    if not (o is None or isinstance(o, (str,int,float,Path))): raise ValueError(f"`{where}` is {o!r}, which cannot be written down: settings are numbers, words, true or false, and lists and tables of these.")
     return str(o) if isinstance(o, Path) else o
 
 def _check_nones(settings):
     "Raise `ValueError` for a None that a file would turn into the argument's default"
-    if 'upper' in (m := get_setting(settings, 'loss.miner', {})) and m['upper'] is None:
+    if 'upper' in (m := get_setting(settings, 'loss.miner') or {}) and m['upper'] is None:
         raise ValueError("`loss.miner.upper` is None, which TOML cannot say: inf means the same.")
 
 def save_settings(
@@ -318,7 +343,7 @@ def save_settings(
 ):
     "Write settings as TOML; raises `ValueError` for settings that are not right, or that TOML cannot say"
     _check_nones(check_settings(settings))
-    _write_whole(Path(file), tomli_w.dumps(_plain(settings)))
+    write_whole(Path(file), tomli_w.dumps(_plain(settings)))
 
 # %% ../nbs/api/63_runs.ipynb #5cf4706f
 def _lr(fit):
@@ -354,7 +379,7 @@ def _loaders(s, ds, seed):
     batch = {'seed':seed, **_recipe(s).data, **s.get('batch', {})}
     if batch.get('valid')=='none': batch['valid'] = None
     if batch.get('device'): batch['device'] = torch.device(batch['device'])
-    return ds.dataloaders(**batch)
+    return _built(ds.dataloaders, batch, 'Batches')
 
 def make_learner(
     settings:dict, # Tables
@@ -412,19 +437,11 @@ _run_files = 'settings.toml','transfer.json','history.csv','checkpoint','best.pt
 def _check_run_folder(out, resume, overwrite):
     "Raise `FileExistsError` or `FileNotFoundError` where a run cannot be written to a folder"
     if resume and overwrite: raise ValueError("`resume` goes on with a run and `overwrite` begins it anew: take one of them.")
-    there = out.exists() and (not out.is_dir() or any(out.iterdir()))
     is_run = (out/'settings.toml').is_file()
     if resume and not is_run: raise FileNotFoundError(f"There is no run to resume in {str(out)!r}.")
-    if there and not is_run: raise FileExistsError(f"{str(out)!r} is there already and holds no run: it is not overwritten.")
-    if there and not (resume or overwrite):
+    if check_folder(out, is_run, 'run') and not (resume or overwrite):
         state = 'a finished run' if (out/'results.json').is_file() else 'an interrupted run: `resume` goes on with it'
         raise FileExistsError(f"{str(out)!r} holds {state}; `overwrite` begins it anew.")
-
-def _remove(out, names):
-    "Take files and folders away"
-    for o in names:
-        if (out/o).is_dir(): shutil.rmtree(out/o)
-        else: (out/o).unlink(missing_ok=True)
 
 class History(Callback):
     "Write a row for each epoch to a CSV file, also those of a run that goes on"
@@ -439,7 +456,8 @@ class History(Callback):
         names = [str(o) for o in self.recorder.metric_names][1:-1]
         rows = [[i,*o] for i,o in enumerate(self.recorder.values)]
         csv.writer(text := io.StringIO()).writerows([['epoch',*names],*rows])
-        _write_whole(self.file, text.getvalue())
+        try: write_whole(self.file, text.getvalue())
+        except OSError as e: warn(f"The rows up to epoch {self.epoch} were not written to {str(self.file)!r} ({e}); after the next epoch all are written again.")
 
 # %% ../nbs/api/63_runs.ipynb #040566e9
 def absolute_paths(
@@ -451,11 +469,15 @@ def absolute_paths(
 
 def _begin(learn, settings, out, resume, overwrite):
     "Make the folder of a run, and put the learner where its checkpoint left it"
-    if overwrite: _remove(out, _run_files)
+    if overwrite: remove_files(out, _run_files)
     out.mkdir(parents=True, exist_ok=True)
     if not resume: save_settings(absolute_paths(settings), out/'settings.toml')
-    if resume and (out/'checkpoint'/'checkpoint.pt').exists(): learn.resume(out/'checkpoint')
+    if resume and _worth(out): learn.resume(out/'checkpoint')
     else: learn.add_cb(Checkpoint(out/'checkpoint'))
+
+def _worth(out):
+    "Is there something in the folder of a run to go on from?"
+    return (Path(out)/'checkpoint'/'checkpoint.pt').is_file()
 
 def _scores(learn):
     "Scores on the validation classes, by the name of their split, and what they are more than those of the features; nothing where there are none"
@@ -468,9 +490,9 @@ def _plan(learn, settings, out):
     "What a transfer decides, found once for a run and kept in its folder; None where the settings ask for none"
     file = out/'transfer.json'
     if not settings.get('fit', {}).get('transfer') or not n_epochs(settings): return
-    if (out/'checkpoint'/'checkpoint.pt').is_file() and file.is_file(): return json.loads(file.read_text(encoding='utf-8'))
+    if _worth(out) and file.is_file(): return json.loads(file.read_text(encoding='utf-8'))
     res = learn.plan_transfer(n_epochs(settings), **_transfer_args(settings))
-    _write_whole(file, json.dumps(res, indent=1))
+    write_whole(file, json.dumps(res, indent=1))
     return res
 
 def about_run(
@@ -490,7 +512,7 @@ def train_settings(
     plain:bool=False, # Print a plain table instead of progress bars?
     cbs=None, # Further callbacks
 )->dict: # What `results.json` holds
-    "Train as some settings say, measure, and leave everything in a folder; raises `FileExistsError` rather than overwrite anything"
+    "Train as some settings say, measure, and leave everything in a folder; raises `FileExistsError` rather than overwrite anything, and leaves nothing where it fails before the first epoch is over"
     out = Path(out)
     _check_run_folder(out, resume, overwrite)
     if resume and (out/'results.json').is_file(): return json.loads((out/'results.json').read_text(encoding='utf-8'))
@@ -499,13 +521,18 @@ def train_settings(
     learn = make_learner(settings, ds, L(cbs)+TrainingDoctor())
     if plain: plain_table(learn)
     learn.check_cbs(L(learn.cbs)+_trackers(settings))
-    _begin(learn, settings, out, resume, overwrite)
+    with clear_up(out, _run_files, partial(_worth, out)):
+        _begin(learn, settings, out, resume, overwrite)
+        return _run(learn, settings, out, report)
+
+def _run(learn, settings, out, report):
+    "Fit, measure and write"
     learn.path,learn.model_dir = out,'.'
     fit_settings(learn, settings, cbs=History(out/'history.csv'), plan=_plan(learn, settings, out), best=(out/'best').absolute())
     learn.export_embedder(out/'embedder', overwrite=True)
     res = dict(**_scores(learn), **(dict(transfer=learn.transfer) if hasattr(learn, 'transfer') else dict(between=learn.between) if learn.between else {}), epochs=len(learn.recorder.__dict__.get('values', [])), seconds=round(learn.training_doctor.seconds, 1), findings=[o.text for o in learn.training_doctor.findings], **about_run(learn.dls))
     if report: learn.report(out/'report', overwrite=True)
-    _write_whole(out/'results.json', json.dumps(res, indent=1, ensure_ascii=False))
+    write_whole(out/'results.json', json.dumps(res, indent=1, ensure_ascii=False))
     return res
 
 

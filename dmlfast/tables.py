@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 import numpy as np, pandas as pd
 from copy import copy
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from fastcore.all import *
 from fastai.data.all import *
@@ -80,7 +81,7 @@ class MetricDataset:
 
     def __len__(self): return len(self.df)
     def __repr__(self): return f'{self.name}: {len(self):,} images of {self.df.label.nunique():,} classes\n{self.summary().to_string()}'
-    def _repr_html_(self): return f'<p>{self.name}: {len(self):,} images of {self.df.label.nunique():,} classes</p>{self.summary().to_html()}'
+    def _repr_html_(self): return f'<p>{escape(self.name)}: {len(self):,} images of {self.df.label.nunique():,} classes</p>{self.summary().to_html()}'
 
     @cached_property
     def _row_of(self): return {o:i for i,o in enumerate(self.items())}
@@ -93,11 +94,12 @@ def check(self:MetricDataset,
     "Raise `ValueError` where the table is not one of a retrieval data set, and warn of classes with one image"
     self._check_columns()
     df = self.df
+    _sorted(df.label) # raises for labels that cannot be told apart
     for c in ('path','label'): df[c] = pd.Series(df[c].map(os.path.normpath if c=='path' else _printable), dtype=object)
     if unknown := _sorted(set(df.split)-set(_splits)): raise ValueError(f"Unknown split {_some(unknown)}; the splits are {_some(_splits)}.")
     if len(twice := df.path[df.path.duplicated()]): raise ValueError(f"{len(twice)} images are in the table twice: {_some(twice)}.")
-    n_splits = df.groupby('label').split.nunique()
-    if len(both := n_splits[n_splits>1]): raise ValueError(f"{len(both)} classes are in two splits: {_some(both.index)}.")
+    n_splits = df.groupby('label', sort=False).split.nunique()
+    if len(both := n_splits[n_splits>1].index): raise ValueError(f"{len(both)} classes are in two splits: {_some(_sorted(both))}.")
     self._check_roles()
     if files and (gone := [o for o in df.path if not os.path.exists(os.path.join(self.path, o))]):
         raise ValueError(f"{self.name}: {len(gone)} of {len(df)} images are not in {str(self.path)!r}: {_some(gone)}.")
@@ -362,7 +364,7 @@ def dataloaders(self:MetricDataset,
     items = L(self.path/o for o in self.df.path[seen | held])
     if bs is None: bs = _batch_size(self.df.label[seen].nunique(), per_class)
     dls = block.dataloaders(items, path=self.path, bs=bs, per_class=per_class, seed=seed, num_workers=num_workers, device=device, dl_type=BalancedDL)
-    dls.source = self
+    for o in dls.loaders: o.source = self
     return dls
 
 # %% ../nbs/api/11_tables.ipynb #593486e7

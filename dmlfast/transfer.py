@@ -17,7 +17,7 @@ from fastai.learner import *
 from fastai.callback.all import *
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
-from fastai.torch_core import get_model, no_random
+from fastai.torch_core import no_random
 from .baseline import *
 from .checkpoint import Checkpoint
 from .data import *
@@ -27,6 +27,7 @@ from .features import *
 from .features import _rows
 from .gain import *
 from .learner import *
+from .models import *
 from .ranking import *
 from .retrieval import *
 from .retrieval import _metric_names
@@ -45,11 +46,11 @@ def on_features(
     **kwargs # Passed to `train_features`
 ):
     "A context in which a learner trains and measures on the features of its body"
-    if not hasattr(get_model(learn.model), 'features'): raise ValueError("Features need a model that `metric_learner` makes by name: this one was given as it is.")
+    if not hasattr(unwrapped(learn.model), 'features'): raise ValueError("Features need a model that `metric_learner` makes by name: this one was given as it is.")
     learn.start_head()
     learn.model.to(learn.dls.device)
     dls,opt,bar = learn.dls,learn.opt,talks(learn) and hasattr(learn, 'progress')
-    learn.dls,learn.opt = feature_loaders(get_model(learn.model), dls, views, bar, **kwargs),None
+    learn.dls,learn.opt = feature_loaders(unwrapped(learn.model), dls, views, bar, **kwargs),None
     try:
         with learn.removed_cbs(learn.cbs.filter(risinstance(SelfSupervisedRanking))): yield learn # it makes views of images
     finally: learn.dls,learn.opt = dls,opt
@@ -74,7 +75,7 @@ def _embedding(model): return {k:v for k,v in model.state_dict().items() if k.st
 def _score(learn, metric):
     "A metric of the validation classes"
     dl = learn.dls.valid
-    with no_random(): embs,ys = collect(get_model(learn.model), dl, n_inp=learn.dls.n_inp)
+    with no_random(): embs,ys = collect(unwrapped(learn.model), dl, n_inp=learn.dls.n_inp)
     return float(evaluate_protocol(embs, ys, metrics=[metric], n_boot=1, **protocol_of(learn.dls, dl))[metric])
 
 def _check_choice(learn, what):
@@ -104,10 +105,10 @@ class Interpolate(Callback):
     def before_fit(self):
         self.run = is_fitting(self.learn)
         if not self.run: return
-        self.began = {k:v.clone() for k,v in _embedding(get_model(self.learn.model)).items()}
+        self.began = {k:v.clone() for k,v in _embedding(unwrapped(self.learn.model)).items()}
 
     def after_fit(self):
-        model = get_model(self.learn.model)
+        model = unwrapped(self.learn.model)
         end,self.curve = {k:v.clone() for k,v in _embedding(model).items()},{}
         try:
             for a in self.at:
@@ -181,7 +182,6 @@ def halves(
         valid = dls.valid.new(_of_items(ds, (~seen).nonzero().flatten().tolist(), 1, order, n))
     res = DataLoaders(train, valid, path=dls.path, device=dls.device)
     res.n_train_classes = n
-    if hasattr(dls, 'source'): res.source = dls.source
     return res
 
 # %% ../nbs/api/54_transfer.ipynb #6fd0d5cb
@@ -190,7 +190,7 @@ _shape = ChannelsLast,MixedPrecision,GradientAccumulation,GradientClip
 def _trial(learn, dls):
     "A learner on halves of the training classes that begins as this one did"
     if learn.loss_as_given is None: raise ValueError(f"{type(learn.loss_func).__name__} cannot be copied, so nothing can be tried with it: give `body_lr`, and nothing has to be found out.")
-    start,model = learn.head_start_of(),deepcopy(get_model(learn.model))
+    start,model = learn.head_start_of(),deepcopy(unwrapped(learn.model))
     if hasattr(model, 'ranking_head'): del model.ranking_head
     model.load_state_dict(start.origin, strict=False)
     model.pending = start.kind
@@ -224,7 +224,7 @@ def _fit_as(learn, name, n_epoch, cbs=None, **given):
     how = {**(_regimes[name] or {}), **{k:v for k,v in given.items() if v is not None}}
     n_epoch = max(n_epoch, how.get('least', 0))
     lr = how.get('lr', getattr(learn.lr, 'stop', learn.lr))
-    if (bn := how.get('freeze_bn')) is not None: get_model(learn.model).freeze_bn = bn
+    if (bn := how.get('freeze_bn')) is not None: unwrapped(learn.model).freeze_bn = bn
     learn.fit_one_cycle(n_epoch, lr if isinstance(lr, slice) else slice(lr*how.get('body_lr', learn.body_share), lr), cbs=cbs)
 
 def how_far(
@@ -256,7 +256,7 @@ def _can_choose(learn): return bool(sum(map(len, learn.dls.loaders[1:]))) and no
 def _try_head(learn, n_epoch):
     "Train the head on features, and keep it if the validation classes are better for it; whether they are, and both scores"
     learn.start_head()
-    model = get_model(learn.model)
+    model = unwrapped(learn.model)
     kept = {k:v.clone() for k,v in model.state_dict().items() if k.startswith(('head.','loss_func.'))}
     was = _score(learn, 'map@r')
     learn.fit_head(n_epoch)
@@ -295,7 +295,7 @@ def plan_transfer(self:MetricLearner,
         res |= dict(features=base['map@r'], start=now['map@r'])
     few = len(set(_labels(self.dls.train_ds)))<4 if isinstance(self.dls.train_ds, Datasets) else False
     with self.removed_cbs(self.cbs.filter(risinstance((Checkpoint,TrackerCallback)))):
-        if head_epochs and (choose or not few) and not isinstance(get_model(self.model).head, nn.Identity): res['head'] = _choose_head(self, head_epochs, choose, say)
+        if head_epochs and (choose or not few) and not isinstance(unwrapped(self.model).head, nn.Identity): res['head'] = _choose_head(self, head_epochs, choose, say)
         if given or few:
             say(f"3. How far the body may move {'is given' if given else 'cannot be found with so few training classes'}.")
             regime = 'frozen' if given.get('body_lr')==0 else 'gentle'

@@ -9,7 +9,7 @@ __all__ = ['distributions', 'suggest', 'TrialScore', 'make_study', 'tune', 'plot
            'transfers', 'run_space', 'default_params', 'check_space', 'tune_settings', 'n_folds', 'best_settings']
 
 # %% ../nbs/api/70_tune.ipynb #9f6fbacf
-import json, math, warnings
+import json, math, time, warnings
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from pathlib import Path
@@ -20,14 +20,16 @@ from .datasets import *
 from .evaluate import *
 from .learner import *
 from .ranking import *
+from .retrieval import _metric_names
 from .runs import *
+from .runs import _plain
 from .show import _blue, _orange
 
 # %% ../nbs/api/70_tune.ipynb #d89bac19
 def _optuna():
     try: import optuna
     except ImportError: raise ImportError('Tuning needs Optuna: pip install "dmlfast[tune]".') from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR) # what fails is raised, and said once
     return optuna
 
 def _sampler(seed):
@@ -44,6 +46,10 @@ def _range(name, o):
     if not ok or (len(o)==3 and o[0]<=0): raise ValueError(f"Where to look for {name!r} is (low, high), (low, high, 'log') with low above 0, or a list of choices; got {o!r}.")
     return o[0],o[1],len(o)==3
 
+def _plain_space(space):
+    "A space whose choices are as a file or a database has them; raises `ValueError` where it cannot"
+    return {k:_plain(o, k, True) if isinstance(o, list) else o for k,o in space.items()}
+
 def distributions(
     space:dict, # Name to range or choices
 )->dict: # Name to Optuna distribution
@@ -55,7 +61,7 @@ def distributions(
         lo,hi,log = _range(name, o)
         return (d.IntDistribution if isinstance(lo, int) and isinstance(hi, int) else d.FloatDistribution)(lo, hi, log=log)
     if not isinstance(space, dict) or not space: raise ValueError(f"A space is a dictionary from names to where to look; got {space!r}.")
-    return {k:_one(k, o) for k,o in space.items()}
+    return {k:_one(k, o) for k,o in _plain_space(space).items()}
 
 # %% ../nbs/api/70_tune.ipynb #d9bae7be
 def suggest(
@@ -67,7 +73,7 @@ def suggest(
         if isinstance(o, list): return trial.suggest_categorical(name, o)
         lo,hi,log = _range(name, o)
         return (trial.suggest_int if isinstance(lo, int) and isinstance(hi, int) else trial.suggest_float)(name, lo, hi, log=log)
-    return {k:_one(k, o) for k,o in space.items()}
+    return {k:_one(k, o) for k,o in _plain_space(space).items()}
 
 # %% ../nbs/api/70_tune.ipynb #3243378c
 class TrialScore(Callback):
@@ -78,10 +84,12 @@ class TrialScore(Callback):
         metric:str='map@r', # Column of the score
     ): store_attr()
 
+    def before_fit(self):
+        self.names = [str(o) for o in self.learn.recorder.metric_names]
+        if self.metric not in self.names: raise ValueError(f"The score is {self.metric!r}, and the columns are {', '.join(self.names[1:-1])}.")
+
     def after_epoch(self):
-        names = [str(o) for o in self.learn.recorder.metric_names]
-        if self.metric not in names: raise ValueError(f"The score is {self.metric!r}, and the columns are {', '.join(names[1:-1])}.")
-        self.value = float(self.learn.recorder.log[names.index(self.metric)])
+        self.value = float(self.learn.recorder.log[self.names.index(self.metric)])
         self.report(self.learn.epoch, self.value)
 
 # %% ../nbs/api/70_tune.ipynb #4354d888
@@ -113,7 +121,13 @@ def _objective(trial, build, folds, space, n_epoch, metric, fit):
 # %% ../nbs/api/70_tune.ipynb #00adbd13
 def _url(storage): return str(storage) if '://' in str(storage) else f'sqlite:///{Path(storage)}'
 
-def _storage(storage):
+def _one_writer(storage):
+    "Lock SQLite from the first statement of a transaction on: it knows no SELECT ... FOR UPDATE, so that two processes could take the same trial"
+    from sqlalchemy import event
+    event.listen(storage.engine, 'begin', lambda o: o.exec_driver_sql('BEGIN IMMEDIATE'))
+    return storage
+
+def _storage(storage, tries=5):
     "A database that notices when the process of a trial has died, and has the trial done again"
     if storage is None: return None
     optuna,url = _optuna(),_url(storage)
@@ -122,9 +136,12 @@ def _storage(storage):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
         retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=1)
-        try: return optuna.storages.RDBStorage(url, engine_kwargs=wait, heartbeat_interval=60, heartbeat_stale_trial_callback=retry)
+        try: res = optuna.storages.RDBStorage(url, engine_kwargs=wait, heartbeat_interval=15, grace_period=60, heartbeat_stale_trial_callback=retry)
         except ImportError: raise
-        except Exception as e: raise ValueError(f"The storage {str(storage)!r} cannot be opened: {str(e).splitlines()[0]}") from e
+        except Exception as e:
+            if tries>1 and any(o in str(e) for o in ('already exists','UNIQUE')): return _storage(storage, tries-1) # another process is making its tables
+            raise ValueError(f"The storage {str(storage)!r} cannot be opened: {str(e).splitlines()[0]}") from e
+    return _one_writer(res) if wait else res
 
 def make_study(
     storage=None, # File for SQLite, or a database URL; in memory if not given
@@ -151,8 +168,43 @@ def _same_search(study, about):
 
 def _done(study):
     "Trials that came to a result"
-    s = _optuna().trial.TrialState
-    return study.get_trials(deepcopy=False, states=(s.COMPLETE,s.PRUNED))
+    return _in_state(study, 'COMPLETE', 'PRUNED')
+
+def _in_state(study, *names):
+    states = _optuna().trial.TrialState
+    return study.get_trials(deepcopy=False, states=[states[o] for o in names])
+
+class _Needless(Exception):
+    "Other processes do what a trial was for"
+
+def _check_need(study, trial, n_trials):
+    "Raise `_Needless` for a trial that is one too many, or that another with the same first settings makes superfluous: two that are asked for at once have two numbers"
+    known = [o for o in _in_state(study, 'WAITING', 'RUNNING', 'COMPLETE', 'PRUNED') if o.number<=trial.number]
+    firsts = [o.system_attrs.get('fixed_params') for o in known]
+    if len(known)>n_trials or firsts[-1] is not None and firsts.count(firsts[-1])>1: raise _Needless
+
+def _fail_stale(study):
+    "Have the trials done again whose process has died"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', _optuna().exceptions.ExperimentalWarning)
+        _optuna().storages.fail_stale_trials(study)
+
+def _is_one_left(study, n_trials):
+    "Is a trial left to do? While other processes are at all that are left, wait for them: one that dies leaves its trial to us"
+    seen = set()
+    while (left := n_trials-len(_done(study)))>0:
+        _fail_stale(study)
+        running = {o._trial_id for o in _in_state(study, 'RUNNING')}
+        if len(running)<left: return True
+        if not seen: print(f"As many trials as are left are under way in other processes ({len(running)}); waiting for what comes of them.")
+        for o in running-seen: study._storage.record_heartbeat(o) # one that died before its first beat would never count as dead
+        seen |= running
+        time.sleep(1)
+    return False
+
+def _check_metric(metric):
+    "Raise `ValueError` for what is no metric that a column of this name shows"
+    if not isinstance(metric, str) or _metric_names(metric, curve=False)!=[metric]: raise ValueError(f"The score of a search is one metric, such as 'map@r' or 'recall@1'; got {metric!r}.")
 
 def _count(name, value):
     if not isinstance(value, int) or isinstance(value, bool) or value<1: raise ValueError(f"`{name}` is 1 or more; got {value!r}.")
@@ -175,17 +227,21 @@ def tune(
     about:dict=None, # What else must be the same where a study in a storage goes on
 ): # `optuna.Study`
     "Search for the parameters with the best score on held-out training classes"
-    optuna = _optuna()
     distributions(space)
     for k,v in dict(n_trials=n_trials, n_epoch=n_epoch, folds=folds).items(): _count(k, v)
-    parts = [ds] if folds==1 else ds.folds(folds)
+    try: parts = [ds] if folds==1 else ds.folds(folds)
+    except ValueError as e: raise ValueError(str(e).replace('`k`', '`folds`')) from None
     study = make_study(storage, name, seed, first)
     _same_search(study, dict(space=space, n_epoch=n_epoch, folds=folds, metric=metric, **(about or {})))
     def _score(trial):
+        _check_need(study, trial, n_trials)
         study.sampler = _sampler(seed+trial.number)
         return _objective(trial, build, parts, space, n_epoch, metric, fit or _fit)
-    s = optuna.trial.TrialState
-    if len(_done(study))<n_trials: study.optimize(_score, callbacks=[*callbacks, optuna.study.MaxTrialsCallback(n_trials, states=(s.COMPLETE,s.PRUNED))])
+    def _ended(study, trial):
+        if trial.state.name!='FAIL':
+            for f in callbacks: f(study, trial)
+        if not _is_one_left(study, n_trials): study.stop()
+    if _is_one_left(study, n_trials): study.optimize(_score, callbacks=[_ended], catch=_Needless)
     return study
 
 # %% ../nbs/api/70_tune.ipynb #e9a39458
@@ -276,12 +332,12 @@ def default_params(
 def check_space(
     settings:dict, # Tables
     space:dict, # Path of a setting to where to look
-)->dict: # The space
+)->dict: # The space, its paths to files as words
     "Raise `ValueError` for a path that is no setting's, or values that the setting cannot have"
     distributions(space)
     for k,o in space.items():
         for v in o if isinstance(o, list) else _range(k, o)[:2]: check_settings(with_settings(settings, {k:v}))
-    return space
+    return _plain_space(space)
 
 def _about(settings):
     "What must be the same in all trials of a search, wherever they run"
@@ -297,11 +353,12 @@ def tune_settings(
 ): # `optuna.Study`
     "Search for the best settings of a run"
     check_settings(settings)
-    settings = with_settings(settings, {'batch.valid':'val', 'fit.patience':0, 'fit.monitor':None, 'fit.transfer':None, 'fit.interpolate':None}) # a trial is scored by its last epoch
+    settings = with_settings(_plain(settings, none=True), {'batch.valid':'val', 'fit.patience':0, 'fit.monitor':None, 'fit.transfer':None, 'fit.interpolate':None}) # a trial is scored by its last epoch
     space = check_space(settings, ifnone(space, run_space(settings)))
     ds = read_data(settings.get('data', {})) if ds is None else ds
     folds = ifnone(folds, n_folds(ds))
-    names = dict.fromkeys(['map@r','recall@1',kwargs.get('metric', 'map@r')])
+    _check_metric(metric := kwargs.get('metric', 'map@r'))
+    names = dict.fromkeys(['map@r','recall@1',metric])
     def _build(ds, **params): return make_learner(with_settings(settings, params), ds, cbs=RetrievalMetrics(list(names)))
     def _fit(learn, n_epoch, cbs): fit_settings(learn, learn.settings, n_epoch, cbs) # those of the trial
     first = default_params(settings, space)

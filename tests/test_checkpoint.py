@@ -163,6 +163,33 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_the_run_goes_on(make_lear
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert torch.load(run/'checkpoint.pt', weights_only=True)['epoch']==1 and [o.name for o in run.iterdir()]==['checkpoint.pt']
 
+def test_a_table_that_cannot_be_written_does_not_end_the_run(make_learner, tmp_path):
+    "Its rows are written with those of the next epoch"
+    from dmlfast.runs import History
+    learn,old = make_learner(),resource.getrlimit(resource.RLIMIT_FSIZE)
+    def limit(n):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n,-1))
+    try:
+        with pytest.warns(UserWarning, match='The rows up to epoch 0 were not written.*after the next epoch'):
+            learn.fit(2, 1e-2, cbs=[History(tmp_path/'h.csv'), Do(0, lambda: limit(10)), Do(len(learn.dls.train), lambda: limit(old[0]))])
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert [o.split(',')[0] for o in (tmp_path/'h.csv').read_text().splitlines()]==['epoch','0','1'] and len(list(tmp_path.iterdir()))==1
+
+def test_weights_are_saved_whole_or_not_at_all(make_learner, tmp_path, monkeypatch):
+    "Also those of the best epoch, which `SaveModelCallback` writes"
+    learn = make_learner()
+    assert learn.save('best.v1')==tmp_path/'models'/'best.v1.pth'
+    before = (tmp_path/'models'/'best.v1.pth').read_bytes()
+    def _half(o, file, **kwargs):
+        Path(file).write_bytes(b'half')
+        raise OSError('No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(torch, 'save', _half)
+        with pytest.raises(OSError, match='No space'): learn.save('best.v1')
+    assert [o.name for o in (tmp_path/'models').iterdir()]==['best.v1.pth'] and (tmp_path/'models'/'best.v1.pth').read_bytes()==before
+    learn.load('best.v1')
+
 def test_a_folder_that_cannot_be_written_to(make_learner, tmp_path):
     (tmp_path/'file').write_text('')
     learn = make_learner()

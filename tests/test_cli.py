@@ -70,7 +70,7 @@ def test_bad_input_gets_one_sentence(folder, tmp_path):
 
 def test_the_sentence_reaches_the_shell(tmp_path):
     status,out,err = run('--data', tmp_path/'nowhere', cwd=tmp_path)
-    assert status==1 and err==[f"dmlfast-demo: There is no folder '{tmp_path}/nowhere'."]
+    assert status==2 and err==[f"dmlfast-demo: There is no folder '{tmp_path}/nowhere'."]
     from dmlfast.cli import dmlfast_demo
     assert said(dmlfast_demo, '--epoch', 3)=="dmlfast-demo: There is no argument '--epoch'; the nearest is '--epochs'."
 
@@ -194,7 +194,7 @@ def test_published_protocol_on_a_folder(folder, tmp_path):
     status,_,err = do(dmlfast_train, *args, '--valid', 'none', '--out', tmp_path/'none')
     assert status==0 and json.loads((tmp_path/'none'/'results.json').read_text())['scores']=={}, err
 
-def test_evaluation(trained, folder, tmp_path):
+def test_evaluation(trained, folder, tmp_path, monkeypatch):
     from dmlfast.cli import dmlfast_eval
     run = tmp_path/'run'
     status,text,err = do(dmlfast_eval, run, '--split', 'val', '--workers', 0, '--json')
@@ -215,8 +215,10 @@ def test_evaluation(trained, folder, tmp_path):
     assert 'is neither a run' in no(tmp_path/'nowhere')
     assert "has no split 'tset'" in no(run, '--split', 'tset')
     assert 'is not a metric' in no(run, '--metrics', 'recal')
-    assert 'needs a folder' in no(run, '--report')
     assert 'classes or queries' in no(run, '--ci', 'images')
+    with monkeypatch.context() as m:
+        m.chdir(tmp_path)
+        assert do(dmlfast_eval, run, '--split', 'val', '--workers', 0, '--n-boot', 10, '--report')[0]==0 and (tmp_path/'dmlfast-eval'/'report'/'index.html').exists() # as the other commands have a folder
     (run/'embedder'/'weights.safetensors').write_bytes(b'')
     assert 'changed or cut off' in no(run)
 
@@ -239,10 +241,129 @@ def test_refused_before_any_work(folder, tmp_path):
     assert 'would choose an epoch' in no('--valid', 'test', '--monitor', 'recall@1')
     assert "There is no file 'c.toml'" in no('--config', 'c.toml')
     assert not (tmp_path/'x').exists()
-    assert "timm has no model 'resnett'" in said(dmlfast_train, '--data', folder, '--arch', 'resnett', '--bs', 8, '--out', tmp_path/'x', status=1)
+    assert "timm has no model 'resnett'" in said(dmlfast_train, '--data', folder, '--arch', 'resnett', '--bs', 8, '--out', tmp_path/'x')
     assert not (tmp_path/'x').exists()
     assert "no setting 'loss.magin'" in said(dmlfast_tune, '--loss', 'triplet', '--space', 'loss.magin=.1:.5', '--out', tmp_path/'x')
     assert 'no file' in said(dmlfast_bench, tmp_path/'no.toml') and not (tmp_path/'x').exists()
+
+odd = ['', 'None', '-3', 'nan', 'inf', 'word', '1'+'0'*30, 'a=(1,(2,3))']
+
+def commands():
+    "Functions of all console scripts"
+    import configparser, importlib
+    ini = configparser.ConfigParser(delimiters='=')
+    ini.read(Path(__file__).parent.parent/'settings.ini', encoding='utf-8')
+    for o in ini['DEFAULT']['console_scripts'].split(): yield getattr(importlib.import_module(o.split('=')[1].split(':')[0]), o.split(':')[1])
+
+def arguments(func):
+    "The arguments of a command that take a value, by the option or, where there is none, by the name"
+    from dmlfast.cli import _parser
+    return [(a.option_strings or [a.dest])[-1] for a in _parser(func)._actions if a.nargs!=0 and a.dest not in ('pdb','xtra')]
+
+@pytest.fixture
+def begins(tmp_path, monkeypatch):
+    "Function that says how a command ends that does not train: with a sentence that refuses it, or '' where its work begins; an empty folder to be in"
+    import shutil, torch
+    import dmlfast.cli as cli, dmlfast.protocol as protocol, dmlfast.tune as tune
+    from dmlfast.learner import MetricLearner
+    def _cut(*args, **kwargs): raise KeyboardInterrupt
+    for o,k in ((MetricLearner,'_do_fit'), (MetricLearner,'baseline'), (cli,'_pictures'), (protocol.Experiment,'hours_left')): monkeypatch.setattr(o, k, _cut)
+    monkeypatch.setattr(cli, '_raw_pixels', lambda dl: (torch.eye(4), torch.tensor([0,0,1,1])))
+    storage = tune._storage
+    monkeypatch.setattr(tune, '_storage', lambda o: None if Path(str(o)).name=='study.db' else storage(o)) # a search in memory, as SQLite waits for the disk
+    work = tmp_path/'work'
+    work.mkdir()
+    monkeypatch.chdir(work)
+    def _f(func, args):
+        words = [str(o) for k,v in args.items() for o in ([k]*k.startswith('-')+([] if v is None else [v]))]
+        status,_,err = do(func, *words)
+        left,lines = [o.name for o in work.iterdir()],[o for o in err.splitlines() if o]
+        assert status in (0,130) or status==2 and not left and len(lines)==1, (words, status, left, err)
+        for o in work.iterdir(): shutil.rmtree(o) if o.is_dir() else o.unlink()
+        return lines[0] if status==2 else ''
+    return _f
+
+def test_odd_values_of_every_argument(table, folder, make_learner, tmp_path, begins):
+    "Nothing, None, a negative number, nan, infinity, a word, a number out of all range: one sentence and nothing left behind, or the work begins"
+    (tmp_path/'plan.toml').write_text(f'seeds = 1\nsettings = {{data = {{reader = "csv", path = "{table}"}}, model = {{arch = "test_resnet", pretrained = false}}, fit = {{n_epoch = 1}}}}\n[methods.a]\nloss = {{name = "ms"}}\nspace = {{}}\n')
+    make_learner().export_embedder(tmp_path/'embedder')
+    net = {'--data':table, '--arch':'test_resnet', '--no-pretrained':None, '--emb-sz':16, '--size':24, '--bs':32, '--workers':0, '--loss':'dr_triplet', '--out':'x'}
+    base = dict(dmlfast_train={**net, '--lr':6e-3}, dmlfast_tune={**net, '--trials':1, '--space':'loss.gamma=.1:.6'}, dmlfast_bench={'plan':tmp_path/'plan.toml', '--out':'x/r.jsonl'},
+        dmlfast_demo={'--data':folder, '--arch':'test_resnet', '--weights':_weights(tmp_path), '--epochs':1, '--size':32, '--bs':16, '--out':'x'},
+        dmlfast_eval={'run':tmp_path/'embedder', '--data':table, '--workers':0, '--n-boot':10, '--split':'val', '--metrics':'recall@1', '--out':'x'})
+    for func in commands():
+        args = base[func.__name__]
+        assert begins(func, args)==''
+        for k in arguments(func):
+            ends = [begins(func, {**args, k:o}) for o in odd]
+            assert ends[0] and any(o in ends[0] for o in ('is empty','invalid')), (func, k, ends[0])
+
+def test_odd_values_of_every_setting(table, tmp_path, begins):
+    from dmlfast.cli import dmlfast_train
+    from dmlfast.runs import _allowed, save_settings
+    s = dict(data=dict(reader='csv', path=table), batch=dict(num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=16), loss=dict(name='margin', miner=dict(name='distance_weighted')),
+        ssr=dict(views={}, loss={}), fit=dict(n_epoch=1))
+    save_settings(s, tmp_path/'s.toml')
+    args = {'--config':tmp_path/'s.toml', '--out':'x'}
+    assert begins(dmlfast_train, args)==''
+    for k in ['seed','recipe',*s,*(f'{table}.{k}' for table,kinds in _allowed(s).items() for k in kinds if k!='pretrained')]: # which asks for the network
+        ends = [begins(dmlfast_train, {**args, '--set':f'{k}={v}'}) for v in ('None','-3','nan','word','1'+'0'*30,'(1,(2,3))','{}','true')]
+        assert sum(map(bool, ends))>3, (k, ends) # hardly anything is right for a setting
+
+def test_what_was_left_behind(table, folder, tmp_path, begins):
+    "Commands that were refused with a traceback, or left a folder that was in the way of the next one"
+    from dmlfast.cli import dmlfast_train, dmlfast_tune
+    net = {'--data':table, '--arch':'test_resnet', '--no-pretrained':None, '--workers':0, '--size':24, '--out':tmp_path/'x'}
+    for more,said in [({'--set':'batch.per_class=None'}, '`batch.per_class` is a whole number; got None'), ({'--set':'seed=None'}, '`seed` is a whole number'), ({'--arch-args':'bogus=1'}, "timm cannot make 'test_resnet' with"),
+            ({'--arch-args':'a=(1,(2,3))'}, "timm cannot make 'test_resnet' with"), ({'--set':'loss.reduction=avg'}, "reduction 'avg' is none of"), ({'--set':'loss.reduction=none'}, 'one finite number for a batch'),
+            ({'--lr':'inf'}, '--lr is too large'), ({'--lr':-1}, 'greater than 0'), ({'--set':'fit.lr=inf'}, '`fit.lr` is a number'), ({'--data':''}, '--data is empty')]:
+        assert said in begins(dmlfast_train, {**net, **more}) and not (tmp_path/'x').exists(), more
+    assert '`folds` is between 2 and the 24 training classes' in begins(dmlfast_tune, {**net, '--folds':99}) and not (tmp_path/'x').exists()
+    (tmp_path/'x').mkdir()
+    assert 'between 2 and' in begins(dmlfast_tune, {**net, '--folds':99}) and not list((tmp_path/'x').iterdir()) # it was there before
+    (tmp_path/'file').write_text('')
+    for func in (dmlfast_train,dmlfast_tune): assert "file' is a file" in begins(func, {**net, '--out':tmp_path/'file'/'x'})
+
+def test_without_a_network(table, tmp_path, monkeypatch):
+    "The sentence has the words of the command"
+    import socket
+    import dmlfast.models as models
+    from dmlfast.cli import dmlfast_train
+    def _no_name(*args, **kwargs): raise socket.gaierror(-2, 'Name or service not known')
+    monkeypatch.setattr(socket, 'getaddrinfo', _no_name)
+    monkeypatch.setattr(models, 'try_to_load_from_cache', lambda *args, **kwargs: None)
+    monkeypatch.setattr(models, 'get_hf_file_metadata', lambda *args: _no_name())
+    assert 'pass a file as `--weights`, or `--no-pretrained` to begin' in said(dmlfast_train, '--data', table, '--arch', 'test_resnet', '--size', 24, '--out', tmp_path/'x', status=1)
+    assert not (tmp_path/'x').exists()
+
+def test_a_demo_looks_at_its_folder_first(folder, tmp_path, begins):
+    from dmlfast.cli import dmlfast_demo
+    args = {'--data':folder, '--arch':'test_resnet', '--weights':_weights(tmp_path), '--size':32, '--bs':16}
+    (tmp_path/'mine').mkdir()
+    (tmp_path/'mine'/'scores.json').write_text('[1, 2]')
+    (tmp_path/'file').write_text('years of work')
+    for o in ('mine','file'): assert 'is there already and holds no demo' in begins(dmlfast_demo, {**args, '--out':tmp_path/o})
+    assert (tmp_path/'mine'/'scores.json').read_text()=='[1, 2]' and (tmp_path/'file').read_text()=='years of work'
+    (tmp_path/'mine'/'scores.json').write_text('{"raw pixels": {}}') # what a demo wrote is replaced
+    assert begins(dmlfast_demo, {**args, '--out':tmp_path/'mine'})==''
+
+def test_a_command_in_a_notebook_is_a_function(monkeypatch):
+    "The words of the process are the kernel's there, and no console is to be ended"
+    import dmlfast.cli as cli
+    asked = []
+    f = cli.command(lambda lr=1.: asked.append(lr))
+    f.__name__ = 'dmlfast_f'
+    def call(code='f()', **names): exec(code, {'__name__':'__main__', 'f':f, **names})
+    for argv in (['/lib/ipykernel_launcher.py','-f','kernel.json'], ['/bin/ipython'], ['']):
+        monkeypatch.setattr(sys, 'argv', argv)
+        call(), call('f(lr=2.)')
+    assert asked==[1.,2.]*3
+    monkeypatch.setattr(cli, 'run_command', lambda func, argv: argv)
+    for names,argv in ((dict(__file__='/bin/dmlfast-f'),['/bin/dmlfast-f','--lr','3']), ({},['-c','--lr','3'])):
+        monkeypatch.setattr(sys, 'argv', argv)
+        with pytest.raises(SystemExit) as e: call(**names)
+        assert e.value.code==['--lr','3']
+    assert len(asked)==6
 
 def test_ctrl_c_and_resume(table, tmp_path):
     from dmlfast.cli import dmlfast_train

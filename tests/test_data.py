@@ -1,5 +1,6 @@
 "Splits, labels and balanced batches: the rule of an epoch on any data, workers, and faults"
 import math
+from enum import Enum
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from fastai.vision.all import *
@@ -55,7 +56,8 @@ def test_training_classes_come_first():
     assert list(dls.vocab)==['b','d','a','c'] and dls.n_train_classes==2
 
 def test_faults_come_before_the_first_batch():
-    for kwargs,said in [(dict(bs=6, per_class=4), 'bs=6 and per_class=4'), (dict(bs=64, per_class=4), 'needs 16 classes and there are 3: take bs=12')]:
+    for kwargs,said in [*((dict(bs=b, per_class=k), f'both at least 1; got bs={b} and per_class={k}') for b,k in ((6,4), (0,4), (-4,4), (4,0), (-4,-4))),
+                        (dict(bs=64, per_class=4), 'needs 16 classes and there are 3: take bs=12')]:
         with pytest.raises(ValueError, match=said): _dls([0,0,0,0,1,1,1,1,2,2,2,2,3], **kwargs)
     with pytest.raises(ValueError, match='All 4 items are of one class'): _dls([0,0,0,0,1,1], bs=4, per_class=4)
     with pytest.raises(ValueError, match='pass them as `labels`'): BalancedDL(list(range(8)), bs=4, per_class=2, shuffle=True)
@@ -118,3 +120,36 @@ def test_glyphs_have_no_twins(glyph_dir):
     lookalikes = ['AΑА','OΟО','oοо','eе','µμ','ëё','ΓГ']
     assert all(sum(c in chars for c in s)==1 for s in lookalikes)
     assert 430<=len(chars)<=470 and len(get_image_files(glyph_dir))>6500
+
+class Kind(Enum):
+    a,b,c,d = range(4)
+
+@pytest.mark.parametrize('of', [lambda i: ('x',i), lambda i: Kind(i), lambda i: np.int64(i), lambda i: ('x',('y',Kind(i)))])
+def test_labels_of_several_parts(of):
+    "A tuple is one label, whatever its parts are"
+    get_y = lambda i: of(i//4)
+    dls = DataBlock(blocks=(TransformBlock, ClassBlock), get_y=get_y, splitter=ClassSplitter(get_y, valid=[of(1),of(2)])).dataloaders(L(range(16)), dl_type=BalancedDL, bs=4, per_class=2, num_workers=0)
+    assert list(dls.vocab)==[of(0),of(3),of(1),of(2)] and dls.n_train_classes==2
+    assert [y.item() for _,y in dls.valid_ds]==[2+(i//4-1) for i in dls.valid_ds.items] and dls.valid_ds.decode((0,tensor(3)))[1]==str(of(2))
+    rows = pd.DataFrame(dict(path=[f'{i}.png' for i in range(16)], label=pd.Series([get_y(i) for i in range(16)], dtype=object)))
+    ds = MetricDataset.from_df(rows, check_files=False)
+    assert set(ds.df.label[ds.df.split=='test'])=={of(2),of(3)} and ds.folds(2)[1].df.split.nunique()==3
+
+@pytest.mark.parametrize('of', [lambda i: [i], lambda i: {i}, lambda i: (i,[i]), lambda i: np.array([i]), lambda i: tensor(i)])
+def test_labels_that_are_none(of):
+    get_y,said = (lambda i: of(i//4)),'A label names one class.* is of the type (list|set|tuple|ndarray|Tensor)'
+    with pytest.raises(ValueError, match=said): ClassSplitter(get_y)(range(16))
+    with pytest.raises(ValueError, match=said): DataBlock(blocks=(TransformBlock, ClassBlock), get_y=get_y).datasets(L(range(16)))
+    rows = pd.DataFrame(dict(path=[f'{i}.png' for i in range(16)], label=pd.Series([get_y(i) for i in range(16)], dtype=object)))
+    for df in (rows, rows.assign(split='train')):
+        with pytest.raises(ValueError, match=said): MetricDataset.from_df(df, check_files=False)
+
+def test_rows_are_what_getters_get():
+    df = pd.DataFrame(dict(path=list('abcd'), label=['x','x','y','y'], name=[1,2,3,4]), index=[7,7,8,9])
+    seen = []
+    for f in ('label', ColReader('label'), lambda r: r['label'], lambda r: r.label, lambda r: (seen.append(r), r.iloc[1])[1]):
+        train,val = ClassSplitter(f)(df)
+        assert (train,sorted(val))==([0,1],[2,3])
+    theirs = []
+    DataBlock(get_x=lambda r: theirs.append(r), get_y=noop).datasets(df)[3]
+    assert type(seen[3]) is type(theirs[-1]) and seen[3].equals(theirs[-1])

@@ -422,3 +422,15 @@ def test_roles_and_what_is_not_seen():
     assert len(values)==2
     with pytest.raises(ValueError, match='one word for each of 60 items'): evaluate_protocol(embs, y, role=role[1:])
     with pytest.raises(ValueError, match="not 'both'"): evaluate_protocol(embs, y, role=['both']*60)
+
+def test_names_that_are_html(few):
+    "A notebook shows them and does not obey them"
+    ds = MetricDataset(few.df.assign(**{'<b>part':few.df.split=='test'}), few.path, '<b>x&', subsets=['<b>part'])
+    assert '&lt;b&gt;x&amp;: ' in ds._repr_html_() and '&lt;b&gt;part' in ds._repr_html_() and '<b>' not in ds._repr_html_()
+    r = RetrievalResult({'<b>':np.ones(3)}, [0,0,1])
+    r.why_no_interval = lambda name: '<b>no'
+    for o in (r, r-r): assert '&lt;b&gt;' in o._repr_html_() and '<b>' not in o._repr_html_()
+    assert '&lt;b&gt;no' in r._repr_html_()
+    recipes['<b>'] = Recipe('<b>', ours='<b>')
+    try: assert recipes._repr_html_().count('&lt;b&gt;')==3 and '<b>' not in recipes._repr_html_()
+    finally: del recipes['<b>']

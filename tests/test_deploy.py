@@ -206,3 +206,13 @@ def test_onnx(embedder, tmp_path):
     with pytest.raises(ValueError, match='give `size`'): ImageEmbedder(embedder.model, Preprocess()).to_onnx(tmp_path/'f.onnx')
     tiny = ImageEmbedder(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12,2)), Preprocess([('fit', (2,2), 2)]))
     with pytest.raises(ValueError, match='differs from this one by'): tiny.to_onnx(tmp_path/'g.onnx', tol=-1)
+
+def test_names_in_a_gallery_begin_below_the_data(few, make_learner, tmp_path):
+    "However the loaders were made: that the folder is given as `path` is no matter"
+    block = DataBlock(blocks=(ImageBlock, ClassBlock), get_y=parent_label, splitter=ClassSplitter(parent_label))
+    learn,names = make_learner(),[]
+    for i,dls in enumerate((few.dataloaders(bs=8, num_workers=0), block.dataloaders(few.items(), bs=8, num_workers=0), block.dataloaders(few.items(), bs=8, num_workers=0, path=few.path))):
+        learn = metric_learner(dls, learn.model.arch, emb_sz=4, pretrained=False)
+        files = learn.dls.train.items
+        got = learn.export_embedder(tmp_path/str(i), gallery=dls.test_dl(files, with_labels=True)).items
+        assert got==[str(o.relative_to(few.path)) for o in files]

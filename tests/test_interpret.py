@@ -57,7 +57,8 @@ def test_confusion_has_a_direction():
 def test_nothing_confused_is_said():
     good = RetrievalInterpretation(angles(0,1,90,91), [0,0,1,1], image=grey)
     assert len(good.most_confused())==0
-    with pytest.raises(ValueError, match='nothing is confused'): good.plot_most_confused()
+    assert [o.get_text() for o in good.plot_most_confused().texts]==['Nothing is confused: the nearest neighbour of each item is of its class.']
+    for pairs in (good.label_noise(), good.duplicates(min_sim=1.1)): assert good.plot_pairs(pairs).texts[0].get_text().startswith('There are no such pairs')
 
 def test_what_cannot_be_interpreted_is_refused(fan):
     with pytest.raises(ValueError, match='not finite: rows 1'): RetrievalInterpretation([[1.,0],[np.nan,0]], [0,0])
@@ -67,7 +68,6 @@ def test_what_cannot_be_interpreted_is_refused(fan):
     with pytest.raises(ValueError, match='no class has two items'): RetrievalInterpretation(fan.embs, range(6)).top_losses()
     with pytest.raises(ValueError, match='no images'): RetrievalInterpretation(fan.embs, fan.labels).plot_neighbours()
     with pytest.raises(ValueError, match="'tsne' or 'pca', not 'umap'"): fan.plot_map('umap')
-    with pytest.raises(ValueError, match='lower `min_sim`'): fan.plot_pairs(fan.duplicates(min_sim=.9999))
     with pytest.raises(ValueError, match='no triplets'): RetrievalInterpretation(fan.embs, [0]*6, image=grey).plot_triplets()
 
 def test_labels_without_names_and_more_neighbours_than_items():

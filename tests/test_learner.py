@@ -3,6 +3,9 @@ import numpy as np, pytest, torch
 from fastai.vision.all import *
 from dmlfast.all import *
 
+@pytest.fixture(scope='module')
+def few_dls(few): return few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0)
+
 class Centres(MetricLoss):
     "Squared distance to a learned centre of each training class, and no value for unseen classes"
     lr_mult,seen_only = 100.,True
@@ -461,13 +464,13 @@ def test_multiples_of_copies_and_of_an_optimiser_that_is_used_again(make_learner
     assert np.isclose(q.item(), -.1*100)
 
 def test_a_table_as_items(few, tmp_path):
-    "What is found has no name where the items are rows"
+    "What is found is called by its path, also where the items are rows"
     df = few.df.assign(path=[str(few.path/o) for o in few.df.path])
     block = DataBlock(blocks=(ImageBlock, ClassBlock), get_x=ColReader('path'), get_y=ColReader('label'), splitter=ClassSplitter('label'))
     learn = metric_learner(block.dataloaders(df, bs=32, dl_type=BalancedDL, num_workers=0), 'test_resnet', pretrained=False, path=tmp_path)
     hits = learn.predict(df.iloc[0], k=2)[1]
-    assert [o.item for o in hits]==['',''] and hits[0].label in set(df.label)
-    assert set(learn.export_embedder(tmp_path/'e', gallery=learn.dls.valid).items)=={''}
+    assert {Path(o.item).name for o in hits} <= {Path(o).name for o in df.path} and [o.label for o in hits]==[Path(o.item).parent.name for o in hits]
+    assert set(learn.export_embedder(tmp_path/'e', gallery=learn.dls.valid).items)=={str(Path(o).relative_to(few.path)) for o in learn.dls.valid_ds.items.path}
 
 def test_predict_knows_new_loaders(make_learner, few):
     learn = make_learner()
@@ -580,3 +583,73 @@ def test_recipe_is_exported(make_learner, tmp_path):
     learn.export()
     other = load_learner(tmp_path/'export.pkl')
     assert other.recipe.data==recipes['dr_triplet'].data and not any(m.training for m in other.model.train().body.modules() if isinstance(m, nn.BatchNorm2d))
+
+@pytest.mark.parametrize('opt', [Adam, partial(OptimWrapper, opt=torch.optim.SGD)])
+def test_what_a_splitter_leaves_out_is_trained(make_learner, opt, recwarn):
+    "Proxies and the exponent of a pooling, which no group has, but not a body that is left out"
+    warnings.simplefilter('always')
+    def heads(m): return [list(m.head.parameters())]
+    def both(m): return [list(m.body.parameters()), *heads(m)]
+    for splitter in (heads, both):
+        learn = make_learner(ProxyNCALoss(), splitter=splitter, pool='gem', opt_func=opt)
+        before = {k:p.detach().clone() for k,p in learn.model.named_parameters()}
+        recwarn.clear()
+        learn.fit(1, 1e-2)
+        said = [str(o.message) for o in recwarn if 'leave out' in str(o.message)]
+        assert len(said)==1 and 'leave out pool.log_p, loss_func.proxies: the last group trains them too' in said[0]
+        moved = {k for k,p in learn.model.named_parameters() if not torch.equal(p, before[k])}
+        assert len(learn.opt.param_lists[-1])==4 and {'head.weight','loss_func.proxies'}<=moved and any(k.startswith('body.') for k in moved)==(splitter is both)
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 8), nn.Linear(8, 4)) # of a foreign model the loss is what its owner cannot see
+    learn = make_learner(ProxyNCALoss(), arch=net, emb_sz=4, splitter=lambda m: [list(m.model[3].parameters())], opt_func=opt)
+    learn.create_opt()
+    assert [len(o) for o in learn.opt.param_lists]==[3]
+    recwarn.clear()
+    make_learner(ProxyNCALoss(), pool='gem', frozen_stages=2, opt_func=opt, cbs=SelfSupervisedRanking(n=2, m=4)).create_opt()
+    assert not [o for o in recwarn if 'leave out' in str(o.message)]
+
+@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), FocalLossFlat(), MSELossFlat(), LabelSmoothingCrossEntropy(), nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(), F.cross_entropy, partial(F.mse_loss, reduction='sum'), CombinedLoss([TripletLoss(),nn.CrossEntropyLoss()])])
+def test_a_loss_of_scores_is_refused(few_dls, loss):
+    with pytest.raises(ValueError, match='no loss of embeddings.*`ProxyNCALoss'): metric_learner(few_dls, 'test_resnet', loss, pretrained=False)
+
+def test_callbacks_as_classes(make_learner):
+    "As instances are: checked before the fit, and only what was added is taken away again"
+    learn = make_learner(ProxyNCALoss(), cbs=[RetrievalMetrics,TrainingDoctor])
+    assert len(learn.cbs.filter(risinstance(RetrievalMetrics)))==1
+    for cb,said in ((SaveModelCallback, "monitors 'valid_loss', which ProxyNCALoss does not have"), (MixUp, 'MixUp mixes images'), (RetrievalMetrics, "There are two columns 'recall@1'")):
+        for o in (cb, [cb]):
+            with pytest.raises(ValueError, match=said): learn.fit(1, cbs=o)
+    seen = []
+    class Seen(Callback):
+        def after_validate(self): seen.append(self)
+    learn.add_cb(Seen)
+    learn.fit(1, 1e-3, cbs=Seen)
+    assert list(learn.recorder.metric_names).count('recall@1')==1 and len(set(map(id, seen)))==2 and len(learn.cbs.filter(risinstance(Seen)))==1
+    learn.validate(cbs=Seen)
+    assert len(learn.cbs.filter(risinstance(Seen)))==1
+
+def test_names_of_metrics_are_checked_before_images_are_seen(make_learner, few, monkeypatch):
+    for kw,said in ((dict(metrics=['recal@1']), "'recal@1' is not a metric, and the nearest name is 'recall@1'"), (dict(metrics=['pr_curve']), "'pr_curve' is a curve"), (dict(every=0), '`every` is a number of epochs, 1 or more; got 0'),
+                    (dict(every=2.5), 'got 2.5'), (dict(ks=(0,)), 'ks must be')):
+        with pytest.raises(ValueError, match=said): RetrievalMetrics(**kw)
+    assert RetrievalMetrics(['recall','mrr'], ks=(1,10)).names==['recall@1','recall@10','mrr'] and RetrievalMetrics().names==['recall@1','recall@2','recall@4','recall@8','map@r']
+    assert not {'pr_curve','recall'} & {*RetrievalMetrics('all').names}
+    with pytest.raises(ValueError, match='recal@1'): make_learner(metrics='recal@1')
+    drawn = MetricDataset(few.df, few.path, size=None, flip=False, random_gallery=2).dataloaders(bs=32, per_class=4, num_workers=0)
+    learn = metric_learner(drawn, 'test_resnet', metrics=['recall@1','nmi'], pretrained=False)
+    monkeypatch.setattr(learn.model, 'forward', lambda *x: pytest.fail('images were seen'))
+    with pytest.raises(ValueError, match='nmi have no gallery, and here it is drawn'): learn.fit(1)
+    for f in (learn.evaluate, learn.gain):
+        with pytest.raises(ValueError, match='recal@1'): f(metrics=['recal@1'])
+
+@pytest.mark.parametrize('block,get_y,said', [(MultiCategoryBlock, lambda o: ['x',o.parent.name], r'a TensorMultiCategory of torch.float32, of shape \(\d+,\),'), ([ClassBlock,ClassBlock], [parent_label]*2, '2 targets'),
+    (RegressionBlock, lambda o: 1.5, 'a Tensor of torch.float32'), (TransformBlock, parent_label, 'a str as their target')])
+def test_a_target_is_one_class(few, block, get_y, said):
+    block = DataBlock(blocks=[ImageBlock,*L(block)], n_inp=1, get_y=get_y, splitter=ClassSplitter(parent_label))
+    with pytest.raises(ValueError, match=f'takes the class of each image.*{said}'): metric_learner(block.dataloaders(few.items(), bs=8, num_workers=0), 'test_resnet', pretrained=False)
+
+@pytest.mark.parametrize('lr', [-1, float('nan'), float('inf'), slice(1e-4, -1.), slice(float('nan'), 1.)])
+def test_a_rate_that_is_none(make_learner, lr):
+    learn = make_learner()
+    for f in (learn.fit, learn.fit_one_cycle, learn.fit_flat_cos, learn.fit_recipe):
+        with pytest.raises(ValueError, match='A learning rate is a finite number, 0 or more'): f(1, lr)
+    assert not getattr(learn.recorder, 'values', [])

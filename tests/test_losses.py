@@ -1,5 +1,6 @@
 "Losses against their definitions, against other libraries, and on batches that break losses"
-import copy, math, pickle, pytest, torch
+import copy, inspect, math, pickle, pytest, torch
+import numpy as np
 from functools import partial
 from hypothesis import given, settings, strategies as st
 from torch.nn.functional import normalize
@@ -7,6 +8,7 @@ from fastai.torch_core import TensorCategory
 from pytorch_metric_learning import losses as pml, miners as pml_miners
 from pytorch_metric_learning.distances import DotProductSimilarity
 from pytorch_metric_learning.reducers import MeanReducer
+from dmlfast import all as package
 from dmlfast.geometry import *
 from dmlfast.losses import *
 from dmlfast.mining import *
@@ -266,7 +268,9 @@ def test_none_is_one_value_per_row(name):
     assert make(name, reduction='none')(f, y).shape==(20,)
 
 def test_unknown_reduction():
-    with pytest.raises(ValueError, match="'median' is none of"): TripletLoss(reduction='median')(F12, Y12)
+    loss = TripletLoss()
+    loss.reduction = 'median' # a plain attribute
+    with pytest.raises(ValueError, match="'median' is none of"): loss(F12, Y12)
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=14), st.sampled_from(list(ALL)), st.sampled_from([0.,.3]))
@@ -396,6 +400,55 @@ def test_gradients_of_tight_classes(name, spread):
         loss.proxies.data = torch.stack([f[y==c].mean(0) for c in range(16)])
         assert grad_error(loss, f, y)<1e-4
 
+PROXY = dict(nca=ProxyNCALoss, excluded=partial(ProxyNCALoss, include_positive=False), plain=partial(ProxyNCALoss, squared=False),
+    free=partial(ProxyNCALoss, normalize_proxies=False), anchor=ProxyAnchorLoss)
+
+def proxy_batch(where, gap, n=64, c=16, d=32):
+    "Unit embeddings and proxies: one embedding `gap` from another class's proxy, pairs of proxies `gap` apart, or all of them within `gap`"
+    g = torch.Generator().manual_seed(0)
+    noise = lambda *shape: gap*torch.randn(*shape, generator=g, dtype=f64)/d**.5
+    p,y = normalize(torch.randn(c, d, generator=g, dtype=f64), dim=1),torch.arange(n)%c
+    f = p[y]+torch.randn(n, d, generator=g, dtype=f64)/(2*d**.5)
+    if where=='one': f[0] = p[1]+noise(d)
+    if where=='pairs': p[1::2] = normalize(p[::2]+noise(c//2, d), dim=1)
+    if where=='all': p = normalize(p[:1]+noise(c, d), dim=1)
+    if where in ('pairs','all','own'): f = p[y]+noise(n, d)
+    return normalize(f, dim=1).float(),y,p.float()
+
+@pytest.mark.parametrize('gap', [.3,.1,.065,.035,1e-2,1e-3,1e-4])
+@pytest.mark.parametrize('where', ['one','pairs','all','own'])
+@pytest.mark.parametrize('gamma', [0.,.3])
+@pytest.mark.parametrize('name', PROXY)
+def test_near_proxies(name, gamma, where, gap):
+    "Value and both gradients of float32 are those of float64 on the same numbers"
+    f,y,p = proxy_batch(where, gap)
+    res = []
+    for dtype in (torch.float32,f64):
+        loss = PROXY[name](16, 32, gamma=gamma).to(dtype)
+        with torch.no_grad(): loss.proxies.copy_(p)
+        res.append([o.double() for o in (*value_grad(loss, f.to(dtype), y),loss.proxies.grad)])
+    for got,want in zip(*res): assert (got-want).norm()<=1e-4*want.norm()
+
+def test_a_collapse_of_pairs():
+    "All rows within 1e-4 of each other: what is left of the gradient are differences"
+    f,y,_ = proxy_batch('all', 1e-4)
+    for loss in (NPairLoss(l2=0.), NPairLoss(l2=0., gamma=.3), MultiSimilarityLoss(), DRTripletLoss(margin=5)): assert grad_error(loss, f, y)<1e-4
+
+@pytest.mark.parametrize('x', [-30.,-5.,0.,5.,60.])
+def test_small_sums_are_not_swallowed(x):
+    want = torch.tensor([x,x], dtype=f64).exp().sum().log1p()
+    got = log1p_sum_exp(torch.tensor([[x,x,99.]]), torch.tensor([[1.,1.,0.]]))
+    torch.testing.assert_close(got[0].double(), want, rtol=1e-6, atol=0)
+
+def test_on_another_proxy():
+    "Distance, cosine and their gradients are 0 where an embedding coincides with a proxy, its own or another"
+    p = torch.randn(6, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    f = normalize(p.detach(), dim=1).requires_grad_()
+    for y in (torch.arange(6), torch.arange(6).roll(1)):
+        d2,c = proxy_cos(f, y, *proxy_norms(p, True))
+        assert (d2.diagonal()==0).all() and (c.diagonal()==0).all() and (d2>1).sum()==30
+        for o in torch.autograd.grad((d2.diagonal()+c.diagonal()).sum()*1e8, (f,p)): assert (o==0).all()
+
 @pytest.mark.parametrize('name', ALL)
 @pytest.mark.parametrize('dtype', [torch.float16,torch.bfloat16])
 def test_half_precision(name, dtype):
@@ -466,12 +519,104 @@ def test_non_finite_embeddings(name):
     f[3,1],f[17,0] = math.nan,math.inf
     with pytest.raises(ValueError, match=r'2 of 20 embeddings are not finite, in rows \[3, 17\]'): make(name)(f, y)
 
-def test_wrong_shapes():
+def test_embeddings_of_another_length():
     f,y = batch(6, 4, 2)
-    for args,says in [((f[0], y),'embeddings must be'), ((f.long(), y),'embeddings must be'),
-                      ((f, y[:5]),'labels must be'), ((f, y.float()),'labels must be integers')]:
-        with pytest.raises(ValueError, match=says): TripletLoss()(*args)
     with pytest.raises(ValueError, match='proxies of length 8, not 4'): ProxyNCALoss(3, 8)(f, y)
+
+# The least inputs, for every loss and miner of the package
+
+def classes(base): return {k:o for k,o in vars(package).items() if isinstance(o, type) and issubclass(o, base) and not k.startswith('_')}
+
+WRAPS = dict(OtherLoss=lambda: OtherLoss(pml.ContrastiveLoss()), CombinedLoss=lambda: CombinedLoss([TripletLoss(), ProxyNCALoss(), MarginLoss()]))
+EVERY = {k:WRAPS.get(k, o) for k,o in classes(MetricLoss).items()
+         if o.compute is not MetricLoss.compute and getattr(o,'compare',None) is not ProxyLoss.compare}
+
+def each_reduction(name, n_classes=5):
+    for r in EVERY[name]().reductions:
+        torch.manual_seed(0)
+        loss = EVERY[name]().setup(n_classes, 16)
+        loss.reduction = r
+        yield loss
+
+def test_every_loss_is_there(): assert {*WRAPS,'TripletLoss','NPairLoss','DRProxyNCALoss','ProxyAnchorLoss'}<=set(EVERY) and len(EVERY)>=12
+
+@pytest.mark.parametrize('dtype', [torch.float32,torch.float16])
+@pytest.mark.parametrize('name', EVERY)
+def test_empty_batch(name, dtype):
+    "Costs 0, or nothing for each of no rows, and `backward` reaches the embeddings and the weights"
+    for loss in each_reduction(name):
+        f = torch.zeros(0, 16, dtype=dtype, requires_grad=True)
+        l = loss(f, torch.zeros(0, dtype=torch.int64))
+        assert l.shape==((0,) if loss.reduction=='none' else ()) and l.sum()==0 and l.dtype==torch.float32
+        l.sum().backward()
+        assert f.grad.shape==(0,16) and all((p.grad==0).all() for p in loss.parameters())
+
+@pytest.mark.parametrize('name', EVERY)
+def test_one_class_in_all(name):
+    f = batch(6, 16, 1, dtype=torch.float32)[0]
+    for loss in each_reduction(name, n_classes=1):
+        if hasattr(loss, 'include_positive'): loss.include_positive = False
+        for y in (torch.zeros(6, dtype=torch.int64), torch.zeros(6, dtype=torch.int64)[:1]):
+            l,g = value_grad(loss, f[:len(y)], y, torch.ones(len(y)))
+            assert l.isfinite().all() and g.isfinite().all() and all(p.grad is None or p.grad.isfinite().all() for p in loss.parameters())
+
+@pytest.mark.parametrize('gamma', [0.,.3])
+@pytest.mark.parametrize('name', PROXY)
+def test_a_proxy_of_zeros(name, gamma):
+    f,y = batch(20, 16, 5, dtype=torch.float32)
+    loss = PROXY[name](5, 16, gamma=gamma)
+    loss.proxies.data[2:4] = 0
+    l,g = value_grad(loss, f, y)
+    assert l.isfinite() and g.isfinite().all() and loss.proxies.grad.isfinite().all()
+
+@pytest.mark.parametrize('name', EVERY)
+def test_what_is_no_batch(name):
+    f,y = batch(6, 16, 2, dtype=torch.float32)
+    for embs,labels,says in [(f.numpy(),y,'embeddings must be a tensor, not ndarray'), (f.tolist(),y,'embeddings must be a tensor, not list'),
+            (f,y.numpy(),'labels must be a tensor, not ndarray'), (f,y.tolist(),'labels must be a tensor, not list'),
+            (f[0],y,'embeddings must be'), (f[:,:0],y,'embeddings must be'), (f.long(),y,'embeddings must be'), (f,y[:5],'labels must be'), (f,y[:,None],'labels must be'),
+            (f,y.float(),'labels must be integers'), (f,y>0,'labels must be integers'), (f,y.to(torch.complex64),'labels must be integers')]:
+        with pytest.raises(ValueError, match=says): EVERY[name]().setup(5, 16)(embs, labels)
+
+WRONG = {'finite':[], 'from 0':[-.1], 'positive':[0,-1], 'count':[0,-3,2.5], 'limit':[0,-1]}
+
+@pytest.mark.parametrize('name', {**classes(MetricLoss),**classes(Miner)})
+def test_arguments_out_of_range(name):
+    "Each number among the arguments has a range, and what is outside is refused"
+    cls = getattr(package, name)
+    args = inspect.signature(cls.__init__).parameters.values()
+    ranges = {k:v for o in reversed(cls.__mro__) for k,v in vars(o).get('ranges', {}).items()}
+    numbers = [o.name for o in args if type(o.default) in (int,float) or o.name in ('n_classes','emb_sz')]
+    for o in numbers:
+        for bad in (math.nan, 'x', [1], *WRONG[ranges[o]], *[math.inf]*(ranges[o]!='limit')):
+            with pytest.raises(ValueError, match=f'^{name}: {o} must be'): cls(**{o:bad})
+    if any(o.name=='reduction' for o in args):
+        with pytest.raises(ValueError, match=f"^{name}: reduction 'avg' is none of"): cls(reduction='avg')
+
+@pytest.mark.parametrize('call', [lambda: MultiSimilarityLoss(alpha=0), lambda: DRMultiSimilarityLoss(2., -1), lambda: ProxyNCALoss(scale=0.),
+    lambda: DRProxyNCALoss(-3, 8), lambda: ProxyAnchorLoss(5, 2.5), lambda: ProxyAnchorLoss(alpha=-32), lambda: ProxyNCALoss(lr_mult=-1),
+    lambda: NPairLoss(-.02), lambda: MarginLoss(n_classes=0), lambda: MarginLoss(nu=-1.), lambda: SemiHardMiner(0), lambda: DistanceWeightedMiner(0.)])
+def test_some_ranges(call):
+    with pytest.raises(ValueError, match=' must be '): call()
+
+def test_wrong_combinations():
+    for args in ([()], [[TripletLoss()],[math.nan]], [[TripletLoss()],['x']], [[TripletLoss()],[1,2]]):
+        with pytest.raises(ValueError): CombinedLoss(*args)
+    with pytest.raises(TypeError, match='bogus'): TripletLoss(bogus=1)
+
+@pytest.mark.parametrize('name', [k for k,o in classes(Miner).items() if o is not Miner])
+def test_miners_on_little(name):
+    miner = getattr(package, name)()
+    for n in (0,1):
+        assert all(o.dtype==torch.int64 and not len(o) for o in miner(torch.ones(n, 4), torch.zeros(n, dtype=torch.int64)))
+    with pytest.raises(ValueError, match='embeddings must be a tensor'): miner(np.ones((4,4)), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match='labels must be'): miner(torch.ones(4, 4), torch.zeros(3, dtype=torch.int64))
+
+def test_nothing_to_rank():
+    z = torch.zeros(0, 5, 8, requires_grad=True)
+    l = package.RankingLoss()(z)
+    l.backward()
+    assert l==0 and z.grad.shape==z.shape
 
 @pytest.mark.parametrize('name', SEEN)
 @pytest.mark.parametrize('unseen', [5,900,-1])

@@ -127,6 +127,12 @@ def test_unnormalised_and_identity():
     m = Embedder('test_resnet', pretrained=False, normalize=False, head='identity').eval()
     assert m.emb_sz==m.n_features and torch.equal(m(x), m.features(x))
 
+@pytest.mark.parametrize('arch,kwargs,size,said', [('test_vit', {}, 24, r'24×24 pixels .*: make them 32 pixels to a side, a multiple of its patches of 16\.$'), ('test_vit', dict(dynamic_img_size=False), 24, 'patches of 16, and pass `model_kwargs=dict\\(img_size=32\\)`'),
+    ('mixer_s32_224', {}, 24, 'make them 224 pixels to a side')])
+def test_sizes_that_patches_do_not_fit(arch, kwargs, size, said):
+    with pytest.raises(ValueError, match=f'{arch!r} cannot take images of {said if "×" in said else ".*"+said}'): Embedder(arch, 8, pretrained=False, **kwargs)(torch.zeros(2,3,size,size))
+    if 'vit' in arch: assert Embedder(arch, 8, pretrained=False, img_size=32, **kwargs)(torch.rand(2,3,32,32)).shape==(2,8) # as it says
+
 def test_wrong_names_are_named():
     def make(**kwargs): return Embedder('test_resnet', pretrained=False, **kwargs)
     for kwargs,said in ((dict(pool='gen'), "'avgmax' or 'gem'; got 'gen'"), (dict(head='bn'), "'bnneck' and 'identity'; got 'bn'"), (dict(init='he'), "'orthogonal', 'kaiming' or 'random'; got 'he'"),
@@ -201,4 +207,27 @@ def test_no_network(monkeypatch):
     "Pretrained weights that cannot be fetched are a sentence that says what to do"
     def _fail(*args, **kwargs): raise OSError('no network')
     monkeypatch.setattr(timm, 'create_model', _fail)
+    monkeypatch.setattr('dmlfast.models._reach_weights', lambda arch: None)
     with pytest.raises(RuntimeError, match="pass a file as `weights=`, or `pretrained=False`"): timm_body('resnet18')
+
+def test_the_hub_is_asked_once(monkeypatch):
+    "Without a network it is said at once, and not after five tries for each of two files; weights that are on this machine are not asked for"
+    import socket, time
+    import dmlfast.models as models
+    asked,there = [],[]
+    def _no_name(*args, **kwargs):
+        asked.append(args)
+        raise socket.gaierror(-2, 'Name or service not known')
+    monkeypatch.setattr(socket, 'getaddrinfo', _no_name)
+    for o in ('http','https','all'): monkeypatch.delenv(f'{o}_proxy', raising=False), monkeypatch.delenv(f'{o.upper()}_PROXY', raising=False)
+    monkeypatch.setattr(models, 'try_to_load_from_cache', lambda *args, **kwargs: there[0] if there else None)
+    began = time.perf_counter()
+    with pytest.raises(RuntimeError, match='could not be loaded.*pass a file as `weights=`'): timm_body('test_resnet')
+    assert len(asked)<5 and time.perf_counter()-began<8 # 46 seconds otherwise
+    asked.clear(), there.append('model.safetensors')
+    monkeypatch.setattr(timm, 'create_model', lambda *args, **kwargs: 'made')
+    assert timm_body('test_resnet')=='made' and not asked
+
+def test_arguments_that_timm_does_not_take():
+    for o in (dict(bogus=1), dict(a=(1,(2,3))), dict(layers=5)):
+        with pytest.raises(ValueError, match="timm cannot make 'test_resnet' with"): timm_body('test_resnet', pretrained=False, **o)

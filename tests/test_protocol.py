@@ -43,6 +43,8 @@ def test_all_of_it(few, tmp_path):
     assert _keys(exp)==all_work
     best = max(exp.rows('trial', 'a'), key=lambda o: o['value'] if o['state']=='COMPLETE' else -1)
     assert exp.chosen('a')['toy']['noise']==best['params']['toy.noise']
+    tried = [o['params']['toy.noise'] for o in exp.rows('trial', 'a')]
+    assert tried[0]==.5 and len(set(tried))==4 # what the method says is tried first, and once
     assert exp.chosen('louder')['toy']==dict(noise=3.) and exp.chosen('louder')['seed']==0
     assert list(exp.values('louder', 'map@r'))==[1,5]
     d = exp.difference('louder', measure='recall@1') # seed 1 is the only one that both have
@@ -50,6 +52,18 @@ def test_all_of_it(few, tmp_path):
     assert list(exp.differences().index)==['γ'] # one seed in common is no interval
     assert list(exp.choices().index)==['a','γ'] and list(exp.table().index)==['a','γ','louder']
     assert exp.hours_left()==0 and exp.jobs()==[]
+
+def test_trials_that_were_given_up_are_not_chosen(few, tmp_path):
+    "Neither by the experiment nor in its table, however high their last score; and its search knows which ones they were"
+    exp = _exp(tmp_path, few)
+    for i,(state,scores) in enumerate((('COMPLETE',[.1,.3]),('PRUNED',[.9]),('COMPLETE',[.2,.4]),('COMPLETE',[.3,.2]))):
+        exp.write(dict(kind='trial', method='a', number=i, params={'toy.noise':.5*(i+1)}, state=state, value=scores[-1], scores=scores, seconds=1., cpu_seconds=1.))
+    assert exp.chosen('a')['toy']['noise']==1.5
+    assert exp.choices().loc['a'].to_dict()=={'chosen':'toy.noise=1.5', 'map@r in validation':40., 'trials':4, 'pruned':1}
+    trials = exp.study('a').trials
+    assert [o.state.name for o in trials]==['COMPLETE','PRUNED','COMPLETE','COMPLETE'] and [o.intermediate_values for o in trials]==[{0:.1, 1:.3},{0:.9},{0:.2, 1:.4},{0:.3, 1:.2}]
+    for o in exp.rows('trial'): exp.write({**o, 'method':'γ', 'state':'PRUNED'})
+    with pytest.raises(ValueError, match="None of the 4 trials of 'γ' came to its end"): exp.chosen('γ')
 
 def test_killed_and_started_again(few, tmp_path):
     "A process that is killed loses the piece that it was in; what it half wrote, within a letter, is not in the way"
@@ -197,7 +211,9 @@ def test_networks_that_are_not_there(few, tmp_path):
 
 @pytest.mark.parametrize('change,said', [
     (dict(seed=3), "nearest is 'seeds'"), (dict(seeds=0), 'seeds'), (dict(seeds=[1,1]), 'seeds'), (dict(seeds=True), 'seeds'), (dict(search=dict(trials=3)), 'search.n_trials'), (dict(search=dict(n_epoch=0)), '1 or more'),
-    (dict(measures=['recal@1']), 'is not a metric'), (dict(methods={}), 'no `methods`'), (dict(methods=dict(a=1)), 'is a table'), (dict(methods=dict(a=dict(tvin='b'))), "nearest is 'twin'"),
+    (dict(measures=['recal@1']), 'is not a metric'), (dict(measures=['pr_curve']), 'is a curve'), (dict(measures=[]), 'one or more metrics'), (dict(measures=3), '3 is not a metric'),
+    (dict(search=dict(metric='recal@1')), "nearest name is 'recall@1'"), (dict(search=dict(metric='recall')), "one metric, such as 'map@r'"), (dict(search=dict(metric=['map@r'])), 'one metric'), (dict(search=dict(seed='a')), 'search.seed'),
+    (dict(search=3), '`search` is a table'), (dict(settings=3), '`settings` is a table'), (dict(methods=['a']), '`methods` is a table'), (dict(methods={}), 'no `methods`'), (dict(methods=dict(a=1)), 'is a table'), (dict(methods=dict(a=dict(tvin='b'))), "nearest is 'twin'"),
     (dict(methods=dict(a=dict(twin='b'))), 'the methods are'), (dict(methods=dict(a=dict(twin='a'))), 'the method itself'), (dict(methods=dict(a={}, b=dict(like='a'), c=dict(like='b'))), 'like another one'),
     (dict(methods=dict(a={}, b=dict(like='a', space={'fit.lr':(1.,2.)}))), 'would not be looked at'), (dict(methods=dict(a=dict(settings=dict(x=1)))), 'for a `trainer`'),
     (dict(methods=dict(a=dict(loss=dict(name='triplett')))), "Method 'a': There is no loss"), (dict(methods=dict(a=dict(space={'loss.margn':(.1,.2)}, loss=dict(name='triplet')))), 'loss.margin'),
@@ -209,6 +225,66 @@ def test_plans_that_cannot_be(change, said, few, tmp_path):
     _plan(tmp_path)
     text = json.dumps({**plan, **change}).replace('TOY', str(tmp_path/'toy.py'))
     with pytest.raises(ValueError, match=said.replace('[', r'\[')): _exp(tmp_path, few, json.loads(text))
+
+@pytest.mark.parametrize('name', ['../../x', 'a/b', '..', '', 'a\\b', 'a\0', 'a\nb', 'c:x', '.a', 'γ'*101, 3])
+def test_names_that_are_no_names_of_files(name, few, tmp_path):
+    "A kept model and a lock are called by them"
+    with pytest.raises(ValueError, match='files are called by the names of methods'): _exp(tmp_path, few, dict(methods={name:dict(loss=dict(name='triplet'))}, keep_models=True, settings=dict(fit=dict(n_epoch=1))))
+    assert not [*tmp_path.iterdir()]
+
+def test_what_a_plan_has_can_be_written_and_read(few, tmp_path, body):
+    "Paths as words, tuples as lists, the same in the settings of all and of one method, a choice among them, and whatever numbers a trainer gives; the file is the same plan's again"
+    plan = _plan(tmp_path)
+    (tmp_path/'toy.py').write_text(trainer.replace('ids, {}', 'ids, dict(numpy=np.float32(.5), torch=torch.tensor([1,2]))').replace("report(e, 1-s['noise'])", "report(e, np.float32(1-s['noise']))"))
+    ours = dict(trainer=f"{tmp_path/'toy.py'}:train", space={'toy.noise':(.1,2.), 'toy.file':[Path('a'),Path('b')], 'toy.pair':[(1,2),(3,4),None]})
+    plan = dict(seeds=1, measures=['map@r'], search=dict(n_trials=6, n_epoch=1), settings=dict(model=dict(weights=body)), methods=dict(a=dict(ours, settings=dict(toy=dict(noise=.5, file=Path('a'), pair=(1,2))))))
+    exp = _exp(tmp_path, few, plan)
+    exp.run()
+    again = _exp(tmp_path, few, plan)
+    assert again.jobs()==[] and again.rows()==exp.rows() and again.chosen('a')==exp.chosen('a') and len(again.study('a').trials)==6
+    assert again.rows('trial')[0]['params']=={'toy.noise':.5, 'toy.file':'a', 'toy.pair':[1,2]} # as the method says
+    row = again.rows('run')[0]
+    assert row['settings']['model']['weights']==str(body) and row['seen']==dict(numpy=.5, torch=[1,2])
+
+@pytest.mark.parametrize('change,said', [(dict(settings=dict(toy=dict(f=print))), r"Method 'a': `settings.toy.f` is <built-in"), (dict(model=dict(timm=dict(act=dict))), '`model.timm.act` is <class'), (dict(settings=dict(toy={1:2})), r"`settings.toy` is \{1: 2\}"),
+    (dict(space={'toy.noise':[print]}), "Method 'a': `toy.noise` is <built-in")])
+def test_what_cannot_be_written_down(change, said, few, tmp_path):
+    "It is refused before anything is trained, and not after it"
+    plan = _plan(tmp_path)
+    plan['methods'] = dict(a={**plan['methods']['a'], **change})
+    with pytest.raises(ValueError, match=said): _exp(tmp_path, few, plan)
+
+def test_a_weights_path_of_our_own_method(few, tmp_path, body):
+    exp = _exp(tmp_path, few, {**_trained(body), 'seeds':1, 'methods':dict(a=dict(model=dict(weights=body), space={}))})
+    exp.run()
+    assert [o['kind'] for o in exp.rows()]==['features','run'] and exp.rows('run')[0]['settings']['model']['weights']==str(body)==exp.rows('features')[0]['body']['weights']
+
+def test_the_file_is_read_when_it_has_changed(few, tmp_path, monkeypatch):
+    "Once to make an experiment, and again when another process has added a line"
+    exp = _exp(tmp_path, few)
+    exp.run()
+    n,real = [],Path.read_text
+    monkeypatch.setattr(Path, 'read_text', lambda self, *a, **k: (n.append(self), real(self, *a, **k))[1])
+    again = _exp(tmp_path, few)
+    assert n.count(again.out)==1 and again.table().equals(exp.table()) and n.count(again.out)==1
+    exp.write(dict(exp.rows('run')[0], seed=99))
+    assert len(again.rows('run'))==len(exp.rows('run'))==9 and n.count(again.out)==3
+
+def test_a_worker_that_fails_says_why(tmp_path, monkeypatch, capsys):
+    "Its own sentence is that of the command, once however many failed; one that was killed said none, and an error that nobody foresaw is named"
+    import sys
+    from dmlfast.cli import _guarded, _share
+    def _fail(e): raise e
+    assert _guarded(lambda: print('on its way'))==0 and capsys.readouterr().out==''
+    assert _guarded(lambda: _fail(ValueError('the drum is out of oil')))==1 and capsys.readouterr().out=='the drum is out of oil\n'
+    assert _guarded(lambda: _fail(KeyError('oil')))==1 and 'Traceback' in (said := capsys.readouterr()).err and said.out=="KeyError: 'oil'\n"
+    worker = tmp_path/'worker.sh' # in Python's place
+    monkeypatch.setattr(sys, 'executable', str(worker))
+    for line,said in (('echo no oil; exit 1','2 of 2 workers failed: no oil'), ('kill -9 $$','2 of 2 workers failed: one ended with status -9 and no word')):
+        worker.write_text(f'#!/bin/sh\n{line}\n')
+        worker.chmod(0o755)
+        with pytest.raises(RuntimeError) as e: _share('p.toml', tmp_path/'r.jsonl', None, 2)
+        assert str(e.value)==said
 
 def test_trainers_that_break_their_word(few, tmp_path):
     (tmp_path/'bad.py').write_text('import torch\ndef silent(s, ds, valid, report): return None\ndef few(s, ds, valid, report): return torch.eye(2), torch.arange(2), {}\n')

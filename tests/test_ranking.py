@@ -658,7 +658,7 @@ def test_bad_arguments(make_learner, few):
     with pytest.raises(ValueError, match=r"the model needs a method `features\(x\)` that gives them, \(n,n_features\), and an attribute `n_features`"):
         metric_learner(dls, flat, TripletLoss(), cbs=SelfSupervisedRanking())
     learn = make_learner(cbs=[make_ssr(),make_ssr()])
-    with pytest.raises(ValueError, match="There are two"): learn.fit(1)
+    with pytest.raises(ValueError, match="There are two columns"): learn.fit(1)
     class Maps(nn.Module):
         n_features = 12
         def __init__(self): super().__init__(); self.conv = nn.Conv2d(3,12,3)

@@ -1,5 +1,5 @@
 "The page about a run: what it says, that it loads nothing, and that a browser has nothing to complain of"
-import base64, io, json, os, re, shutil, subprocess, sys
+import base64, io, json, os, re, resource, shutil, signal, subprocess, sys
 from html.parser import HTMLParser
 import numpy as np, pytest, torch
 from PIL import Image
@@ -112,6 +112,26 @@ def test_queries_and_galleries(few, tmp_path, no_pictures):
     rows,q = {o[0]:o for o in p.cells if o},(ds.df[ds.df.split=='test'].role=='query').sum()
     assert rows['recall@20'][1]==f'{res["recall@20"]:.4f}' and rows['map@r'][1]==f'{res["map@r"]:.4f}' and 'recall@8' not in rows
     assert f'{q} queries search for items of their class in a gallery of {(ds.df.split=="test").sum()-q}' in p.text
+
+def test_the_curve_of_the_loss_is_that_of_recorder(run):
+    "`Recorder` has smoothed it: the mean of all losses so far, with a weight that falls by .98 for each step"
+    learn,_ = run
+    a,b,c = plot_curves(learn).axes
+    x,y = a.lines[0].get_data()
+    assert list(x)==list(range(1, 1+2*len(learn.dls.train))) and y.tolist()==[float(o) for o in learn.recorder.losses]
+    raw = [o['loss'] for o in learn.training_doctor.steps]
+    assert y[:2].tolist()==pytest.approx([raw[0],(.98*raw[0]+raw[1])/1.98], rel=1e-5)
+
+def test_a_report_is_written_whole_or_not_at_all(run, tmp_path, no_pictures):
+    learn,_ = run
+    file = learn.report(tmp_path/'r', n_queries=1)
+    before,old = file.read_bytes(),resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000,-1)) # as a full disk
+    try:
+        with pytest.raises(OSError): learn.report(tmp_path/'r', n_queries=1, overwrite=True)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert file.read_bytes()==before and [o.name for o in file.parent.iterdir()]==['index.html']
 
 def test_a_report_is_not_overwritten_unasked(run, tmp_path):
     learn,file = run

@@ -186,16 +186,27 @@ def test_bad_embeddings(x):
 def test_bad_arguments():
     x,y = rand(20),labels(20,3)
     for kw,msg in [
-        (dict(metric='cosin'),'metric must be'), (dict(metrics=['map','recal']),"'recal' is not a metric"),
-        (dict(metrics=['recall@0']),'not a metric'), (dict(ks=[0]),'ks must be'), (dict(ks=[1.5]),'ks must be'),
+        (dict(metric='cosin'),'metric must be'), (dict(metrics=['map','recal']),"'recal' is not a metric, and the nearest name is 'recall': there are"), (dict(metrics=['MAP@R']),"nearest name is 'map@r'"), (dict(metrics=[42]),'42 is not a metric: '),
+        (dict(metrics=['recall@0']),'not a metric'), (dict(ks=[0]),'ks must be'), (dict(ks=[1.5]),'ks must be'), (dict(ks=2.5),'ks must be'), (dict(ks='5'),'ks must be'),
+        (dict(ks=[np.nan]),'ks must be'), (dict(ks=np.inf),'ks must be'), (dict(ks=['x']),'ks must be'),
         (dict(gallery=x),'come together'), (dict(gallery_labels=y),'come together'), (dict(ignore=y[:-1]),'ignore'),
         (dict(gallery=rand(20,9), gallery_labels=y),'8 columns, gallery has 9'), (dict(gallery=x, gallery_labels=y[:-1]),'gallery_labels'),
         (dict(gallery=x, gallery_labels=y, self_exclude=np.full(20,20)),'index of 20'),
         (dict(ci='images'),'ci must be'), (dict(block=-1),'block must be')]:
         with pytest.raises(ValueError, match=msg): evaluate_retrieval(x, y, **kw)
-    for kw,msg in [(dict(k=0),'between 1 and 19'), (dict(k=20),'between 1 and 19'), (dict(backend='annoy'),'backend must be'),
+    for kw,msg in [(dict(k=0),'between 1 and 19'), (dict(k=20),'between 1 and 19'), (dict(k=2.5),'a whole number'), (dict(k='2'),'a whole number'), (dict(backend='annoy'),'backend must be'),
         (dict(gallery=x[:9], self_exclude=True),'20 and 9')]:
         with pytest.raises(ValueError, match=msg): neighbours(x, **kw)
+    with pytest.raises(ValueError, match='a whole number'): kmeans(x, 2.5)
+
+def test_one_k():
+    "A number of `ks` is one of them; those of NumPy are numbers too"
+    x,y = rand(20),labels(20,3)
+    want = evaluate_retrieval(x, y, metrics='recall', ks=(5,))
+    for k in (5, 5., np.int64(5)):
+        got = evaluate_retrieval(x, y, metrics='recall', ks=k)
+        assert list(got.values)==['recall@5'] and (got.values['recall@5']==want.values['recall@5']).all()
+    for a,b in zip(neighbours(x, k=np.int64(3)), neighbours(x, k=3)): assert (a==b).all()
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
 def test_float_types(dtype):
@@ -467,6 +478,8 @@ def test_macro_and_per_class():
     v = r.values['map']
     np.testing.assert_allclose(r.macro('map'), (v[:6].mean()+v[6:].mean())/2)
     assert r.per_class('map')=={3:pytest.approx(v[:6].mean()), 5:pytest.approx(v[6:].mean())}
+    with pytest.raises(KeyError, match="'mrr' was not measured: there are map"): r.per_class('mrr')
+    with pytest.raises(ValueError, match="'nmi' is a score of the clusters of the whole set"): evaluate_retrieval(rand(8), y, metrics=['map','nmi']).per_class('nmi')
 
 def test_difference_is_paired():
     x,y = noisy()

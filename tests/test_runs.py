@@ -177,3 +177,17 @@ def test_batches_fit_few_classes(few):
     with pytest.warns(UserWarning, match='Batches have 12 images, since there are 3 training classes, with 4 images of each'): learn = make_learner(s, ds)
     assert learn.dls.train.bs==12
     assert few.dataloaders(per_class=5, num_workers=0, size=24).train.bs==60 # whole classes: 12 of them
+
+def test_odd_values_of_every_loss():
+    "What a loss or a miner cannot work with is refused before a fit, whatever stumbles over it"
+    from dmlfast import losses, mining, proxies
+    from dmlfast.runs import _allowed, _classes, check_settings
+    def names(base, *modules): return [k for m in modules for k,o in _classes(m, base).items() if k not in ('MetricLoss','ProxyLoss','OtherLoss','CombinedLoss','Miner')]
+    tables = [('loss', dict(name=o)) for o in names(losses.MetricLoss, losses, proxies)]+[('loss.miner', dict(name='triplet', miner=dict(name=o))) for o in names(mining.Miner, mining)]
+    assert len(tables)>15
+    for table,loss in tables:
+        check_settings(dict(loss=loss))
+        for k in _allowed(dict(loss=loss))[table]:
+            for v in (None, '', -3, math.nan, math.inf, -math.inf, 'word', 10**30, [1,[2,3]], {}, True):
+                try: check_settings(_with({f'{table}.{k}':v}, dict(loss=loss)))
+                except ValueError as e: assert str(e) and '\n' not in str(e)

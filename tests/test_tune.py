@@ -1,5 +1,5 @@
 "Searches: judged on training classes, given up where they fall behind, and the same whether interrupted or not"
-import contextlib, math
+import contextlib, math, multiprocessing, os, sqlite3, time
 from pathlib import Path
 import pytest
 
@@ -60,7 +60,6 @@ def test_the_first_settings_are_tried_again_if_their_trial_failed(few, tmp_path)
 
 def test_a_process_that_died_in_a_trial(few, tmp_path):
     "Its trial is done again once its heart has not beaten for long enough"
-    import sqlite3
     from dmlfast.tune import make_study
     study = make_study(tmp_path/'s.db', first=[dict(x=.5)])
     trial = study.ask()
@@ -70,11 +69,97 @@ def test_a_process_that_died_in_a_trial(few, tmp_path):
     study = _search(few, lambda e, x: x, storage=tmp_path/'s.db', first=[dict(x=.5)], n=3)
     assert [o.state.name for o in study.trials].count('FAIL')==1 and dict(x=.5) in _xs(study)
 
+def _resume(ds, file, barrier, log):
+    "What one of several processes does"
+    def _f(e, x):
+        if e==0:
+            with open(log, 'a') as f: f.write(f'{os.getpid()} {x}\n')
+            time.sleep(.05)
+        return x
+    barrier.wait()
+    _search(ds, _f, n=8, storage=file)
+
+def test_two_processes_go_on_after_a_third_was_killed(few, tmp_path):
+    "Two of eight trials are done and one died, with its heart or before the first beat: six more, the dead one's among them, and none twice"
+    from dmlfast.tune import make_study
+    _search(few, lambda e, x: x, n=2, storage=tmp_path/'s.db', first=[dict(x=.5)])
+    study = make_study(tmp_path/'s.db')
+    dead = study.ask()
+    x = dead.suggest_float('x', 0., 1.)
+    study._storage.record_heartbeat(dead._trial_id)
+    with sqlite3.connect(tmp_path/'s.db') as db: db.execute("update trial_heartbeats set heartbeat = datetime('now', '-1 hour')")
+    ctx = multiprocessing.get_context('fork')
+    barrier = ctx.Barrier(2)
+    ps = [ctx.Process(target=_resume, args=(few, tmp_path/'s.db', barrier, tmp_path/'log')) for _ in range(2)]
+    for p in ps: p.start()
+    for p in ps: p.join(120)
+    study = make_study(tmp_path/'s.db')
+    states,lines = [o.state.name for o in study.trials],(tmp_path/'log').read_text().splitlines()
+    assert [p.exitcode for p in ps]==[0,0] and len(_xs(study))==8 and not {'RUNNING','WAITING'} & {*states}
+    assert len(lines)==len(set(lines))==6 and len({o.split()[0] for o in lines})==2 and dict(x=x) in _xs(study)
+
+def test_a_trial_too_many_is_not_begun(few, tmp_path, monkeypatch):
+    "Another process asks for its trial between our look at what is left and our asking"
+    from dmlfast import tune
+    others,said,real = [],[],tune._is_one_left
+    def _look(study, n_trials):
+        left = not others and real(study, n_trials)
+        if left: others.append(tune.make_study(tmp_path/'s.db').ask())
+        else: study.tell(others[0], .5) # which is then finished
+        return left
+    monkeypatch.setattr(tune, '_is_one_left', _look)
+    study = _search(few, lambda e, x: 1/0, n=1, storage=tmp_path/'s.db', callbacks=[lambda *a: said.append(a)])
+    assert [o.value for o in study.trials if o.state.name=='COMPLETE']==[.5] and [o.state.name for o in study.trials]==['COMPLETE','FAIL'] and not said
+
+def test_transactions_of_sqlite_do_not_overlap(few, tmp_path):
+    "Else two processes read that a trial waits, and both take it"
+    from dmlfast.tune import _storage
+    with _storage(tmp_path/'s.db').engine.begin() as one, sqlite3.connect(tmp_path/'s.db', timeout=0) as other:
+        one.exec_driver_sql('select * from trials')
+        with pytest.raises(sqlite3.OperationalError, match='locked'): other.execute('begin immediate')
+
+def test_first_settings_of_two_processes(few, tmp_path):
+    "Both saw that nobody had tried them; they are tried once, and beside them as many others as asked for"
+    from dmlfast import tune
+    tries = []
+    tune.make_study(tmp_path/'s.db', first=[dict(x=.5)]).enqueue_trial(dict(x=.5))
+    study = _search(few, lambda e, x: tries.append(x) or x, n=3, n_epoch=1, storage=tmp_path/'s.db')
+    assert len(tries)==len(set(tries))==3 and tries[0]==.5 and _xs(study)==[dict(x=o) for o in tries]
+
+def test_a_process_that_died_before_its_heart_beat(few, tmp_path, monkeypatch, capsys):
+    "It is waited for no longer than any other"
+    from dmlfast import tune
+    tune.make_study(tmp_path/'s.db', first=[dict(x=.5)]).ask() # and no more of it
+    naps = iter(range(9))
+    def _later(_):
+        next(naps) # which ends, and so does a wait for ever
+        with sqlite3.connect(tmp_path/'s.db') as db: db.execute("update trial_heartbeats set heartbeat = datetime('now', '-1 hour')")
+    monkeypatch.setattr(tune.time, 'sleep', _later)
+    study = _search(few, lambda e, x: x, n=1, storage=tmp_path/'s.db')
+    assert _xs(study)==[dict(x=.5)] and 'under way in other processes (1)' in capsys.readouterr().out
+
 def test_trials_that_fall_behind_are_given_up(few):
     study = _search(few, lambda e, x: (1-x)*(e+1), n=15, space={'x':[0.,.2,.4,.6,.8,1.]})
     pruned = [o for o in study.trials if o.state.name=='PRUNED']
     assert pruned and all(len(o.intermediate_values)<=3 for o in pruned) and any(len(o.intermediate_values)<3 for o in pruned)
     assert study.best_value==3. and all(o.params['x']>study.best_params['x'] for o in pruned)
+
+def test_folds_go_on_counting_and_report_the_mean_so_far(few):
+    "The second fold's three epochs are steps 3 to 5; its scores are 0, 1, 2 as the first one's, whose last was 2. Optuna ignores a step that was reported before"
+    study = _search(few, lambda e, x: float(e), n=1, folds=2)
+    assert study.trials[0].intermediate_values=={0:0., 1:1., 2:2., 3:1., 4:1.5, 5:2.} and study.best_value==2.
+
+def test_what_is_said_of_trials_has_no_gaps(few, tmp_path, capsys):
+    "The second of three numbers was taken by a trial that failed; a trial that was pruned has no score"
+    from dmlfast.cli import _after_trial, _study_results
+    from dmlfast.tune import distributions, make_study
+    from optuna.trial import TrialState
+    study = make_study()
+    for value,state in ((.25,'COMPLETE'),(None,'FAIL'),(None,'PRUNED'),(.5,'COMPLETE')):
+        study.tell(study.ask(distributions({'fit.lr':(1e-3,1e-2)})), value, state=TrialState[state])
+        if state!='FAIL': _after_trial(dict(loss=dict(name='triplet')), tmp_path, 3)(study, study.trials[-1])
+    assert [o.split(',')[0] for o in capsys.readouterr().out.splitlines()]==['trial 1 of 3: complete','trial 2 of 3: pruned','trial 3 of 3: complete']
+    assert [(o['number'],o['score']) for o in _study_results(study)['trials']]==[(0,.25),(1,None),(2,.5)]
 
 def test_a_trial_that_diverged_scores_nothing(few):
     from dmlfast.evaluate import Diverged
@@ -119,6 +204,25 @@ def test_wrong_arguments(few, tmp_path):
     for o in ({'loss.margn':(.1,.5)}, {'loss.margin':['a','b']}, {'fit.lr':(-1.,1.)}, {'seed.x':(1,2)}):
         with pytest.raises(ValueError): check_space(s, o)
         with pytest.raises(ValueError): tune_settings(s, o, few)
+
+def test_a_column_that_is_not_there(few, tmp_path):
+    "Names of metrics are checked before there is a study, and other columns before the first epoch"
+    from dmlfast.runs import make_learner
+    from dmlfast.tune import TrialScore, tune_settings
+    s = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=8), loss=dict(name='triplet'))
+    for metric,said in (('recal@1',"nearest name is 'recall@1'"), ('pr_curve','is a curve'), ('recall','one metric'), (['map@r'],'one metric')):
+        with pytest.raises(ValueError, match=said): tune_settings(s, {'fit.lr':[1e-3]}, few, n_trials=1, storage=tmp_path/'s.db', metric=metric)
+    assert not [*tmp_path.iterdir()]
+    learn,steps = make_learner(s, few),[]
+    learn.one_batch = lambda *a: steps.append(a)
+    with pytest.raises(ValueError, match="The score is 'f1', and the columns are train_loss, valid_loss, recall@1"): learn.fit(1, 1e-3, cbs=TrialScore(print, 'f1'))
+    assert not steps
+
+def test_paths_among_the_choices(few, tmp_path):
+    "A database holds them as words, and another process finds them in it"
+    for n in (2,4): study = _search(few, lambda e, x: float(len(x)), n=n, n_epoch=1, space={'x':[Path('a'),Path('bb')]}, first=[dict(x='bb')], storage=tmp_path/'s.db')
+    assert study.best_params==dict(x='bb') and study.trials[0].params==dict(x='bb') and len(_xs(study))==4
+    with pytest.raises(ValueError, match="`x` is <built-in"): _search(few, space={'x':[print]})
 
 def test_test_classes_stay_out(few):
     "Whatever the settings say, a search measures on `val`; patience and best epochs are not for trials"
