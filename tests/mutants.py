@@ -34,7 +34,8 @@ mutants = [ # room, what its code says, what it says instead, tests
     ('transfer', "dls.valid.new(_of_items(ds, (~seen)", "dls.valid.new(_of_items(ds, seen", 'test_transfer.py -k halves'), # judged on what was trained on
     ('interpret', "n,r = len(g)-_count(self.ids[q], self.ids[g])", "n,r = len(g)-0*_count(self.ids[q], self.ids[g])", 'test_interpret.py'), # chance with the query in its own gallery
     ('tune', "report(i*n_epoch+epoch,", "report(epoch,", 'test_tune.py'), # folds report the same steps to the pruner
-    ('tune', "MaxTrialsCallback(n_trials, states=(s.COMPLETE,s.PRUNED))", "MaxTrialsCallback(n_trials, states=(s.COMPLETE,s.PRUNED,s.FAIL))", 'test_tune.py'), # a trial that was interrupted counts
+    ('tune', "return _in_state(study, 'COMPLETE', 'PRUNED')", "return _in_state(study, 'COMPLETE', 'PRUNED', 'FAIL')", 'test_tune.py'), # a trial that was interrupted counts
+    ('tune', "firsts.count(firsts[-1])>1", "firsts.count(firsts[-1])>2", 'test_tune.py'), # two processes have the same first trial
     ('protocol', "done = [o for o in trials if o['state']=='COMPLETE']", "done = trials", 'test_protocol.py'), # one that was given up is chosen
     ('runs', "set_seed(seed, reproducible=True)", "set_seed(0, reproducible=True)", 'test_runs.py -k seed'),
     ('cli', "evaluate_retrieval(*_raw_pixels(test), metrics=names)", "evaluate_retrieval(*_raw_pixels(dls.train), metrics=names)", 'test_cli.py -k demo_on_a_folder'), # of training images
