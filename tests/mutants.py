@@ -30,7 +30,8 @@ mutants = [ # room, what its code says, what it says instead, tests
     ('ranking', "torch.randperm(len(x), generator=self.rng)", "torch.randperm(len(x))", 'test_ranking.py -k gradients_add_up'),
     ('learner', "return slice(lr*self.body_share, lr)", "return slice(lr, lr*self.body_share)", 'test_transfer.py -k rate'),
     ('learner', "isdisjoint(source.items('test'))", "isdisjoint(source.items('val'))", 'test_learner.py -k patience'),
-    ('checkpoint', "for o in ('seed','epoch') if hasattr(dl, o)", "for o in ('seed',) if hasattr(dl, o)", 'test_checkpoint.py -k killed'), # a resumed run begins with the first batches
+    ('data', "def load_state_dict(self, d): self.n = d['n']", "def load_state_dict(self, d): self.n = 0", 'test_checkpoint.py -k killed'), # a resumed run begins with the first batches
+    ('checkpoint', "dict(rng=dl.rng.getstate()) | (dict(seed=dl.seed)", "dict(rng=dl.rng.getstate()) | (dict(seed=dl.seed+1)", 'test_checkpoint.py -k killed'),
     ('transfer', "dls.valid.new(_of_items(ds, (~seen)", "dls.valid.new(_of_items(ds, seen", 'test_transfer.py -k halves'), # judged on what was trained on
     ('interpret', "n,r = len(g)-_count(self.ids[q], self.ids[g])", "n,r = len(g)-0*_count(self.ids[q], self.ids[g])", 'test_interpret.py'), # chance with the query in its own gallery
     ('tune', "report(i*n_epoch+epoch,", "report(epoch,", 'test_tune.py'), # folds report the same steps to the pruner
