@@ -26,6 +26,16 @@ def test_demo_on_a_folder(folder, tmp_path):
     rows = [next(i for i,o in enumerate(out.splitlines()) if o.startswith(k)) for k in ('raw pixels','features','start','trained')]
     assert rows==sorted(rows) # each as it comes
     assert (tmp_path/'res'/'neighbours.png').stat().st_size>10_000
+    assert scores['raw pixels']['recall@1']==pytest.approx(_recall_of_pixels(folder), abs=1e-6)
+
+def _recall_of_pixels(folder):
+    "Share of the test images whose nearest other one, by the correlation of their pixels, is of their class"
+    import numpy as np
+    from dmlfast.datasets import MetricDataset
+    x,y = zip(*((x.flatten(1).numpy(), y.numpy()) for x,y in MetricDataset.from_folder(folder).dataloaders(16, valid='test', size=32, num_workers=0).valid))
+    y,s = np.concatenate(y),np.corrcoef(np.concatenate(x))
+    np.fill_diagonal(s, -2)
+    return (y[s.argmax(1)]==y).mean()
 
 def _weights(path):
     import timm

@@ -253,6 +253,7 @@ def test_what_cannot_be_written_down(change, said, few, tmp_path):
     plan = _plan(tmp_path)
     plan['methods'] = dict(a={**plan['methods']['a'], **change})
     with pytest.raises(ValueError, match=said): _exp(tmp_path, few, plan)
+    with pytest.raises(ValueError, match='`model.timm.act` is <class'): _exp(tmp_path, few, {**_plan(tmp_path), 'settings':dict(model=dict(timm=dict(act=dict)))})
 
 def test_a_weights_path_of_our_own_method(few, tmp_path, body):
     exp = _exp(tmp_path, few, {**_trained(body), 'seeds':1, 'methods':dict(a=dict(model=dict(weights=body), space={}))})
@@ -261,14 +262,16 @@ def test_a_weights_path_of_our_own_method(few, tmp_path, body):
 
 def test_the_file_is_read_when_it_has_changed(few, tmp_path, monkeypatch):
     "Once to make an experiment, and again when another process has added a line"
-    exp = _exp(tmp_path, few)
-    exp.run()
-    n,real = [],Path.read_text
+    plan = dict(_plan(tmp_path), search=dict(n_trials=1, n_epoch=2))
+    exp = _exp(tmp_path, few, plan)
+    for m in ('a','γ'): exp.write(dict(kind='trial', method=m, number=0, params={'toy.noise':.5}, state='COMPLETE', value=.5, scores=[.5], seconds=1., cpu_seconds=1.))
+    for seed in (1,5,7): exp.write(dict(kind='run', method='louder', seed=seed, scores=dict.fromkeys(exp.measures, .5), seen={}, seconds=1., cpu_seconds=1.))
+    row,n,real = exp.rows('run')[0],[],Path.read_text
     monkeypatch.setattr(Path, 'read_text', lambda self, *a, **k: (n.append(self), real(self, *a, **k))[1])
-    again = _exp(tmp_path, few)
-    assert n.count(again.out)==1 and again.table().equals(exp.table()) and n.count(again.out)==1
-    exp.write(dict(exp.rows('run')[0], seed=99))
-    assert len(again.rows('run'))==len(exp.rows('run'))==9 and n.count(again.out)==3
+    again = _exp(tmp_path, few, plan)
+    assert list(again.table().index)==['louder'] and n.count(again.out)==1
+    exp.write({**row, 'seed':99})
+    assert len(again.rows('run'))==4 and len(again.rows('trial'))==2 and n.count(again.out)==2
 
 def test_a_worker_that_fails_says_why(tmp_path, monkeypatch, capsys):
     "Its own sentence is that of the command, once however many failed; one that was killed said none, and an error that nobody foresaw is named"

@@ -44,7 +44,7 @@ def _set_random_states(d):
     if 'cuda' in d and torch.cuda.is_available(): torch.cuda.set_rng_state_all(d['cuda'])
 
 # %% ../../nbs/api/train/05_checkpoint.ipynb #bfa9da41
-def _loader_state(dl): return dict(rng=dl.rng.getstate(), **{o:getattr(dl, o) for o in ('seed','epoch') if hasattr(dl, o)})
+def _loader_state(dl): return dict(rng=dl.rng.getstate()) | (dict(seed=dl.seed) if hasattr(dl, 'seed') else {})
 
 def _set_loader_state(dl, d):
     dl.rng.setstate(_py_state(d['rng']))
