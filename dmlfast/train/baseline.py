@@ -16,6 +16,7 @@ from fastai.learner import noop # not the same as fastcore's
 from fastai.callback.core import Callback
 from fastprogress.core import format_time
 from ..data.batches import _labels
+from .compat import *
 from .columns import *
 from .features import *
 from ..models.heads import *
@@ -236,4 +237,4 @@ def _write(self:HeadStart, name, row):
     if not talks(self.learn): return
     cells = [name]+[row['scores'].get(str(o), '-') for o in self.recorder.metric_names[1:-1]]+[format_time(row['seconds'])]
     for o in ('progress','plain_table'):
-        if (table := getattr(self.learn, o, None)) is not None: (table.write if hasattr(table, 'write') else table._write_stats)(cells)
+        if (table := getattr(self.learn, o, None)) is not None: write_row(table, cells)

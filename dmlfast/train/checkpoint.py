@@ -15,6 +15,7 @@ from fastcore.all import *
 from fastai.data.all import *
 from fastai.learner import *
 from fastai.callback.all import *
+from .compat import *
 from .columns import *
 from ..files.writing import *
 from .learner import *
@@ -51,18 +52,7 @@ def _set_loader_state(dl, d):
     for o in d.keys() - {'rng'}: setattr(dl, o, d[o])
     dl.__dict__.pop('sampler', None) # it was made for another seed
 
-# %% ../../nbs/api/train/10_checkpoint.ipynb #4bdbdedd
-_cb_attrs = {TrackerCallback:('best','wait','new_best'), GradientAccumulation:('count',), ParamScheduler:('hps',)}
-
-def _cb_state(cb):
-    "What `cb` remembers between epochs"
-    if hasattr(type(cb), 'state_dict'): return cb.state_dict()
-    return {o:cb.__dict__[o] for t,names in _cb_attrs.items() if isinstance(cb, t) for o in names if o in cb.__dict__}
-
-def _set_cb_state(cb, d):
-    if hasattr(type(cb), 'load_state_dict'): cb.load_state_dict(d)
-    else: cb.__dict__.update(d)
-
+# %% ../../nbs/api/train/10_checkpoint.ipynb #51b215f4
 def _cb_names(cbs):
     "`cbs` by name, with a number where a name comes twice"
     n,res = Counter(),{}
@@ -155,14 +145,14 @@ def begin(self:Checkpoint):
 @patch
 def state(self:Checkpoint):
     "All that the rest of the run depends on"
-    learn,rec = self.learn,self.recorder
+    learn = self.learn
     return _plain(dict(version=1, i_fit=self.i_fit, epoch=self.epoch+1, n_epoch=self.n_epoch, every=self.every, facts=self.facts, vocab=_classes(learn.dls),
         model=learn.model.state_dict(), opt=learn.opt.state_dict(), train_iter=learn.train_iter,
         grads=[p.grad for p in learn.model.parameters()] if any(getattr(o, "count", 0) for o in learn.cbs if isinstance(o, GradientAccumulation)) else None,
         scaler=learn.scaler.state_dict() if getattr(learn, 'scaler', None) else None,
-        recorder={**{o:getattr(rec, o) for o in rec._stateattrs}, 'smooth':(rec.smooth_loss.count, rec.smooth_loss.val)},
+        recorder=recorder_state(self.recorder),
         logs=self.logs, loaders=[_loader_state(o) for o in learn.dls.loaders],
-        callbacks={k:_cb_state(o) for k,o in _cb_names(learn.cbs).items()}, random=_random_states()))
+        callbacks={k:callback_state(o) for k,o in _cb_names(learn.cbs).items()}, random=_random_states()))
 
 def _classes(dls): return [str(o) for o in getattr(dls, 'vocab', [])]
 
@@ -217,37 +207,17 @@ def restore(self:Checkpoint,
     state:dict, # What `resume` read
 ):
     "Put everything back as it was after the last stored epoch"
-    learn,rec = self.learn,self.recorder
+    learn = self.learn
     _load_weights(learn.model, state['model'], self.folder)
     learn.opt.load_state_dict(to_device(state['opt'], next(learn.model.parameters()).device))
     if isinstance(getattr(learn.opt, 'hypers', None), list): learn.opt.hypers = L(learn.opt.hypers)
     for p,g in zip(learn.model.parameters(), state['grads'] or []): p.grad = None if g is None else g.to(p.device)
     if state['scaler'] and getattr(learn, 'scaler', None): learn.scaler.load_state_dict(state['scaler'])
     learn.first_epoch,learn.epoch,learn.train_iter = state['epoch'],state['epoch'],state['train_iter']
-    for o in rec._stateattrs: setattr(rec, o, state['recorder'][o])
-    rec.values = [L(o) for o in rec.values]
-    rec.smooth_loss.count,rec.smooth_loss.val = state['recorder']['smooth']
+    set_recorder_state(self.recorder, state['recorder'])
     for dl,d in zip(learn.dls.loaders, state['loaders']): _set_loader_state(dl, d)
     for k,o in _cb_names(learn.cbs).items():
-        if k in state['callbacks']: _set_cb_state(o, state['callbacks'][k])
+        if k in state['callbacks']: set_callback_state(o, state['callbacks'][k])
     for o in state['logs']: learn.logger(L(o))
     self.logs = state['logs']
     _set_random_states(state['random'])
-
-# %% ../../nbs/api/train/10_checkpoint.ipynb #71a384d0
-@patch
-@delegates(Learner.save)
-def save(self:MetricLearner,
-    file, # Name, `.pth` is added, in `learn.path/learn.model_dir`; or a path
-    **kwargs
-)->Path: # The file
-    "As of any learner, and the file is written whole or not at all, so that a run can go on with its best epoch"
-    if rank_distrib() or not isinstance(file, (str,Path)): return Learner.save(self, file, **kwargs)
-    file = join_path_file(file, self.path/self.model_dir, ext='.pth')
-    with whole_file(file) as tmp: Learner.save(self, tmp.absolute().with_suffix(''), **kwargs)
-    return file
-
-@patch
-def _do_fit(self:MetricLearner):
-    first = self.__dict__.pop('first_epoch', 0) # of this fit alone, also if it is interrupted
-    for self.epoch in range(first, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)

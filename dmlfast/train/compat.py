@@ -175,7 +175,7 @@ def write_row(
     cells, # Text or number of each column
 ):
     "Write a row into a training table"
-    (table.write if hasattr(table, 'write') else table._write_stats)(cells)
+    (table.write if hasattr(type(table), 'write') else table._write_stats)(cells)
 
 # %% ../../nbs/api/train/00_compat.ipynb #5e30213e
 def recorder_state(
