@@ -6,7 +6,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/train/compat.html.md"""
 
 # %% auto #0
 __all__ = ['BridgedLearner', 'TensorEmbedding', 'plot_top_losses', 'show_embeddings', 'join_last_group', 'write_row',
-           'recorder_state', 'set_recorder_state', 'callback_state', 'set_callback_state']
+           'recorder_state', 'set_recorder_state', 'callback_state', 'set_callback_state', 'with_items']
 
 # %% ../../nbs/api/train/00_compat.ipynb #c93c1cca
 import torch
@@ -209,3 +209,12 @@ def set_callback_state(
     "Put a callback where `callback_state` found it"
     if hasattr(type(cb), 'load_state_dict'): cb.load_state_dict(state)
     else: cb.__dict__.update(state)
+
+# %% ../../nbs/api/train/00_compat.ipynb #cbd38af5
+def with_items(
+    tl:TfmdLists, # Items and their transforms
+    items, # Other items
+    split_idx:int, # 0: these are trained on; 1: they are not
+)->TfmdLists:
+    "The transforms of a list, as they are, on other items"
+    return tl._new(items, split_idx=split_idx)

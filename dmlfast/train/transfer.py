@@ -18,6 +18,7 @@ from fastai.callback.all import *
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.torch_core import no_random
+from .compat import *
 from .baseline import *
 from .checkpoint import Checkpoint
 from ..data.batches import *
@@ -154,7 +155,7 @@ def _of_items(ds, idxs, split_idx, vocab, n):
     "Some items of a data set, with classes numbered in another order"
     items = _rows(ds.items, idxs)
     def _one(tl):
-        res = tl._new(items, split_idx=split_idx)
+        res = with_items(tl, items, split_idx)
         res.tfms = copy(tl.tfms)
         res.tfms.fs = L(_with_vocab(t, vocab, n) for t in tl.tfms.fs)
         res.tfms.split_idx = split_idx
