@@ -1,9 +1,10 @@
 # `make demo` and `make test` work in a clean clone on a machine that has Python and nothing else: the environment is made first.
 PYTHON ?= python3
 VENV   ?= .venv
+FASTAI ?= fastai
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PYTHONWARNINGS = ignore
-.PHONY: setup demo test mutants docs bench readme prepare check release clean
+.PHONY: setup demo test fastai mutants docs bench readme prepare check release clean
 
 setup: $(VENV)/.installed  ## make the environment
 
@@ -19,6 +20,11 @@ demo: setup     ## train an embedding on characters, score it on characters it h
 
 test: setup     ## every notebook and everything in tests/
 	python -m pytest -q -n 2 --dist loadfile tests/test_notebooks.py tests
+
+fastai: setup   ## what leans on fastai, with its newest version or another: make fastai FASTAI=fastai==2.8.12
+	python -m pip install -q -U "$(FASTAI)"
+	python -m pytest -q tests/test_fastai.py
+	python -m pytest -q tests/test_notebooks.py -k train/00_compat
 
 mutants: setup  ## small mistakes in the hot paths, each of which the tests must find
 	python tests/mutants.py

@@ -28,8 +28,8 @@ mutants = [ # room, what its code says, what it says instead, tests
     ('deploy.embedder', "if self._index[0] is not self.embs:", "if self._index[0] is None:", 'test_deploy.py'), # what was added later is not found
     ('train.ssr', "self.soft(sim.diff(dim=1)+self.alpha)", "self.soft(sim.diff(dim=1)-self.alpha)", 'test_ranking.py -k loss'),
     ('train.ssr', "torch.randperm(len(x), generator=self.rng)", "torch.randperm(len(x))", 'test_ranking.py -k gradients_add_up'),
-    ('train.learner', "return slice(lr*self.body_share, lr)", "return slice(lr, lr*self.body_share)", 'test_transfer.py -k rate'),
-    ('train.learner', "isdisjoint(source.items('test'))", "isdisjoint(source.items('val'))", 'test_learner.py -k patience'),
+    ('train.rates', "return slice(lr*self.body_share, lr)", "return slice(lr, lr*self.body_share)", 'test_transfer.py -k rate'),
+    ('train.recipe', "isdisjoint(source.items('test'))", "isdisjoint(source.items('val'))", 'test_learner.py -k patience'),
     ('data.batches', "def load_state_dict(self, d): self.n = d['n']", "def load_state_dict(self, d): self.n = 0", 'test_checkpoint.py -k killed'), # a resumed run begins with the first batches
     ('train.checkpoint', "dict(rng=dl.rng.getstate()) | (dict(seed=dl.seed)", "dict(rng=dl.rng.getstate()) | (dict(seed=dl.seed+1)", 'test_checkpoint.py -k killed'),
     ('train.transfer', "dls.valid.new(_of_items(ds, (~seen)", "dls.valid.new(_of_items(ds, seen", 'test_transfer.py -k halves'), # judged on what was trained on

@@ -125,7 +125,7 @@ def test_splits_by_name(learn):
         with pytest.raises(ValueError, match="no split 'tset'; its splits are train, val, test"): f('tset')
     res = learn.get_preds(with_preds=False, with_loss=True)
     assert res[0] is None and len(res[2])==len(learn.dls.valid.items)
-    with pytest.raises(ValueError, match='no labels, so their neighbours are neither right nor wrong'): learn.show_results(dl=learn.dls.test_dl(learn.dls.valid.items))
+    with pytest.raises(ValueError, match='no labels, so what they find is neither right nor wrong'): learn.show_results(dl=learn.dls.test_dl(learn.dls.valid.items))
 
 def test_a_loaded_learner_without_a_data_set(few, tmp_path):
     dblock = DataBlock(blocks=(ImageBlock, ClassBlock), get_items=lambda o: few.items('train'), get_y=parent_label, splitter=ClassSplitter(parent_label))
@@ -149,10 +149,13 @@ def test_callbacks_that_change_the_loop(make_learner, how):
 
 def test_tensorboard_with_everything(make_learner, tmp_path):
     pytest.importorskip('tensorboard')
+    from fastai.callback import tensorboard
     from fastai.callback.tensorboard import TensorBoardCallback
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     learn = make_learner(ProxyNCALoss(), cbs=SelfSupervisedRanking(n=2, m=4))
+    theirs = dict(vars(tensorboard))
     learn.fit(2, 1e-3, cbs=TensorBoardCallback(tmp_path/'tb', projector=True))
+    assert vars(tensorboard)==theirs # nothing of theirs is replaced
     events = EventAccumulator(str(tmp_path/'tb'), size_guidance=dict(tensors=0))
     events.Reload()
     tags = events.Tags()

@@ -37,6 +37,19 @@ def test_a_room_knows_only_what_stands_below_it(room):
         elif mod: assert rooms.index(mod)<rooms.index(room), f'{room} imports {mod}'
     if room.split('.')[0] in above_the_line: assert not [o for o in others if o.split('.')[0] in ('fastai','fastprogress')], room
 
+@pytest.mark.parametrize('room', rooms)
+def test_nothing_of_others_is_replaced(room):
+    "Methods are patched into our classes alone, and no attribute of an imported module or class is assigned"
+    import importlib
+    mod,tree = importlib.import_module(f'dmlfast.{room}'),ast.parse(source(room))
+    theirs = {a.asname or a.name.split('.')[0] for o in ast.walk(tree) if isinstance(o, ast.Import) or isinstance(o, ast.ImportFrom) and not o.level for a in o.names}
+    for o in ast.walk(tree):
+        targets = o.targets if isinstance(o, ast.Assign) else [o.target] if isinstance(o, ast.AugAssign) else []
+        for t in ast.walk(ast.Tuple(targets)): assert not (isinstance(t, ast.Attribute) and isinstance(t.ctx, ast.Store) and isinstance(t.value, ast.Name) and t.value.id in theirs), f'{room}:{o.lineno}'
+        if not isinstance(o, ast.FunctionDef) or not any(getattr(d, 'id', '')=='patch' for d in o.decorator_list): continue
+        cls = o.args.args[0].annotation
+        assert getattr(mod, cls.id).__module__.startswith('dmlfast.'), f'{room}: {o.name} is patched into {cls.id}'
+
 def test_wings_give_the_names_of_their_rooms():
     import importlib
     for w in wings[1:-1]:

@@ -203,7 +203,7 @@ def test_a_foreign_loss_and_pairs(make_learner, recwarn):
 
 def test_plain_table(make_learner, capsys):
     "Its head is printed once in a fit, and not at all by what trains nothing"
-    from dmlfast.train.learner import PlainTable
+    from dmlfast.train.progress import PlainTable
     learn = make_learner(cbs=PlainTable)
     learn.logger = print
     learn.tta(n=1)
@@ -262,8 +262,8 @@ def test_wrong_arguments_are_named(few):
     with pytest.raises(ValueError, match="no model 'resnet_10t'; the nearest names are 'resnet10t'"): metric_learner(dls, 'resnet_10t', pretrained=False)
     with pytest.raises(ValueError, match="no model 'resnet5O'; the nearest names are .*'resnet50'"): metric_learner(dls, 'resnet5O', pretrained=False)
     for wrong,right in dict(pooling='pool', loss='loss_func', embsz='emb_sz', pretrain='pretrained').items():
-        with pytest.raises(TypeError, match=f"`metric_learner` has no argument '{wrong}'; the nearest name is '{right}'"): metric_learner(dls, 'test_resnet', **{wrong:1})
-    with pytest.raises(TypeError, match="no argument 'xyzzy'; it has dls, arch, loss_func, "): metric_learner(dls, 'test_resnet', xyzzy=1)
+        with pytest.raises(TypeError, match=f"no argument of `metric_learner` '{wrong}'; the nearest is '{right}'"): metric_learner(dls, 'test_resnet', **{wrong:1})
+    with pytest.raises(TypeError, match="no argument of `metric_learner` 'xyzzy'; there are 'dls', 'arch', 'loss_func', "): metric_learner(dls, 'test_resnet', xyzzy=1)
     with pytest.raises(ValueError, match="1 or more; got 0"): metric_learner(dls, 'test_resnet', emb_sz=0, pretrained=False)
     with pytest.raises(ValueError, match="`arch` is the name of a timm model"): metric_learner(dls, 18, pretrained=False)
     with pytest.raises(ValueError, match=r"such as DRTripletLoss\(\), and not its class"): metric_learner(dls, 'test_resnet', DRTripletLoss, pretrained=False)
@@ -502,7 +502,7 @@ def test_recipes_have_the_numbers():
     assert not r['margin'].cbs and len(r['ssr_margin'].cbs)==1
     text = str(r)+r._repr_html_()
     assert all(k in text for k in r) and 'object at' not in text and '...' not in text
-    with pytest.raises(ValueError, match="no recipe 'dr_tripplet'; the nearest names are 'dr_triplet'"): r['dr_tripplet']
+    with pytest.raises(ValueError, match="no recipe 'dr_tripplet'; the nearest is 'dr_triplet'"): r['dr_tripplet']
 
 @pytest.mark.parametrize('name,opt', [('dr_ms', torch.optim.Adam), ('margin', torch.optim.AdamW)])
 def test_recipes_step_as_pytorch(name, opt):

@@ -321,7 +321,8 @@ def run_demo(
     from fastai.torch_core import set_seed
     from dmlfast.train.gain import gain_of
     import dmlfast.train.transfer
-    from dmlfast.train.learner import metric_learner, plain_table
+    from dmlfast.train.learner import metric_learner
+    from dmlfast.train.progress import plain_table
     from dmlfast.losses.base import DRTripletLoss
     from dmlfast.retrieval.search import evaluate_retrieval
     own,trained,out = data is not None,data is not None or weights is not None,Path(out)

@@ -23,6 +23,7 @@ from ..files.writing import *
 from ..train.gain import *
 from .interpret import *
 from ..train.learner import *
+from ..train.predictions import *
 from ..models.embedder import *
 from ..files.drawing import _axes, _blue, _grey, _orange
 from ..data.tables import MetricDataset

@@ -36,6 +36,8 @@ from ..train.columns import is_fitting
 from ..train.export import *
 from ..files.writing import *
 from ..train.gain import *
+from ..train.progress import *
+from ..train.recipe import *
 from ..train.learner import *
 from ..losses.base import *
 from ..losses.miners import *
