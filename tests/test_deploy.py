@@ -35,7 +35,7 @@ pipelines = dict(
 
 script = '''
 import json, sys
-from dmlfast.deploy.embedder import load_embedder
+from dmlfast.deploy import load_embedder
 import torch
 todo = json.load(open(sys.argv[1]))
 res = {k: load_embedder(folder).embed(files).tolist() for k,(folder,files) in todo.items()}

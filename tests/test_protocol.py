@@ -167,7 +167,7 @@ def test_our_own_methods(few, tmp_path):
     left.mkdir(parents=True)
     (left/'embedder.json').write_text('{')
     exp.run()
-    from dmlfast.deploy.embedder import load_embedder
+    from dmlfast.deploy import load_embedder
     assert load_embedder(left).model.emb_sz==8 and len(exp.rows('run'))==2
 
 def test_data_without_test_classes(few, tmp_path):

@@ -547,7 +547,7 @@ def dmlfast_eval(
 ):
     "Measure an embedding: every retrieval metric with its interval, pictures, a report"
     with _stdout_for(Json):
-        from dmlfast.deploy.embedder import load_embedder
+        from dmlfast.deploy import load_embedder
         from dmlfast.retrieval.search import _metric_names
         from dmlfast.study.runs import about_run, embedder_learner
         out = Path(out or 'dmlfast-eval') if out or report else None

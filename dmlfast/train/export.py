@@ -15,6 +15,7 @@ from fastai.vision.core import *
 from fastai.vision.augment import *
 from ..data.batches import *
 from ..deploy.embedder import *
+from ..deploy.folder import *
 from .learner import *
 from ..models.embedder import *
 
