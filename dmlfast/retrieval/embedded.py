@@ -124,7 +124,7 @@ def neighbours(self:Embedded,
     **kwargs # Passed to the function `neighbours`: `metric`, `backend`, `block`
 )->tuple: # Scores, `(q,k)` float32, $-\infty$ where fewer are left to find; indices of items, `(q,k)` int64
     "The nearest items to some items, nearest first"
-    q,(_,g,own) = self.queries if queries is None else torch.as_tensor(np.asarray(queries), dtype=torch.int64),self.search
+    q,(_,g,own) = self.queries if queries is None else torch.tensor(np.asarray(queries), dtype=torch.int64),self.search
     ids = None if self.ignore is None else (self.ignore[q],self.ignore[g])
     x = self.embs if len(g)==len(self) else self.embs[g]
     s,i = neighbours(self.embs[q], x, k=min(k, self.n_others(q)), self_exclude=own[q], ignore=ids, **kwargs)
