@@ -195,13 +195,6 @@ def _split_of(ds, split):
     label_of = dict(zip(ds.items(), ds.df.label))
     return images,[label_of[o] for o in images],in_order(ds.df.label),ds.protocol(images),f"{ds.name}, {split or 'all'}"
 
-def _numbered(labels, vocab=None):
-    "Classes by their numbers, and their names"
-    labels = [o.item() if hasattr(o, 'item') else o for o in labels]
-    vocab = in_order(labels) if vocab is None else vocab
-    at = {o:i for i,o in enumerate(vocab)}
-    return dict(labels=[at[o] for o in labels], vocab=vocab)
-
 @patch
 def embedded(self:ImageEmbedder,
     data, # A data set, such as a `MetricDataset`; or images as `embed` takes them
@@ -220,7 +213,7 @@ def embedded(self:ImageEmbedder,
     facts = dict(self.facts, network=getattr(self.model, 'arch', type(self.model).__name__), preprocess=repr(self.preprocess), **(dict(measured_on=on) if on else {}))
     pre = {k:getattr(self.preprocess, k) for k in ('mode','background') if hasattr(self.preprocess, k)}
     image = None if any(map(_is_input, images)) else lambda i: open_image(images[i], **pre)
-    return Embedded(embs, items=_names(images), image=image, facts=facts, **({} if labels is None else _numbered(labels, vocab)), **known)
+    return Embedded(embs, items=_names(images), image=image, facts=facts, **({} if labels is None else numbered(labels, vocab)), **known)
 
 # %% ../../nbs/api/deploy/00_embedder.ipynb #76b61575
 @patch
