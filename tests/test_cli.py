@@ -198,6 +198,9 @@ def test_evaluation(trained, folder, tmp_path, monkeypatch):
     assert status==0 and 'own, all' in text, err
     assert sorted(o.name for o in (tmp_path/'scores').iterdir())==['curves.png','neighbours.png','report','results.json','worst.png']
     assert json.loads((tmp_path/'scores'/'results.json').read_text())['scores']['n_queries']==len(list(folder.rglob('*.png')))
+    page = (tmp_path/'scores'/'report'/'index.html').read_text(encoding='utf-8')
+    for o in ('measured on own, all','DRTripletLoss(','<th scope="row">trained on</th><td>few</td>','<th scope="row">fit.n_epoch</th><td>1</td>','hash of the splits'): assert o in page, o
+    assert 'optimiser' not in page and 'There is no fit' not in page
     def no(*args): return said(dmlfast_eval, *args)
     assert 'holds scores' in no(run, '--out', tmp_path/'scores')
     assert 'is the folder of a run' in no(run, '--out', run)
