@@ -228,7 +228,7 @@ def test_images_are_embedded_with_their_labels_and_names(embedder, photos):
         assert [emb.label(i) for i in range(len(emb))]==labels
     assert emb.evaluate(['map@r'])['map@r']==evaluate_retrieval(want, [ord(o) for o in labels], metrics=['map@r'])['map@r']
     assert np.array_equal(np.asarray(emb.draw(3)), np.asarray(Image.open(files[3]).convert('RGB')))
-    assert emb.facts==dict(data='noise', network='test_resnet', preprocess='Preprocess(fit 32×32)')
+    assert emb.facts==dict(data='noise', network='test_resnet', preprocess='Preprocess(fit 32×32)', measured_on=None)
     assert embedder.embedded(files[:2], labels=torch.tensor([7,3])).vocab==['3','7']
     assert embedder.embedded(torch.stack([embedder.preprocess(o) for o in files]), num_workers=2).draw is None # what the network takes cannot be drawn
 

@@ -210,7 +210,7 @@ def embedded(self:ImageEmbedder,
     elif split is not None: raise ValueError("A split is of a data set, and these are images: give `labels` by name.")
     if labels is not None and len(labels)!=len(images): raise ValueError(f"{len(images)} images and {len(labels)} labels do not go together.")
     embs = self.embed(images, bs, min(16, os.cpu_count() or 1) if num_workers is None else num_workers, progress)
-    facts = dict(self.facts, network=getattr(self.model, 'arch', type(self.model).__name__), preprocess=repr(self.preprocess), **(dict(measured_on=on) if on else {}))
+    facts = dict(self.facts, network=getattr(self.model, 'arch', type(self.model).__name__), preprocess=repr(self.preprocess), measured_on=on)
     pre = {k:getattr(self.preprocess, k) for k in ('mode','background') if hasattr(self.preprocess, k)}
     image = None if any(map(_is_input, images)) else lambda i: open_image(images[i], **pre)
     return Embedded(embs, items=_names(images), image=image, facts=facts, **({} if labels is None else numbered(labels, vocab)), **known)
