@@ -294,6 +294,9 @@ def test_without_features_the_page_is_as_before(run, page, body, gained, few, tm
         for i,o in enumerate((other,given)):
             with given.no_bar(): p = Page(o.report(tmp_path/str(i)))
             assert 'gain' not in p.ids and 'Metrics' in p.text
+            assert {o[1:] for o in p.refs if o.startswith('#')}<=set(p.ids)
+            rows = {o[0] for o in p.cells if len(o)==2}
+            assert ('training' in p.ids)==('findings' in p.ids)==({'optimiser','callbacks'}<=rows)==(o is given) and rows>={'network','loss','torch'} # a page says what is known
     learn = gained[0]
     origin,learn.head_start.origin,learn.between = learn.head_start.origin,None,None # as of a learner that was loaded
     transfer = learn.__dict__.pop('transfer')
