@@ -208,6 +208,9 @@ def test_evaluation(trained, folder, tmp_path, monkeypatch):
     assert status==0 and 'own, all' in text, err
     assert sorted(o.name for o in (tmp_path/'scores').iterdir())==['curves.png','neighbours.png','report','results.json','worst.png']
     assert json.loads((tmp_path/'scores'/'results.json').read_text())['scores']['n_queries']==len(list(folder.rglob('*.png')))
+    page = (tmp_path/'scores'/'report'/'index.html').read_text(encoding='utf-8')
+    for o in ('measured on own, all','DRTripletLoss(','<th scope="row">trained on</th><td>few</td>','<th scope="row">fit.n_epoch</th><td>1</td>','hash of the splits'): assert o in page, o
+    assert 'optimiser' not in page and 'There is no fit' not in page
     def no(*args): return said(dmlfast_eval, *args)
     assert 'holds scores' in no(run, '--out', tmp_path/'scores')
     assert 'is the folder of a run' in no(run, '--out', run)
@@ -221,6 +224,20 @@ def test_evaluation(trained, folder, tmp_path, monkeypatch):
         assert do(dmlfast_eval, run, '--split', 'val', '--workers', 0, '--n-boot', 10, '--report')[0]==0 and (tmp_path/'dmlfast-eval'/'report'/'index.html').exists() # as the other commands have a folder
     (run/'embedder'/'weights.safetensors').write_bytes(b'')
     assert 'changed or cut off' in no(run)
+
+def test_evaluation_beside_the_features(table, tmp_path):
+    "Those that the run began with, with the numbers that the run itself found, in the scores and on the page"
+    from dmlfast.cli.commands import dmlfast_eval, dmlfast_train
+    args = [o for o in small if o!='--no-pretrained']+['--weights', _weights(tmp_path), '--plain', '--epochs', 1, '--out', tmp_path/'run', '--json']
+    status,text,err = do(dmlfast_train, '--data', table, *args)
+    assert status==0, err
+    want = json.loads(text)['gain']['val']
+    status,text,err = do(dmlfast_eval, tmp_path/'run', '--split', 'val', '--workers', 2, '--bs', 16, '--out', tmp_path/'scores', '--report', '--json')
+    assert status==0, err
+    got = json.loads(text)['gain']
+    for part in ('features','trained'): assert got[part]['map@r']==pytest.approx(want[part]['map@r'], abs=1e-6) and got[part]['recall@1']==want[part]['recall@1']
+    page = (tmp_path/'scores'/'report'/'index.html').read_text(encoding='utf-8')
+    assert 'id="gain"' in page and f"<td>{want['features']['map@r']:.4f}</td>" in page and str(tmp_path) not in re.sub(r'<h2 id="repeat">.*', '', page, flags=re.S)
 
 def test_refused_before_any_work(folder, tmp_path):
     from dmlfast.cli.commands import dmlfast_bench, dmlfast_train, dmlfast_tune

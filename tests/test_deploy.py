@@ -1,5 +1,5 @@
 "Embedders that leave the training behind: the same numbers without fastai, and folders that are not as they were written"
-import json, os, pickle, subprocess, sys
+import json, os, pickle, re, subprocess, sys
 import numpy as np, pytest, torch
 from PIL import Image
 from fastai.vision.all import *
@@ -35,7 +35,7 @@ pipelines = dict(
 
 script = '''
 import json, sys
-from dmlfast.deploy.embedder import load_embedder
+from dmlfast.deploy import load_embedder
 import torch
 todo = json.load(open(sys.argv[1]))
 res = {k: load_embedder(folder).embed(files).tolist() for k,(folder,files) in todo.items()}
@@ -216,3 +216,78 @@ def test_names_in_a_gallery_begin_below_the_data(few, make_learner, tmp_path):
         files = learn.dls.train.items
         got = learn.export_embedder(tmp_path/str(i), gallery=dls.test_dl(files, with_labels=True)).items
         assert got==[str(o.relative_to(few.path)) for o in files]
+
+# ---- measuring ----
+def test_images_are_embedded_with_their_labels_and_names(embedder, photos):
+    "In order, whatever the threads and the batches; the rows are those of `embed`"
+    files = sorted(photos.rglob('*.png'))
+    labels,want = [o.parent.name for o in files],embedder.embed(files)
+    for kwargs in (dict(num_workers=0), dict(num_workers=3, bs=2), dict(num_workers=2, bs=len(files)), dict(bs=5)):
+        emb = embedder.embedded(files, labels=labels, **kwargs)
+        assert torch.allclose(emb.embs, want, atol=1e-6) and emb.items==[str(o) for o in files] and emb.vocab==['a','b','c','d']
+        assert [emb.label(i) for i in range(len(emb))]==labels
+    assert emb.evaluate(['map@r'])['map@r']==evaluate_retrieval(want, [ord(o) for o in labels], metrics=['map@r'])['map@r']
+    assert np.array_equal(np.asarray(emb.draw(3)), np.asarray(Image.open(files[3]).convert('RGB')))
+    assert emb.facts==dict(data='noise', network='test_resnet', preprocess='Preprocess(fit 32×32)', measured_on=None)
+    assert embedder.embedded(files[:2], labels=torch.tensor([7,3])).vocab==['3','7']
+    assert embedder.embedded(torch.stack([embedder.preprocess(o) for o in files]), num_workers=2).draw is None # what the network takes cannot be drawn
+
+def test_what_cannot_be_measured(embedder, photos, tmp_path):
+    files = sorted(photos.glob('a/*.png'))
+    emb = embedder.embedded(files[0])
+    assert len(emb)==1 and emb.labels is None
+    bad = tmp_path/'bad.png'
+    bad.write_bytes(b'no image')
+    for f,says in ((lambda: embedder.embedded(files, labels=['a']), f'{len(files)} images and 1 labels do not go together'), (lambda: embedder.embedded([]), 'There are no images to embed'), (emb.evaluate, 'have no labels'),
+        (lambda: embedder.embedded(files, 'test'), 'A split is of a data set'), (lambda: embedder.embedded(MetricDataset.from_folder(photos), 'tset'), "has no split 'tset'; its splits are "),
+        (lambda: embedder.embedded([*files,bad,*files], num_workers=2, bs=2), "bad.png' cannot be read")):
+        with pytest.raises(ValueError, match=says): f()
+
+def test_threads_open_no_more_than_the_next_batch():
+    "So that memory does not grow with the number of images; and they do open while the network works"
+    import threading
+    opened,most,ids,lock = [0],[0],set(),threading.Lock()
+    def prepare(o):
+        with lock:
+            opened[0] += 1
+            ids.add(threading.get_ident())
+        return torch.full((3,2,2), float(o))
+    class Net(nn.Module):
+        done = 0
+        def forward(self, x):
+            most[0] = max(most[0], opened[0]-self.done)
+            self.done += len(x)
+            return x.mean((2,3))
+    def progress(o):
+        seen.append(len(o))
+        return iter(o)
+    seen = []
+    emb = ImageEmbedder(Net(), prepare).embed(range(50), bs=4, num_workers=3, progress=progress)
+    assert emb[:,0].tolist()==list(range(50)) and 4<=most[0]<=8 and threading.get_ident() not in ids and seen==[13]
+
+def test_an_embedder_says_what_trained_it(few, tmp_path):
+    "Loss, data, classes, epochs and settings, without the paths of whoever trained it; a page about it has these, and of an older folder less"
+    from dmlfast.study.runs import fit_settings, make_learner
+    body = Embedder('test_resnet', 8, pretrained=False).body
+    torch.save(body.state_dict(), tmp_path/'body.pth')
+    s = dict(data=dict(reader='folder', path=str(few.path)), model=dict(arch='test_resnet', weights=str(tmp_path/'body.pth'), emb_sz=8), batch=dict(bs=16, per_class=4, num_workers=0), loss=dict(name='triplet', margin=.3), fit=dict(n_epoch=1))
+    learn = make_learner(s, few)
+    with learn.no_bar(), learn.no_logging(): fit_settings(learn, s)
+    e = learn.export_embedder(tmp_path/'e')
+    assert e.facts=={'data':'few glyphs', 'train_classes':learn.dls.n_train_classes, 'loss':repr(learn.loss_func), 'epochs':1, 'settings':{k:o for k,o in s.items() if k!='data'} | dict(model=dict(s['model'], weights='body.pth'))}
+    assert str(tmp_path) not in (tmp_path/'e'/'embedder.json').read_text()
+    about = json.loads((tmp_path/'e'/'embedder.json').read_text())
+    assert about['format']==2
+    def page(o, name, **kwargs):
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr('dmlfast.look.page._figures', lambda *args: iter(()))
+            return o.embedded(few, 'test', num_workers=0).report(tmp_path/name, code='', **kwargs).read_text(encoding='utf-8')
+    html = page(e, 'r', ds=few)
+    def row(k, v): return f'<tr><th scope="row">{k}</th><td>{v}</td></tr>'
+    for o in (row('network','test_resnet'), row('embedding','8 numbers'), row('trained on','few glyphs'), row('epochs',1), row('loss.margin',.3), row('model.weights','body.pth'), 'TripletLoss(margin=0.3', 'measured on few glyphs, test'): assert o in html, o
+    assert not [o for o in ('optimiser','callbacks','There is no fit','What is wrong','#training') if o in html]
+    for facts in ({}, None):
+        (tmp_path/'e'/'embedder.json').write_text(json.dumps(about | dict(facts=facts)))
+        html = page(load_embedder(tmp_path/'e'), 'r', overwrite=True)
+        assert row('network','test_resnet') in html and 'loss' not in re.sub('<style.*?</style>', '', html, flags=re.S) and 'trained on' not in html and 'hash of the splits' not in html
+    with pytest.raises(FileExistsError, match='overwrite=True'): page(e, 'r')

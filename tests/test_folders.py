@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from pathlib import Path
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from dmlfast.deploy.embedder import ImageEmbedder, Preprocess, load_embedder
+from dmlfast.deploy import ImageEmbedder, Preprocess, load_embedder
 from dmlfast.models.embedder import Embedder, load_weights, timm_body
 
 photo = Image.fromarray(np.random.RandomState(0).randint(0, 255, (24,24,3), dtype=np.uint8))
@@ -183,7 +183,7 @@ def test_a_file_that_is_not_there(whole, folder):
 
 script = '''
 import resource, sys, time, torch
-from dmlfast.deploy.embedder import load_embedder
+from dmlfast.deploy import load_embedder
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform=='darwin' else 2**10)
 load_embedder(sys.argv[1])
 for folder in sys.argv[2:]:
@@ -233,7 +233,7 @@ def test_what_was_written_is_read(arch, kwargs, pre, tmp_path):
 def test_other_modules_may_be_made_meanwhile(whole, monkeypatch):
     "The bound on parameters holds for the thread that reads, and no longer than it reads"
     import threading
-    import dmlfast.deploy.embedder as deploy
+    import dmlfast.deploy.folder as deploy
     probe,made = deploy._probe,[]
     def _make(): made.append(torch.nn.Linear(4000,4000))
     def _slow(*args):
@@ -248,7 +248,7 @@ def test_other_modules_may_be_made_meanwhile(whole, monkeypatch):
 
 def test_an_older_timm(whole, monkeypatch):
     "What cannot be built without memory is built within the same bounds"
-    import dmlfast.deploy.embedder as deploy
+    import dmlfast.deploy.folder as deploy
     build,devices = deploy._build,[]
     def _old(about, header, device):
         devices.append(device)

@@ -131,11 +131,12 @@ def test_folders_of_the_first_format_do_as_they_did(four, tmp_path):
         assert np.array_equal(np.asarray(bare.resized(files[name])), want)
         assert torch.allclose(old.embed(files[name]), embedder.embed(np.ascontiguousarray(want)), atol=1e-6)
     assert torch.equal(load_embedder(old.save(tmp_path/'again')).embed(files['exif6']), old.embed(files['exif6']))
-    for o in (old,embedder): # measured with a learner, each opens images its own way
-        m = embedder_learner(o, ds, num_workers=0)
-        with m.no_bar(): embs,_ = m.embed()
-        for name in ('exif6','rgba','i16_png'): assert torch.allclose(embs[list(m.dls.valid.items).index(files[name])], o.embed(files[name]), atol=1e-5)
-        with m.no_bar(): assert torch.allclose(m.predict(Image.open(files['exif6']))[0], o.embed(files['exif6']), atol=1e-5)
+    for o in (old,embedder): # measured, each opens images its own way, and draws them so
+        m = o.embedded(ds, num_workers=2)
+        at = {name:m.items.index(str(files[name])) for name in ('exif6','rgba','i16_png')}
+        for name,i in at.items(): assert torch.allclose(m.embs[i], o.embed(files[name]), atol=1e-5)
+        assert np.array_equal(np.asarray(m.draw(at['exif6'])), np.rot90(FLAG) if o is old else FLAG)
+        assert torch.equal(o.embed(Image.open(files['exif6'])), o.embed(files['exif6']))
 
 @pytest.mark.filterwarnings('ignore:Images of 32-bit')
 def test_fastais_own_images_stay_as_fastai_opens_them(folder, tmp_path):

@@ -167,8 +167,41 @@ def test_our_own_methods(few, tmp_path):
     left.mkdir(parents=True)
     (left/'embedder.json').write_text('{')
     exp.run()
-    from dmlfast.deploy.embedder import load_embedder
+    from dmlfast.deploy import load_embedder
     assert load_embedder(left).model.emb_sz==8 and len(exp.rows('run'))==2
+
+def test_kept_embeddings(few, tmp_path):
+    "What was written down can be computed from them again, and what was not thought of, too; rows are as without them"
+    def plan(**kwargs):
+        res = dict(_plan(tmp_path), seeds=1, **kwargs)
+        ours = dict(trainer=res['methods']['a']['trainer'], space={})
+        res['methods'] = {'a.5':dict(ours, settings=dict(toy=dict(noise=.5))), 'lost':dict(ours, settings=dict(toy=dict(noise=1., diverge=True)))}
+        return res
+    exp = _exp(tmp_path, few, plan(keep_embeddings=True))
+    exp.run()
+    again = _exp(tmp_path, few, plan()) # a plan need not say so to read them
+    emb,(row,) = again.embedded('a.5', 0),exp.rows('run', 'a.5')
+    assert {k:round(emb.evaluate([k])[k], 6) for k in exp.measures}==row['scores'] and 0<emb.evaluate(['mrr'])['mrr']<=1
+    test = few.df[few.df.split=='test']
+    assert emb.items==list(test.path) and [emb.label(i) for i in range(len(emb))]==list(test.label) and emb.image(0).size==(24,24)
+    assert emb.facts['method']=='a.5' and emb.facts['seed']==0 and emb.facts['data_hash']==row['data_hash'] and emb.facts['settings']==row['settings']
+    assert [o.name for o in (tmp_path/'r-embeddings').iterdir()]==['a.5-0.safetensors'] # nothing of a run that diverged
+    for seed,method,says in ((1,'a.5','keep_embeddings = true'), (0,'lost','There are no embeddings'), (0,'a',"no method 'a'")):
+        with pytest.raises(ValueError, match=says): again.embedded(method, seed)
+    exp = _exp(tmp_path/'other', few, plan())
+    exp.run()
+    assert not (tmp_path/'other'/'r-embeddings').exists()
+    for o in ('scores','settings','plan','seed'): assert exp.rows('run', 'a.5')[0][o]==row[o]
+
+def test_classes_of_a_trainers_own_have_no_names(few, tmp_path):
+    exp = _exp(tmp_path, few)
+    n,names = (few.df.split=='test').sum(),list(few.df.label[few.df.split=='test'])
+    codes = [sorted(set(names)).index(o) for o in names]
+    embs = np.eye(len(set(names)))[codes]
+    assert exp._tested('a', embs, [7+3*o for o in codes]).vocab==sorted(set(names))
+    merged = exp._tested('a', embs, [o//2 for o in codes])
+    assert merged.vocab is None and merged.labels.tolist()==[o//2 for o in codes]
+    assert exp._tested('a', embs, [*range(n)]).vocab is None and exp._tested('a', None, None) is None
 
 def test_data_without_test_classes(few, tmp_path):
     from dmlfast.data.tables import MetricDataset

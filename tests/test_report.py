@@ -5,7 +5,8 @@ import numpy as np, pytest, torch
 from PIL import Image
 from fastai.vision.all import *
 from dmlfast.all import *
-from dmlfast.look.report import split_hash, plot_curves
+from dmlfast.look.page import split_hash
+from dmlfast.look.report import plot_curves
 
 class Page(HTMLParser):
     "Text, tables, links and pictures of a page"
@@ -81,7 +82,7 @@ def test_pictures_are_whole_and_described(page):
 @pytest.fixture
 def no_pictures(monkeypatch):
     "Reports without figures, where a test looks at words"
-    monkeypatch.setattr('dmlfast.look.report._figures', lambda *args: iter(()))
+    for o in ('page._figures','report._fit_figures'): monkeypatch.setattr(f'dmlfast.look.{o}', lambda *args: iter(()))
 
 def test_findings_are_on_the_page(run, tmp_path, no_pictures):
     learn,_ = run
@@ -149,7 +150,7 @@ def test_an_untrained_learner_and_strange_names(make_learner, tmp_path):
 @pytest.mark.parametrize('args,stdin,command', [(['-c','{}'],'','-c'), (['-'],'{}',''), (['{file}','a b'],'',"run.py 'a b'"), (['-m','run','x'],'','-m run x')])
 def test_the_command_repeats_the_run(tmp_path, args, stdin, command):
     "Code given with `-c` is in the command; what came from a console is in no command"
-    code = 'from dmlfast.look.report import _repeat; print(_repeat()[0])'
+    code = 'from dmlfast.look.page import _repeat; print(_repeat()[0])'
     file = tmp_path/'run.py'
     file.write_text(code)
     res = subprocess.run([sys.executable,*(o.replace('{file}', str(file)).replace('{}', code) for o in args)], input=stdin.replace('{}', code), capture_output=True, text=True,
@@ -284,16 +285,18 @@ def test_training_that_did_harm(few, body, tmp_path, no_pictures):
 
 def test_without_features_the_page_is_as_before(run, page, body, gained, few, tmp_path, no_pictures):
     "Random weights, a model that was given, an exported embedder, a learner that was loaded"
-    from dmlfast.study.runs import embedder_learner
     assert 'gain' not in page.ids and not [o for o in page.cells if o[:1] in (['features'],['start'],['between start and end'])] and 'below the features' not in page.text
     learn = gained[0]
     with learn.no_bar():
         learn.export_embedder(tmp_path/'e')
-        other = embedder_learner(load_embedder(tmp_path/'e'), few, 'test', num_workers=0)
+        other = load_embedder(tmp_path/'e').embedded(few, 'test', num_workers=0)
         given = metric_learner(learn.dls, learn.model, TripletLoss(), path=tmp_path)
         for i,o in enumerate((other,given)):
-            with o.no_bar(): p = Page(o.report(tmp_path/str(i)))
+            with given.no_bar(): p = Page(o.report(tmp_path/str(i)))
             assert 'gain' not in p.ids and 'Metrics' in p.text
+            assert {o[1:] for o in p.refs if o.startswith('#')}<=set(p.ids)
+            rows = {o[0] for o in p.cells if len(o)==2}
+            assert ('training' in p.ids)==('findings' in p.ids)==({'optimiser','callbacks'}<=rows)==(o is given) and rows>={'network','loss','torch'} # a page says what is known
     learn = gained[0]
     origin,learn.head_start.origin,learn.between = learn.head_start.origin,None,None # as of a learner that was loaded
     transfer = learn.__dict__.pop('transfer')

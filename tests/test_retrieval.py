@@ -585,3 +585,31 @@ def test_a_gallery_that_is_ready_gives_the_same(backend):
         with pytest.raises(ValueError, match=f"searched by 'cosine', not '{metric}'"): neighbours(q, ready, metric=metric)
     with pytest.raises(ValueError, match='query has 3 columns, gallery has 8'): neighbours(q[:,:3], ready)
     with pytest.raises(ValueError, match='1 of 300 rows of gallery are not finite'): Gallery(x.index_fill(0, torch.tensor([3]), math.nan))
+
+def test_embeddings_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    import dmlfast.retrieval.embedded as room
+    from dmlfast.retrieval.embedded import Embedded
+    file = Embedded(torch.eye(3), [0,0,1], vocab=['a','b']).save(tmp_path/'e.safetensors')
+    before,save = file.read_bytes(),room.save_file
+    def _full(tensors, to, **kwargs):
+        save(tensors, to, **kwargs)
+        with open(to, 'r+b') as f: f.truncate(20)
+        raise OSError('No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(room, 'save_file', _full)
+        with pytest.raises(OSError, match='No space'): Embedded(torch.eye(4)).save(file)
+    assert file.read_bytes()==before and [o.name for o in tmp_path.iterdir()]==['e.safetensors'] and Embedded.load(file).name(1)=='b'
+
+def test_neighbours_of_queries_however_they_are_given():
+    "Also of an array that cannot be written to, as pandas gives it"
+    from dmlfast.retrieval.embedded import Embedded
+    emb = Embedded(torch.tensor([[1.,0],[.9,.1],[0,1.],[.1,.9]]))
+    fixed = np.array([0,2])
+    fixed.flags.writeable = False
+    for o in ([0,2], torch.tensor([0,2]), fixed): assert emb.neighbours(1, o)[1].tolist()==[[1],[3]]
+
+def test_labels_in_order():
+    from dmlfast.retrieval.embedded import in_order, numbered
+    assert in_order(['b','a','b'])==['a','b'] and in_order([10,9,9])==[9,10] and in_order(['b',2,'a'])==[2,'a','b']
+    assert numbered(['b','a','b'])==dict(labels=[1,0,1], vocab=['a','b']) and numbered(np.array([5,3]))==dict(labels=[1,0], vocab=[3,5])
+    assert numbered(torch.tensor([5,3]), [3,4,5])==dict(labels=[2,0], vocab=[3,4,5])

@@ -492,18 +492,16 @@ def _eval_data(file, data, path, data_args, split, batch):
     if split is None: split = 'test' if own or table.get('reader') not in ('folder','csv') else 'all'
     return ds,split
 
-def _pictures(learn, out, queries):
+def _pictures(interp, out, queries):
     "Draw neighbours, worst queries and curves"
     import matplotlib.pyplot as plt
-    from dmlfast.look.interpret import RetrievalInterpretation
-    interp = RetrievalInterpretation.from_learner(learn)
     fig,axs = plt.subplots(1, 3, figsize=(10,3.4), layout='constrained')
     interp.plot_recall(axs[0]), interp.plot_pr(axs[1]), interp.plot_similarities(axs[2])
     figs = dict(curves=fig, neighbours=interp.plot_neighbours(max_n=queries))
     if interp.result.used.any(): figs['worst'] = interp.plot_top_losses(max_n=queries)
     for k,o in figs.items(): _save_figure(o, out/f'{k}.png')
 
-def _run_gain(file, embedder, res, learner_of):
+def _run_gain(file, embedder, res, embedded_by):
     "What a run's embedder has more than the features it began with; None where these are not known"
     import torch
     from dmlfast.train.gain import Gain
@@ -513,7 +511,7 @@ def _run_gain(file, embedder, res, learner_of):
     if body is None: return
     names = [o for o in res.keys() if o in ('recall@1','map@r') or o.startswith('recall@')]
     if not names: return
-    base = learner_of(body).evaluate(metrics=names, ci=res.ci, n_boot=res.n_boot, seed=res.seed)
+    base = embedded_by(body).evaluate(names, ci=res.ci, n_boot=res.n_boot, seed=res.seed)
     ours,theirs = embedder.model.body.state_dict(),body.model.body.state_dict()
     moved = any(not torch.equal(v.cpu(), theirs[k].cpu()) for k,v in ours.items())
     return Gain(res, base, embedder.model.emb_sz, body.model.n_features, what='Training' if moved else 'The head')
@@ -538,7 +536,7 @@ def dmlfast_eval(
     n_boot:int=1000, # Number of samples for the intervals
     seed:int=0, # Of these samples
     bs:int=64, # Images at a time
-    workers:int=None, # Processes that read images; fastai's choice if not given
+    workers:int=None, # Threads that open images; as many as cores, 16 at most, if not given
     device:str='cpu', # Where to compute: cpu, cuda:1 and the like
     out:str=None, # Folder for scores and pictures; dmlfast-eval with --report, and otherwise nothing is written if not given
     queries:int=6, # Queries to draw in a picture
@@ -548,9 +546,11 @@ def dmlfast_eval(
 ):
     "Measure an embedding: every retrieval metric with its interval, pictures, a report"
     with _stdout_for(Json):
-        from dmlfast.deploy.embedder import load_embedder
+        from dmlfast.deploy import load_embedder
         from dmlfast.retrieval.search import _metric_names
-        from dmlfast.study.runs import about_run, embedder_learner
+        from dmlfast.look.interpret import RetrievalInterpretation
+        from fastprogress.fastprogress import progress_bar
+        from dmlfast.study.runs import about_run
         out = Path(out or 'dmlfast-eval') if out or report else None
         with _refusing():
             folder,file = _embedder_of(run)
@@ -559,19 +559,19 @@ def dmlfast_eval(
             _metric_names(metrics or 'all', (1,))
             if out: _check_eval_folder(out, overwrite)
             ds,split = _eval_data(file, data, path, data_args, split, dict(per_class=1, bs=bs, num_workers=workers, device=device))
-            part = None if split=='all' else split
+            def _embedded(o): return o.embedded(ds, None if split=='all' else split, bs=bs, num_workers=workers, progress=progress_bar if sys.stdout.isatty() else iter)
             embedder = load_embedder(folder, device)
-            learn = embedder_learner(embedder, ds, part, bs, workers)
-            learn.remove_cbs([o for o in learn.cbs if type(o).__name__=='ProgressCallback'] if not sys.stdout.isatty() else [])
-            res = learn.evaluate(metrics=metrics or 'all', ci=ci, n_boot=n_boot, seed=seed)
-        gain = file and _run_gain(file, embedder, res, lambda o: embedder_learner(o, ds, part, bs, workers))
-        found = dict(run=str(run), split=split, scores=res.to_dict(), **(dict(gain=gain.to_dict()) if gain else {}), **about_run(learn.dls))
+            emb = _embedded(embedder)
+            res = emb.evaluate(metrics or 'all', ci=ci, n_boot=n_boot, seed=seed)
+        gain = file and _run_gain(file, embedder, res, _embedded)
+        found = dict(run=str(run), split=split, scores=res.to_dict(), **(dict(gain=gain.to_dict()) if gain else {}), **about_run(ds))
         if out:
             with clear_up(out, _eval_files):
                 if overwrite: remove_files(out, _eval_files)
                 out.mkdir(parents=True, exist_ok=True)
-                _pictures(learn, out, queries)
-                if report: learn.report(out/'report', learn.dls.valid if split=='all' else split, title=f'{learn.model.arch} on {ds.name}, {split}', n_queries=queries)
+                interp = RetrievalInterpretation.of(emb)
+                _pictures(interp, out, queries)
+                if report: interp.report(out/'report', n_queries=queries, ds=ds, gain=gain or None)
                 write_whole(out/'results.json', json.dumps(found, indent=1, ensure_ascii=False))
     if Json: print(json.dumps(found))
     else:

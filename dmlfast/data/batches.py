@@ -15,6 +15,7 @@ from functools import cached_property
 from fastcore.all import *
 from fastai.data.all import *
 from fastai.callback.core import Callback
+from ..retrieval.embedded import in_order
 
 # %% ../../nbs/api/data/00_batches.ipynb #422206d2
 def _has_hash(o):
@@ -27,8 +28,7 @@ def _sorted(labels):
     try: labels,bad = set(labels),next((o for o in labels if isinstance(o, Tensor)), None)
     except TypeError: bad = next(o for o in labels if not _has_hash(o))
     if bad is not None: raise ValueError(f"A label names one class, as a text, a number, a tuple or a member of an `Enum` does; {str(bad)[:60]} is of the type {type(bad).__name__}.")
-    try: return sorted(labels)
-    except TypeError: return sorted(labels, key=str)
+    return in_order(labels)
 
 # %% ../../nbs/api/data/00_batches.ipynb #52b727d2
 def _some(labels, n=3):

@@ -1,4 +1,5 @@
 "An embedder with its gallery, without its training"
-from . import embedder
+from . import embedder, folder
 from .embedder import *
-__all__ = [*embedder.__all__]
+from .folder import *
+__all__ = [*embedder.__all__, *folder.__all__]

@@ -1,5 +1,6 @@
 "Pictures, tables and pages of what an embedding has learned"
-from . import interpret, report
+from . import interpret, page, report
 from .interpret import *
+from .page import *
 from .report import *
-__all__ = [*interpret.__all__, *report.__all__]
+__all__ = [*interpret.__all__, *page.__all__, *report.__all__]

@@ -24,7 +24,8 @@ from ..train.export import *
 from ..train.gain import *
 from ..train.learner import *
 from ..models.embedder import *
-from ..retrieval.search import *
+from ..files.images import *
+from ..retrieval.embedded import *
 from ..retrieval.search import _metric_names
 from .runs import *
 from .runs import _allowed, _nearest, _plain, _read_toml, _recipe
@@ -33,7 +34,7 @@ from .tuning import *
 from .tuning import _check_metric, _count, _optuna, _plain_space, _pruner
 
 # %% ../../nbs/api/study/02_experiments.ipynb #35d89d7f
-_top = 'name','seeds','search','measures','settings','methods','keep_models'
+_top = 'name','seeds','search','measures','settings','methods','keep_models','keep_embeddings'
 _search = dict(n_trials=12, n_epoch=4, metric='map@r', seed=0)
 _words = 'twin','like','space','seeds','trainer','settings'
 _tables = 'data','batch','model','loss','ssr','fit'
@@ -403,13 +404,37 @@ def facts(self:Experiment)->dict:
     return self._facts
 
 @patch
-def _score(self:Experiment, method, embs, labels):
-    "Scores of the embeddings of the test classes; 0 for a run that diverged"
-    if embs is None: return dict.fromkeys(self.measures, 0.)
-    items = self.ds.items('test')
+def _tested(self:Experiment, method, embs, labels, **facts):
+    "What a trainer gave for the test classes, with what is known of their items; None for a run that diverged"
+    if embs is None: return
+    items,df = self.ds.items('test'),self.ds.df[self.ds.df.split=='test']
     if len(embs)!=len(items) or len(labels)!=len(items): raise ValueError(f"The trainer of {method!r} gave {len(embs)} embeddings and {len(labels)} labels for {len(items)} test images.")
-    res = evaluate_protocol(embs, labels, metrics=self.measures, **self.ds.protocol(items))
+    named = numbered(df.label)
+    if len({*zip(map(int, labels), named['labels'])})!=min(len({*map(int, labels)}), len(named['vocab'])): named = dict(labels=labels) # classes of its own, which have no names
+    return Embedded(embs, items=list(df.path), facts=dict(method=method, **facts, **self.facts(), measured_on=f'{self.ds.name}, test'), **named, **self.ds.protocol(items))
+
+@patch
+def _score(self:Experiment, emb):
+    "Scores of the test classes; 0 for a run that diverged"
+    if emb is None: return dict.fromkeys(self.measures, 0.)
+    res = emb.evaluate(self.measures)
     return {k:round(float(res[k]), 6) for k in self.measures}
+
+@patch
+def _kept(self:Experiment, what, name): return self.out.parent/f'{self.out.stem}-{what}'/name # methods are names of files, see `_check_name`
+
+@patch
+def embedded(self:Experiment,
+    method:str, # Name of a method
+    seed:int, # Seed of a run
+)->Embedded: # With the images, where the data set is there
+    "The test embeddings of a run, to be measured by whatever was not thought of; raises `ValueError` where they were not kept"
+    self.methods[method]
+    file = self._kept('embeddings', f'{method}-{seed}.safetensors')
+    if not file.is_file(): raise ValueError(f"There are no embeddings {str(file)!r}: a plan with `keep_embeddings = true` keeps them, and methods have runs with the seeds {', '.join(map(str, self.seeds(method)))}.")
+    res = Embedded.load(file)
+    res.draw = lambda i: open_image(Path(self.ds.path)/res.items[i])
+    return res
 
 @patch
 def run_seed(self:Experiment,
@@ -418,13 +443,18 @@ def run_seed(self:Experiment,
 )->dict: # What was written down
     "Train a method on all training classes with the settings chosen for it, and score it once on the test classes"
     settings = with_settings(self.chosen(method), dict(seed=seed))
-    save = self.out.parent/f'{self.out.stem}-models'/f'{method}-{seed}' if self.plan.get('keep_models') and 'trainer' not in self.methods[method] else None
+    save = self._kept('models', f'{method}-{seed}') if self.plan.get('keep_models') and 'trainer' not in self.methods[method] else None
     start,began = time.process_time(),time.time()
     try: embs,labels,seen = self.trainer(method)(settings, self.ds, 'test', None, **(dict(save=save) if save else {}))
     except Diverged: embs,labels,seen = None,None,dict(diverged=True)
     seconds,cpu = time.time()-began,time.process_time()-start
-    return self.write(dict(kind='run', method=method, plan=self.hash_of(method), seed=seed, scores=self._score(method, embs, labels), seen=seen, seconds=round(seconds, 1), cpu_seconds=round(cpu, 1),
-        settings={k:o for k,o in settings.items() if k not in ('data','batch')}, when=datetime.now(timezone.utc).isoformat(timespec='seconds'), **self.facts()))
+    about = dict(seed=seed, plan=self.hash_of(method), settings={k:o for k,o in settings.items() if k not in ('data','batch')})
+    emb = self._tested(method, embs, labels, **about)
+    if emb is not None and self.plan.get('keep_embeddings'):
+        (file := self._kept('embeddings', f'{method}-{seed}.safetensors')).parent.mkdir(parents=True, exist_ok=True)
+        emb.save(file)
+    return self.write(dict(kind='run', method=method, **about, scores=self._score(emb), seen=seen, seconds=round(seconds, 1), cpu_seconds=round(cpu, 1),
+        when=datetime.now(timezone.utc).isoformat(timespec='seconds'), **self.facts()))
 
 # %% ../../nbs/api/study/02_experiments.ipynb #a54c9050
 def _body(settings):

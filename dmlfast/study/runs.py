@@ -7,7 +7,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/study/runs.html.md"""
 # %% auto #0
 __all__ = ['loss_class', 'miner_class', 'read_data', 'make_loss', 'get_setting', 'with_settings', 'is_trained', 'check_settings',
            'load_settings', 'save_settings', 'n_epochs', 'make_learner', 'fit_settings', 'History', 'absolute_paths',
-           'about_run', 'train_settings', 'PreprocessTransform', 'features_of', 'embedder_learner']
+           'about_run', 'train_settings', 'features_of']
 
 # %% ../../nbs/api/study/00_runs.ipynb #465a8370
 import csv, difflib, inspect, io, json, tomli_w, tomllib, torch, types, typing
@@ -22,13 +22,10 @@ from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.data.all import *
 from fastai.learner import *
 from fastai.torch_core import set_seed
-from fastai.vision.core import PILImage
 import dmlfast.losses.base as losses
 import dmlfast.losses.miners as mining
 import dmlfast.losses.proxies as proxies
 from ..train.checkpoint import *
-from ..data.batches import _sorted
-from ..data.tables import _LabelOf
 from ..data.datasets import *
 from ..deploy.embedder import *
 from ..train.doctor import *
@@ -44,8 +41,8 @@ from ..losses.miners import *
 from ..models.embedder import *
 from ..losses.proxies import *
 from ..train.ssr import *
+from ..look.page import *
 from ..look.report import *
-from ..look.report import _versions
 from ..train.transfer import *
 
 # %% ../../nbs/api/study/00_runs.ipynb #57b64978
@@ -504,7 +501,7 @@ def about_run(
 )->dict: # Plain numbers and strings
     "What a run was made with: versions, and a hash of which image has which label in which split"
     keep = 'dmlfast','Python','fastai','torch','timm','system'
-    return dict(versions={k:v for k,v in _versions().items() if k in keep}, data=getattr(getattr(dls, 'source', dls), 'name', ''), data_hash=split_hash(dls))
+    return dict(versions={k:v for k,v in run_versions().items() if k in keep}, data=getattr(getattr(dls, 'source', dls), 'name', ''), data_hash=split_hash(dls))
 
 def train_settings(
     settings:dict, # Tables
@@ -542,16 +539,6 @@ def _run(learn, settings, out, report):
 
 
 # %% ../../nbs/api/study/00_runs.ipynb #deee9442
-class PreprocessTransform(Transform):
-    "What an exported embedder does to an image before it becomes a tensor"
-    order = 1
-    def __init__(self,
-        preprocess:Preprocess, # Steps
-    ): self.preprocess,self.said = preprocess,str(preprocess.spec())
-
-    def encodes(self, im:PILImage):
-        return PILImage.create(np.asarray(self.preprocess.resized(im)))
-
 def features_of(
     settings:dict, # Tables of a run
     embedder:ImageEmbedder, # What came of it
@@ -561,23 +548,3 @@ def features_of(
     m = settings.get('model', {})
     model = Embedder(embedder.model.arch, weights=m.get('weights'), head='identity', pool=embedder.model.named['pool'], **(embedder.model.named['model_kwargs'] or {}))
     return ImageEmbedder(model.to(embedder.device), embedder.preprocess)
-
-def _both(items): return [list(range(len(items)))]*2
-
-def embedder_learner(
-    embedder:ImageEmbedder, # What `load_embedder` gives
-    ds:MetricDataset, # Data set to measure on
-    split:str=None, # Split or subset of it; all of it if not given
-    bs:int=64, # Images at a time
-    num_workers:int=None, # Processes that read images; fastai's choice if not given
-)->MetricLearner: # Its validation loader holds the images, each once, in order
-    "A learner that measures with an exported embedder; raises `ValueError` where the split has no images"
-    items = ds.items(*([split] if split else []))
-    if not items: raise ValueError(f"{ds.name} has no split {split!r}; its splits are {', '.join(ds.summary().index)}.")
-    pre = embedder.preprocess
-    norm = [] if pre.mean is None else [Normalize.from_stats(pre.mean, pre.std)]
-    opened = TransformBlock(type_tfms=partial(NamedImage.create, mode=pre.mode, background=pre.background), batch_tfms=IntToFloatTensor)
-    block = DataBlock(blocks=(opened, CategoryBlock(_sorted(set(ds.df.label)))), get_y=_LabelOf(ds.path, ds.df), splitter=_both, item_tfms=[PreprocessTransform(pre)], batch_tfms=norm)
-    dls = block.dataloaders(items, path=ds.path, bs=min(bs, len(items)), num_workers=num_workers, device=embedder.device)
-    dls.source,dls.n_train_classes = ds,len(dls.vocab) # it will not be trained, and has no classes to hold out
-    return metric_learner(dls, embedder.model, normalize=False)

@@ -15,6 +15,7 @@ from fastai.vision.core import *
 from fastai.vision.augment import *
 from ..data.batches import *
 from ..deploy.embedder import *
+from ..deploy.folder import *
 from .learner import *
 from ..models.embedder import *
 
@@ -49,10 +50,19 @@ def preprocess_of(
     return Preprocess(sum((o for _,o in items), []), **merge(*(o for _,o in batches)), mode=cls._open_args['mode'], background=getattr(cls, 'background', None))
 
 # %% ../../nbs/api/train/11_export.ipynb #276455cd
+def _plain(o):
+    "What JSON can hold of settings: of files their names, since what is given away need not say where it was made"
+    if isinstance(o, dict): return {str(k):_plain(v) for k,v in o.items() if v is not None}
+    if isinstance(o, (list,tuple)): return [_plain(v) for v in o]
+    if isinstance(o, (str,Path)) and Path(o).is_absolute(): return Path(o).name
+    return o if isinstance(o, (str,bool,int)) or isinstance(o, float) and math.isfinite(o) else str(o)
+
 def _facts(learn):
     "What is known of a training, for whoever finds the folder"
-    source = getattr(learn.dls, 'source', None)
-    return dict(data=getattr(source, 'name', None), train_classes=getattr(learn.dls, 'n_train_classes', None), loss=repr(learn.loss_func))
+    n = len(getattr(getattr(learn, 'recorder', None), 'values', [])) if getattr(learn, 'fitted', False) else 0
+    res = dict(data=getattr(getattr(learn.dls, 'source', None), 'name', None), train_classes=getattr(learn.dls, 'n_train_classes', None), loss=repr(learn.loss_func), epochs=n or None,
+        recipe=next((k for k,o in recipes.items() if o is getattr(learn, 'recipe', None)), None), settings=_plain({k:o for k,o in getattr(learn, 'settings', {}).items() if k!='data'}) or None)
+    return {k:o for k,o in res.items() if o is not None}
 
 def _short_names(items, path):
     "Paths of items within the data set, or else the folder that all have in common: what is given away need not say where it was made"
