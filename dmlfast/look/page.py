@@ -21,7 +21,7 @@ from ..files.writing import *
 from ..retrieval.embedded import *
 from ..data.batches import _labels
 from ..data.tables import MetricDataset
-from ..train.learner import item_name, items_of
+from ..train.predictions import item_name, items_of
 from .interpret import *
 
 # %% ../../nbs/api/look/01_page.ipynb #d02a3cb3
