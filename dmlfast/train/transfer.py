@@ -19,6 +19,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.torch_core import no_random
 from .compat import *
+from .progress import *
 from .baseline import *
 from .checkpoint import Checkpoint
 from ..data.batches import *
@@ -200,8 +201,7 @@ def _trial(learn, dls):
     res = MetricLearner(dls, model, model.loss_func, opt_func=learn.opt_func, lr=learn.lr, splitter=learn.splitter, wd=learn.wd, moms=learn.moms,
         wd_bn_bias=learn.wd_bn_bias, train_bn=learn.train_bn, cbs=[RetrievalMetrics(['map@r']), HeadStart(), *cbs])
     res.body_share = learn.body_share
-    if hasattr(res, 'progress'): res.remove_cb(res.progress)
-    res.remove_cbs(res.cbs.filter(lambda o: type(o).__name__=='PlainTable'))
+    res.remove_cbs([ProgressCallback,PlainTable])
     res.logger = noop
     return res
 
