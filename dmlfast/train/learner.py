@@ -30,9 +30,7 @@ from ..deploy.embedder import Hit
 from .columns import *
 from .features import *
 from ..files.images import *
-from ..losses.base import *
-from ..losses.proxies import *
-from ..losses.miners import *
+from ..losses import *
 from ..models.embedder import *
 from .ssr import *
 from ..retrieval.embedded import *
@@ -297,12 +295,6 @@ def _mend_projector(cb, model):
         tb._normalize_for_projector = _as_image
 
 # %% ../../nbs/api/train/04_learner.ipynb #eceb4a50
-def _needs_pairs(loss):
-    "Does `loss` learn by comparing the images of a batch with each other?"
-    if isinstance(loss, CombinedLoss): return all(map(_needs_pairs, loss.losses))
-    if isinstance(loss, OtherLoss): return isinstance(loss.loss, nn.Module) and not loss.seen_only
-    return isinstance(loss, (TripletLoss,ContrastiveLoss,MarginLoss,NPairLoss,MultiSimilarityLoss))
-
 @patch
 @delegates(Learner.lr_find)
 def lr_find(self:MetricLearner,
@@ -324,7 +316,7 @@ def check_pairs(self:MetricLearner,
 ):
     "Warn of a batch in which the loss has nothing to compare"
     n,c = len(labels),len(labels.unique())
-    if 1<c<n or not _needs_pairs(self.loss_func): return
+    if 1<c<n or not getattr(self.loss_func, 'compares', False): return
     has,do = ('no two images of one class','make them with `per_class=4`, say (and `dl_type=BalancedDL` in a `DataBlock`)') if c==n else ('images of one class only','make `bs` a larger multiple of `per_class`')
     warnings.warn(f"The first batch, of {n}, has {has}, so that {type(self.loss_func).__name__} has nothing to compare: from such batches nothing is learned; {do}.")
 
