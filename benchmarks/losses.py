@@ -7,9 +7,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 from pytorch_metric_learning import losses as pml, miners as pml_miners
-from dmlfast.losses.base import *
-from dmlfast.losses.proxies import *
-from dmlfast.losses.miners import *
+from dmlfast.losses import *
 
 class Literal(torch.nn.Module):
     "DR-triplet as the formula reads: one row of coordinates for each triplet"

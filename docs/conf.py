@@ -13,7 +13,7 @@ myst_heading_anchors = 3
 nb_render_markdown_format = 'myst' # tables that cells display
 nb_execution_mode = 'off'  # outputs are stored in the notebooks; `make prepare` refreshes them
 suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type']
-add_module_names = False # a card says `TripletLoss`, not `dmlfast.losses.base.TripletLoss`: users import from `dmlfast.all`
+add_module_names = False # a card says `TripletLoss`, not `dmlfast.losses.triplet.TripletLoss`: users import from `dmlfast.all`
 toc_object_entries_show_parents = 'hide'
 html_show_sourcelink = False # it would be the processed notebook, which nobody has written
 

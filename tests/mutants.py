@@ -8,8 +8,8 @@ mutants = [ # room, what its code says, what it says instead, tests
     ('losses.geometry', "(ap + (an-pn))", "(ap + (an+pn))", 'test_geometry.py'),
     ('losses.miners', "torch.searchsorted(far, edges, right=True)", "torch.searchsorted(far, edges)", "test_losses.py -k 'miner or semi_hard'"), # a negative as near as the positive
     ('losses.miners', "order[(end+(r*(len(labels)-m)).long())%len(labels)]", "order[(end+(r*(len(labels)-m-1)).long())%len(labels)]", 'test_losses.py'), # one negative is never drawn
-    ('losses.base', "args = (embs.detach(), labels)", "args = (embs, labels)", "test_losses.py -k miner"), # the gradient goes through the choice
-    ('losses.base', "(self.margin-dn+beta[a2]).relu()", "(self.margin-dn-beta[a2]).relu()", 'test_losses.py'),
+    ('losses.miners', "args = (embs.detach(), labels)", "args = (embs, labels)", "test_losses.py -k miner"), # the gradient goes through the choice
+    ('losses.pairs', "self.margin-dn+beta[a2]", "self.margin-dn-beta[a2]", 'test_losses.py'),
     ('losses.base', "(terms.detach().sign() if reduction=='active' else mask)", "(mask if reduction=='active' else mask)", 'test_losses.py'), # the mean of all for that of those above 0
     ('losses.proxies', "if inv.ndim: own = F.normalize(own, dim=1)", "if not inv.ndim: own = F.normalize(own, dim=1)", 'test_losses.py'),
     ('files.images', "6:'ROTATE_270'", "6:'ROTATE_90'", 'test_images.py'),

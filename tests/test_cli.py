@@ -183,6 +183,31 @@ def test_training_on_a_table(trained, table, tmp_path):
     assert status==0 and (out/'report'/'index.html').stat().st_size>50_000 and (out/'best.pth').exists() and list((tmp_path/'tb').iterdir()), err
     assert 'ssr_loss' in (out/'history.csv').read_text()
 
+def test_a_loss_of_ones_own_by_name(table, tmp_path):
+    "A script that registers a loss and a miner and then calls the command"
+    from dmlfast.cli.commands import dmlfast_train
+    from dmlfast.losses import Miner, MetricLoss, TripletLoss, all_triplets, register_loss, register_miner
+    @register_miner
+    class EveryMiner(Miner):
+        def mine(self, embs, labels, d2): return all_triplets(labels)
+    @register_loss
+    class MineLoss(MetricLoss):
+        def __init__(self, width:float=.2, miner=None):
+            super().__init__()
+            self.width,self.miner = width,miner
+        def compute(self, embs, labels): return TripletLoss(self.width, miner=self.miner)(embs, labels)
+    at = small.index('--loss')
+    args = ['--data', table, *small[:at], *small[at+2:], '--epochs', 1, '--miner', 'every', '--json']
+    try:
+        status,out,err = do(dmlfast_train, *args, '--loss', 'mine', '--loss-args', 'width=.4', '--out', tmp_path/'run')
+        assert status==0, err
+        assert '[loss]\nname = "mine"\nwidth = 0.4\n' in (tmp_path/'run'/'settings.toml').read_text()
+        assert "the nearest is 'MineLoss'" in said(dmlfast_train, *args, '--loss', 'minee', '--out', tmp_path/'x')
+    finally:
+        register_loss.remove('MineLoss')
+        register_miner.remove('EveryMiner')
+    assert "There is no loss 'mine'" in said(dmlfast_train, *args, '--loss', 'mine', '--out', tmp_path/'y')
+
 def test_published_protocol_on_a_folder(folder, tmp_path):
     from dmlfast.cli.commands import dmlfast_train
     args = ['--data', folder, *small, '--bs', 16][:-2] + ['--set', 'batch.bs=16']

@@ -168,6 +168,46 @@ def test_losses_from_elsewhere_and_losses_of_ones_own():
     learn = run(lambda e,y: TripletLoss()(e, y), n_epoch=2, every=1)
     assert {'pos','neg','rank','rows','length'}<=set(learn.training_doctor.steps[0])
 
+class ApartLoss(MetricLoss):
+    "Negatives at least `far` away; it says so, and which share is not"
+    def __init__(self, far=1.4, gamma=0.):
+        super().__init__(gamma)
+        self.far,self.calls = far,0
+    def hinges(self, embs, labels): return (self.far-safe_sqrt(sqdist(embs)))[label_masks(labels)[1]].relu()
+    def compute(self, embs, labels):
+        self.calls += 1
+        return self.hinges(embs, labels).mean().to(embs.dtype)
+    def active(self, embs, labels):
+        torch.rand(9) # leaves no trace
+        return (self.hinges(embs, labels)>0).float().mean()
+    def asks(self): return Margin('far', self.far, of='negatives')
+
+def test_a_loss_of_ones_own_answers_for_itself():
+    "What it says of itself is drawn and named, as what ours say; draws of `active` do not change the run"
+    class Silent(ApartLoss):
+        def active(self, embs, labels): pass
+    learn,silent = run(ApartLoss(), n_epoch=2, every=1),run(Silent(), n_epoch=2, every=1)
+    steps = learn.training_doctor.steps
+    assert all(0<o['active']<1 for o in steps) and not any('active' in o for o in silent.training_doctor.steps)
+    assert [float(o) for o in learn.recorder.losses]==[float(o) for o in silent.recorder.losses]
+    said = next(o for o in learn.training_doctor.plot().axes if o.get_title()=='What is learned from')
+    assert [o.get_label() for o in said.lines]==['triplets or pairs','embeddings with a gradient']
+    doctor = TrainingDoctor()
+    doctor.learn = SimpleNamespace(loss_func=CombinedLoss([ProxyNCALoss(), ApartLoss(.001)]))
+    doctor.steps = [dict(pos=.97, neg=.95, rank=5., most=16, d_pos=.01, d_neg=.01, loss=.1)]*6
+    assert 'raise its `far`, which is 0.001.' in doctor.findings[0].text
+
+@pytest.mark.parametrize('repeatable', [True,False])
+def test_what_may_not_be_repeated_is_not(repeatable):
+    "Without and with γ, its share takes two more values"
+    class Remembers(ApartLoss): pass
+    Remembers.repeatable = repeatable
+    loss = Remembers(gamma=.1)
+    learn = run(loss, n_epoch=1, every=1)
+    n = len(learn.training_doctor.steps)
+    assert loss.calls-len(learn.dls.valid)==(3*n if repeatable else n)
+    assert all(('active' in o)==('dr' in o)==repeatable for o in learn.training_doctor.steps)
+
 def test_foreign_proxies_that_do_not_move_are_found():
     class Foreign(nn.Module):
         def __init__(self):

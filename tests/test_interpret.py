@@ -5,7 +5,7 @@ from pathlib import Path
 from PIL import Image
 from fastai.vision.all import L
 from dmlfast.all import *
-from dmlfast.look.interpret import triplet_table
+from dmlfast.look.interpret import _triplet_settings, triplet_table
 
 GREEN,RED = (plt.matplotlib.colors.to_rgba(o) for o in ('#1a7f37','#c4320a'))
 
@@ -169,6 +169,18 @@ def test_triplets_of_any_loss(loss):
     margin = .5 if isinstance(loss, (DRTripletLoss,CombinedLoss)) else .2
     assert f'of a batch of 64, ' in fig.get_suptitle() and f'a margin of {margin}' in fig.get_suptitle()
     assert f'γ = {0.7 if isinstance(loss, DRTripletLoss) else 0.3}:' in fig.axes[4].texts[0].get_text()
+
+def test_triplets_of_a_loss_of_ones_own():
+    "One that says nothing gets what stands in; one that asks for a gap gets it, with its γ and miner"
+    class Own(MetricLoss):
+        def compute(self, embs, labels): return embs.sum()
+    class Asks(Own):
+        miner = SemiHardMiner()
+        def asks(self): return Margin('width', .4, squared=True)
+    assert _triplet_settings(Asks(gamma=.1))==dict(miner=Asks.miner, margin=.4, gamma=.1, squared=True)
+    for loss,gamma in ((Own(),.3), (Own(gamma=.6),.6), (CombinedLoss([Own(), ContrastiveLoss(gamma=.2)]),.2), (torch.nn.Linear(1, 1),.3), (len,.3)):
+        o = _triplet_settings(loss)
+        assert (type(o['miner']),o['margin'],o['gamma'],o['squared'])==(BatchHardMiner,.2,gamma,False)
 
 def test_from_learner_and_batch(make_learner, few):
     learn = make_learner(DRTripletLoss())

@@ -201,6 +201,21 @@ def test_a_foreign_loss_and_pairs(make_learner, recwarn):
         learn.check_pairs(torch.arange(8))
         assert sum('nothing to compare' in str(o.message) for o in recwarn)==n
 
+def test_a_loss_of_ones_own_and_pairs(make_learner, recwarn):
+    "It compares the images of a batch, unless it has weights for each class or says that it does not; it trains"
+    class Own(MetricLoss):
+        def compute(self, embs, labels): return reduce_values(sqdist(embs).sum(1).to(embs.dtype), self.reduction)
+    class Centres(Own): seen_only = True
+    class Any(Own): compares = False
+    for loss,n in ((Own(), 1), (Centres(), 0), (Any(), 0), (CombinedLoss([Own(), Any()]), 0), (CombinedLoss([Own(), TripletLoss()]), 1)):
+        learn = make_learner(loss)
+        recwarn.clear()
+        learn.check_pairs(torch.arange(8))
+        assert sum('nothing to compare' in str(o.message) for o in recwarn)==n
+    learn = make_learner(Own())
+    learn.fit(1, 1e-3)
+    assert 0<learn.recorder.losses[-1]<learn.recorder.losses[0]
+
 def test_plain_table(make_learner, capsys):
     "Its head is printed once in a fit, and not at all by what trains nothing"
     from dmlfast.train.progress import PlainTable

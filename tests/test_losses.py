@@ -10,9 +10,7 @@ from pytorch_metric_learning.distances import DotProductSimilarity
 from pytorch_metric_learning.reducers import MeanReducer
 from dmlfast import all as package
 from dmlfast.losses.geometry import *
-from dmlfast.losses.base import *
-from dmlfast.losses.miners import *
-from dmlfast.losses.proxies import *
+from dmlfast.losses import *
 
 f64 = torch.float64
 i = torch.arange(96).reshape(12,8).double()
@@ -76,7 +74,7 @@ def test_triplet_is_its_definition(gamma, squared, reduction):
         torch.testing.assert_close(g1, g0, rtol=1e-7, atol=1e-9)
 
 def test_blocks_do_not_matter(monkeypatch):
-    import dmlfast.losses.base as m
+    import dmlfast.losses.triplet as m
     f,y = batch(40, 4, 5)
     want = value_grad(DRTripletLoss(), f, y)
     blocks = m._anchor_blocks
@@ -700,3 +698,124 @@ def test_a_loss_that_remembers_batches_remembers_those_of_training_alone():
     loss = OtherLoss(Keeps())
     loss(embs.requires_grad_(), labels).backward()
     assert loss.eval()(embs, labels).isfinite()
+
+# What losses say of themselves
+
+def by_hand(f, y, loss):
+    "Share of its triplets or pairs that are above 0, one at a time, from coordinates; all are looked at"
+    d,n = (lambda i,j: (f[i]-f[j]).norm()),len(y)
+    def cos(a, p, k): return 0. if torch.equal(f[a], f[p]) or torch.equal(f[a], f[k]) else cosine(f[k]-f[a], f[p]-f[a])
+    pos = [(a,p) for a in range(n) for p in range(n) if a!=p and y[a]==y[p]]
+    neg = [(a,k) for a in range(n) for k in range(n) if y[a]!=y[k]]
+    far = {a:max((p for b,p in pos if b==a), key=lambda p: d(a,p)) for a,_ in pos}
+    trip = [(a,p,k) for a,p in pos for b,k in neg if a==b]
+    power = 2 if getattr(loss, 'squared', False) else 1
+    if isinstance(loss, TripletLoss): terms = [d(a,p)**power-d(a,k)**power+loss.margin-loss.gamma*cos(a,p,k) for a,p,k in trip]
+    elif isinstance(loss, MarginLoss):
+        beta = loss.betas.detach().expand(5) if len(loss.betas)==1 else loss.betas.detach()
+        terms = [loss.margin+d(a,p)-beta[y[a]] for a,p,_ in trip]+[loss.margin-d(a,k)-loss.gamma*cos(a,p,k)+beta[y[a]] for a,p,k in trip]
+    else: terms = [d(a,p)-loss.pos_margin for a,p in pos]+[loss.neg_margin-d(a,k)-loss.gamma*(cos(a,far[a],k) if a in far else 0) for a,k in neg]
+    return sum(bool(o>0) for o in terms)/len(terms)
+
+def every_pair(embs, labels): return all_pairs(labels)
+
+@pytest.mark.parametrize('loss', [TripletLoss(.3), TripletLoss(.3, gamma=.5), TripletLoss(.3, gamma=.5, squared=True), TripletLoss(.3, miner=every_pair), TripletLoss(.3, gamma=.5, squared=True, miner=every_pair),
+    ContrastiveLoss(.7, 1.3), ContrastiveLoss(.7, 1.3, gamma=.4), ContrastiveLoss(.7, 1.3, gamma=.4, miner=every_pair), MarginLoss(5, miner=None, nu=.3), MarginLoss(1, gamma=.4, miner=None)], ids=repr)
+def test_active_by_hand(loss):
+    "All triplets or pairs of 13 rows, one of them alone in its class"
+    f,y = batch(13, 6, 4)
+    f,y = normalize(f),torch.cat([y[:12],torch.tensor([4])])
+    if len(getattr(loss, 'betas', ()))==5: loss.betas.data += torch.linspace(-.3, .3, 5)
+    want = by_hand(f, y, loss.double() if isinstance(loss, MarginLoss) else loss)
+    assert 0<want<1 and loss.active(f, y).item()==pytest.approx(want, abs=1e-6)
+
+@pytest.mark.parametrize('loss', [TripletLoss(miner=BatchHardMiner()), ContrastiveLoss(miner=BatchHardMiner()), MarginLoss(1, miner=BatchHardMiner())], ids=repr)
+def test_active_is_of_what_the_miner_chose(loss):
+    "Two tight classes far apart, and two that lie on each other: of the hard triplets, those of the latter are active"
+    f,y = torch.tensor([[0.,0],[0,1e-3],[9,0],[9,1e-3], [0,9],[0,9.001],[0,9.0005],[0,9.0015]]),torch.tensor([0,0,1,1,2,2,3,3])
+    active = loss.active(f, y).item()
+    if isinstance(loss, ContrastiveLoss): assert active==pytest.approx((8+4)/16) # every positive is farther than 0
+    else: assert active==pytest.approx(.5 if isinstance(loss, TripletLoss) else 4/16)
+
+def test_active_of_multi_similarity_has_a_gradient():
+    "A pair that is not chosen has none: gradients by the similarities, from the loss as a sum over them"
+    f,y = batch(12, 5, 3)
+    f = normalize(f)
+    for loss in (MultiSimilarityLoss(), MultiSimilarityLoss(eps=-.3), MultiSimilarityLoss(miner=BatchHardMiner())):
+        pos,neg = label_masks(y, f64)
+        sim = (f@f.T).requires_grad_()
+        P,N = loss.masks(f, y, sim.detach(), pos, neg)
+        value = sum((log1p_sum_exp(-loss.alpha*(sim-loss.lam), P).sum()/loss.alpha, log1p_sum_exp(loss.beta*(sim-loss.lam), N).sum()/loss.beta))
+        torch.testing.assert_close(value/len(y), loss(f, y))
+        grad = torch.autograd.grad(value, sim)[0]
+        assert loss.active(f, y).item()==pytest.approx((grad!=0).sum().item()/(12*11)) and 0<loss.active(f, y)<1
+
+@pytest.mark.parametrize('name', EVERY)
+def test_active_of_the_least_batches(name):
+    "Nothing to compare is nothing active"
+    loss = EVERY[name]().setup(5, 16)
+    for y in ([1], [1,1,1], [0,1,2]):
+        active = loss.active(torch.randn(len(y), 16), torch.tensor(y, dtype=torch.int64))
+        assert active is None or 0<=active<=1 and (len(y)>1 or active==0)
+
+PROXIES = ['ProxyNCALoss','DRProxyNCALoss','ProxyAnchorLoss']
+@pytest.mark.parametrize('name', EVERY)
+def test_what_a_loss_compares(name):
+    loss = EVERY[name]().setup(5, 16)
+    assert loss.compares==(name not in (*PROXIES,'CombinedLoss')) # a sum with a part that compares with proxies learns from any batch
+    assert loss.repeatable==(name!='OtherLoss')
+    if name in PROXIES: assert loss.seen_only and loss.active(F12, Y12) is None and loss.asks() is None
+
+def test_what_a_sum_says():
+    foreign = OtherLoss(lambda e,y: e.mean())
+    assert not foreign.compares and OtherLoss(pml.ContrastiveLoss()).compares and not OtherLoss(pml.ProxyAnchorLoss(5, 16)).compares
+    both = CombinedLoss([MultiSimilarityLoss(), ContrastiveLoss(neg_margin=.7), TripletLoss(margin=.4, squared=True)])
+    assert both.compares and both.repeatable and not CombinedLoss([TripletLoss(), foreign]).repeatable and not CombinedLoss([TripletLoss(), foreign]).compares
+    assert both.asks()==Margin('neg_margin', .7, of='negatives') and asking(both)==(both.losses[1],both.asks())
+    assert asking(both, 'gap')==(both.losses[2],Margin('margin', .4, squared=True)) and asking(both, 'boundary')==(None,None)
+    assert asking(CombinedLoss([both, MarginLoss(1)]), 'boundary')[1]==Margin('margin', .2, of='boundary')
+    assert both.active(F12, Y12)==both.losses[0].active(F12, Y12) and CombinedLoss([ProxyNCALoss(), both]).active(F12, Y12)==both.active(F12, Y12)
+    for o in (None, lambda e,y: 0, pml.ContrastiveLoss(), ProxyNCALoss()): assert asking(o)==(None,None)
+
+# Names
+
+def test_all_are_registered():
+    assert {o for _,o in register_loss.items()}>={o for k,o in EVERY.items() if k not in WRAPS} and {type(o) for o in MINERS}=={o for _,o in register_miner.items()}
+    assert register_loss['ms'] is MultiSimilarityLoss and register_loss['drms'] is register_loss['dr_multi-similarity'] is DRMultiSimilarityLoss
+    assert MultiSimilarityLoss.short=='ms' and DRMultiSimilarityLoss.short=='drms' and TripletLoss.short is None
+
+@pytest.fixture
+def registered():
+    "Classes that a user derives from ours, found by name for as long as the test runs"
+    @register_loss
+    class SharpLoss(MultiSimilarityLoss):
+        "Its base class keeps its short name"
+    @register_loss
+    class OwnLoss(MetricLoss):
+        short = 'own'
+        ranges = dict(scale='positive')
+        def __init__(self, scale:float=1., miner=None, gamma:float=0., reduction:str='mean'):
+            super().__init__(gamma, reduction)
+            self.scale,self.miner = scale,miner
+        def compute(self, embs, labels): return reduce_values(self.scale*embs.pow(2).sum(1), self.reduction)
+    @register_miner
+    class FirstMiner(Miner):
+        def __init__(self, n:int=1): self.n = n
+        def mine(self, embs, labels, d2): return tuple(o[:self.n] for o in all_triplets(labels))
+    yield SharpLoss,OwnLoss,FirstMiner
+    for o in (SharpLoss,OwnLoss): register_loss.remove(o.__name__)
+    register_miner.remove('FirstMiner')
+
+def test_a_loss_of_ones_own_is_found_by_name(registered):
+    from dmlfast.study.runs import check_settings, loss_class, make_loss, miner_class, with_settings
+    sharp,own,first = registered
+    assert loss_class('sharp') is sharp and loss_class('ms') is MultiSimilarityLoss and loss_class('OWN') is loss_class('own_loss') is own and miner_class('first') is first
+    made = make_loss(dict(name='own', scale=2, miner=dict(name='first', n=3)))
+    assert type(made) is own and made.scale==2 and made.miner.n==3
+    check_settings(dict(loss=dict(name='own', scale=2., gamma=.1, miner=dict(name='first', n=3))))
+    for loss,said in ((dict(name='onw'),"the nearest is 'OwnLoss'"), (dict(name='own', scales=2.),"the nearest is 'loss.scale'"), (dict(name='own', scale='big'),'`loss.scale` is'), (dict(name='own', scale=-1.),'scale must be'),
+            (dict(name='own', miner=dict(name='frist')),"the nearest is 'FirstMiner'")):
+        with pytest.raises(ValueError, match=said): check_settings(dict(loss=loss))
+    old = dict(loss=dict(name='own', scale=2., miner=dict(name='first', n=3)))
+    assert with_settings(old, dict(loss=dict(name='OwnLoss', miner=dict(name='FirstMiner'))))['loss']==dict(name='OwnLoss', scale=2., miner=dict(name='FirstMiner', n=3)) # another way to write it
+    assert with_settings(old, dict(loss=dict(name='sharp')))['loss']==dict(name='sharp')

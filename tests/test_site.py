@@ -59,7 +59,7 @@ def test_a_dead_link_is_found(site, tmp_path):
     page = tmp_path/'site'/'index.html'
     bad = {'nowhere.html':'no such page', 'api/losses/base.html#nothing':'no such anchor', '#nothing':'no such anchor', 'https://dmlfast.github.io/dmlfast/api/nowhere.html':'no such page',
         'https://github.com/dmlfast/dmlfast/blob/main/dmlfast/losses/base.py#L99999':'no such line', 'https://github.com/dmlfast/dmlfast/blob/main/nowhere.py':'no such file'}
-    good = ['https://github.com/dmlfast/dmlfast/blob/main/dmlfast/losses/base.py#L1', 'https://dmlfast.github.io/dmlfast/api/losses/base.html#tripletloss', 'https://example.invalid/', 'api/losses/base.html#tripletloss']
+    good = ['https://github.com/dmlfast/dmlfast/blob/main/dmlfast/losses/base.py#L1', 'https://dmlfast.github.io/dmlfast/api/losses/triplet.html#tripletloss', 'https://example.invalid/', 'api/losses/triplet.html#tripletloss']
     page.write_text(page.read_text(encoding='utf-8').replace('</article>', ''.join(f'<a href="{o}">x</a>' for o in [*bad,*good])
         + '<pre>[x](https://example.invalid/)</pre>[<a>x</a>](https://example.invalid/twice)</article>', 1), encoding='utf-8')
     bad['https://example.invalid/twice'] = 'stayed text'

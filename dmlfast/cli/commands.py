@@ -97,14 +97,15 @@ _words = {'one-cycle':'one_cycle', 'onecycle':'one_cycle', 'exponential':'exp', 
 
 def _data_table(data, path, old):
     "The table `data` that arguments mean"
-    from dmlfast.study.runs import _nearest, _readers
+    from dmlfast.files.registry import nearest
+    from dmlfast.study.runs import _readers
     if data is None and path is None: return old
     names = [o for o in _readers if o not in ('folder','csv')]
     named = data in names or data is None and 'reader' in old
     if path is not None and not named: raise ValueError("--path is the folder of the download of a data set by name, such as --data cub200 --path downloads.")
     if named: new = dict(reader=data or old['reader']) | ({} if path is None else dict(path=path))
     elif Path(data).exists(): new = dict(reader='folder' if Path(data).is_dir() else 'csv', path=data)
-    else: raise ValueError(_nearest(data, names, 'data set, folder or table'))
+    else: raise ValueError(nearest(data, names, 'data set, folder or table'))
     return {**(old if old.get('reader')==new['reader'] else {}), **new}
 
 def _changes(args):
@@ -323,7 +324,7 @@ def run_demo(
     import dmlfast.train.transfer
     from dmlfast.train.learner import metric_learner
     from dmlfast.train.progress import plain_table
-    from dmlfast.losses.base import DRTripletLoss
+    from dmlfast.losses.triplet import DRTripletLoss
     from dmlfast.retrieval.search import evaluate_retrieval
     own,trained,out = data is not None,data is not None or weights is not None,Path(out)
     check_folder(out, _is_demo(out), 'demo')

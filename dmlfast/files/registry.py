@@ -39,13 +39,13 @@ class Registry:
         o=None, # Class or function to register; none: a decorator with these arguments
         *,
         name:str=None, # What it is called; its own name if not given
-        short:str=None, # Another name, a shorter one
+        short:str=None, # Another name, a shorter one; what `o` itself has as `short` if not given
     ):
         "Register something, as a decorator does; the same name again takes the old one's place"
         if o is None: return lambda o: self(o, name=name, short=short)
         name = name or o.__name__
         self._all[name] = o
-        if short: self._short[plain_name(short)] = name
+        if short := short or getattr(o, '__dict__', {}).get('short'): self._short[plain_name(short)] = name
         return o
 
     def remove(self,

@@ -17,10 +17,8 @@ from PIL import Image
 from torch import Tensor
 from fastcore.basics import patch
 from ..data.batches import BalancedSampler
-from ..losses.geometry import *
+from ..losses import *
 from ..train.learner import *
-from ..losses.base import *
-from ..losses.miners import *
 from ..retrieval.embedded import *
 from ..retrieval.search import *
 from ..retrieval.search import _unit_
@@ -474,10 +472,10 @@ def _draw_triplet(self, axs, t, idx, gamma):
 
 def _triplet_settings(loss):
     "Miner, margin, γ and `squared` of a loss, and what stands in for what it does not have"
-    parts = getattr(loss, 'losses', [loss]) # of a sum
-    loss = next((o for o in parts if isinstance(o, (TripletLoss,MarginLoss))), None)
-    if loss is None: return dict(miner=BatchHardMiner(), margin=.2, gamma=next((o.gamma for o in parts if getattr(o, 'gamma', 0)), .3), squared=False)
-    return dict(miner=loss.miner, margin=loss.margin, gamma=loss.gamma or .3, squared=getattr(loss, 'squared', False))
+    part,margin = asking(loss, 'gap', 'boundary')
+    gammas = (o.gamma for o in getattr(loss, 'losses', [loss]) if getattr(o, 'gamma', 0)) # of a sum
+    if part is None: return dict(miner=BatchHardMiner(), margin=.2, gamma=next(gammas, .3), squared=False)
+    return dict(miner=getattr(part, 'miner', None), margin=margin.value, gamma=part.gamma or .3, squared=margin.squared)
 
 @patch
 def plot_triplets(self:RetrievalInterpretation,

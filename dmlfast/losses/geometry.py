@@ -6,7 +6,8 @@ Docs: https://dmlfast.github.io/dmlfast/api/losses/geometry.html.md"""
 
 # %% auto #0
 __all__ = ['class_index', 'label_masks', 'class_mates', 'wide_dtype', 'gram_sqdist', 'gram_grad', 'sqdist', 'safe_rsqrt',
-           'safe_sqrt', 'dir_cos', 'full_precision', 'check_batch']
+           'safe_sqrt', 'dir_cos', 'hardest_positive', 'cos_parts', 'cos_grad', 'hard_cos', 'full_precision',
+           'check_batch']
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #d7ec472b
 import math, torch
@@ -137,6 +138,63 @@ def dir_cos(
 )->Tensor: # Cosine in [-1,1]; 0 where the anchor is equal to its positive or its negative
     "Cosine of the angle at the anchor between the directions of a positive and of a negative"
     return (ap + (an-pn)) * (safe_rsqrt(ap)/2) * safe_rsqrt(an)
+
+# %% ../../nbs/api/losses/00_geometry.ipynb #5afe8f77
+def hardest_positive(
+    d2:Tensor, # Squared distances, `(n,n)`
+    pos:Tensor, # Positives of each row, `(n,n)`, 0 or 1 in a float dtype
+)->Tensor: # `(n,)` int64
+    "The farthest positive of each row; the row itself where it has none, so that its direction cosines are 0"
+    return torch.add(d2, pos-1, alpha=1e30).argmax(1).where(pos.any(1), torch.arange(len(d2), device=d2.device))
+
+# %% ../../nbs/api/losses/00_geometry.ipynb #342c5d67
+def cos_parts(
+    d2:Tensor, # Squared distances, `(n,n)` float64
+    p:Tensor, # A positive for each row, `(n,)` int64
+)->tuple[Tensor,Tensor,Tensor]: # Cosines at row i between row j and `p[i]`, `(n,n)`; factors of the negatives `(n,n)` and of the positive `(n,1)`
+    "Direction cosines of all rows at all anchors, with what `cos_grad` needs"
+    ap = d2.gather(1, p[:,None])
+    t,r = safe_rsqrt(ap)/2,safe_rsqrt(d2)
+    return torch.sub(d2, d2.index_select(0, p)).add_(ap).mul_(r).mul_(t),r,t
+
+# %% ../../nbs/api/losses/00_geometry.ipynb #24d3c5e1
+def cos_grad(
+    g:Tensor, # Gradient by the cosines, `(n,n)` float64; overwritten
+    p:Tensor, # A positive for each row, `(n,)` int64
+    c:Tensor, # Cosines, `(n,n)`, as from `cos_parts`, and its factors
+    r:Tensor, # Of the negatives, `(n,n)`
+    t:Tensor, # Of the positive, `(n,1)`
+)->Tensor: # Gradient by the squared distances, `(n,n)`
+    "Carry a gradient from the cosines to the squared distances"
+    gc = c*g
+    tr = g.mul_(r).mul_(t)
+    gap = tr.sum(1, keepdim=True) - 2*gc.sum(1, keepdim=True)*t*t
+    gd2 = torch.addcmul(tr, gc.mul_(r), r, value=-.5)
+    return gd2.index_add_(0, p, tr, alpha=-1).scatter_add_(1, p[:,None], gap)
+
+# %% ../../nbs/api/losses/00_geometry.ipynb #ebd8169e
+class _HardCos(torch.autograd.Function):
+    "Direction cosines of all rows with respect to one positive per anchor, with an analytic backward"
+    @staticmethod
+    def forward(ctx, d2, p, dtype):
+        c,r,t = cos_parts(d2, p)
+        ctx.save_for_backward(p, c, r, t)
+        return c.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        p,c,r,t = ctx.saved_tensors
+        return cos_grad(g.to(c.dtype, copy=True), p, c, r, t),None,None
+
+# %% ../../nbs/api/losses/00_geometry.ipynb #1c4b7f5d
+def hard_cos(
+    d2:Tensor, # Squared distances, `(n,n)` float64
+    p:Tensor, # A positive for each row, `(n,)` int64, such as `hardest_positive`
+    dtype:torch.dtype=torch.float32, # Precision of the result
+)->Tensor: # Cosines at row i between row j and `p[i]`, `(n,n)`
+    "Direction cosines of all rows at all anchors, with respect to one positive for each"
+    return _HardCos.apply(d2, p, dtype)
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #4d626c49
 def full_precision(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from .geometry import *
 from .base import *
-from .base import _gammas
+from .multisimilarity import *
 
 # %% ../../nbs/api/losses/06_proxies.ipynb #1958d7c4
 class ProxyLoss(MetricLoss):
@@ -138,6 +138,7 @@ def proxy_cos(
     return d2.scatter_(1, labels[:,None], vv),c.scatter_(1, labels[:,None], 0)
 
 # %% ../../nbs/api/losses/06_proxies.ipynb #c27d02ed
+@register_loss
 class ProxyNCALoss(ProxyLoss):
     "Softmax over the distances to all proxies"
     space = dict(scale=(3.,30.,'log'), lr_mult=(10.,1000.,'log'))
@@ -190,14 +191,16 @@ def precise_cross_entropy(
     return F.cross_entropy(logits.to(wide), labels, reduction=reduction) if mean<.01 and logits.dtype!=wide else res
 
 # %% ../../nbs/api/losses/06_proxies.ipynb #7df2b22d
+@register_loss
 class DRProxyNCALoss(ProxyNCALoss):
     "`ProxyNCALoss` with direction regularisation"
-    space = ProxyNCALoss.space | _gammas
+    space = ProxyNCALoss.space | MetricLoss.dr_space
     def __init__(self, n_classes=None, emb_sz=None, gamma=.3, squared=True, normalize_proxies=True, scale=9., include_positive=True,
                  lr_mult=100., reduction='mean'):
         super().__init__(n_classes, emb_sz, gamma, squared, normalize_proxies, scale, include_positive, lr_mult, reduction)
 
 # %% ../../nbs/api/losses/06_proxies.ipynb #6e9a86d5
+@register_loss
 class ProxyAnchorLoss(ProxyLoss):
     "Each proxy pulls its class and pushes the others, the hardest most"
     reductions = 'mean','none'

@@ -28,7 +28,8 @@ from ..files.images import *
 from ..retrieval.embedded import *
 from ..retrieval.search import _metric_names
 from .runs import *
-from .runs import _allowed, _nearest, _plain, _read_toml, _recipe
+from .runs import _allowed, _plain, _read_toml, _recipe
+from ..files.registry import *
 from ..files.drawing import _blue, _grey, _orange
 from .tuning import *
 from .tuning import _check_metric, _count, _optuna, _plain_space, _pruner
@@ -48,7 +49,7 @@ def _seeds(o):
 
 class _Methods(dict):
     "Methods by name"
-    def __missing__(self, name): raise ValueError(_nearest(name, list(self), 'method'))
+    def __missing__(self, name): raise ValueError(nearest(name, list(self), 'method'))
 
 def _read_plan(file, above=()):
     "The table in a TOML file, with what it takes over from its base"
@@ -73,7 +74,7 @@ def _measures(plan):
 def _check_search(search):
     "Raise `ValueError` for a search that cannot be"
     for k in search:
-        if k not in _search: raise ValueError(_nearest(f'search.{k}', [f'search.{o}' for o in _search], 'word'))
+        if k not in _search: raise ValueError(nearest(f'search.{k}', [f'search.{o}' for o in _search], 'word'))
     for k in ('n_trials','n_epoch'): _count(f'search.{k}', search.get(k, 1))
     if not isinstance(o := search.get('seed', 0), int) or isinstance(o, bool) or o<0: raise ValueError(f"`search.seed` is a whole number, 0 or more; got {o!r}.")
 
@@ -90,7 +91,7 @@ def _check_method(name, m, methods):
     for k in m:
         if k in (*_words,*_tables): continue
         where = [f'{table}.{k}' for table,kinds in _allowed({}).items() if k in kinds]
-        raise ValueError(f"Method {name!r}: " + (f"{k!r} is a setting of a table: is {where[0]!r} meant?" if where else _nearest(k, (*_tables,*_words), 'word')))
+        raise ValueError(f"Method {name!r}: " + (f"{k!r} is a setting of a table: is {where[0]!r} meant?" if where else nearest(k, (*_tables,*_words), 'word')))
     for k in ('twin','like'):
         if k in m and m[k] not in methods: raise ValueError(f"Method {name!r}: `{k}` is {m[k]!r}, which is not there or left out; the methods are {', '.join(map(repr, methods))}.")
         if m.get(k)==name: raise ValueError(f"Method {name!r}: `{k}` is the method itself.")
@@ -103,7 +104,7 @@ def _check_plan(plan):
     "Raise `ValueError` for a word that is not known, or a method that refers to none"
     if not isinstance(plan, dict): raise ValueError(f"An experiment is a TOML file or a dictionary; got a {type(plan).__name__}.")
     for k,o in plan.items():
-        if k not in _top: raise ValueError(f"{_nearest(k, _top, 'word')} An experiment has {', '.join(map(repr, _top))}.")
+        if k not in _top: raise ValueError(f"{nearest(k, _top, 'word')} An experiment has {', '.join(map(repr, _top))}.")
         if k in ('search','settings','methods') and not isinstance(o, dict): raise ValueError(f"`{k}` is a table; got {o!r}.")
     _seeds(plan.get('seeds', 5))
     _check_search(plan.get('search', {}))

@@ -10,7 +10,7 @@ __all__ = ['loss_class', 'miner_class', 'read_data', 'make_loss', 'get_setting',
            'about_run', 'train_settings', 'features_of']
 
 # %% ../../nbs/api/study/00_runs.ipynb #465a8370
-import csv, difflib, inspect, io, json, tomli_w, tomllib, torch, types, typing
+import csv, inspect, io, json, tomli_w, tomllib, torch, types, typing
 from copy import deepcopy
 from pathlib import Path
 from fastcore.all import *
@@ -22,59 +22,37 @@ from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.data.all import *
 from fastai.learner import *
 from fastai.torch_core import set_seed
-import dmlfast.losses.base as losses
-import dmlfast.losses.miners as mining
-import dmlfast.losses.proxies as proxies
 from ..train.checkpoint import *
 from ..data.datasets import *
 from ..deploy.embedder import *
 from ..train.doctor import *
 from ..train.columns import is_fitting
 from ..train.export import *
+from ..files.registry import *
 from ..files.writing import *
 from ..train.gain import *
 from ..train.progress import *
 from ..train.recipe import *
 from ..train.learner import *
-from ..losses.base import *
-from ..losses.miners import *
+from ..losses import *
 from ..models.embedder import *
-from ..losses.proxies import *
 from ..train.ssr import *
 from ..look.page import *
 from ..look.report import *
 from ..train.transfer import *
 
 # %% ../../nbs/api/study/00_runs.ipynb #57b64978
-_short = dict(ms='MultiSimilarityLoss', drms='DRMultiSimilarityLoss')
-
-def _simple(name, suffix): return name.lower().replace('_', '').replace('-', '').replace(' ', '').removesuffix(suffix)
-
-def _classes(module, base): return {k:o for k,o in vars(module).items() if isinstance(o, type) and issubclass(o, base) and k in module.__all__}
-
-def _nearest(name, names, what):
-    "The sentence that names the nearest of some names; of a dictionary its values are said, and its keys compared"
-    said = names if isinstance(names, dict) else {str(o).lower():o for o in names}
-    near = difflib.get_close_matches(str(name).lower(), said, n=1, cutoff=.5)
-    return f"There is no {what} {name!r}; " + (f"the nearest is {said[near[0]]!r}." if near else f"there are {', '.join(map(repr, dict.fromkeys(said.values())))}.")
-
 def loss_class(
     name:str, # `'DRTripletLoss'`, `'dr_triplet'`, `'ms'`
 )->type: # Class of the loss
     "The loss of a name; raises `ValueError` naming the nearest one where there is none"
-    known = {k:o for k,o in (_classes(losses, MetricLoss)|_classes(proxies, MetricLoss)).items() if o not in (MetricLoss,ProxyLoss,OtherLoss,CombinedLoss)}
-    simple = {_simple(k, 'loss'):o for k,o in known.items()} | {k:known[o] for k,o in _short.items()}
-    if (o := simple.get(_simple(str(name), 'loss'))) is None: raise ValueError(_nearest(name, {k:o.__name__ for k,o in simple.items()}, 'loss'))
-    return o
+    return register_loss[name]
 
 def miner_class(
     name:str, # `'SemiHardMiner'`, `'semi_hard'`
 )->type: # Class of the miner
     "The miner of a name; raises `ValueError` naming the nearest one where there is none"
-    known = {k:o for k,o in _classes(mining, Miner).items() if o is not Miner}
-    simple = {_simple(k, 'miner'):o for k,o in known.items()}
-    if (o := simple.get(_simple(str(name), 'miner'))) is None: raise ValueError(_nearest(name, {k:o.__name__ for k,o in simple.items()}, 'miner'))
-    return o
+    return register_miner[name]
 
 # %% ../../nbs/api/study/00_runs.ipynb #22f41394
 def _table_file(
@@ -89,14 +67,14 @@ _readers = dict(folder=MetricDataset.from_folder, csv=_table_file, cub200=cub200
 
 def _same(a, b):
     "Do two names mean the same loss or miner?"
-    def _s(o): return str(_short.get(_simple(str(o), 'loss'), o))
-    return a==b or isinstance(a, str) and isinstance(b, str) and any(_simple(_s(a), o)==_simple(_s(b), o) for o in ('loss','miner'))
+    def _full(name, known): return known.full_name(name) if name in known else plain_name(name, known.what)
+    return a==b or isinstance(a, str) and isinstance(b, str) and any(_full(a, o)==_full(b, o) for o in (register_loss,register_miner))
 
 def _reader(data):
     "Name of the reader that some settings mean"
     name,path = data.get('reader'),data.get('path')
     if name is None: name = 'glyphs' if path is None else 'csv' if Path(path).is_file() else 'folder'
-    if not isinstance(name, str) or name not in _readers: raise ValueError(_nearest(name, list(_readers), 'reader'))
+    if not isinstance(name, str) or name not in _readers: raise ValueError(nearest(name, list(_readers), 'reader'))
     return name
 
 # %% ../../nbs/api/study/00_runs.ipynb #54eb4a28
@@ -223,7 +201,7 @@ def _kind_said(kind):
 def _check_table(table, settings, kinds):
     "Raise `ValueError` for an unknown name in a table, or a value of another type"
     for k,o in get_setting(settings, table, {}).items():
-        if k not in kinds: raise ValueError(_nearest(f'{table}.{k}', [f'{table}.{o}' for o in kinds], 'setting'))
+        if k not in kinds: raise ValueError(nearest(f'{table}.{k}', [f'{table}.{o}' for o in kinds], 'setting'))
         if o=='': raise ValueError(f"`{table}.{k}` is empty.")
         if not (_is(o, kinds[k]) or f'{table}.{k}'=='loss.miner.upper' and o==float('inf')): raise ValueError(f"`{table}.{k}` is {_kind_said(kinds[k])}; got {o!r}.")
 
@@ -244,7 +222,7 @@ def _sched_name(settings):
 def _check_fit(settings):
     "Raise `ValueError` where the settings of a fit make no sense together"
     fit,sched = settings.get('fit', {}),_sched_name(settings)
-    if sched not in _scheds: raise ValueError(_nearest(sched, _scheds, 'schedule'))
+    if sched not in _scheds: raise ValueError(nearest(sched, _scheds, 'schedule'))
     if fit.get('precision') not in (None,'fp16','bf16'): raise ValueError(f"`fit.precision` is 'fp16' or 'bf16'; got {fit['precision']!r}.")
     for o in ('lr','body_lr','factor'):
         if fit.get(o) is not None and not fit[o]>0: raise ValueError(f"`fit.{o}` is greater than 0; got {fit[o]!r}.")
@@ -302,7 +280,7 @@ def check_settings(
     "Raise `ValueError` for a name that is not known, naming the nearest one, for a value of another type, and for what makes no sense together"
     if not isinstance(settings, dict): raise ValueError(f"Settings are a dictionary of tables; got a {type(settings).__name__}.")
     for k,o in settings.items():
-        if k not in _top: raise ValueError(_nearest(k, _top, 'setting'))
+        if k not in _top: raise ValueError(nearest(k, _top, 'setting'))
         if k in _top[:6] and not isinstance(o, dict): raise ValueError(f"`{k}` is a table of settings; got {o!r}.")
     if not (_is(settings.get('seed', 0), int) and settings.get('seed', 0)>=0): raise ValueError(f"`seed` is a whole number, 0 or more; got {settings['seed']!r}.")
     _recipe(settings)

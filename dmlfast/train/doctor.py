@@ -18,9 +18,7 @@ from fastcore.basics import ifnone, patch, store_attr
 from fastai.callback.core import Callback
 from .columns import is_fitting
 from .gain import *
-from ..losses.geometry import *
-from ..losses.base import *
-from ..losses.miners import *
+from ..losses import *
 from ..models.embedder import *
 from ..files.drawing import _axes, _blue, _grey, _orange
 
@@ -54,34 +52,18 @@ def _setting(objs, **attrs):
     finally:
         for o,d in zip(objs, old): o.__dict__.update(d)
 
-def _value(loss, embs, labels, **attrs):
-    with _same_random(embs), _setting([loss], **attrs): return loss(embs, labels)
-
 @torch.no_grad()
 def active_share(
-    loss, # A loss of this library
-    embs:Tensor, # Embeddings, `(n,d)` float
+    loss:MetricLoss, # Any
+    embs:Tensor, # Embeddings, `(n,d)` float32 or float64
     labels:Tensor, # Class of each row, `(n,)` int64
-)->Tensor|None: # Scalar, 0 to 1; None for a loss of another kind
-    "Share of the triplets or pairs of a loss that it learns from"
-    if isinstance(loss, CombinedLoss): return next((o for o in (active_share(l, embs, labels) for l in loss.losses) if o is not None), None)
-    if isinstance(loss, (TripletLoss,MarginLoss)): # the sum by all terms, and by the active ones
-        extra = loss.nu*loss.betas.sum() if isinstance(loss, MarginLoss) else 0
-        every,active = (_value(loss, embs, labels, reduction=o)-extra for o in ('mean','active'))
-        return every/active.clamp(min=1e-30)
-    if isinstance(loss, ContrastiveLoss):
-        d2 = sqdist(embs)
-        with _same_random(embs): idx = call_miner(loss.miner, embs, labels, d2) if loss.miner else all_pairs(labels)
-        _,dp,_,dn = shifted_pairs(idx, d2, labels, loss.gamma)
-        return ((dp>loss.pos_margin).sum()+(dn<loss.neg_margin).sum())/max(len(dp)+len(dn), 1)
-    if isinstance(loss, MultiSimilarityLoss):
-        pos,neg = label_masks(labels, embs.dtype)
-        with _same_random(embs): P,N = loss.masks(embs, labels, embs@embs.T, pos, neg)
-        return (P.sum()+N.sum())/(pos.sum()+neg.sum()).clamp(min=1)
+)->Tensor|None: # Scalar, 0 to 1; None for a loss that does not say
+    "Share of what a loss compares that it still learns from: its `active`, without a trace"
+    with _same_random(embs): return loss.active(embs, labels)
 
 # %% ../../nbs/api/train/14_doctor.ipynb #b433ad96
 def dr_share(
-    loss, # A loss of this library
+    loss:MetricLoss, # Any that is `repeatable`
     embs:Tensor, # Embeddings, `(n,d)` float
     labels:Tensor, # Class of each row, `(n,)` int64
 )->Tensor|None: # Scalar, 0 to 1; None where no γ is at work
@@ -201,11 +183,7 @@ def after_loss(self:TrainingDoctor):
         d2 = sqdist(embs).to(embs.dtype)
         d_pos,d_neg = ((d2.sqrt()*o).sum()/o.sum().clamp(min=1) for o in label_masks(labels, embs.dtype))
         self.now |= dict(loss=self.learn.loss.detach().mean(), pos=pos, neg=neg, d_pos=d_pos, d_neg=d_neg, rank=effective_rank(u), most=min(embs.shape[1], len(labels.unique())))
-        if _ours(loss): self.now |= dict(active=active_share(loss, embs, labels), dr=dr_share(loss, embs, labels))
-
-def _ours(loss):
-    "Is all of this loss of this library? Then to compute it once more changes nothing"
-    return isinstance(loss, MetricLoss) and all(type(o).__module__.startswith('dmlfast.') and not isinstance(o, OtherLoss) for o in loss.modules() if not isinstance(o, torch.nn.ModuleList))
+        if isinstance(loss, MetricLoss) and loss.repeatable: self.now |= dict(active=active_share(loss, embs, labels), dr=dr_share(loss, embs, labels))
 
 @patch
 def after_batch(self:TrainingDoctor):
@@ -294,17 +272,16 @@ def _narrow(self, tol):
     if self.measured[-1]['recall']>=start-tol and start<self.theirs-tol:
         return f'Training did no harm, but the head began at {start:.3f}, with {model.emb_sz:,} numbers in place of {model.n_features:,}: raise `emb_sz`.'
 
-def _part(self, cls):
-    "The first loss of a kind in the learner's"
-    loss = self.learn.loss_func
-    return next((o for o in loss.modules() if isinstance(o, cls)), None) if isinstance(loss, MetricLoss) else None
+def _gap(self):
+    "The loss that asks for a gap between positives and negatives, and its margin; None where none does"
+    return asking(self.learn.loss_func, 'gap')
 
 def _asked(self):
     "Name and value of the margin that the loss asks for, and what the distances have on average; nan where it asks for none"
-    loss,pos,neg = _part(self, (TripletLoss,ContrastiveLoss)),self.recent('d_pos'),self.recent('d_neg')
-    if loss is None: return '',math.nan,math.nan
-    if isinstance(loss, ContrastiveLoss): return 'neg_margin',loss.neg_margin,neg
-    return 'margin',loss.margin,neg**2-pos**2 if loss.squared else neg-pos
+    margin,pos,neg = asking(self.learn.loss_func, 'gap', 'negatives')[1],self.recent('d_pos'),self.recent('d_neg')
+    if margin is None: return '',math.nan,math.nan
+    has = neg if margin.of=='negatives' else neg**2-pos**2 if margin.squared else neg-pos
+    return margin.name,margin.value,has
 
 def _collapsed(self):
     neg,rank,most = (self.recent(o) for o in ('neg','rank','most'))
@@ -313,12 +290,12 @@ def _collapsed(self):
 def _collapse(self):
     if not _collapsed(self): return
     name,asked,has = _asked(self)
-    triplet = _part(self, TripletLoss)
+    loss,margin = _gap(self)
     if _lengths(self): remedy = 'Lower the learning rate.'
     elif has>asked: remedy = f'The loss asks for no more: raise its `{name}`, which is {asked:g}.'
-    elif triplet and triplet.gamma>=2*triplet.margin: remedy = (f'Where all of them are equally far apart the direction cosine is 0.5, and `gamma` times this, {triplet.gamma/2:g}, '
-        f'takes all of the margin of {triplet.margin:g}, so that nothing is asked of them there: lower `gamma`, or raise the margin.')
-    elif triplet and triplet.miner: remedy = 'Lower the learning rate, and learn from easier triplets: all of them, or those of `SemiHardMiner`, rather than the hardest.'
+    elif loss and loss.gamma>=2*margin.value: remedy = (f'Where all of them are equally far apart the direction cosine is 0.5, and `gamma` times this, {loss.gamma/2:g}, '
+        f'takes all of the margin of {margin.value:g}, so that nothing is asked of them there: lower `gamma`, or raise the margin.')
+    elif getattr(loss, 'miner', None): remedy = 'Lower the learning rate, and learn from easier triplets: all of them, or those of `SemiHardMiner`, rather than the hardest.'
     else: remedy = 'Lower the learning rate; if that does not help, see that the loss pushes classes apart.'
     return (f'The embeddings collapse: those of different classes have a similarity of {self.recent("neg"):.2f} on average, and {self.recent("rank"):.1f} directions are used '
         f'of the {self.recent("most"):.0f} that could be. {remedy}')
@@ -350,9 +327,9 @@ def _proxies(self):
         'See that the optimiser has them (`metric_learner` sees to it) and is not told to freeze them, and raise `lr_mult`.')
 
 def _stuck(self):
-    loss,gap,value = _part(self, TripletLoss),self.recent('d_neg')-self.recent('d_pos'),self.recent('loss')
-    if loss and not _collapsed(self) and gap<.1*loss.margin and (loss.gamma or value>.9*loss.margin):
-        return (f'The loss stands at {value:.3g}, with a margin of {loss.margin:g}: negatives are no farther away than positives ({self.recent("d_neg"):.3g} and {self.recent("d_pos"):.3g} on average), so nothing has been learned. '
+    (loss,margin),gap,value = _gap(self),self.recent('d_neg')-self.recent('d_pos'),self.recent('loss')
+    if loss and not _collapsed(self) and gap<.1*margin.value and (loss.gamma or value>.9*margin.value):
+        return (f'The loss stands at {value:.3g}, with a margin of {margin.value:g}: negatives are no farther away than positives ({self.recent("d_neg"):.3g} and {self.recent("d_pos"):.3g} on average), so nothing has been learned. '
             'Look for a learning rate with `lr_find`, learn from all triplets before the hardest ones, and look at the labels.')
 
 def _still(self):
@@ -361,9 +338,9 @@ def _still(self):
         return f'The network hardly moves: in {self.steps[-1]["step"]} steps the weights of its head went {x:.1e} of their length. Raise the learning rate; `lr_find` looks for one.'
 
 def _margin(self):
-    loss,active = _part(self, TripletLoss),self.recent('active')
-    if loss and loss.normalize_embs and not loss.miner and not _collapsed(self) and loss.margin>(2 if loss.squared else 1) and active>.9:
-        return (f'The margin of {loss.margin:g} cannot be met: {math.floor(100*active)} % of the triplets violate it, for embeddings of length 1 that have nothing in common are {"2 (squared)" if loss.squared else "1.4"} apart. '
+    (loss,margin),active = _gap(self),self.recent('active')
+    if loss and loss.normalize_embs and not getattr(loss, 'miner', None) and not _collapsed(self) and margin.value>(2 if margin.squared else 1) and active>.9:
+        return (f'The margin of {margin.value:g} cannot be met: {math.floor(100*active)} % of the triplets violate it, for embeddings of length 1 that have nothing in common are {"2 (squared)" if margin.squared else "1.4"} apart. '
             'Lower it: 0.05 to 0.5 is usual.')
 
 def _runaway(self):

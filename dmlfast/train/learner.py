@@ -16,7 +16,7 @@ from fastai.data.all import *
 from fastai.learner import *
 from fastai.callback.all import *
 from ..files.registry import nearest
-from ..losses.base import *
+from ..losses import *
 from ..models.embedder import *
 from ..data.batches import *
 from .compat import *
@@ -118,19 +118,13 @@ def check_cbs(self:MetricLearner,
         if o.__dict__.get('projector'): show_embeddings(o, self.model)
 
 # %% ../../nbs/api/train/08_learner.ipynb #eceb4a50
-def _needs_pairs(loss):
-    "Does `loss` learn by comparing the images of a batch with each other?"
-    if isinstance(loss, CombinedLoss): return all(map(_needs_pairs, loss.losses))
-    if isinstance(loss, OtherLoss): return isinstance(loss.loss, nn.Module) and not loss.seen_only
-    return isinstance(loss, (TripletLoss,ContrastiveLoss,MarginLoss,NPairLoss,MultiSimilarityLoss))
-
 @patch
 def check_pairs(self:MetricLearner,
     labels, # Class of each image of a batch, `(n,)` integer
 ):
     "Warn of a batch in which the loss has nothing to compare"
     n,c = len(labels),len(labels.unique())
-    if 1<c<n or not _needs_pairs(self.loss_func): return
+    if 1<c<n or not getattr(self.loss_func, 'compares', False): return
     has,do = ('no two images of one class','make them with `per_class=4`, say (and `dl_type=BalancedDL` in a `DataBlock`)') if c==n else ('images of one class only','make `bs` a larger multiple of `per_class`')
     warnings.warn(f"The first batch, of {n}, has {has}, so that {type(self.loss_func).__name__} has nothing to compare: from such batches nothing is learned; {do}.")
 

@@ -15,7 +15,7 @@ from fastai.learner import *
 from fastai.optimizer import *
 from fastai.callback.all import *
 from fastai.torch_core import get_model
-from ..losses.base import *
+from ..losses import *
 from .compat import *
 
 # %% ../../nbs/api/train/02_rates.ipynb #7e069ed3

@@ -17,7 +17,7 @@ from fastai.optimizer import *
 from fastai.callback.all import *
 from ..files.registry import nearest
 from ..losses.miners import *
-from ..losses.base import *
+from ..losses import *
 from ..losses.proxies import *
 from .rates import *
 from .ssr import *
