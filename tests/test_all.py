@@ -19,7 +19,7 @@ def test_names_are_there():
         'Embedder', 'stage_splitter', 'bn_inception', 'recipes', 'neighbours', 'evaluate_retrieval', 'show_neighbours'} <= _public('dmlfast.all')
 
 def test_lower_rooms_do_without_fastai():
-    code = "import sys, dmlfast.files.images, dmlfast.losses.proxies, dmlfast.models.embedder, dmlfast.models.bninception, dmlfast.retrieval.search, dmlfast.files.drawing; sys.exit('fastai' in sys.modules)"
+    code = "import sys, dmlfast.files.images, dmlfast.losses.proxies, dmlfast.models.embedder, dmlfast.models.bninception, dmlfast.retrieval.embedded, dmlfast.files.drawing; sys.exit('fastai' in sys.modules)"
     assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code]).returncode==0
     code = "import sys, dmlfast.files.images; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code]).returncode==0

@@ -5,7 +5,8 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 import dmlfast.retrieval.search as retrieval
 from dmlfast.retrieval.results import Contingency, RetrievalResult
-from dmlfast.retrieval.search import Gallery, evaluate_random_gallery, evaluate_retrieval, kmeans, neighbours
+from dmlfast.retrieval.metrics import evaluate_random_gallery, evaluate_retrieval
+from dmlfast.retrieval.search import Gallery, kmeans, neighbours
 
 KS = (1,2,4,8)
 RANKED = ['recall','precision@1','r_precision','map@r','map','mrr']
@@ -375,7 +376,7 @@ def test_without_faiss(monkeypatch):
 def test_import_is_light():
     "No fastai, faiss, scikit-learn, scipy or pandas until they are needed"
     heavy = ('fastai','faiss','sklearn','scipy','pandas','matplotlib','timm')
-    code = f'import sys, dmlfast.retrieval.search; print([m for m in {heavy} if m in sys.modules])'
+    code = f'import sys, dmlfast.retrieval.metrics; print([m for m in {heavy} if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()=='[]'
 
 # ---- clusterings ----

@@ -22,8 +22,9 @@ from ..train.learner import *
 from ..losses.base import *
 from ..losses.miners import *
 from ..retrieval.embedded import *
+from ..retrieval.metrics import *
 from ..retrieval.search import *
-from ..retrieval.search import _unit_
+from ..retrieval.search import unit_
 from ..files.drawing import *
 from ..files.drawing import _axes, _blue, _draw_image, _grey, _orange, _right, _title_height, _wrong
 
@@ -56,8 +57,8 @@ def _lazy(f):
 
 @_lazy
 def _result(self):
-    "Metrics, as `evaluate_protocol` has them"
-    return self.evaluate(['recall','r_precision','map@r','map','pr_curve'], block=self.block)
+    "Metrics of the ranks, as `evaluate_protocol` has them"
+    return self.evaluate(metric_names('all', self.ks, drawn=True), block=self.block) # all but the scores of clusters
 
 @patch
 def values(self:RetrievalInterpretation,
@@ -274,9 +275,9 @@ def similarities(self:RetrievalInterpretation,
 )->dict: # `edges (bins+1,)`; shares `pos` and `neg`, `(bins,)`, which add up to 1; `pos_mean`, `neg_mean`, `overlap` and `n_queries`
     "Histograms of the similarities of positive and negative pairs, and their overlap"
     q,g = self.queries[torch.from_numpy(np.random.default_rng(seed).permutation(len(self.queries))[:max_n])],self.gallery
-    x,count,total = _unit_(self.embs[g]),torch.zeros(2*bins, dtype=torch.int64),torch.zeros(2, dtype=torch.float64)
+    x,count,total = unit_(self.embs[g]),torch.zeros(2*bins, dtype=torch.int64),torch.zeros(2, dtype=torch.float64)
     for rows in q.split(max(1, 2**21//len(x))):
-        s,same,other = _unit_(self.embs[rows])@x.T,self.labels[rows,None]==self.labels[g],self.ids[rows,None]!=self.ids[g]
+        s,same,other = unit_(self.embs[rows])@x.T,self.labels[rows,None]==self.labels[g],self.ids[rows,None]!=self.ids[g]
         s,same = s[other],same[other]
         count += ((s+1)*(bins/2)).long().clamp_(0, bins-1).add_(same.long()*bins).bincount(minlength=2*bins)
         total += torch.stack([s[~same].sum(dtype=torch.float64),s[same].sum(dtype=torch.float64)])
@@ -342,7 +343,7 @@ def plot_map(self:RetrievalInterpretation,
     "Draw items as a map, with their images"
     if method not in ('tsne','pca'): raise ValueError(f"a map is made by 'tsne' or 'pca', not {method!r}")
     idx = _sample(self, n_classes, max_n, seed)
-    y,xy = self.labels[idx].numpy(),_places(_unit_(self.embs[idx]), method, seed)
+    y,xy = self.labels[idx].numpy(),_places(unit_(self.embs[idx]), method, seed)
     cls = np.unique(y)
     name = dict(tsne='t-SNE', pca='principal components')[method]
     ax = _axes(plt.subplots(figsize=figsize, layout='constrained')[1], xticks=[], yticks=[],
@@ -493,7 +494,7 @@ def plot_triplets(self:RetrievalInterpretation,
     settings = _triplet_settings(self.loss)|kwargs
     idx = np.arange(len(self)) if len(self)<=max_batch else self._batch(bs, per_class, seed)
     x = self.embs[idx]
-    if getattr(self.loss, 'normalize_embs', True): x = _unit_(x)
+    if getattr(self.loss, 'normalize_embs', True): x = unit_(x)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         t = triplet_table(x, self.labels[idx], **settings)

@@ -187,7 +187,7 @@ def plot_curves(
     a.legend(frameon=False, fontsize=8)
     _axes(b, title='Validation metrics', xlabel='epochs', ylabel='metric', ylim=(0,1.02))
     for i,k in enumerate(head[3:], 3):
-        if k.startswith(('recall','map','r_prec','precision','mrr','nmi','ami','f1')): _draw_metric(b, k, [o[0] for o in rows], [o[i] for o in rows], (i-3)/max(1, len(head)-4))
+        if metric_of(k): _draw_metric(b, k, [o[0] for o in rows], [o[i] for o in rows], (i-3)/max(1, len(head)-4))
     if b.lines: b.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1,.5), borderaxespad=0)
     b.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     _axes(c, title='Learning rate', xlabel='steps', ylabel='learning rate of the head')
@@ -333,13 +333,6 @@ def _metrics(r):
     notes += [f'2.5 % and 97.5 % are the ends of a 95 % interval, from {r.n_boot:,} samples of the {r.ci}.'] if any(map(r.interval, r.keys())) else []
     return ['metric','mean of queries','mean of classes',*head[3:]],rows,notes+[o[0].upper()+o[1:]+'.' for o in dict.fromkeys(filter(None, map(r.why_no_interval, r.keys())))]
 
-def _meanings(r):
-    "What the metrics in the table mean"
-    res = {'recall@k':'share of queries with an item of their class among the k nearest',
-        'r_precision':'share of right ones among the R nearest, where R is how many right ones there are', 'map@r':'the same, and right ones count for more the nearer they stand (mean average precision at R)',
-        'map':'mean average precision: the precision at each right item of the whole ranking, averaged'}
-    return {k:v for k,v in res.items() if k in r.keys() or k=='recall@k'}
-
 def _what(interp):
     "How was it measured?"
     who = 'Each item searches for items of its class among all the others' if interp.all_search else f'{len(interp.queries):,} queries search for items of their class in a gallery of {len(interp.gallery):,}'
@@ -391,7 +384,7 @@ def _context(learn, interp, dl, title, code, n, began):
     return dict(title=name, when=datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'), split=_split_name(learn, dl), n_items=f'{len(interp):,}', n_classes=f'{len(interp.labels.unique()):,}',
         sections=[('findings','What is wrong'),*([('gain','Gain')] if gain or decisions else []),('metrics','Metrics'),('neighbours','Neighbours'),('confusions','Confusions'),('training','Training'),('settings','Settings'),('data','Data'),('repeat','Do it again'),('versions','Versions')],
         says=gain and getattr(learn, 'fitted', False) and (_way(gain),gain.sentence), gain=gain and _gain_rows(gain), gain_note=gain and _gain_note(gain), decisions=decisions,
-        what=_what(interp), meanings=_meanings(r), panels={t:why for t,*_,why in doctor.panels} if doctor and doctor.steps else {},
+        what=_what(interp), meanings=metric_meanings(r.keys()), panels={t:why for t,*_,why in doctor.panels} if doctor and doctor.steps else {},
         tiles=[_tile(r, o) for o in dict.fromkeys((f'recall@{interp.ks[0]}',f'recall@{max([k for k in interp.ks if k<=10] or interp.ks[:1])}','map@r'))]+[('overlap of similarities',f'{interp.similarities()["overlap"]:.2f}','0: classes apart, 1: no difference')],
         findings=findings, well=_well(learn), metrics=_metrics(r), figures=figures, images=images,
         confused=(['class of the query','class of its nearest','times','of'],confused[['query','found','count','of']].values.tolist()), epochs=(head,[[_fmt(o) for o in row] for row in (_first_rows(learn, head)+rows if rows else [])]),

@@ -20,7 +20,7 @@ from .columns import *
 from .features import *
 from ..models.heads import *
 from ..models.embedder import *
-from ..retrieval.search import *
+from ..retrieval.metrics import *
 
 # %% ../../nbs/api/train/03_baseline.ipynb #a3cd8534
 def _halves(classes, seed=0):

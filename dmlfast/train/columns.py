@@ -13,8 +13,7 @@ from torch import tensor
 from fastcore.all import *
 from fastai.learner import *
 from fastai.callback.core import Callback
-from ..retrieval.search import *
-from ..retrieval.search import _metric_names
+from ..retrieval.metrics import *
 
 # %% ../../nbs/api/train/00_columns.ipynb #f81f2323
 def protocol_of(
@@ -48,7 +47,7 @@ class RetrievalMetrics(Callback):
     ):
         if not (isinstance(every, int) and every>=1): raise ValueError(f"`every` is a number of epochs, 1 or more; got {every!r}.")
         store_attr('every')
-        self.names = _metric_names(ifnone(metrics, ['recall','map@r']), ks, curve=False)
+        self.names = metric_names(ifnone(metrics, ['recall','map@r']), ks, curve=False)
         self.columns = [ValueMetric(partial(self.value, o), o) for o in self.names]
         self.reset()
 
@@ -64,7 +63,7 @@ class RetrievalMetrics(Callback):
         learn, # Learner that is about to be fitted
     ):
         "Raise `ValueError` where the data set has no such metrics"
-        _metric_names(self.names, drawn=getattr(getattr(learn.dls, 'source', None), 'random_gallery', 0), curve=False)
+        metric_names(self.names, drawn=getattr(getattr(learn.dls, 'source', None), 'random_gallery', 0), curve=False)
 
     def due(self):
         "Is this epoch scored? The last one always is, and what is no epoch of a fit"

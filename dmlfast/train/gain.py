@@ -17,8 +17,7 @@ from .learner import *
 from ..models.embedder import *
 from ..retrieval.embedded import *
 from ..retrieval.results import *
-from ..retrieval.search import *
-from ..retrieval.search import _metric_names
+from ..retrieval.metrics import *
 
 # %% ../../nbs/api/train/07_gain.ipynb #633bb948
 _few = 'recall@1','map@r'
@@ -38,7 +37,7 @@ def baseline(self:MetricLearner,
     **kwargs # Passed to `evaluate_protocol`
 )->RetrievalResult:
     "Retrieval metrics of the frozen features of the body that this learner began with; raises `ValueError` where that is not known"
-    names = _metric_names(ifnone(metrics, _names(self)), kwargs.get('ks', (1,2,4,8))) # before the images are run through the body
+    names = metric_names(ifnone(metrics, _names(self)), kwargs.get('ks', (1,2,4,8))) # before the images are run through the body
     start,dl = self.head_start_of(),self.split_dl(dl)
     return Embedded(*start.features(dl), **self.about_items(dl)).evaluate(names, **kwargs)
 

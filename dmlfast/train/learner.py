@@ -37,8 +37,7 @@ from ..models.embedder import *
 from .ssr import *
 from ..retrieval.embedded import *
 from ..retrieval.results import *
-from ..retrieval.search import *
-from ..retrieval.search import _metric_names
+from ..retrieval.metrics import *
 from ..files.drawing import *
 
 # %% ../../nbs/api/train/04_learner.ipynb #e19d2be4
@@ -674,7 +673,7 @@ def evaluate(self:MetricLearner,
     **kwargs # Passed to `evaluate_protocol`, instead of what the data set says
 )->RetrievalResult:
     "Retrieval metrics of a loader, a split or the validation set, scored as its data set says"
-    _metric_names(metrics, kwargs.get('ks', (1,))) # before the images are run through the model
+    metric_names(metrics, kwargs.get('ks', (1,))) # before the images are run through the model
     return self.embedded(dl).evaluate(metrics, **kwargs)
 
 # %% ../../nbs/api/train/04_learner.ipynb #1f5281a4

@@ -29,8 +29,7 @@ from .gain import *
 from .learner import *
 from ..models.embedder import *
 from .ssr import *
-from ..retrieval.search import *
-from ..retrieval.search import _metric_names
+from ..retrieval.metrics import *
 
 # %% ../../nbs/api/train/08_transfer.ipynb #31c8cbe3
 def _check_rates(n_epoch, lr=None, body_lr=None):
@@ -93,7 +92,7 @@ class Interpolate(Callback):
     ):
         self.at,self.metric,self.say = tuple(L(at)),metric,say
         if not self.at or not all(isinstance(o, (int,float)) and 0<=o<=1 for o in self.at): raise ValueError(f"`at` are numbers from 0, the start, to 1, the end; got {at!r}.")
-        if len(_metric_names(metric, (1,)))!=1: raise ValueError(f"`metric` is one metric, such as 'map@r'; got {metric!r}.")
+        if len(metric_names(metric, (1,)))!=1: raise ValueError(f"`metric` is one metric, such as 'map@r'; got {metric!r}.")
         self.curve,self.chosen,self.began = {},None,None
 
     def check_fit(self,
