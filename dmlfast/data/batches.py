@@ -21,7 +21,9 @@ def _has_hash(o):
     try: return hash(o) is not None
     except TypeError: return False
 
-def _sorted(labels):
+def distinct_labels(
+    labels, # What names a class, as often as it likes
+)->list:
     "Distinct `labels` in order, also when they are of several types; raises `ValueError` for what cannot be told apart, as lists, or is only itself, as tensors"
     labels = list(labels)
     try: labels,bad = set(labels),next((o for o in labels if isinstance(o, Tensor)), None)
@@ -31,8 +33,11 @@ def _sorted(labels):
     except TypeError: return sorted(labels, key=str)
 
 # %% ../../nbs/api/data/00_batches.ipynb #52b727d2
-def _some(labels, n=3):
-    "The first `n` of `labels` and how many more there are, for a sentence"
+def some_of(
+    labels, # Names
+    n:int=3, # How many to write
+)->str:
+    "The first few and how many more there are, for a sentence"
     labels = list(labels)
     return ', '.join(map(repr, labels[:n])) + (f' and {len(labels)-n} more' if len(labels)>n else '')
 
@@ -42,7 +47,7 @@ def _valid_classes(classes, valid_pct, n_valid, valid, seed):
     if callable(valid): return {c for c in classes if valid(c)}
     if valid is not None:
         if unknown := [c for c in listify(valid) if c not in classes]:
-            raise ValueError(f"`valid` names {_some(unknown)}, which no item has; there are {len(classes)} classes: {_some(classes)}.")
+            raise ValueError(f"`valid` names {some_of(unknown)}, which no item has; there are {len(classes)} classes: {some_of(classes)}.")
         return set(listify(valid))
     if n_valid is None:
         if not 0<valid_pct<1: raise ValueError(f"`valid_pct` is the share of the classes for validation, between 0 and 1; got {valid_pct}.")
@@ -72,7 +77,7 @@ def ClassSplitter(
             labels = [label_func(items.iloc[i]) for i in range(len(items))] if callable(label_func) else list(items[label_func]) # rows as fastai's getters have them
         else: labels = [label_func(o) for o in items]
         if none := [i for i,o in enumerate(labels) if pd.isna(o) is True]: raise ValueError(f"{len(none)} of {len(labels)} items have no label; the first is item {none[0]}.")
-        classes = _sorted(labels)
+        classes = distinct_labels(labels)
         if len(classes)<2:
             raise ValueError(f"A class-disjoint split needs two classes at least; the {len(labels)} items have {len(classes)}"
                 + (f" ({classes[0]!r})." if classes else "."))
@@ -98,11 +103,11 @@ class ClassCategorize(Categorize):
         "Read the classes of every split of `items`; raises `ValueError` where a class is in two"
         if self.vocab is None and items is not None:
             labels = L(iter(items))
-            seen,*others = [_sorted(labels[o]) for o in items.splits]
-            other = _sorted(o for split in others for o in split)
+            seen,*others = [distinct_labels(labels[o]) for o in items.splits]
+            other = distinct_labels(o for split in others for o in split)
             if not seen: raise ValueError(f"The training split is empty ({len(labels)} items in all).")
             if both := [o for o in other if o in set(seen)]:
-                raise ValueError(f"{len(both)} of {len(other)} validation classes are in the training split too ({_some(both)}), so recall on "
+                raise ValueError(f"{len(both)} of {len(other)} validation classes are in the training split too ({some_of(both)}), so recall on "
                     "them would not be recall on unseen classes: split with `ClassSplitter`.")
             self.vocab,self.n_train_classes = CategoryMap(seen+other, sort=False),len(seen)
         self.c = len(self.vocab)
@@ -225,7 +230,9 @@ def idxs(self:BalancedSampler,
     return items[pos].reshape(len(self), self.bs)
 
 # %% ../../nbs/api/data/00_batches.ipynb #4feb4acf
-def _labels(ds):
+def labels_of(
+    ds, # fastai's `Datasets`
+)->list: # Integers
     "Labels of a dataset, without opening its inputs"
     if not hasattr(ds, 'tls'): raise ValueError(f"`BalancedDL` cannot read the labels of a {type(ds).__name__}: pass them as `labels`.")
     return [int(o) for o in ds.tls[ds.n_inp]]
@@ -251,7 +258,7 @@ class BalancedDL(TfmdDL):
     @cached_property
     def sampler(self):
         "The `BalancedSampler` of this loader; raises `ValueError` where its batches cannot be made"
-        return BalancedSampler(_labels(self.dataset) if self.labels is None else self.labels, self.bs, self.per_class, self.seed)
+        return BalancedSampler(labels_of(self.dataset) if self.labels is None else self.labels, self.bs, self.per_class, self.seed)
 
     def __len__(self): return len(self.sampler) if self.shuffle and self.n else super().__len__()
     def get_idxs(self): return int_array('q', self.sampler.idxs(self.epoch).tobytes()) if self.shuffle else super().get_idxs()

@@ -16,9 +16,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from fastcore.all import *
 from fastai.data.all import *
-from .batches import _some, _sorted
+from .batches import some_of, distinct_labels
 from .tables import *
-from .tables import _check_shares, _train_val
+from .tables import check_shares, train_val_classes
 
 _all_ = ['NamedImage', 'bad_images', 'MetricDataset', 'crop_tfms'] # with the readers comes what they give
 
@@ -60,9 +60,9 @@ def _one_of(*words):
 # %% ../../nbs/api/data/02_datasets.ipynb #c1a88025
 def _published(df, path, name, val_pct, seed, classes=None, **kwargs):
     "Data set of a table whose training classes, in the order of `classes` or sorted, are divided into `train` and `val`"
-    _check_shares(val_pct=val_pct)
+    check_shares(val_pct=val_pct)
     is_train = df.split=='train'
-    split_of = _train_val(ifnone(classes, _sorted(df.label[is_train])), val_pct, seed)
+    split_of = train_val_classes(ifnone(classes, distinct_labels(df.label[is_train])), val_pct, seed)
     return MetricDataset(df.assign(split=df.split.where(~is_train, df.label.map(split_of))), path, **{'name':name, **kwargs})
 
 # %% ../../nbs/api/data/02_datasets.ipynb #99738b28
@@ -70,7 +70,7 @@ def _joined(a, b, fa, fb):
     "The values of `b` for the keys of `a`, two columns each; raises `ValueError` where one is not there or is there twice"
     at = dict(zip(*b))
     if len(at)<len(b[0]): raise ValueError(f"{str(fb)!r} has {len(b[0])-len(at)} lines for something that has a line already.")
-    if missing := [o for o in dict.fromkeys(a) if o not in at]: raise ValueError(f"{str(fb)!r} has no line for {_some(missing)} of {str(fa)!r}.")
+    if missing := [o for o in dict.fromkeys(a) if o not in at]: raise ValueError(f"{str(fb)!r} has no line for {some_of(missing)} of {str(fa)!r}.")
     return [at[o] for o in a]
 
 # %% ../../nbs/api/data/02_datasets.ipynb #cf891880
@@ -97,7 +97,7 @@ def _mat(fn, *names):
     if not fn.is_file(): raise ValueError(f"There is no file {str(fn)!r}.")
     try: mat = loadmat(fn, squeeze_me=True)
     except Exception as e: raise ValueError(f"{str(fn)!r} cannot be read ({type(e).__name__}: {e}).") from None
-    if missing := [o for o in names if o not in mat]: raise ValueError(f"{str(fn)!r} has no variable {_some(missing)}.")
+    if missing := [o for o in names if o not in mat]: raise ValueError(f"{str(fn)!r} has no variable {some_of(missing)}.")
     return [np.atleast_1d(mat[o]) for o in names]
 
 def _cars(fn, annos, field, folder, names):

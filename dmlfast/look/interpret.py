@@ -26,7 +26,7 @@ from ..retrieval.metrics import *
 from ..retrieval.search import *
 from ..retrieval.search import unit_
 from ..files.drawing import *
-from ..files.drawing import _axes, _blue, _draw_image, _grey, _orange, _right, _title_height, _wrong
+from ..files.drawing import light_axes, blue, draw_image, grey, orange, right, title_height, wrong
 
 # %% ../../nbs/api/look/00_interpret.ipynb #c5ad13b3
 class RetrievalInterpretation(Embedded):
@@ -183,8 +183,8 @@ def _draw_pairs(self, axs, pairs, sims):
         a,b = axs[r,3*c:3*c+2]
         ok = self.labels[int(i)]==self.labels[int(j)]
         a.set_axis_on(), b.set_axis_on()
-        _draw_image(a, self.image(i), self.label(i))
-        _draw_image(b, self.image(j), self.label(j), _right if ok else _wrong, '✓' if ok else '✗')
+        draw_image(a, self.image(i), self.label(i))
+        draw_image(b, self.image(j), self.label(j), right if ok else wrong, '✓' if ok else '✗')
         b.set_xlabel(f'{s:.3f}', fontsize=8, labelpad=2)
 
 def _only_text(text):
@@ -205,7 +205,7 @@ def plot_most_confused(self:RetrievalInterpretation,
     conf = self.most_confused(max_n)
     if not len(conf): return _only_text('Nothing is confused: the nearest neighbour of each item is of its class.')
     s,i = (o[:,0] for o in self.nearest())
-    titles = sum(_title_height([o.a,o.b], self.name)/72 for o in conf.itertuples())
+    titles = sum(title_height([o.a,o.b], self.name)/72 for o in conf.itertuples())
     fig = plt.figure(figsize=(2.25*each*size, len(conf)*(size*1.15+.4)+titles), layout='constrained')
     for sub,o in zip(np.atleast_1d(fig.subfigures(len(conf), 1)), conf.itertuples()):
         wrong = ((self.labels[self.queries]==o.a)&(self.labels[i]==o.b)&(s>-torch.inf)).nonzero()[:,0]
@@ -240,10 +240,10 @@ def plot_pr(self:RetrievalInterpretation,
 )->plt.Axes:
     "Draw the precision at each recall, the mean over the queries"
     r = self.result
-    ax = _axes(ax, xlabel='recall', ylabel='precision', xlim=(0,1), ylim=(0,1.02), title=f'Precision and recall\nmap {r["map"]:.3f}, {_n_used(self):,} queries')
-    ax.plot(*r.curve, color=_blue, lw=2, label='this embedding')
+    ax = light_axes(ax, xlabel='recall', ylabel='precision', xlim=(0,1), ylim=(0,1.02), title=f'Precision and recall\nmap {r["map"]:.3f}, {_n_used(self):,} queries')
+    ax.plot(*r.curve, color=blue, lw=2, label='this embedding')
     n,relevant,count = _searched(self)
-    ax.axhline(np.average(relevant/n, weights=count), color=_grey, ls='--', label='chance')
+    ax.axhline(np.average(relevant/n, weights=count), color=grey, ls='--', label='chance')
     ax.legend(frameon=False)
     return ax
 
@@ -254,13 +254,13 @@ def plot_recall(self:RetrievalInterpretation,
     "Draw recall@k against k, with 95 % intervals where there are enough classes"
     r,ks = self.result,[k for k in self.ks if k<=self.most] or [self.ks[0]]
     vals,ends = [r[f'recall@{k}'] for k in ks],[r.interval(f'recall@{k}') for k in ks]
-    ax = _axes(ax, xlabel='neighbours looked at, k', ylabel='recall@k', ylim=(0,1.02),
+    ax = light_axes(ax, xlabel='neighbours looked at, k', ylabel='recall@k', ylim=(0,1.02),
         title=f'Queries that find their class\nrecall@{ks[0]} {vals[0]:.3f}, {_n_used(self):,} queries')
     if min(b/a for a,b in zip(ks, [*ks[1:],np.inf]))>1.5: ax.set_xscale('log', base=2) # else the ticks would touch
     ax.set_xticks(ks, map(str, ks))
-    if all(ends): ax.fill_between(ks, *zip(*ends), color=_blue, alpha=.2, lw=0, label='95 % interval')
-    ax.plot(ks, vals, color=_blue, lw=2, marker='o', label='this embedding')
-    ax.plot(ks, [_chance(self, k) for k in ks], color=_grey, ls='--', label='chance')
+    if all(ends): ax.fill_between(ks, *zip(*ends), color=blue, alpha=.2, lw=0, label='95 % interval')
+    ax.plot(ks, vals, color=blue, lw=2, marker='o', label='this embedding')
+    ax.plot(ks, [_chance(self, k) for k in ks], color=grey, ls='--', label='chance')
     ax.legend(frameon=False, loc='best')
     return ax
 
@@ -293,8 +293,8 @@ def plot_similarities(self:RetrievalInterpretation,
 )->plt.Axes:
     "Draw the similarities of positive and of negative pairs"
     h = self.similarities(max_n, seed=seed)
-    ax = _axes(ax, xlabel='cosine similarity', ylabel='share of pairs per 0.02, %', title=f'Similarities of pairs\noverlap {h["overlap"]:.2f}')
-    for o,color,ls,what in (('neg',_orange,'--','different classes'),('pos',_blue,'-','same class')):
+    ax = light_axes(ax, xlabel='cosine similarity', ylabel='share of pairs per 0.02, %', title=f'Similarities of pairs\noverlap {h["overlap"]:.2f}')
+    for o,color,ls,what in (('neg',orange,'--','different classes'),('pos',blue,'-','same class')):
         ax.stairs(100*h[o], h['edges'], fill=True, color=color, alpha=.25)
         ax.stairs(100*h[o], h['edges'], color=color, ls=ls, lw=1.5, label=f'{what}, mean {h[o+"_mean"]:.2f}')
     ax.set_ylim(0, 130*max(h['pos'].max(), h['neg'].max())) # room for the legend
@@ -346,7 +346,7 @@ def plot_map(self:RetrievalInterpretation,
     y,xy = self.labels[idx].numpy(),_places(unit_(self.embs[idx]), method, seed)
     cls = np.unique(y)
     name = dict(tsne='t-SNE', pca='principal components')[method]
-    ax = _axes(plt.subplots(figsize=figsize, layout='constrained')[1], xticks=[], yticks=[],
+    ax = light_axes(plt.subplots(figsize=figsize, layout='constrained')[1], xticks=[], yticks=[],
         title=f'Map of the embedding by {name}: {len(idx):,} of {len(self):,} items, {len(cls):,} of {len(self.labels.unique()):,} classes')
     for o in ax.spines.values(): o.set_visible(method=='pca' and o.spine_type in ('left','bottom'))
     if method=='pca': ax.set(xlabel='first component', ylabel='second component')
@@ -422,7 +422,7 @@ def plot_pairs(self:RetrievalInterpretation,
     if not len(pairs): return _only_text('There are no such pairs; a lower `min_sim` looks for more.')
     cols = min(4, len(pairs))
     rows = -(-len(pairs)//cols)
-    titles = rows*_title_height([*pairs.label_a,*pairs.label_b], str)/72
+    titles = rows*title_height([*pairs.label_a,*pairs.label_b], str)/72
     fig = plt.figure(figsize=(max(2.25*cols, 4)*size, rows*size*1.15+titles+.4), layout='constrained')
     _draw_pairs(self, _pair_axes(fig, rows, cols), pairs[['a','b']].to_numpy(), pairs.similarity)
     fig.suptitle(f'Nearly equal, under {"one label" if (pairs.label_a==pairs.label_b).all() else "two labels"}', fontsize=11)
@@ -453,7 +453,7 @@ def _draw_triangle(ax, t):
     "Draw anchor, positive and negative of a triplet to scale"
     angle = np.radians(t.angle)
     pos,neg = (t.d_ap,0.),(t.d_an*np.cos(angle),t.d_an*np.sin(angle))
-    for (x,y),color,mark,name in ((pos,_right,'o','p'),(neg,_wrong,'X','n')):
+    for (x,y),color,mark,name in ((pos,right,'o','p'),(neg,wrong,'X','n')):
         ax.plot([0,x], [0,y], color=color, lw=2)
         ax.plot(x, y, color=color, marker=mark, ms=8)
         ax.annotate(name, (x,y), xytext=(7,4), textcoords='offset points', fontsize=9, color=color)
@@ -465,9 +465,9 @@ def _draw_triangle(ax, t):
 
 def _draw_triplet(self, axs, t, idx, gamma):
     "Draw the images of a triplet, its triangle and its numbers"
-    for ax,i,color,mark,d in zip(axs, (t.a,t.p,t.n), (None,_right,_wrong), ('','✓','✗'), ('anchor',f'd = {t.d_ap:.2f}',f'd = {t.d_an:.2f}')):
+    for ax,i,color,mark,d in zip(axs, (t.a,t.p,t.n), (None,right,wrong), ('','✓','✗'), ('anchor',f'd = {t.d_ap:.2f}',f'd = {t.d_an:.2f}')):
         i = idx[int(i)]
-        _draw_image(ax, self.image(i), self.label(i), color, mark)
+        draw_image(ax, self.image(i), self.label(i), color, mark)
         ax.set_xlabel(d, fontsize=8, labelpad=2)
     _draw_triangle(axs[3], t)
     axs[4].set_axis_off()
@@ -500,7 +500,7 @@ def plot_triplets(self:RetrievalInterpretation,
         t = triplet_table(x, self.labels[idx], **settings)
     if not len(t): raise ValueError('there are no triplets: it takes two classes, and two items of one of them')
     rows = min(max_n, len(t))
-    titles = rows*_title_height([self.labels[idx[int(i)]] for o in t[:rows].itertuples() for i in (o.a,o.p,o.n)], self.name)/72
+    titles = rows*title_height([self.labels[idx[int(i)]] for o in t[:rows].itertuples() for i in (o.a,o.p,o.n)], self.name)/72
     fig = plt.figure(figsize=(5.6*size, rows*size*1.15+titles+.4), layout='constrained')
     axs = fig.subplots(rows, 5, squeeze=False, gridspec_kw=dict(width_ratios=[1,1,1,1.1,1.1]))
     for row,o in zip(axs, t.itertuples()): _draw_triplet(self, row, o, idx, settings['gamma'])

@@ -17,14 +17,15 @@ from jinja2 import Environment, StrictUndefined
 from fastcore.all import *
 from fastai.callback.core import Callback
 import dmlfast
-from ..data.batches import _labels
+from ..data.batches import labels_of as _labels
 from ..train.doctor import *
 from ..files.writing import *
 from ..train.gain import *
 from .interpret import *
 from ..train.learner import *
 from ..models.embedder import *
-from ..files.drawing import _axes, _blue, _grey, _orange
+from ..retrieval.metrics import metric_meanings, metric_of
+from ..files.drawing import light_axes as _axes, blue as _blue, grey as _grey, orange as _orange
 from ..data.tables import MetricDataset
 from ..train.transfer import *
 

@@ -27,7 +27,7 @@ from ..models.embedder import *
 from ..retrieval.metrics import *
 from .runs import *
 from .runs import _allowed, _nearest, _plain, _read_toml, _recipe
-from ..files.drawing import _blue, _grey, _orange
+from ..files.drawing import blue as _blue, grey as _grey, orange as _orange
 from .tuning import *
 from .tuning import _check_metric, _count, _optuna, _plain_space, _pruner
 

@@ -27,8 +27,8 @@ import dmlfast.losses.base as losses
 import dmlfast.losses.miners as mining
 import dmlfast.losses.proxies as proxies
 from ..train.checkpoint import *
-from ..data.batches import _sorted
-from ..data.tables import _LabelOf
+from ..data.batches import distinct_labels as _sorted
+from ..data.tables import LabelOf as _LabelOf
 from ..data.datasets import *
 from ..deploy.embedder import *
 from ..train.doctor import *

@@ -23,7 +23,7 @@ from ..train.ssr import *
 from ..retrieval.metrics import metric_names
 from .runs import *
 from .runs import _plain
-from ..files.drawing import _blue, _orange
+from ..files.drawing import blue as _blue, orange as _orange
 
 # %% ../../nbs/api/study/01_tuning.ipynb #d89bac19
 def _optuna():

@@ -15,7 +15,7 @@ from fastai.learner import *
 from fastai.learner import noop # not the same as fastcore's
 from fastai.callback.core import Callback
 from fastprogress.core import format_time
-from ..data.batches import _labels
+from ..data.batches import labels_of
 from .columns import *
 from .features import *
 from ..models.heads import *

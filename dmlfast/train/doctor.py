@@ -22,7 +22,7 @@ from ..losses.geometry import *
 from ..losses.base import *
 from ..losses.miners import *
 from ..models.embedder import *
-from ..files.drawing import _axes, _blue, _grey, _orange
+from ..files.drawing import light_axes as _axes, blue as _blue, grey as _grey, orange as _orange
 
 # %% ../../nbs/api/train/09_doctor.ipynb #7c342804
 def effective_rank(

@@ -17,7 +17,7 @@ from fastai.data.all import *
 from fastai.torch_core import no_random
 from fastprogress.fastprogress import progress_bar
 from ..data.batches import *
-from ..data.batches import _labels
+from ..data.batches import labels_of
 from ..files.writing import *
 from ..models.embedder import *
 
@@ -42,6 +42,14 @@ def collect(
     xs,ys = zip(*res)
     return torch.cat(xs), None if ys[0] is None else torch.cat(ys)
 
+# %% ../../nbs/api/train/02_features.ipynb #3e9b6a17
+def rows_of(
+    items, # A list, or a `DataFrame`
+    idxs, # Indices, `(n,)`
+):
+    "Some of the items"
+    return items.iloc[idxs] if hasattr(items, 'iloc') else [items[i] for i in idxs]
+
 # %% ../../nbs/api/train/02_features.ipynb #1e09a623
 def balanced_part(
     labels, # Class of each item, `(n,)` integers
@@ -56,8 +64,6 @@ def balanced_part(
     first = np.r_[0, np.flatnonzero(np.diff(labels[order]))+1]
     turn = np.arange(len(labels))-np.repeat(first, np.diff(np.r_[first, len(labels)])) # which of its class an item is
     return sorted(order[np.argsort(turn, kind='stable')[:n]].tolist())
-
-def _rows(items, idxs): return items.iloc[idxs] if hasattr(items, 'iloc') else [items[i] for i in idxs]
 
 def as_measured(
     dl, # Loader
@@ -74,7 +80,7 @@ def measured_dl(
     "The training items as validation items are treated, each once"
     ds = dls.train_ds
     if n is None or not isinstance(ds, Datasets) or n>=len(ds): return as_measured(dls.train)
-    return dls.test_dl(_rows(ds.items, balanced_part(_labels(ds), n)), with_labels=True)
+    return dls.test_dl(rows_of(ds.items, balanced_part(labels_of(ds), n)), with_labels=True)
 
 # %% ../../nbs/api/train/02_features.ipynb #73dd8401
 def weights_hash(
@@ -147,7 +153,7 @@ def body_features(
 def _class_ids(dl):
     "Class ids as this loader numbers classes"
     ds = dl.dataset
-    return torch.tensor(_labels(ds)) if len(ds.tls)>ds.n_inp else None
+    return torch.tensor(labels_of(ds)) if len(ds.tls)>ds.n_inp else None
 
 # %% ../../nbs/api/train/02_features.ipynb #567d404b
 class Features:
@@ -228,7 +234,7 @@ def train_features(
     "Pooled features of all training images"
     if not (isinstance(views, int) and views>=1): raise ValueError(f"`views` is a number of views of each image, 1 or more; got {views!r}.")
     n,d = len(dls.train_ds),model.n_features
-    labels = torch.tensor(_labels(dls.train_ds))
+    labels = torch.tensor(labels_of(dls.train_ds))
     if 4*views*n*d<=memory:
         first = body_features(model, _view_dl(dls, 0), bar)[0]
         X = torch.stack([first] + [_augmented(model, dls, v, bar) for v in range(1, views)])

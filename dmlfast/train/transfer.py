@@ -21,10 +21,10 @@ from fastai.torch_core import no_random
 from .baseline import *
 from .checkpoint import Checkpoint
 from ..data.batches import *
-from ..data.batches import _labels
+from ..data.batches import labels_of
 from .columns import *
 from .features import *
-from .features import _rows
+from .features import rows_of
 from .gain import *
 from .learner import *
 from ..models.embedder import *
@@ -151,7 +151,7 @@ def _with_vocab(t, vocab, n):
 
 def _of_items(ds, idxs, split_idx, vocab, n):
     "Some items of a data set, with classes numbered in another order"
-    items = _rows(ds.items, idxs)
+    items = rows_of(ds.items, idxs)
     def _one(tl):
         res = tl._new(items, split_idx=split_idx)
         res.tfms = copy(tl.tfms)
@@ -167,7 +167,7 @@ def halves(
     "Half of the training classes to train on, and the other half to measure on; raises `ValueError` for what cannot be divided by class"
     ds,t,vocab = dls.train_ds,dls.train,getattr(dls, 'vocab', None)
     if not isinstance(ds, Datasets) or vocab is None: raise ValueError("These training items cannot be divided by class: they are not made by a `DataBlock` or a `MetricDataset`. Give `body_lr`, and nothing has to be found out.")
-    labels = torch.tensor(_labels(ds))
+    labels = torch.tensor(labels_of(ds))
     classes = labels.unique()
     if len(classes)<4: raise ValueError(f"There are {len(classes)} training classes, too few to divide: give `body_lr`, and nothing has to be found out.")
     part = classes[torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))][:-(-len(classes)//2)]
@@ -248,7 +248,7 @@ def how_far(
     return scores
 
 # %% ../../nbs/api/train/08_transfer.ipynb #3bc014a4
-def _n_val(learn): return len(set(_labels(learn.dls.valid_ds))) if isinstance(learn.dls.valid_ds, Datasets) else 20 # or more: it is not known
+def _n_val(learn): return len(set(labels_of(learn.dls.valid_ds))) if isinstance(learn.dls.valid_ds, Datasets) else 20 # or more: it is not known
 
 def _can_choose(learn): return bool(sum(map(len, learn.dls.loaders[1:]))) and not learn.measures_on_test()
 
@@ -292,7 +292,7 @@ def plan_transfer(self:MetricLearner,
         if base['recall@1']!=base['recall@1']: raise ValueError("No two validation images are of one class, so nothing can be scored or chosen: hold out classes with two images or more.")
         say(f"1. On the validation classes, recall@1 and map@r are {base['recall@1']:.3f} and {base['map@r']:.3f} for the features, {now['recall@1']:.3f} and {now['map@r']:.3f} for the start.")
         res |= dict(features=base['map@r'], start=now['map@r'])
-    few = len(set(_labels(self.dls.train_ds)))<4 if isinstance(self.dls.train_ds, Datasets) else False
+    few = len(set(labels_of(self.dls.train_ds)))<4 if isinstance(self.dls.train_ds, Datasets) else False
     with self.removed_cbs(self.cbs.filter(risinstance((Checkpoint,TrackerCallback)))):
         if head_epochs and (choose or not few) and not isinstance(unwrapped(self.model).head, nn.Identity): res['head'] = _choose_head(self, head_epochs, choose, say)
         if given or few:
