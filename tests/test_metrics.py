@@ -33,27 +33,34 @@ def test_a_metric_of_ones_own(mine):
         for o in ('mine','deep','share@3'): np.testing.assert_allclose(r.values[o], by_hand(x, y), atol=1e-6)
         np.testing.assert_allclose(r.values['share@5'], by_hand(x, y, 5), atol=1e-6)
     assert r.interval('mine')[0]<r['mine']<r.interval('mine')[1] and 'mine' in repr(r) and (r-r)['mine']==0
-    np.testing.assert_allclose(evaluate_retrieval(x, y, metrics='mine').values['mine'], by_hand(x, y), atol=1e-6) # no deeper than it must look
+    # no deeper than it must look
+    np.testing.assert_allclose(evaluate_retrieval(x, y, metrics='mine').values['mine'], by_hand(x, y), atol=1e-6)
     assert evaluate_random_gallery(x, y, 2, metrics=['mine'])['mine']<=1/3+1e-9 # one right item in the gallery
 
 def test_names(mine):
     assert metric_names(['share','mine'], (2,6))==['share@2','share@6','mine']
-    assert {'mine','deep','share@4'}<=set(metric_names('all', 4)) and 'nmi' not in metric_names('all', drawn=True) and 'pr_curve' not in metric_names('all', curve=False)
+    assert {'mine','deep','share@4'}<=set(metric_names('all', 4)) and 'nmi' not in metric_names('all', drawn=True)
+    assert 'pr_curve' not in metric_names('all', curve=False)
     assert metric_of('share@k') is metric_of('share@0') is metric_of('share') is metric_of('mine@3') is metric_of(3) is None
     assert metric_of('share@7')[1]==7 and metric_of('map@r')[1] is None
-    assert metric_meanings(['mine','share@2','recall@4'])=={'recall@k':'share of queries with an item of their class among the k nearest', 'mine':'share of the 3 nearest that are right'}
+    assert metric_meanings(['mine','share@2','recall@4'])=={'recall@k':'share of queries with an item of their class among the k nearest',
+        'mine':'share of the 3 nearest that are right'}
     with pytest.raises(ValueError, match="'min' is not a metric, and the nearest name is 'mine'"): metric_names('min')
 
 def test_what_cannot_be_registered_or_read(mine, tmp_path, monkeypatch):
     for o in (0,'r',None,1.5):
-        with pytest.raises(ValueError, match="`depth` is a number of ranks, 1 or more, or 'R', 'k' or 'all'"): register_metric(mine, name='no', depth=o)
+        with pytest.raises(ValueError, match="`depth` is a number of ranks, 1 or more, or 'R', 'k' or 'all'"):
+            register_metric(mine, name='no', depth=o)
     register_metric(lambda ranks,there: ranks, name='mine')
-    with pytest.raises(ValueError, match=r"'mine' gave values of shape \(90, \d+\) for 90 queries"): evaluate_retrieval(*data(), metrics='mine', block=1000)
+    with pytest.raises(ValueError, match=r"'mine' gave values of shape \(90, \d+\) for 90 queries"):
+        evaluate_retrieval(*data(), metrics='mine', block=1000)
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path/'of_my_own.py').write_text("from dmlfast.retrieval.metrics import register_metric\n@register_metric(depth=1)\ndef first(ranks, there): return ranks[:,0]==1\n")
+    (tmp_path/'of_my_own.py').write_text("from dmlfast.retrieval.metrics import register_metric\n@register_metric(depth=1)\ndef "
+        "first(ranks, there): return ranks[:,0]==1\n")
     try: assert evaluate_retrieval(*data(), metrics='of_my_own:first')['first']==evaluate_retrieval(*data(), metrics='recall@1')['recall@1']
     finally: register_metric.remove('first')
-    with pytest.raises(ValueError, match="'no_such:first' names a metric of the module 'no_such', which cannot be imported"): metric_names('no_such:first')
+    with pytest.raises(ValueError, match="'no_such:first' names a metric of the module 'no_such', which cannot be imported"):
+        metric_names('no_such:first')
 
 def test_a_column_a_result_and_a_line_of_the_report(mine, make_learner, tmp_path):
     learn = make_learner(metrics=['recall@1','mine'])

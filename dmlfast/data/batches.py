@@ -24,11 +24,13 @@ def _has_hash(o):
 def distinct_labels(
     labels, # What names a class, as often as it likes
 )->list:
-    "Distinct `labels` in order, also when they are of several types; raises `ValueError` for what cannot be told apart, as lists, or is only itself, as tensors"
+    "Distinct `labels` in order, also of several types; raises `ValueError` for what does not name a class, as lists and tensors"
     labels = list(labels)
     try: labels,bad = set(labels),next((o for o in labels if isinstance(o, Tensor)), None)
     except TypeError: bad = next(o for o in labels if not _has_hash(o))
-    if bad is not None: raise ValueError(f"A label names one class, as a text, a number, a tuple or a member of an `Enum` does; {str(bad)[:60]} is of the type {type(bad).__name__}.")
+    if bad is not None:
+        raise ValueError(f"A label names one class, as a text, a number, a tuple or a member of an `Enum` does; {str(bad)[:60]} is of the "
+            f"type {type(bad).__name__}.")
     try: return sorted(labels)
     except TypeError: return sorted(labels, key=str)
 
@@ -52,7 +54,8 @@ def _valid_classes(classes, valid_pct, n_valid, valid, seed):
     if n_valid is None:
         if not 0<valid_pct<1: raise ValueError(f"`valid_pct` is the share of the classes for validation, between 0 and 1; got {valid_pct}.")
         n_valid = min(max(round(len(classes)*valid_pct), 1), len(classes)-1)
-    elif not 0<n_valid<len(classes): raise ValueError(f"`n_valid` is a number of classes, 1 to {len(classes)-1} of the {len(classes)} there are; got {n_valid}.")
+    elif not 0<n_valid<len(classes):
+        raise ValueError(f"`n_valid` is a number of classes, 1 to {len(classes)-1} of the {len(classes)} there are; got {n_valid}.")
     if seed is not None: classes = random.Random(seed).sample(classes, len(classes))
     return set(classes[len(classes)-n_valid:])
 
@@ -74,9 +77,11 @@ def ClassSplitter(
     "Split items into training and validation items that have no class in common"
     def _inner(items):
         if isinstance(items, pd.DataFrame):
-            labels = [label_func(items.iloc[i]) for i in range(len(items))] if callable(label_func) else list(items[label_func]) # rows as fastai's getters have them
+            # rows as fastai's getters have them
+            labels = [label_func(items.iloc[i]) for i in range(len(items))] if callable(label_func) else list(items[label_func])
         else: labels = [label_func(o) for o in items]
-        if none := [i for i,o in enumerate(labels) if pd.isna(o) is True]: raise ValueError(f"{len(none)} of {len(labels)} items have no label; the first is item {none[0]}.")
+        if none := [i for i,o in enumerate(labels) if pd.isna(o) is True]:
+            raise ValueError(f"{len(none)} of {len(labels)} items have no label; the first is item {none[0]}.")
         classes = distinct_labels(labels)
         if len(classes)<2:
             raise ValueError(f"A class-disjoint split needs two classes at least; the {len(labels)} items have {len(classes)}"
@@ -107,7 +112,8 @@ class ClassCategorize(Categorize):
             other = distinct_labels(o for split in others for o in split)
             if not seen: raise ValueError(f"The training split is empty ({len(labels)} items in all).")
             if both := [o for o in other if o in set(seen)]:
-                raise ValueError(f"{len(both)} of {len(other)} validation classes are in the training split too ({some_of(both)}), so recall on "
+                raise ValueError(f"{len(both)} of {len(other)} validation classes are in the training split too ({some_of(both)}), so "
+                    "recall on "
                     "them would not be recall on unseen classes: split with `ClassSplitter`.")
             self.vocab,self.n_train_classes = CategoryMap(seen+other, sort=False),len(seen)
         self.c = len(self.vocab)

@@ -69,7 +69,7 @@ class MetricDataset:
         name:str='images', # What to call it
         size:int=224, # Pixels to a side that `dataloaders` makes images, unless told; none: they are used as they are
         flip:bool=True, # Does a mirrored image show the same class?
-        whole:bool=False, # Does an image show its object up to the border, as drawings and packshots do? Then nothing is cut off it to measure
+        whole:bool=False, # Does an image show its object up to the border, as a packshot does? Then nothing is cut off to measure
         ks=(1,2,4,8), # Neighbours to look at for recall
         random_gallery:int=0, # Score with a gallery of one random image of each class, drawn this often; 0: as the roles say
         subsets=(), # Names of true/false columns: parts of a split, to measure on
@@ -81,7 +81,8 @@ class MetricDataset:
 
     def __len__(self): return len(self.df)
     def __repr__(self): return f'{self.name}: {len(self):,} images of {self.df.label.nunique():,} classes\n{self.summary().to_string()}'
-    def _repr_html_(self): return f'<p>{escape(self.name)}: {len(self):,} images of {self.df.label.nunique():,} classes</p>{self.summary().to_html()}'
+    def _repr_html_(self):
+        return f'<p>{escape(self.name)}: {len(self):,} images of {self.df.label.nunique():,} classes</p>{self.summary().to_html()}'
 
     @cached_property
     def _row_of(self): return {o:i for i,o in enumerate(self.items())}
@@ -96,15 +97,18 @@ def check(self:MetricDataset,
     df = self.df
     distinct_labels(df.label) # raises for labels that cannot be told apart
     for c in ('path','label'): df[c] = pd.Series(df[c].map(os.path.normpath if c=='path' else _printable), dtype=object)
-    if unknown := distinct_labels(set(df.split)-set(_splits)): raise ValueError(f"Unknown split {some_of(unknown)}; the splits are {some_of(_splits)}.")
+    if unknown := distinct_labels(set(df.split)-set(_splits)):
+        raise ValueError(f"Unknown split {some_of(unknown)}; the splits are {some_of(_splits)}.")
     if len(twice := df.path[df.path.duplicated()]): raise ValueError(f"{len(twice)} images are in the table twice: {some_of(twice)}.")
     n_splits = df.groupby('label', sort=False).split.nunique()
-    if len(both := n_splits[n_splits>1].index): raise ValueError(f"{len(both)} classes are in two splits: {some_of(distinct_labels(both))}.")
+    if len(both := n_splits[n_splits>1].index):
+        raise ValueError(f"{len(both)} classes are in two splits: {some_of(distinct_labels(both))}.")
     self._check_roles()
     if files and (gone := [o for o in df.path if not os.path.exists(os.path.join(self.path, o))]):
         raise ValueError(f"{self.name}: {len(gone)} of {len(df)} images are not in {str(self.path)!r}: {some_of(gone)}.")
     n = df.label.value_counts(sort=False)
-    if len(one := n[n==1].index): warnings.warn(f"{len(one)} of {len(n)} classes of {self.name} have one image only: {some_of(distinct_labels(one))}.", stacklevel=4)
+    if len(one := n[n==1].index):
+        warnings.warn(f"{len(one)} of {len(n)} classes of {self.name} have one image only: {some_of(distinct_labels(one))}.", stacklevel=4)
 
 # %% ../../nbs/api/data/01_tables.ipynb #a05bb2b1
 @patch
@@ -117,7 +121,8 @@ def _check_columns(self:MetricDataset):
         none = self.df[c].isna() | (self.df[c].astype(object)=='')
         if none.any(): raise ValueError(f"{none.sum()} rows of the table of {self.name} have no {c}; the first is row {none.argmax()}.")
     for c in self.subsets:
-        if not set(self.df[c])<={True,False}: raise ValueError(f"The subset {c!r} is a column of true and false; it holds {some_of(distinct_labels(self.df[c]))}.")
+        if not set(self.df[c])<={True,False}:
+            raise ValueError(f"The subset {c!r} is a column of true and false; it holds {some_of(distinct_labels(self.df[c]))}.")
 
 @patch
 def _check_roles(self:MetricDataset):
@@ -128,7 +133,8 @@ def _check_roles(self:MetricDataset):
     if unknown: raise ValueError(f"Unknown role {some_of(unknown)}; the roles are 'query', 'gallery', and nothing for both.")
     for split,roles in self.df.groupby('split').role:
         for a,b in (('query','gallery'), ('gallery','query')):
-            if (roles==a).all(): raise ValueError(f"All {len(roles)} images of the split {split!r} of {self.name} are {a}: there is no {b}.")
+            if (roles==a).all():
+                raise ValueError(f"All {len(roles)} images of the split {split!r} of {self.name} are {a}: there is no {b}.")
 
 # %% ../../nbs/api/data/01_tables.ipynb #41e8010d
 @patch
@@ -212,18 +218,24 @@ def from_folder(cls:MetricDataset,
     path = Path(path)
     if not path.is_dir(): raise ValueError(f"There is no folder {str(path)!r}.")
     fns,left = _image_files(path)
-    said = f"Some files in {str(path)!r} are left out: {', '.join(f'{n:,} {o}' for o,n in sorted(left.items(), key=lambda o: (-o[1], o[0])))}."
-    if not fns: raise ValueError(f"There are no images in {str(path)!r}: it should hold a folder for each class.{f' {said}' if left else ''}")
+    which = ', '.join(f'{n:,} {o}' for o,n in sorted(left.items(), key=lambda o: (-o[1], o[0])))
+    said = f"Some files in {str(path)!r} are left out: {which}."
+    if not fns:
+        raise ValueError(f"There are no images in {str(path)!r}: it should hold a folder for each class.{f' {said}' if left else ''}")
     if left: warnings.warn(said, stacklevel=2)
     if bad: fns = _without_bad(fns, bad)
     labels = fns.map(parent_label)
     classes = distinct_labels(labels)
     if len(classes)<2:
-        raise ValueError(f"All {len(fns)} images in {str(path)!r} are of one class ({some_of(classes)}): it should hold a folder for each class, two at least.")
-    if merged := _merged(path, fns): warnings.warn(f"{len(merged)} of {len(classes)} classes are merged from several folders: {', '.join(merged[:3])}{' and others' if len(merged)>3 else ''}. "
+        raise ValueError(f"All {len(fns)} images in {str(path)!r} are of one class ({some_of(classes)}): it should hold a folder for each "
+            "class, two at least.")
+    if merged := _merged(path, fns):
+        warnings.warn(f"{len(merged)} of {len(classes)} classes are merged from several folders: "
+            f"{', '.join(merged[:3])}{' and others' if len(merged)>3 else ''}. "
         "Rename folders of the same name that show different things.", stacklevel=2)
     split_of = _class_splits(classes, test_pct, val_pct, seed)
-    df = pd.DataFrame(dict(path=[str(o.relative_to(path)) for o in fns], label=list(labels), split=[split_of[o] for o in labels]), dtype=object)
+    df = pd.DataFrame(dict(path=[str(o.relative_to(path)) for o in fns], label=list(labels), split=[split_of[o] for o in labels]),
+        dtype=object)
     return cls(df, path, **{'name':path.name, 'check_files':False, **kwargs})
 
 # %% ../../nbs/api/data/01_tables.ipynb #ce7b1a06
@@ -241,12 +253,15 @@ def from_df(cls:MetricDataset,
     check_shares(test_pct=test_pct, val_pct=val_pct)
     columns = columns or {}
     known = (*_needed,'role','sequence','category',*kwargs.get('subsets', ()))
-    if unknown := [o for o in columns if o not in known]: raise ValueError(f"`columns` names {some_of(unknown)}; the columns are {some_of(known, 99)}.")
-    if missing := [o for o in columns.values() if o not in df]: raise ValueError(f"The table has no column {some_of(missing)}; it has {some_of(df.columns, 9)}.")
+    if unknown := [o for o in columns if o not in known]:
+        raise ValueError(f"`columns` names {some_of(unknown)}; the columns are {some_of(known, 99)}.")
+    if missing := [o for o in columns.values() if o not in df]:
+        raise ValueError(f"The table has no column {some_of(missing)}; it has {some_of(df.columns, 9)}.")
     df = df.drop(columns=[k for k in columns if k in df and k not in columns.values()]).rename(columns={v:k for k,v in columns.items()})
     if 'split' not in df and 'label' in df:
         classes = distinct_labels(df.label.dropna())
-        if len(classes)<2: raise ValueError(f"The {len(df)} images of the table are of {len(classes)} classes; a class-disjoint split needs two at least.")
+        if len(classes)<2:
+            raise ValueError(f"The {len(df)} images of the table are of {len(classes)} classes; a class-disjoint split needs two at least.")
         df = df.assign(split=df.label.map(_class_splits(classes, test_pct, val_pct, seed)).fillna('train'))
     return cls(df, path, **kwargs)
 
@@ -260,7 +275,8 @@ def _read_csv(fn, sep, encoding):
             if not head: raise ValueError(f"{str(fn)!r} has no line with the names of the columns.")
             for row in lines:
                 if row and len(row)!=len(head):
-                    raise ValueError(f"{str(fn)!r}, line {lines.line_num}: {len(row)} fields where the first line has {len(head)} ({some_of(row)}).")
+                    raise ValueError(f"{str(fn)!r}, line {lines.line_num}: {len(row)} fields where the first line has {len(head)} "
+                        f"({some_of(row)}).")
                 if row: rows.append(row)
     except csv.Error as e: raise ValueError(f"{str(fn)!r}, line {lines.line_num}: {e}.") from None
     return pd.DataFrame(rows, columns=head, dtype=object)
@@ -291,7 +307,8 @@ def crop_tfms(
 )->list: # fastai's transforms
     "Random crops and flips for training; otherwise the middle of an image whose shorter side is 8/7 of `size`, or all of it, squashed"
     train = RandomResizedCrop(size, min_scale=ifnone(min_scale, 0.5 if whole else 0.2), split_idx=0)
-    valid = [Resize(size, 'squish', split_idx=1)] if whole else [Resize(round(size*256/224), split_idx=1), CropPad(size, split_idx=1, order=2)]
+    valid = [Resize(size, 'squish', split_idx=1)]
+    if not whole: valid = [Resize(round(size*256/224), split_idx=1), CropPad(size, split_idx=1, order=2)]
     return [train, *valid] + [FlipItem()]*flip
 
 # %% ../../nbs/api/data/01_tables.ipynb #c41d38ef
@@ -323,7 +340,8 @@ class _HeldSplitter:
 @patch
 def _held_out(self:MetricDataset, valid):
     "Which rows are trained on, and which are measured on"
-    if valid not in ('val','test',None,*self.subsets): raise ValueError(f"`valid` is {', '.join(map(repr, ('val','test',*self.subsets)))} or None; got {valid!r}.")
+    if valid not in ('val','test',None,*self.subsets):
+        raise ValueError(f"`valid` is {', '.join(map(repr, ('val','test',*self.subsets)))} or None; got {valid!r}.")
     seen = self.df.split.isin(('train',) if valid=='val' else ('train','val'))
     held = self.df[valid].astype(bool) if valid in self.subsets else self.df.split==valid
     if not seen.any(): raise ValueError(f"{self.name} has no training images.")
@@ -353,7 +371,8 @@ def dblock(self:MetricDataset,
 def _batch_size(n, per_class):
     "Images in a batch where nobody said: 64 or as near below as whole classes make, and no more classes than there are"
     most = max(2, 64//max(per_class, 1))
-    if per_class>0 and n<most: warnings.warn(f"Batches have {n*per_class} images, since there are {n} training classes, with {per_class} images of each.")
+    if per_class>0 and n<most:
+        warnings.warn(f"Batches have {n*per_class} images, since there are {n} training classes, with {per_class} images of each.")
     return min(most, n)*per_class
 
 @patch
@@ -372,7 +391,8 @@ def dataloaders(self:MetricDataset,
     seen,held = self._held_out(valid)
     items = L(self.path/o for o in self.df.path[seen | held])
     if bs is None: bs = _batch_size(self.df.label[seen].nunique(), per_class)
-    dls = block.dataloaders(items, path=self.path, bs=bs, per_class=per_class, seed=seed, num_workers=num_workers, device=device, dl_type=BalancedDL)
+    dls = block.dataloaders(items, path=self.path, bs=bs, per_class=per_class, seed=seed, num_workers=num_workers, device=device,
+        dl_type=BalancedDL)
     for o in dls.loaders: o.source = self
     return dls
 

@@ -23,7 +23,9 @@ def _turn(im):
 
 # %% ../../nbs/api/files/02_images.ipynb #d4c72c25
 @cache
-def _say_scaled(): warnings.warn("Images of 32-bit numbers have no fixed range: each is scaled by its own least and greatest value. Store 8 or 16 bits where brightness matters.", stacklevel=5)
+def _say_scaled():
+    warnings.warn("Images of 32-bit numbers have no fixed range: each is scaled by its own least and greatest value. Store 8 or 16 bits "
+        "where brightness matters.", stacklevel=5)
 
 def _scaled(a):
     "`(h,w)` numbers as uint8, the least as 0 and the greatest as 255"
@@ -56,7 +58,8 @@ def _composed(im, mode, background):
 
 def _shown(im, mode, background, max_pixels):
     "An image of Pillow's as a viewer shows it"
-    if max_pixels is not None and im.width*im.height>max_pixels: raise ValueError(f"it has {im.width}×{im.height} pixels, more than {max_pixels:,}")
+    if max_pixels is not None and im.width*im.height>max_pixels:
+        raise ValueError(f"it has {im.width}×{im.height} pixels, more than {max_pixels:,}")
     im.load()
     if background is None: return im.convert(mode)
     res = _composed(_eight_bits(im), mode, background)
@@ -69,14 +72,17 @@ def _channels_last(a, first):
     "An array `(h,w,c)`; of two readings, `first` takes the one with the channels first"
     if a.ndim==2: a = a[...,None]
     ways = [a]*(a.ndim==3 and a.shape[-1] in (1,3,4)) + [np.moveaxis(a, 0, -1)]*(a.ndim==3 and a.shape[0] in (1,3))
-    if not ways or not a.size: raise ValueError(f"An array is an image if it is (h,w), (h,w,1), (h,w,3), (h,w,4), (1,h,w) or (3,h,w), and not empty; got {a.shape}.")
+    if not ways or not a.size:
+        raise ValueError("An array is an image if it is (h,w), (h,w,1), (h,w,3), (h,w,4), (1,h,w) or (3,h,w), and not empty; got "
+            f"{a.shape}.")
     return ways[-1 if first else 0]
 
 def _bytes_of(a):
     "Numbers as uint8"
     if a.dtype==np.uint8: return a
     if a.dtype==np.uint16: return (a>>8).astype(np.uint8)
-    if not np.issubdtype(a.dtype, np.floating): raise ValueError(f"An array is an image if its numbers are uint8, uint16, or floats in [0,1]; got {a.dtype}.")
+    if not np.issubdtype(a.dtype, np.floating):
+        raise ValueError(f"An array is an image if its numbers are uint8, uint16, or floats in [0,1]; got {a.dtype}.")
     if not (a.min()>=0 and a.max()<=1): raise ValueError(f"An image of floats has values in [0,1]; got {a.min():g} to {a.max():g}.")
     return np.floor(a.astype(np.float64)*255+.5).astype(np.uint8)
 
@@ -85,7 +91,8 @@ def _of_array(x):
     if first := hasattr(x, 'detach'): # a tensor, without importing PyTorch
         x = x.detach().cpu()
         x = (x.float() if x.is_floating_point() else x).numpy()
-    if not isinstance(x, np.ndarray): raise ValueError(f"An image is a path, bytes, a file, a PIL image, an array or a tensor; got a {type(x).__name__}.")
+    if not isinstance(x, np.ndarray):
+        raise ValueError(f"An image is a path, bytes, a file, a PIL image, an array or a tensor; got a {type(x).__name__}.")
     a = np.ascontiguousarray(_bytes_of(_channels_last(x, first)))
     return Image.fromarray(a[...,0] if a.shape[-1]==1 else a)
 
@@ -122,7 +129,8 @@ def open_image(
     if max_pixels is None and Image.MAX_IMAGE_PIXELS: max_pixels = 2*Image.MAX_IMAGE_PIXELS
     try:
         if not is_file: return _shown(x, mode, background, max_pixels)
-        with Image.open(io.BytesIO(x) if isinstance(x, (bytes,bytearray,memoryview)) else x) as im: return _shown(im, mode, background, max_pixels)
+        with Image.open(io.BytesIO(x) if isinstance(x, (bytes,bytearray,memoryview)) else x) as im:
+            return _shown(im, mode, background, max_pixels)
     except Warning: raise # where warnings are errors, this is not the file's fault
     except FileNotFoundError: raise ValueError(f"There is no image {_name(x)}.") from None
     except Exception as e: raise ValueError(f"The image {_name(x)} cannot be read: {_why(e)}.") from e # decoders raise anything

@@ -105,7 +105,8 @@ def of(cls:RetrievalInterpretation,
 ):
     "Interpretation of embeddings that are there already; raises `ValueError` where they have no labels"
     embedded.check_labels()
-    return cls(embedded.embs, embedded.labels, embedded.items, embedded.vocab, embedded.draw, loss, facts=embedded.facts, **embedded.protocol())
+    return cls(embedded.embs, embedded.labels, embedded.items, embedded.vocab, embedded.draw, loss, facts=embedded.facts,
+        **embedded.protocol())
 
 # %% ../../nbs/api/look/00_interpret.ipynb #75d8e6b1
 @patch
@@ -116,7 +117,7 @@ def plot_neighbours(self:RetrievalInterpretation,
     seed:int=0, # Of the draw
     **kwargs # Passed to `show_neighbours`
 )->plt.Figure:
-    "Draw queries with their nearest neighbours, right ones framed green with a tick, wrong ones red with a cross, the similarity under each"
+    "Draw queries with their nearest neighbours, right ones framed green with a tick, wrong ones red with a cross"
     if queries is None: queries = self.queries.numpy()[np.random.default_rng(seed).permutation(len(self.queries))[:max_n]]
     scores,nn = self.nearest_of(queries, k)
     fig = show_neighbours(self.image, queries, nn, self.labels, scores=scores, names=self.name, **kwargs)
@@ -172,7 +173,8 @@ def most_confused(self:RetrievalInterpretation,
     order = count.argsort(descending=True, stable=True)[:n]
     size = dict(zip(*(o.tolist() for o in y.unique(return_counts=True))))
     a,b = pairs[:,order].tolist()
-    return pd.DataFrame(dict(query=[self.name(o) for o in a], found=[self.name(o) for o in b], count=count[order].tolist(), of=[size[o] for o in a], a=a, b=b))
+    return pd.DataFrame(dict(query=[self.name(o) for o in a], found=[self.name(o) for o in b], count=count[order].tolist(),
+        of=[size[o] for o in a], a=a, b=b))
 
 # %% ../../nbs/api/look/00_interpret.ipynb #63702e11
 def _draw_pairs(self, axs, pairs, sims):
@@ -221,7 +223,7 @@ def _count(values, among):
     return inv[len(values):].bincount(minlength=int(inv.max())+1)[inv[:len(values)]]
 
 def _searched(self):
-    "Distinct pairs of how many items a query searches and how many of them are relevant, `(2,m)`, and how many queries have them; without queries that have nothing to find"
+    "Distinct pairs of how many items a query searches and how many are relevant, `(2,m)`, and how many queries have them, if any"
     q,g,y = self.queries,self.gallery,self.labels
     both = torch.stack([y,self.ids], 1)
     n,r = len(g)-_count(self.ids[q], self.ids[g]),_count(y[q], y[g])-_count(both[q], both[g])
@@ -240,7 +242,8 @@ def plot_pr(self:RetrievalInterpretation,
 )->plt.Axes:
     "Draw the precision at each recall, the mean over the queries"
     r = self.result
-    ax = light_axes(ax, xlabel='recall', ylabel='precision', xlim=(0,1), ylim=(0,1.02), title=f'Precision and recall\nmap {r["map"]:.3f}, {_n_used(self):,} queries')
+    ax = light_axes(ax, xlabel='recall', ylabel='precision', xlim=(0,1), ylim=(0,1.02),
+        title=f'Precision and recall\nmap {r["map"]:.3f}, {_n_used(self):,} queries')
     ax.plot(*r.curve, color=blue, lw=2, label='this embedding')
     n,relevant,count = _searched(self)
     ax.axhline(np.average(relevant/n, weights=count), color=grey, ls='--', label='chance')
@@ -283,7 +286,8 @@ def similarities(self:RetrievalInterpretation,
         total += torch.stack([s[~same].sum(dtype=torch.float64),s[same].sum(dtype=torch.float64)])
     neg,pos = (o/max(o.sum(), 1) for o in count.view(2, bins).double().numpy())
     mean = total/count.view(2, bins).sum(1)
-    return dict(edges=np.linspace(-1, 1, bins+1), pos=pos, neg=neg, pos_mean=mean[1].item(), neg_mean=mean[0].item(), overlap=float(np.minimum(pos, neg).sum()), n_queries=len(q))
+    return dict(edges=np.linspace(-1, 1, bins+1), pos=pos, neg=neg, pos_mean=mean[1].item(), neg_mean=mean[0].item(),
+        overlap=float(np.minimum(pos, neg).sum()), n_queries=len(q))
 
 @patch
 def plot_similarities(self:RetrievalInterpretation,
@@ -293,7 +297,8 @@ def plot_similarities(self:RetrievalInterpretation,
 )->plt.Axes:
     "Draw the similarities of positive and of negative pairs"
     h = self.similarities(max_n, seed=seed)
-    ax = light_axes(ax, xlabel='cosine similarity', ylabel='share of pairs per 0.02, %', title=f'Similarities of pairs\noverlap {h["overlap"]:.2f}')
+    ax = light_axes(ax, xlabel='cosine similarity', ylabel='share of pairs per 0.02, %',
+        title=f'Similarities of pairs\noverlap {h["overlap"]:.2f}')
     for o,color,ls,what in (('neg',orange,'--','different classes'),('pos',blue,'-','same class')):
         ax.stairs(100*h[o], h['edges'], fill=True, color=color, alpha=.25)
         ax.stairs(100*h[o], h['edges'], color=color, ls=ls, lw=1.5, label=f'{what}, mean {h[o+"_mean"]:.2f}')
@@ -353,7 +358,8 @@ def plot_map(self:RetrievalInterpretation,
     for i,c in enumerate(cls):
         ax.scatter(*xy[y==c].T, s=18, color=_colours[i%8], marker=_markers[i//8%8], lw=0, label=_shortened(self.name(c)))
     if len(cls)<=24: ax.legend(frameon=False, fontsize=10, markerscale=1.5, loc='center left', bbox_to_anchor=(1, .5))
-    if thumbs and self.draw is not None: _draw_thumbs(self, ax, idx, xy, {c:_colours[i%8] for i,c in enumerate(cls)}, seed) # after the legend, which takes room
+    # after the legend, which takes room
+    if thumbs and self.draw is not None: _draw_thumbs(self, ax, idx, xy, {c:_colours[i%8] for i,c in enumerate(cls)}, seed)
     return ax
 
 def _shortened(name, n=26):
@@ -444,7 +450,8 @@ def triplet_table(
         a,p,n = as_triplets(call_miner(miner, embs, labels, d2)) if miner else all_triplets(labels)
         ap,an,cos = d2[a,p],d2[a,n],dir_cos(d2[a,p], d2[a,n], d2[p,n])
         h = margin + (ap-an if squared else ap.sqrt()-an.sqrt())
-    cols = dict(a=a, p=p, n=n, d_ap=ap.sqrt(), d_an=an.sqrt(), d_pn=d2[p,n].sqrt(), angle=cos.clamp(-1, 1).arccos().rad2deg(), violation=h.relu(), violation_dr=(h-gamma*cos).relu())
+    cols = dict(a=a, p=p, n=n, d_ap=ap.sqrt(), d_an=an.sqrt(), d_pn=d2[p,n].sqrt(), angle=cos.clamp(-1, 1).arccos().rad2deg(),
+        violation=h.relu(), violation_dr=(h-gamma*cos).relu())
     df = pd.DataFrame({k:o.cpu().numpy() for k,o in cols.items()})
     return df.sort_values('violation', ascending=False, kind='stable').reset_index(drop=True)
 
@@ -471,13 +478,15 @@ def _draw_triplet(self, axs, t, idx, gamma):
         ax.set_xlabel(d, fontsize=8, labelpad=2)
     _draw_triangle(axs[3], t)
     axs[4].set_axis_off()
-    axs[4].text(0, .5, f'angle {t.angle:.0f}°\nviolation\n  γ = 0:  {t.violation:.2f}\n  γ = {gamma:g}:  {t.violation_dr:.2f}', va='center', fontsize=9, linespacing=1.5)
+    axs[4].text(0, .5, f'angle {t.angle:.0f}°\nviolation\n  γ = 0:  {t.violation:.2f}\n  γ = {gamma:g}:  {t.violation_dr:.2f}',
+        va='center', fontsize=9, linespacing=1.5)
 
 def _triplet_settings(loss):
     "Miner, margin, γ and `squared` of a loss, and what stands in for what it does not have"
     parts = getattr(loss, 'losses', [loss]) # of a sum
     loss = next((o for o in parts if isinstance(o, (TripletLoss,MarginLoss))), None)
-    if loss is None: return dict(miner=BatchHardMiner(), margin=.2, gamma=next((o.gamma for o in parts if getattr(o, 'gamma', 0)), .3), squared=False)
+    if loss is None:
+        return dict(miner=BatchHardMiner(), margin=.2, gamma=next((o.gamma for o in parts if getattr(o, 'gamma', 0)), .3), squared=False)
     return dict(miner=loss.miner, margin=loss.margin, gamma=loss.gamma or .3, squared=getattr(loss, 'squared', False))
 
 @patch
@@ -504,7 +513,8 @@ def plot_triplets(self:RetrievalInterpretation,
     fig = plt.figure(figsize=(5.6*size, rows*size*1.15+titles+.4), layout='constrained')
     axs = fig.subplots(rows, 5, squeeze=False, gridspec_kw=dict(width_ratios=[1,1,1,1.1,1.1]))
     for row,o in zip(axs, t.itertuples()): _draw_triplet(self, row, o, idx, settings['gamma'])
-    fig.suptitle(f'{len(t):,} triplets of a batch of {len(idx)}, {(t.violation>0).mean():.0%} violate a margin of {settings["margin"]:g}; the worst', fontsize=11)
+    fig.suptitle(f'{len(t):,} triplets of a batch of {len(idx)}, {(t.violation>0).mean():.0%} violate a margin of {settings["margin"]:g}; '
+        'the worst', fontsize=11)
     return fig
 
 @patch

@@ -51,9 +51,10 @@ def timm_body(
     return _timm_model(arch, pretrained, kwargs)
 
 def _timm_model(arch, pretrained, kwargs):
-    "What timm makes of its arguments; raises `ValueError` where it can make nothing of them, and `RuntimeError` where its weights cannot be had"
+    "What timm makes of its arguments; raises `ValueError` where that is nothing, `RuntimeError` where its weights cannot be had"
     try: return timm.create_model(arch, pretrained=pretrained, num_classes=0, **kwargs)
-    except (TypeError,AttributeError,AssertionError,ArithmeticError,LookupError) as e: raise ValueError(f"timm cannot make {arch!r} with {kwargs}: {e}") from e
+    except (TypeError,AttributeError,AssertionError,ArithmeticError,LookupError) as e:
+        raise ValueError(f"timm cannot make {arch!r} with {kwargs}: {e}") from e
     except Exception as e:
         if not pretrained: raise
         raise _no_weights(arch, e) from e
@@ -63,10 +64,11 @@ def _no_weights(arch, e):
         "Without a network, pass a file as `weights=`, or `pretrained=False` to begin with random ones.")
 
 def _reach_weights(arch):
-    "Raise `RuntimeError` where the weights of a model are neither on this machine nor within reach: the hub's own functions would try again for most of a minute"
+    "Raise `RuntimeError` at once where the weights of a model are neither here nor within reach: the hub tries for a minute"
     if not (hub := getattr(timm.get_pretrained_cfg(arch), 'hf_hub_id', None)): return
     repo,_,revision = hub.partition('@')
-    if any(isinstance(try_to_load_from_cache(repo, o, revision=revision or None), str) for o in ('model.safetensors','pytorch_model.bin')): return
+    if any(isinstance(try_to_load_from_cache(repo, o, revision=revision or None), str) for o in ('model.safetensors','pytorch_model.bin')):
+        return
     try: get_hf_file_metadata(hf_hub_url(repo, 'config.json', revision=revision or None))
     except HfHubHTTPError: pass # it answers, and timm says what is wrong
     except Exception as e: raise _no_weights(arch, e) from e
@@ -82,9 +84,11 @@ def _read_weights(fn):
         want = 'a whole safetensors file' if safe else 'what `torch.save` wrote of a state dict, whole and with nothing but tensors in it'
         raise ValueError(f"{str(fn)!r} is no file of weights: it must be {want} ({type(e).__name__}).") from None
     if isinstance(sd, dict): sd = sd.get('model', sd.get('state_dict', sd))
-    if not isinstance(sd, dict): raise ValueError(f"{str(fn)!r} is no file of weights: it must hold a state dict, and holds a {type(sd).__name__}.")
+    if not isinstance(sd, dict):
+        raise ValueError(f"{str(fn)!r} is no file of weights: it must hold a state dict, and holds a {type(sd).__name__}.")
     if bad := [k for k,v in sd.items() if not (isinstance(k, str) and isinstance(v, Tensor))]:
-        raise ValueError(f"{str(fn)!r} is no file of weights: it must hold a tensor for each name, and {bad[0]!r} is a {type(sd[bad[0]]).__name__}.")
+        raise ValueError(f"{str(fn)!r} is no file of weights: it must hold a tensor for each name, and {bad[0]!r} is a "
+            f"{type(sd[bad[0]]).__name__}.")
     return sd
 
 # %% ../../nbs/api/models/00_embedder.ipynb #1381ea3d
@@ -240,9 +244,11 @@ def make_head(
         raise ValueError(f"`emb_sz` is the number of dimensions of an embedding, 1 or more; got {emb_sz!r}.")
     if head=='identity':
         if emb_sz not in (None,n_in):
-            raise ValueError(f"head='identity' gives embeddings of {n_in} numbers, as many as features, and not {emb_sz}: leave out `emb_sz`.")
+            raise ValueError(f"head='identity' gives embeddings of {n_in} numbers, as many as features, and not {emb_sz}: leave out "
+                "`emb_sz`.")
         return nn.Identity(),n_in
-    if not (callable(head) or head in named_heads): raise ValueError(f"Heads are {', '.join(map(repr, named_heads))} and 'identity'; got {head!r}.")
+    if not (callable(head) or head in named_heads):
+        raise ValueError(f"Heads are {', '.join(map(repr, named_heads))} and 'identity'; got {head!r}.")
     emb_sz = emb_sz or 128
     return init_head((head if callable(head) else named_heads[head])(n_in, emb_sz), init),emb_sz
 
@@ -278,7 +284,7 @@ class Embedder(nn.Module):
         normalize:bool=True, # Scale embeddings to length 1?
         pool=None, # `'avg'`, `'max'`, `'avgmax'`, `'gem'` or a callable on maps; average if not given, and for tokens the model's own
         head='linear', # `'linear'`, `'mlp'`, `'bnneck'`, `'identity'`, or a callable `(n_in, emb_sz)`
-        init:str=None, # Initialise the head's linear layers: `'orthogonal'` or `'kaiming'`; `'lda'` or `'pca'` wait for a learner's training images; as PyTorch does if not given
+        init:str=None, # Start of the head: `'orthogonal'`, `'kaiming'`, or of a learner's images `'lda'`, `'pca'`; PyTorch's if not given
         freeze_bn=False, # Keep the running statistics of the body's batch norm? `'affine'`: its weights too
         frozen_stages:int=0, # This many stages of the body are not trained, see `body_stages`
         **kwargs # Passed to `timm.create_model`
@@ -305,7 +311,9 @@ class Embedder(nn.Module):
         "Pooled features of images, before the head"
         if x.ndim==2: return x
         try: x = self.body.forward_features(x)
-        except AssertionError as e: raise ValueError(f"{self.arch!r} cannot take images of {x.shape[-2]}×{x.shape[-1]} pixels ({str(e).rstrip('.')}): {self._what_size(x)}.") from None
+        except AssertionError as e:
+            raise ValueError(f"{self.arch!r} cannot take images of {x.shape[-2]}×{x.shape[-1]} pixels ({str(e).rstrip('.')}): "
+                f"{self._what_size(x)}.") from None
         if isinstance(x, Tensor) and x.ndim==4:
             return self.pool(x.permute(0,3,1,2) if getattr(self.body, 'output_fmt', 'NCHW')=='NHWC' else x)
         return self.body.forward_head(x, pre_logits=True) if self.own_pool else self.pool_tokens(x)
@@ -321,7 +329,8 @@ def _what_size(self:Embedder, x):
     patches = getattr(self.body, 'patch_embed', None)
     if not (p := to_2tuple(getattr(patches, 'patch_size', None))[0]): return f"make them {self.cfg['input_size'][-1]} pixels to a side"
     n = max(1, round(x.shape[-1]/p))*p
-    return f"make them {n} pixels to a side, a multiple of its patches of {p}" + (f", and pass `model_kwargs=dict(img_size={n})`" if getattr(patches, 'strict_img_size', True) else '')
+    also = f", and pass `model_kwargs=dict(img_size={n})`" if getattr(patches, 'strict_img_size', True) else ''
+    return f"make them {n} pixels to a side, a multiple of its patches of {p}{also}"
 
 @patch
 def pool_tokens(self:Embedder,
@@ -348,7 +357,7 @@ def _width(self:Embedder, c, size):
 def freeze_body(self:Embedder,
     n:int=0, # Number of stages that are not trained
 ):
-    "Freeze the first `n` stages and no others, and batch norm's weights if `freeze_bn='affine'`; raises `ValueError` for more than there are"
+    "Freeze the first `n` stages alone, and batch norm's weights if `freeze_bn='affine'`; raises `ValueError` for more than there are"
     if self.freeze_bn not in (False,True,'affine'): raise ValueError(f"`freeze_bn` is True, False or 'affine'; got {self.freeze_bn!r}.")
     stages = body_stages(self.body) if n else []
     if not (isinstance(n, int) and 0<=n<=len(stages)):
@@ -385,13 +394,15 @@ def _load_from_state_dict(self:Embedder, state_dict, prefix, *args):
     super(Embedder, self)._load_from_state_dict(state_dict, prefix, *args)
 
 # %% ../../nbs/api/models/00_embedder.ipynb #fc4685b3
-weight_sources = 'checkpoint_path','pretrained_cfg','pretrained_cfg_overlay','cache_dir' # timm's arguments that say where weights come from, and not what they are the weights of
+# timm's arguments that say where weights come from, and not what they are the weights of
+weight_sources = 'checkpoint_path','pretrained_cfg','pretrained_cfg_overlay','cache_dir'
 
 @patch
 def spec(self:Embedder)->dict: # Arguments of `Embedder`; those for timm under `model_kwargs`
     "What builds this embedder again; raises `ValueError` where its pooling or head has no name"
     for k in ('pool','head'):
-        if not isinstance(self.named[k], (str,type(None))): raise ValueError(f"This embedder's {k} is {self.named[k]!r}, which has no name to build it by.")
+        if not isinstance(self.named[k], (str,type(None))):
+            raise ValueError(f"This embedder's {k} is {self.named[k]!r}, which has no name to build it by.")
     kwargs = {k:v for k,v in self.named['model_kwargs'].items() if k not in weight_sources}
     return dict(arch=self.arch, emb_sz=self.emb_sz, normalize=self.normalize, **{**self.named, 'model_kwargs':kwargs})
 
@@ -405,7 +416,8 @@ def unwrapped(
     model:nn.Module, # A model, or what wraps one
 )->nn.Module: # The model itself
     "The model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`"
-    while (inner := getattr(model, '_orig_mod', None) or (model.module if isinstance(model, _parallel) else None)) is not None: model = inner
+    while (inner := getattr(model, '_orig_mod', None) or (model.module if isinstance(model, _parallel) else None)) is not None:
+        model = inner
     return model
 
 _parallel = nn.DataParallel,nn.parallel.DistributedDataParallel

@@ -41,13 +41,15 @@ class Embedded:
         self.labels = None if labels is None else as_labels(labels, n, device='cpu')
         self.role,self.ignore = None if role is None else np.asarray(role),None if ignore is None else as_labels(ignore, n, 'ignore', 'cpu')
         query_gallery(self.role, n)
-        self.items,self.vocab,self.draw = None if items is None else [str(o) for o in items],None if vocab is None else [str(o) for o in vocab],image
+        self.items,self.vocab = (None if o is None else [str(a) for a in o] for o in (items,vocab))
+        self.draw = image
         self.random_gallery,self.ks,self.facts = random_gallery,tuple(ks),dict(facts or {})
         self._found = self._ready = None
 
     def __len__(self): return len(self.embs)
     def __repr__(self):
-        res = f'{len(self):,} items' + ('' if self.labels is None else f' of {len(self.labels.unique()):,} classes') + f', {self.embs.shape[1]} dimensions'
+        classes = '' if self.labels is None else f' of {len(self.labels.unique()):,} classes'
+        res = f'{len(self):,} items{classes}, {self.embs.shape[1]} dimensions'
         return res if self.all_search else f'{res}, {len(self.queries):,} queries in a gallery of {len(self.gallery):,}'
 
     def label(self,
@@ -136,7 +138,9 @@ def find(self:Embedded,
 @patch
 def check_labels(self:Embedded):
     "Raise `ValueError` where the classes of the items are not known"
-    if self.labels is None: raise ValueError("These items have no labels, so what they find is neither right nor wrong: give labels to measure, or use the embeddings alone.")
+    if self.labels is None:
+        raise ValueError("These items have no labels, so what they find is neither right nor wrong: give labels to measure, or use the "
+            "embeddings alone.")
 
 @patch
 def protocol(self:Embedded)->dict:
@@ -146,7 +150,7 @@ def protocol(self:Embedded)->dict:
 @patch
 def evaluate(self:Embedded,
     metrics='all', # Names, see `evaluate_retrieval`
-    **kwargs # Passed to `evaluate_protocol`, instead of what is known of the items; with `gallery` and `gallery_labels` to `evaluate_retrieval`
+    **kwargs # Passed to `evaluate_protocol`, over what is known of the items; with a `gallery` to `evaluate_retrieval`
 )->RetrievalResult:
     "Retrieval metrics of the items; raises `ValueError` where they have no labels"
     self.check_labels()
@@ -177,8 +181,10 @@ def _read(file):
     "Tensors and description in a file"
     if not Path(file).is_file(): raise ValueError(f"There is no file {str(file)!r}.")
     try:
-        with safe_open(file, 'pt') as f: return {k:f.get_tensor(k) for k in f.keys()},json.loads((f.metadata() or {}).get('embedded', 'null'))
-    except (SafetensorError,OSError,ValueError) as e: raise ValueError(f"{str(file)!r} cannot be read: it must be what `Embedded.save` writes ({e}).") from e
+        with safe_open(file, 'pt') as f:
+            return {k:f.get_tensor(k) for k in f.keys()},json.loads((f.metadata() or {}).get('embedded', 'null'))
+    except (SafetensorError,OSError,ValueError) as e:
+        raise ValueError(f"{str(file)!r} cannot be read: it must be what `Embedded.save` writes ({e}).") from e
 
 @patch(cls_method=True)
 def load(cls:Embedded,
@@ -187,5 +193,6 @@ def load(cls:Embedded,
 ):
     "Read embeddings and what is known of their items; raises `ValueError` for another file"
     numbers,about = _read(file)
-    if not isinstance(about, dict) or 'embs' not in numbers: raise ValueError(f"{str(file)!r} holds no embeddings with their items: it must be what `Embedded.save` writes.")
+    if not isinstance(about, dict) or 'embs' not in numbers:
+        raise ValueError(f"{str(file)!r} holds no embeddings with their items: it must be what `Embedded.save` writes.")
     return cls(**numbers, image=image, role=about.get('role'), **{k:about[k] for k in _fields if k in about})

@@ -1,4 +1,4 @@
-"""Every metric of retrieval as a row of one table: what it computes of the ranks, how deep it must look, and what it says. Your own is one more row.
+"""Every metric of retrieval as a row of one table: what it computes, how deep it must look, what it says. Your own is one more row.
 
 Docs: https://dmlfast.github.io/dmlfast/api/retrieval/metrics.html.md"""
 
@@ -31,9 +31,9 @@ class MetricRow:
 class _Table(Registry):
     "Metrics by name"
     def __call__(self,
-        f=None, # Function of `ranks`, `(q,m)` int, and `there`, `(q,m)` bool, and of k for a name that ends in `@k`: a value for each query, `(q,)`
+        f=None, # Function of `ranks`, `(q,m)` int, and `there`, `(q,m)` bool, and of k where the name ends in `@k`: values, `(q,)`
         *,
-        depth='all', # Ranks that must be exact: a number; `'R'`, as many as there are right ones; `'k'`, that of a name that ends in `@k`; or `'all'`
+        depth='all', # Ranks that must be exact: a number; `'R'`, as many as there are right ones; `'k'`, that of `@k`; or `'all'`
         says:str='', # What it means, in a sentence, for reports
         name:str=None, # What it is called; the name of the function if not given
         kind:str='query', # `'query'`, or `'clusters'` or `'curve'`, which `evaluate_retrieval` computes itself
@@ -67,7 +67,8 @@ def _precision_1(ranks, there): return ranks[:,0]==1
 @register_metric(name='r_precision', depth='R', says='share of right ones among the R nearest, where R is how many right ones there are')
 def _r_precision(ranks, there): return _within_r(ranks, there).sum(1)/there.sum(1)
 
-@register_metric(name='map@r', depth='R', says='the same as r_precision, and right ones count for more the nearer they stand (mean average precision at R)')
+@register_metric(name='map@r', depth='R', says='the same as r_precision, and right ones count for more the nearer they stand (mean '
+    'average precision at R)')
 def _map_r(ranks, there): return (precision_at(ranks, there)*_within_r(ranks, there)).sum(1).double()/there.sum(1)
 
 @register_metric(name='map', says='mean average precision: the precision at each right item of the whole ranking, averaged')
@@ -91,7 +92,7 @@ def _curve_sum(ranks, there):
 # %% ../../nbs/api/retrieval/02_metrics.ipynb #534be063
 for _o,_says in dict(nmi='how much clusters, as many as there are classes, say of the classes: from 0 to 1 (normalised mutual information)',
     ami='the same as nmi, less what chance gives (adjusted mutual information)',
-    f1='of pairs of items: are they in one cluster where they are of one class, and only there? (harmonic mean of precision and recall)').items():
+    f1='are pairs of items in one cluster where they are of one class, and only there? (harmonic mean of precision and recall)').items():
     register_metric(Contingency.scores, name=_o, kind='clusters', says=_says)
 
 # %% ../../nbs/api/retrieval/02_metrics.ipynb #f914bc9f
@@ -113,7 +114,7 @@ def metric_meanings(
 
 # %% ../../nbs/api/retrieval/02_metrics.ipynb #24a4cc8a
 def metric_names(
-    metrics=None, # Names, each of one metric, `'recall'` for that of all `ks`, or `'module:metric'`; or `'all'`; recall, r_precision and map@r if not given
+    metrics=None, # Names, `'recall'` for all `ks`, `'module:metric'`; or `'all'`; recall, r_precision and map@r if not given
     ks=(1,2,4,8), # k of those that end in `@k`, or one of them
     drawn:bool=False, # Is a gallery drawn, so that there are no scores of clusters?
     curve:bool=True, # May it be a curve, which is not one number?
@@ -219,7 +220,8 @@ def _value(name, ranks, there):
     "A metric of a block of queries"
     row,k = metric_of(name)
     v = row.f(ranks, there) if k is None else row.f(ranks, there, k)
-    if v.shape!=(len(ranks),): raise ValueError(f'The metric {name!r} gave values of shape {tuple(v.shape)} for {len(ranks)} queries: it gives one for each.')
+    if v.shape!=(len(ranks),):
+        raise ValueError(f'The metric {name!r} gave values of shape {tuple(v.shape)} for {len(ranks)} queries: it gives one for each.')
     return v.double()
 
 def _ranked_values(blocks, names, n_queries):

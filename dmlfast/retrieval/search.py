@@ -355,7 +355,8 @@ def kmeans(
 )->np.ndarray: # Cluster of each row, (n,) int64
     "Clusters of the rows of `embs`, by faiss where it is installed, else by scikit-learn"
     x = as_embeddings(embs).cpu().numpy()
-    if not isinstance(k, Integral) or not 1<=k<=len(x): raise ValueError(f'k must be a whole number between 1 and the {len(x)} rows, not {k!r}')
+    if not isinstance(k, Integral) or not 1<=k<=len(x):
+        raise ValueError(f'k must be a whole number between 1 and the {len(x)} rows, not {k!r}')
     start = x[np.random.default_rng(seed).permutation(len(x))[:k]]
     faiss = _faiss()
     res = _kmeans_faiss(faiss, x, start, n_iter) if faiss else _kmeans_sklearn(x, start, n_iter)
