@@ -342,8 +342,8 @@ class Stop(Callback):
     order = 100
     def __init__(self, epoch): self.at = epoch
     def before_epoch(self):
-        train = self.learn.dls.train
-        if self.epoch==self.at and self.n_epoch==3 and is_fitting(self.learn) and len(train.dataset.items)>0 and not hasattr(train, 'features'):
+        train,now = self.learn.dls.train,self.epoch==self.at and self.n_epoch==3
+        if now and is_fitting(self.learn) and len(train.dataset.items)>0 and not hasattr(train, 'features'):
             raise KeyboardInterrupt
 
 def test_an_interrupted_transfer_goes_on(few, body, tmp_path):
