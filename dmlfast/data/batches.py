@@ -131,23 +131,6 @@ def ClassBlock(
     "`TransformBlock` for the labels of a class-disjoint split"
     return TransformBlock(type_tfms=ClassCategorize(vocab, n_train_classes))
 
-# %% ../../nbs/api/data/00_batches.ipynb #ae333722
-def _splitmix_(x):
-    "Mix the bits of `x`, uint64, in place: a counter goes in, a random number comes out (Steele et al., SplitMix, 2014)"
-    x += np.uint64(0x9E3779B97F4A7C15)
-    t = np.empty_like(x)
-    for shift,by in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        x ^= np.right_shift(x, np.uint64(shift), out=t)
-        if by>1: x *= np.uint64(by)
-    return x
-
-# %% ../../nbs/api/data/00_batches.ipynb #5a02a8d8
-def _runs(x):
-    "For sorted `x`: where each run of equal values begins, and the number of each element's run"
-    first = np.ones(len(x), dtype=bool)
-    first[1:] = x[1:]!=x[:-1]
-    return np.flatnonzero(first), np.cumsum(first)-1
-
 # %% ../../nbs/api/data/00_batches.ipynb #a0ce3c73
 class BalancedSampler:
     "Indices of batches with `per_class` items of each of `bs/per_class` classes"
@@ -160,8 +143,8 @@ class BalancedSampler:
         store_attr('bs,per_class,seed')
         labels = np.asarray(labels)
         self.items = np.argsort(labels, kind='stable') # class after class
-        self.starts = _runs(labels[self.items])[0]
-        self.counts = np.diff(self.starts, append=len(labels))
+        self.counts = np.unique(labels, return_counts=True)[1]
+        self.starts = np.cumsum(self.counts)-self.counts
         self.n,self.n_classes,self.p = len(labels),len(self.counts),bs//max(per_class, 1)
         self.check()
         self.round = math.ceil(self.n_classes/self.p) # batches in which every class appears
@@ -182,18 +165,6 @@ def check(self:BalancedSampler):
         raise ValueError(f"A batch of bs={self.bs} with per_class={self.per_class} needs {self.p} classes and there are {self.n_classes}: "
             f"take bs={self.n_classes*self.per_class} or less, or a larger per_class.")
 
-# %% ../../nbs/api/data/00_batches.ipynb #297abbfa
-def _order_in(sizes, keys):
-    "Order of `keys`, uint64, within groups of `sizes`, by their high bits; `keys` is overwritten"
-    a,b = np.uint64(len(sizes).bit_length()),np.uint64(len(keys).bit_length())
-    keys >>= a+b
-    keys <<= b
-    keys |= np.arange(len(keys), dtype=np.uint64)
-    keys |= np.repeat(np.arange(len(sizes), dtype=np.uint64)<<np.uint64(64)-a, sizes)
-    keys.sort()
-    keys &= (np.uint64(1)<<b)-np.uint64(1)
-    return keys.view(np.int64)
-
 # %% ../../nbs/api/data/00_batches.ipynb #1b9a00a3
 @patch
 def classes(self:BalancedSampler,
@@ -202,38 +173,34 @@ def classes(self:BalancedSampler,
     "The classes in each batch of an epoch"
     rng = np.random.default_rng([self.seed, epoch])
     rounds = math.ceil(len(self)/self.round)
-    keys = (rng.random(rounds*self.n_classes)*2.**64).astype(np.uint64)
-    perms = _order_in(np.full(rounds, self.n_classes), keys).reshape(rounds, -1) % self.n_classes
+    perms = rng.permuted(np.tile(np.arange(self.n_classes), (rounds,1)), axis=1)
     return np.concatenate([perms, perms[:,:self.round*self.p-self.n_classes]], axis=1).reshape(-1, self.p)[:len(self)]
 
 # %% ../../nbs/api/data/00_batches.ipynb #2705966d
+@patch
+def round_of(self:BalancedSampler,
+    rnd:int, # Number of the round, from 0
+    classes, # Classes whose images are put in order; the others' stay
+)->np.ndarray: # Items, class after class, `(n,)` int64
+    "The order in which a round hands out the images of each class"
+    cls = np.repeat(np.arange(self.n_classes), self.counts)
+    at = np.flatnonzero(np.isin(cls, classes))
+    items,keys = self.items.copy(),np.random.default_rng([self.seed, rnd, 1]).random(self.n)
+    items[at] = items[at[np.lexsort((keys[at], cls[at]))]]
+    return items
+
 @patch
 def idxs(self:BalancedSampler,
     epoch:int, # Number of the epoch, from 0
 )->np.ndarray: # Items of each batch, `(batches, bs)` int64
     "The items in each batch of an epoch"
-    k,draws = self.per_class,self.classes(epoch).ravel()
-    order = np.argsort(draws.astype(np.min_scalar_type(self.n_classes)), kind='stable') # NumPy's radix sort, up to 65,535 classes
-    cls = draws[order]
-    begin,run = _runs(cls)
-    group = epoch*(len(self)//self.round) + np.arange(len(cls))-begin[run]
-    rnd,group = np.divmod(group, self.groups[cls])
-    begin,run = _runs(cls*(rnd.max()+1)+rnd) # one run for each round of a class that this epoch touches
-    sizes = self.counts[cls[begin]]
-    offset = np.cumsum(sizes)-sizes
-    at = np.repeat(self.starts[cls[begin]]-offset, sizes)
-    at += np.arange(len(at))
-    items = self.items[at]
-    salt = _splitmix_(rnd[begin].astype(np.uint64) + _splitmix_(np.full(1, self.seed, dtype=np.uint64)))
-    keys = np.repeat(salt, sizes)
-    keys ^= items.view(np.uint64)
-    items = items[_order_in(sizes, _splitmix_(keys))]
-    back = np.empty_like(order) # from the order of classes to that of batches
-    back[order] = np.arange(len(order))
-    pos = np.add.outer(group[back]*k, np.arange(k))
-    pos %= self.counts[draws][:,None]
-    pos += offset[run[back]][:,None]
-    return items[pos].reshape(len(self), self.bs)
+    draws = self.classes(epoch).ravel()
+    nth = pd.Series(draws).groupby(draws).cumcount().to_numpy() # how often this epoch has drawn the class before
+    rnd,group = np.divmod(epoch*(len(self)//self.round)+nth, self.groups[draws])
+    at = (group[:,None]*self.per_class+np.arange(self.per_class))%self.counts[draws,None] + self.starts[draws,None]
+    res = np.empty_like(at)
+    for r in np.unique(rnd): res[rnd==r] = self.round_of(r, draws[rnd==r])[at[rnd==r]]
+    return res.reshape(len(self), self.bs)
 
 # %% ../../nbs/api/data/00_batches.ipynb #4feb4acf
 def labels_of(
