@@ -10,7 +10,8 @@ import argparse, gc, os, subprocess, sys
 from statistics import median
 from time import perf_counter, process_time
 import torch
-from dmlfast.retrieval.search import evaluate_retrieval, neighbours
+from dmlfast.retrieval.metrics import evaluate_retrieval
+from dmlfast.retrieval.search import neighbours
 
 CLOCK = perf_counter
 CHEAP,FULL = ['recall','r_precision','map@r'],['recall','r_precision','map@r','map','mrr','pr_curve']

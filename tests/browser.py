@@ -13,7 +13,8 @@ class Browser:
         def wire():
             os.dup2(reads, 3)
             os.dup2(writes, 4)
-        self._proc = subprocess.Popen([chromium,'--headless','--no-sandbox','--disable-gpu','--hide-scrollbars','--remote-debugging-pipe',f'--user-data-dir={profile}',*args],
+        self._proc = subprocess.Popen([chromium,'--headless','--no-sandbox','--disable-gpu','--hide-scrollbars','--remote-debugging-pipe',
+            f'--user-data-dir={profile}',*args],
             preexec_fn=wire, pass_fds=(3,4), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(reads)
         os.close(writes)
@@ -44,9 +45,13 @@ class Browser:
         if method=='Page.loadEventFired': self._loaded = True
         if method=='Network.requestWillBeSent': self.urls.append(p['request']['url'])
         if method=='Network.loadingFailed' and not p.get('canceled'): self.faults.append(f"failed: {p['errorText']}")
-        if method=='Network.responseReceived' and p['response']['status']>=400: self.faults.append(f"{p['response']['status']}: {p['response']['url']}")
-        if method=='Runtime.exceptionThrown': self.faults.append(f"exception: {p['exceptionDetails']['text']} {p['exceptionDetails'].get('exception', {}).get('description', '')}")
-        if method=='Runtime.consoleAPICalled' and p['type'] in ('error','warning','assert'): self.faults.append(f"console: {[o.get('value') for o in p['args']]}")
+        if method=='Network.responseReceived' and p['response']['status']>=400:
+            self.faults.append(f"{p['response']['status']}: {p['response']['url']}")
+        if method=='Runtime.exceptionThrown':
+            self.faults.append(f"exception: {p['exceptionDetails']['text']} "
+                f"{p['exceptionDetails'].get('exception', {}).get('description', '')}")
+        if method=='Runtime.consoleAPICalled' and p['type'] in ('error','warning','assert'):
+            self.faults.append(f"console: {[o.get('value') for o in p['args']]}")
         if method=='Log.entryAdded' and p['entry']['level'] in ('error','warning'): self.faults.append(f"log: {p['entry']['text']}")
 
     def call(self, method, timeout=60, **params):

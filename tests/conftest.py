@@ -42,7 +42,8 @@ def make_learner(few, tmp_path):
     def _make(loss=None, seed=0, bs=32, **kwargs):
         set_seed(seed)
         dls = few.dataloaders(bs=bs, per_class=4, seed=seed, num_workers=0)
-        learn = metric_learner(dls, loss_func=loss or TripletLoss(), **{**dict(arch='test_resnet', emb_sz=16, pretrained=False, path=tmp_path), **kwargs})
+        learn = metric_learner(dls, loss_func=loss or TripletLoss(),
+            **{**dict(arch='test_resnet', emb_sz=16, pretrained=False, path=tmp_path), **kwargs})
         learn.remove_cbs([o for o in learn.cbs if type(o).__name__=='ProgressCallback'])
         learn.logger = lambda *a: None
         return learn

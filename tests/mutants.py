@@ -21,7 +21,7 @@ mutants = [ # room, what its code says, what it says instead, tests
     ('models.embedder', "and (self.freeze_bn or m.weight is not None", "and (m.weight is not None", 'test_models.py -k bn'), # running statistics move
     ('models.heads', "self.total-(means*n[:,None]).T@means/len(X)", "self.total-means.T@means/len(means)", 'test_transfer.py -k lda'), # classes count alike
     ('train.baseline', "for fit,score in (parts,parts[::-1]):", "for fit,score in zip(parts, parts):", 'test_transfer.py -k shrinkage'), # judged on what it was fitted to
-    ('retrieval.search', "in_r = (rank<=n[:,None]) & there", "in_r = (rank<n[:,None]) & there", 'test_retrieval.py'),
+    ('retrieval.metrics', "return (ranks<=there.sum(1)[:,None]) & there", "return (ranks<there.sum(1)[:,None]) & there", 'test_retrieval.py'),
     ('retrieval.search', "has = (own>=0).nonzero()[:,0]", "has = (own>0).nonzero()[:,0]", 'test_retrieval.py'), # the first item finds itself
     ('train.columns', "(epoch+1)%self.every==0", "epoch%self.every==0", 'test_learner.py -k every_other'),
     ('deploy.embedder', "m = min(w/tw, h/th)", "m = max(w/tw, h/th)", 'test_deploy.py'),

@@ -168,5 +168,6 @@ def test_in_an_embedder(tmp_path, published):
     m(torch.randn(2,3,64,64))[:,0].sum().backward()
     assert m.body.inception_3c_3x3.weight.grad is None and m.body.inception_4a_3x3.weight.grad is not None
     assert not m.body.inception_3c_3x3_bn.training and m.body.inception_4a_3x3_bn.training
-    gray = timm.create_model('bn_inception', in_chans=1, pretrained=True, num_classes=0, pretrained_cfg_overlay=dict(file=str(tmp_path/'bn.pth')))
+    gray = timm.create_model('bn_inception', in_chans=1, pretrained=True, num_classes=0,
+        pretrained_cfg_overlay=dict(file=str(tmp_path/'bn.pth')))
     assert torch.allclose(gray.conv1_7x7_s2.weight, published['conv1_7x7_s2.weight'].sum(1, keepdim=True), atol=1e-5)

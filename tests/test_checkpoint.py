@@ -29,7 +29,8 @@ def killed(f):
 
 def same(a, b):
     assert str([list(o) for o in a.recorder.values])==str([list(o) for o in b.recorder.values]) # nan is nan
-    assert [float(o) for o in a.recorder.losses]==[float(o) for o in b.recorder.losses] and a.recorder.lrs==b.recorder.lrs and a.recorder.iters==b.recorder.iters
+    assert [float(o) for o in a.recorder.losses]==[float(o) for o in b.recorder.losses] and a.recorder.lrs==b.recorder.lrs
+    assert a.recorder.iters==b.recorder.iters
     assert {k:v.tolist() for k,v in a.model.state_dict().items()}=={k:v.tolist() for k,v in b.model.state_dict().items()}
     assert plain(a.opt)==plain(b.opt) and a.train_iter==b.train_iter
 
@@ -41,7 +42,9 @@ def scramble():
 
 @pytest.mark.parametrize('at', [0,4,11])
 def test_killed_anywhere_and_resumed_is_a_run_that_was_not(make_learner, tmp_path, at):
-    def cbs(name): return [SaveModelCallback(monitor='recall@1', fname=name), EarlyStoppingCallback(monitor='map@r', patience=3), GradientAccumulation(48), CSVLogger(f'{name}.csv')]
+    def cbs(name):
+        return [SaveModelCallback(monitor='recall@1', fname=name), EarlyStoppingCallback(monitor='map@r', patience=3),
+            GradientAccumulation(48), CSVLogger(f'{name}.csv')]
     def go(learn, *more, name='a'): learn.fit_one_cycle(4, 1e-2, cbs=[*cbs(name), *more])
     run = tmp_path/'run'
     whole = make_learner(ProxyNCALoss())
@@ -225,7 +228,8 @@ def test_what_cannot_be_resumed(make_learner, tmp_path, few):
 @pytest.mark.parametrize('how', ['the same','rate','loss','batches','ranking','flat'])
 def test_another_call_goes_on_and_says_so(make_learner, tmp_path, how, recwarn):
     "One sentence with what differs, and none where nothing does"
-    def make(loss=None, bs=32, seed=0, m=4): return make_learner(loss or TripletLoss(margin=.2), seed=seed, bs=bs, cbs=SelfSupervisedRanking(n=2, m=m))
+    def make(loss=None, bs=32, seed=0, m=4):
+        return make_learner(loss or TripletLoss(margin=.2), seed=seed, bs=bs, cbs=SelfSupervisedRanking(n=2, m=m))
     def go(learn, lr=1e-2, **kwargs): getattr(learn, 'fit' if how=='flat' else 'fit_one_cycle')(3, lr, **kwargs)
     learn,run = make(),tmp_path/'run'
     with pytest.raises(KeyboardInterrupt): go(learn, cbs=[Checkpoint(run), Do(4, stop)])
@@ -235,7 +239,8 @@ def test_another_call_goes_on_and_says_so(make_learner, tmp_path, how, recwarn):
     said = [str(o.message) for o in recwarn if 'is not the call' in str(o.message)]
     assert len(said)==(how!='the same')
     names = ['learning rate','weight decay','loss','batch size','images of a class','training images','optimiser','ranking']
-    want = dict(rate='learning rate 0.0004→0.01→', loss='loss TripletLoss(margin=0.2', batches='batch size 32 then and 16 now', ranking='SelfSupervisedRanking(m=4', flat='learning rate 0.01 then and 0.001 now')
+    want = dict(rate='learning rate 0.0004→0.01→', loss='loss TripletLoss(margin=0.2', batches='batch size 32 then and 16 now',
+        ranking='SelfSupervisedRanking(m=4', flat='learning rate 0.01 then and 0.001 now')
     if said:
         assert want[how] in said[0]
         differ = [o for o in names if re.search(f'(: |; ){o} ', said[0])]

@@ -243,6 +243,12 @@ def test_evaluation(trained, folder, tmp_path, monkeypatch):
     assert 'is neither a run' in no(tmp_path/'nowhere')
     assert "has no split 'tset'" in no(run, '--split', 'tset')
     assert 'is not a metric' in no(run, '--metrics', 'recal')
+    (tmp_path/'my_metrics.py').write_text("from dmlfast.retrieval.metrics import register_metric\n@register_metric(depth=1)\ndef first(ranks, there): return ranks[:,0]==1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    from dmlfast.retrieval.metrics import register_metric
+    try: got = json.loads(do(dmlfast_eval, run, '--workers', 0, '--metrics', 'recall@1', 'my_metrics:first', '--json')[1])['scores']['metrics']
+    finally: register_metric.remove('first')
+    assert got['first']==got['recall@1']
     assert 'classes or queries' in no(run, '--ci', 'images')
     with monkeypatch.context() as m:
         m.chdir(tmp_path)

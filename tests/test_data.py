@@ -6,7 +6,8 @@ from hypothesis import given, settings, strategies as st
 from fastai.vision.all import *
 from dmlfast.all import *
 
-@given(counts=st.lists(st.integers(1, 12), min_size=2, max_size=15), per_class=st.integers(1, 5), p=st.integers(1, 6), seed=st.integers(0, 2**31), epoch=st.integers(0, 5))
+@given(counts=st.lists(st.integers(1, 12), min_size=2, max_size=15), per_class=st.integers(1, 5), p=st.integers(1, 6),
+    seed=st.integers(0, 2**31), epoch=st.integers(0, 5))
 @settings(max_examples=60, deadline=None)
 def test_an_epoch(counts, per_class, p, seed, epoch):
     p = min(p, len(counts))
@@ -21,7 +22,8 @@ def test_an_epoch(counts, per_class, p, seed, epoch):
     assert set(labels[idxs.ravel()])==set(range(len(counts)))
     assert (idxs==BalancedSampler(labels, p*per_class, per_class, seed).idxs(epoch)).all()
 
-@given(counts=st.lists(st.integers(1, 30), min_size=3, max_size=8), per_class=st.integers(1, 4), seed=st.integers(0, 99), start=st.integers(0, 3))
+@given(counts=st.lists(st.integers(1, 30), min_size=3, max_size=8), per_class=st.integers(1, 4), seed=st.integers(0, 99),
+    start=st.integers(0, 3))
 @settings(max_examples=30, deadline=None)
 def test_every_image_is_seen(counts, per_class, seed, start):
     "The rule as stated: any `2*ceil(n/K)-1` draws in a row show all `n` images of a class, wherever they begin"
@@ -45,18 +47,21 @@ def test_classes_are_drawn_alike():
     assert n.max()/n.min()<1.1
 
 def _dls(labels, **kwargs):
-    dblock = DataBlock(blocks=(TransformBlock, ClassBlock), get_y=lambda i: labels[i], splitter=ClassSplitter(lambda i: labels[i], n_valid=1))
+    dblock = DataBlock(blocks=(TransformBlock, ClassBlock), get_y=lambda i: labels[i],
+        splitter=ClassSplitter(lambda i: labels[i], n_valid=1))
     return dblock.dataloaders(L(range(len(labels))), dl_type=BalancedDL, num_workers=0, **kwargs)
 
 def test_training_classes_come_first():
     "Whatever the order of their names: a class id below their number is a proxy's row"
     labels = list('aabbccdd')
-    block = DataBlock(blocks=(TransformBlock, ClassBlock), get_y=lambda i: labels[i], splitter=ClassSplitter(lambda i: labels[i], valid=['a','c']))
+    block = DataBlock(blocks=(TransformBlock, ClassBlock), get_y=lambda i: labels[i],
+        splitter=ClassSplitter(lambda i: labels[i], valid=['a','c']))
     dls = block.dataloaders(L(range(8)), dl_type=BalancedDL, bs=4, per_class=2, num_workers=0)
     assert list(dls.vocab)==['b','d','a','c'] and dls.n_train_classes==2
 
 def test_faults_come_before_the_first_batch():
-    for kwargs,said in [*((dict(bs=b, per_class=k), f'both at least 1; got bs={b} and per_class={k}') for b,k in ((6,4), (0,4), (-4,4), (4,0), (-4,-4))),
+    for kwargs,said in [*((dict(bs=b, per_class=k), f'both at least 1; got bs={b} and per_class={k}') for b,
+        k in ((6,4), (0,4), (-4,4), (4,0), (-4,-4))),
                         (dict(bs=64, per_class=4), 'needs 16 classes and there are 3: take bs=12')]:
         with pytest.raises(ValueError, match=said): _dls([0,0,0,0,1,1,1,1,2,2,2,2,3], **kwargs)
     with pytest.raises(ValueError, match='All 4 items are of one class'): _dls([0,0,0,0,1,1], bs=4, per_class=4)
@@ -67,8 +72,10 @@ def test_labels_of_any_dataset():
     for b in dl: assert len({int(o)//2 for o in b})==2
 
 def test_workers_do_not_change_the_order(glyph_dir):
-    block = DataBlock(blocks=(ImageBlock, ClassBlock), get_items=get_image_files, get_y=parent_label, splitter=ClassSplitter(parent_label, n_valid=400))
-    ys = [[y.tolist() for _,y in block.dataloaders(glyph_dir, bs=32, dl_type=BalancedDL, per_class=8, seed=3, num_workers=n).train] for n in (0,2)]
+    block = DataBlock(blocks=(ImageBlock, ClassBlock), get_items=get_image_files, get_y=parent_label,
+        splitter=ClassSplitter(parent_label, n_valid=400))
+    ys = [[y.tolist() for _,y in block.dataloaders(glyph_dir, bs=32, dl_type=BalancedDL, per_class=8, seed=3, num_workers=n).train]
+        for n in (0,2)]
     assert ys[0]==ys[1]
 
 def test_get_preds_sees_each_training_item_once(make_learner):
@@ -96,9 +103,11 @@ def test_validation_items_are_mixed():
 
 def test_splits_that_are_none():
     for n in (0,-1,4,7):
-        with pytest.raises(ValueError, match=f'`n_valid` is a number of classes, 1 to 3 of the 4 there are; got {n}'): ClassSplitter(str, n_valid=n)(list('aabbccdd'))
+        with pytest.raises(ValueError, match=f'`n_valid` is a number of classes, 1 to 3 of the 4 there are; got {n}'):
+            ClassSplitter(str, n_valid=n)(list('aabbccdd'))
     for none in (None, float('nan'), pd.NA):
-        with pytest.raises(ValueError, match='2 of 5 items have no label; the first is item 1'): ClassSplitter('label')(pd.DataFrame(dict(label=['x',none,'y','y',none])))
+        with pytest.raises(ValueError, match='2 of 5 items have no label; the first is item 1'):
+            ClassSplitter('label')(pd.DataFrame(dict(label=['x',none,'y','y',none])))
 
 def test_a_corrupt_image_is_named(few, tmp_path):
     for c in sorted(set(few.df.label))[:4]:
@@ -108,7 +117,8 @@ def test_a_corrupt_image_is_named(few, tmp_path):
     bad = get_image_files(tmp_path).sorted()[2] # a training image
     bad.write_bytes(bad.read_bytes()[:150])
     with pytest.raises(ValueError, match=f"cannot be read: '{bad}'"): MetricDataset.from_folder(tmp_path, bad='raise')
-    dls = MetricDataset.from_folder(tmp_path, val_pct=0, test_pct=0.5, size=None, flip=False).dataloaders(bs=4, per_class=2, valid='test', num_workers=0)
+    ds = MetricDataset.from_folder(tmp_path, val_pct=0, test_pct=0.5, size=None, flip=False)
+    dls = ds.dataloaders(bs=4, per_class=2, valid='test', num_workers=0)
     with pytest.raises(ValueError, match=f"The image '{bad}' cannot be read"): [o for o in dls.train for _ in range(2)]
     with pytest.warns(UserWarning, match='1 of 16 images cannot be read'): assert len(MetricDataset.from_folder(tmp_path, bad='skip'))==15
 
@@ -128,9 +138,11 @@ class Kind(Enum):
 def test_labels_of_several_parts(of):
     "A tuple is one label, whatever its parts are"
     get_y = lambda i: of(i//4)
-    dls = DataBlock(blocks=(TransformBlock, ClassBlock), get_y=get_y, splitter=ClassSplitter(get_y, valid=[of(1),of(2)])).dataloaders(L(range(16)), dl_type=BalancedDL, bs=4, per_class=2, num_workers=0)
+    dls = DataBlock(blocks=(TransformBlock, ClassBlock), get_y=get_y,
+        splitter=ClassSplitter(get_y, valid=[of(1),of(2)])).dataloaders(L(range(16)), dl_type=BalancedDL, bs=4, per_class=2, num_workers=0)
     assert list(dls.vocab)==[of(0),of(3),of(1),of(2)] and dls.n_train_classes==2
-    assert [y.item() for _,y in dls.valid_ds]==[2+(i//4-1) for i in dls.valid_ds.items] and dls.valid_ds.decode((0,tensor(3)))[1]==str(of(2))
+    assert [y.item() for _,y in dls.valid_ds]==[2+(i//4-1) for i in dls.valid_ds.items]
+    assert dls.valid_ds.decode((0,tensor(3)))[1]==str(of(2))
     rows = pd.DataFrame(dict(path=[f'{i}.png' for i in range(16)], label=pd.Series([get_y(i) for i in range(16)], dtype=object)))
     ds = MetricDataset.from_df(rows, check_files=False)
     assert set(ds.df.label[ds.df.split=='test'])=={of(2),of(3)} and ds.folds(2)[1].df.split.nunique()==3

@@ -38,11 +38,13 @@ def write_cars(path, folders):
     rows = [(i,c) for i,c in enumerate(np.repeat(range(1,197), 2), 1)]
     if not folders:
         for i,c in rows: put(path/'car_ims'/f'{i:06}.jpg', jpeg(c))
-        savemat(path/'cars_annos.mat', dict(annotations=annos([(f'car_ims/{i:06}.jpg',c) for i,c in rows], 'relative_im_path'), class_names=CARS))
+        savemat(path/'cars_annos.mat', dict(annotations=annos([(f'car_ims/{i:06}.jpg',c) for i,c in rows], 'relative_im_path'),
+            class_names=CARS))
         return path
     (path/'devkit').mkdir(parents=True)
     savemat(path/'devkit'/'cars_meta.mat', dict(class_names=CARS))
-    for part,at,fn in [('cars_train', slice(0,None,2), 'devkit/cars_train_annos.mat'), ('cars_test', slice(1,None,2), 'cars_test_annos_withlabels.mat')]:
+    for part,at,fn in [('cars_train', slice(0,None,2), 'devkit/cars_train_annos.mat'),
+        ('cars_test', slice(1,None,2), 'cars_test_annos_withlabels.mat')]:
         half = [(f'{i:05}.jpg',c) for i,(_,c) in enumerate(rows[at], 1)]
         for o,c in half: put(path/part/o, jpeg(c))
         savemat(path/fn, dict(annotations=annos(half, 'fname')))
@@ -65,17 +67,20 @@ def inshop_rows(n_classes=8):
 def write_inshop(path, sub=True):
     rows = list(inshop_rows())
     for c,(o,*_) in enumerate(rows): put(path/('Img' if sub else '.')/o, jpeg(c//4*5+c%2))
-    put(path/('Eval' if sub else '.')/'list_eval_partition.txt', [len(rows), 'image_name item_id evaluation_status'] + [f'{a:70}{b} {s}' for a,b,s in rows])
+    put(path/('Eval' if sub else '.')/'list_eval_partition.txt', [len(rows), 'image_name item_id evaluation_status']
+        + [f'{a:70}{b} {s}' for a,b,s in rows])
     return path
 
 def write_vehicles(path, n=4):
-    lists = dict(train_list=range(1,11), test_list_800=range(11,13), test_list_1600=range(13,17), test_list_2400=range(11,17)) # of which medium does not hold small
+    # of these medium does not hold small
+    lists = dict(train_list=range(1,11), test_list_800=range(11,13), test_list_1600=range(13,17), test_list_2400=range(11,17))
     for c in range(1,17):
         for i in range(n): put(path/'image'/f'{c*n+i:07}.jpg', jpeg(c*3+i))
     for k,v in lists.items(): put(path/'train_test_split'/f'{k}.txt', [f'{c*n+i:07} {c}' for c in v for i in range(n)])
     return path
 
-readers = dict(cub=(write_cub, cub200), cars=(partial(write_cars, folders=False), cars196), cars2=(partial(write_cars, folders=True), cars196),
+readers = dict(cub=(write_cub, cub200), cars=(partial(write_cars, folders=False), cars196),
+    cars2=(partial(write_cars, folders=True), cars196),
     sop=(write_sop, online_products), inshop=(write_inshop, inshop), vehicle=(write_vehicles, vehicle_id))
 
 @pytest.fixture
@@ -88,7 +93,8 @@ def read(tmp_path):
         return reader(tmp_path/name, **kwargs)
     return _read
 
-@pytest.mark.parametrize('name,classes,images', [('cub',[50,50,100],[100,100,200]), ('cars',[49,49,98],[98,98,196]), ('cars2',[49,49,98],[98,98,196]),
+@pytest.mark.parametrize('name,classes,images', [('cub',[50,50,100],[100,100,200]), ('cars',[49,49,98],[98,98,196]),
+    ('cars2',[49,49,98],[98,98,196]),
     ('sop',[8,2,10],[24,6,30]), ('inshop',[3,1,4],[12,4,16]), ('vehicle',[8,2,6,2,4,6],[32,8,24,8,16,24])])
 def test_official_layouts(read, name, classes, images):
     ds = read(name)
@@ -133,39 +139,57 @@ def remove(fn): return lambda path: (path/fn).unlink()
 C = 'CUB_200_2011/'
 faults = dict(
     cub=[(remove(C+'images.txt'), "CUB-200-2011: there is no 'images.txt'"), (remove(C+'classes.txt'), "There is no list '.*classes.txt'"),
-        (remove(C+'images/003.Bird_3/Bird_3_0001.jpg'), r"1 of 400 images are not in '.*CUB_200_2011': 'images/003.Bird_3/Bird_3_0001.jpg'"),
-        (change(C+'images.txt', lambda l: l[:6]+['7 008 Bird/a.jpg']+l[7:]), r"images.txt', line 7: expected 'image_id image_name', got '7 008 Bird/a.jpg'"),
-        (change(C+'image_class_labels.txt', lambda l: l[:3]+['4 two']+l[4:]), r"image_class_labels.txt', line 4: expected 'image_id class_id', got '4 two'"),
+        (remove(C+'images/003.Bird_3/Bird_3_0001.jpg'),
+        r"1 of 400 images are not in '.*CUB_200_2011': 'images/003.Bird_3/Bird_3_0001.jpg'"),
+        (change(C+'images.txt', lambda l: l[:6]+['7 008 Bird/a.jpg']+l[7:]), r"images.txt', line 7: expected 'image_id image_name', got "
+        r"'7 008 Bird/a.jpg'"),
+        (change(C+'image_class_labels.txt', lambda l: l[:3]+['4 two']+l[4:]), r"image_class_labels.txt', line 4: expected 'image_id "
+        r"class_id', got '4 two'"),
         (change(C+'image_class_labels.txt', lambda l: l[:-2]), r"image_class_labels.txt' has no line for 399, 400 of '.*images.txt'"),
         (change(C+'classes.txt', lambda l: l[:-1]), r"classes.txt' has no line for 200 of"),
         (change(C+'images.txt', lambda l: l[:-1]+['1 x.jpg']), r"1 of 400 images are not in"),
         (change(C+'image_class_labels.txt', lambda l: l+['1 7']), "has 1 lines for something that has a line already"),
-        (change(C+'images.txt', lambda l: l[:1]+['2 '+l[0].split()[1]]+l[2:]), "1 images are in the table twice: 'images/001.Bird_1/Bird_1_0000.jpg'"),
+        (change(C+'images.txt', lambda l: l[:1]+['2 '+l[0].split()[1]]+l[2:]), "1 images are in the table twice: "
+        "'images/001.Bird_1/Bird_1_0000.jpg'"),
         (change(C+'images.txt', lambda l: ['']), "The list '.*images.txt' is empty")],
-    cars=[(remove('cars_annos.mat'), "There is no file '.*cars_annos.mat'"), (remove('car_ims/000007.jpg'), "Cars-196: 1 of 392 images are not in '.*': 'car_ims/000007.jpg'"),
+    cars=[(remove('cars_annos.mat'), "There is no file '.*cars_annos.mat'"), (remove('car_ims/000007.jpg'), "Cars-196: 1 of 392 images "
+    "are not in '.*': 'car_ims/000007.jpg'"),
         (lambda p: put(p/'cars_annos.mat', b'no matlab file at all'*20), r"cars_annos.mat' cannot be read \("),
-        (lambda p: savemat(p/'cars_annos.mat', dict(annotations=annos([('car_ims/000001.jpg',1), ('car_ims/000002.jpg',197)], 'relative_im_path'), class_names=CARS)),
+        (lambda p: savemat(p/'cars_annos.mat', dict(annotations=annos([('car_ims/000001.jpg',1), ('car_ims/000002.jpg',197)],
+        'relative_im_path'), class_names=CARS)),
             "cars_annos.mat', annotation 2: class 197 is not between 1 and 196"),
-        (lambda p: savemat(p/'cars_annos.mat', dict(annotations=annos([('car_ims/000001.jpg',1)]*2, 'relative_im_path'), class_names=CARS)), "1 images are in the table twice"),
+        (lambda p: savemat(p/'cars_annos.mat', dict(annotations=annos([('car_ims/000001.jpg',1)]*2, 'relative_im_path'),
+        class_names=CARS)), "1 images are in the table twice"),
         (lambda p: savemat(p/'cars_annos.mat', dict(class_names=CARS)), "has no variable 'annotations'")],
-    cars2=[(remove('cars_test_annos_withlabels.mat'), "Cars-196: there is no 'cars_test_annos_withlabels.mat' in"), (remove('devkit/cars_meta.mat'), "there is no 'cars_meta.mat'"),
-        (lambda p: savemat(p/'cars_test_annos_withlabels.mat', dict(annotations=np.zeros(1, dtype=[('fname','O')]))), "annotations without 'class': those of the test images are in")],
-    sop=[(remove('Ebay_test.txt'), "There is no list '.*Ebay_test.txt'"), (remove('Ebay_train.txt'), "Stanford Online Products: there is no 'Ebay_train.txt'"),
-        (change('Ebay_train.txt', lambda l: l[:4]+['4 2 1']+l[5:]), "Ebay_train.txt', line 5: expected 'image_id class_id super_class_id path', got '4 2 1'"),
-        (change('Ebay_test.txt', lambda l: l[1:]), "Ebay_test.txt', line 1: expected 'image_id class_id super_class_id path', got '31 11 2 sofa_final/30_0.JPG'"),
+    cars2=[(remove('cars_test_annos_withlabels.mat'), "Cars-196: there is no 'cars_test_annos_withlabels.mat' in"),
+    (remove('devkit/cars_meta.mat'), "there is no 'cars_meta.mat'"),
+        (lambda p: savemat(p/'cars_test_annos_withlabels.mat', dict(annotations=np.zeros(1, dtype=[('fname','O')]))),
+        "annotations without 'class': those of the test images are in")],
+    sop=[(remove('Ebay_test.txt'), "There is no list '.*Ebay_test.txt'"), (remove('Ebay_train.txt'), "Stanford Online Products: there is "
+    "no 'Ebay_train.txt'"),
+        (change('Ebay_train.txt', lambda l: l[:4]+['4 2 1']+l[5:]), "Ebay_train.txt', line 5: expected 'image_id class_id super_class_id "
+        "path', got '4 2 1'"),
+        (change('Ebay_test.txt', lambda l: l[1:]), "Ebay_test.txt', line 1: expected 'image_id class_id super_class_id path', got '31 11 "
+        "2 sofa_final/30_0.JPG'"),
         (change('Ebay_test.txt', lambda l: [o.replace(' 11 ', ' 10 ') for o in l]), "1 classes are in two splits: 10"),
         (change('Ebay_test.txt', lambda l: l+[l[-1]]), "1 images are in the table twice: 'sofa_final/59_0.JPG'"),
         (remove('sofa_final/59_0.JPG'), "Stanford Online Products: 1 of 60 images are not in")],
     inshop=[(remove('Eval/list_eval_partition.txt'), "In-Shop: there is no 'Eval/list_eval_partition.txt' or 'list_eval_partition.txt'"),
-        (change('Eval/list_eval_partition.txt', lambda l: l[:-1]), "line 1: it should say how many images follow, which are 31, and says '32'"),
-        (change('Eval/list_eval_partition.txt', lambda l: l[:-1]+[l[-1].replace('gallery','galery')]), "list_eval_partition.txt', line 34: expected 'image_name item_id evaluation_status', got 'img"),
-        (change('Eval/list_eval_partition.txt', lambda l: [o.replace('id_00000005 ', 'id_00000004 ') for o in l]), "1 classes are in two splits: 'id_00000004'"),
-        (change('Eval/list_eval_partition.txt', lambda l: [o.replace('gallery','query') for o in l]), "All 16 images of the split 'test' of In-Shop are query: there is no gallery"),
+        (change('Eval/list_eval_partition.txt', lambda l: l[:-1]), "line 1: it should say how many images follow, which are 31, and says "
+        "'32'"),
+        (change('Eval/list_eval_partition.txt', lambda l: l[:-1]+[l[-1].replace('gallery','galery')]),
+        "list_eval_partition.txt', line 34: expected 'image_name item_id evaluation_status', got 'img"),
+        (change('Eval/list_eval_partition.txt', lambda l: [o.replace('id_00000005 ', 'id_00000004 ') for o in l]),
+        "1 classes are in two splits: 'id_00000004'"),
+        (change('Eval/list_eval_partition.txt', lambda l: [o.replace('gallery','query') for o in l]),
+        "All 16 images of the split 'test' of In-Shop are query: there is no gallery"),
         (remove('Img/img/WOMEN/Dresses/id_00000001/00_1_front.jpg'), "In-Shop: 1 of 32 images are not in '.*': 'Img/img")],
     vehicle=[(remove('train_test_split/test_list_1600.txt'), "There is no list '.*test_list_1600.txt'"),
-        (change('train_test_split/train_list.txt', lambda l: l[:1]+['0000005']+l[2:]), "train_list.txt', line 2: expected 'image vehicle', got '0000005'"),
+        (change('train_test_split/train_list.txt', lambda l: l[:1]+['0000005']+l[2:]),
+        "train_list.txt', line 2: expected 'image vehicle', got '0000005'"),
         (change('train_test_split/train_list.txt', lambda l: l+['0000044 11']), "1 images are in the table twice: 'image/0000044.jpg'"),
-        (change('train_test_split/test_list_800.txt', lambda l: l[:-1]+['0000051 3']), "1 images are in the table twice: 'image/0000051.jpg'"),
+        (change('train_test_split/test_list_800.txt', lambda l: l[:-1]+['0000051 3']),
+        "1 images are in the table twice: 'image/0000051.jpg'"),
         (change('train_test_split/test_list_2400.txt', lambda l: l+['0000999 10']), "1 classes are in two splits: 10"),
         (remove('image/0000051.jpg'), "VehicleID: 1 of 64 images are not in")])
 
@@ -200,8 +224,10 @@ def test_names_that_are_no_utf8(odd, tmp_path, tmp_path_factory):
     assert dls.one_batch()[0].shape==(6,3,16,16)
     dls.show_batch()
     learn = metric_learner(dls, 'test_resnet', emb_sz=8, pretrained=False, path=tmp_path)
-    assert learn.export_embedder(tmp_path_factory.mktemp('finder'), gallery='test').items==[str(o.relative_to(tmp_path)) for o in ds.items('test')]
-    assert split_hash(dls)!=split_hash(MetricDataset.from_folder(tmp_path, test_pct=.5, val_pct=0).dataloaders(bs=4, per_class=2, valid='test', size=16, num_workers=0))
+    finder = learn.export_embedder(tmp_path_factory.mktemp('finder'), gallery='test')
+    assert finder.items==[str(o.relative_to(tmp_path)) for o in ds.items('test')]
+    assert split_hash(dls)!=split_hash(
+        MetricDataset.from_folder(tmp_path, test_pct=.5, val_pct=0).dataloaders(bs=4, per_class=2, valid='test', size=16, num_workers=0))
     rows = [b'path,label'] + [f'{c}/{i}.jpg,{c}'.encode('utf-8', 'surrogateescape') for c in (odd,'tea') for i in range(3)]
     put(tmp_path/'own.csv', b'\n'.join(rows))
     own = MetricDataset.from_csv(tmp_path/'own.csv')
@@ -217,15 +243,19 @@ def test_list_with_a_name_that_is_no_utf8(odd, tmp_path):
     ds = cub200(tmp_path/'cub')
     assert ds.df.label[0]=='caf\\xe9' and ds.items()[0].is_file()
 
-table = pd.DataFrame(dict(path=[f'{c}{i}.jpg' for c in 'abcdef' for i in range(4)], label=np.repeat(list('abcdef'), 4), split=['train']*8+['val']*8+['test']*8))
+table = pd.DataFrame(dict(path=[f'{c}{i}.jpg' for c in 'abcdef' for i in range(4)], label=np.repeat(list('abcdef'), 4),
+    split=['train']*8+['val']*8+['test']*8))
 
 @pytest.mark.parametrize('change,said', [
     (dict(path=['./b0.jpg' if o=='a0.jpg' else o for o in table.path]), "1 images are in the table twice: 'b0.jpg'"),
-    (dict(label=[None]+list(table.label[1:])), 'have no label; the first is row 0'), (dict(split=[*table.split[:-1],'']), 'have no split; the first is row 23'),
+    (dict(label=[None]+list(table.label[1:])), 'have no label; the first is row 0'),
+    (dict(split=[*table.split[:-1],'']), 'have no split; the first is row 23'),
     (dict(split=[*table.split[:-1],'val']), "1 classes are in two splits: 'f'"), (dict(split=['valid']*24), "Unknown split 'valid'"),
-    (dict(role=['querry']*24), "Unknown role 'querry'"), (dict(part=['False']*24), "The subset 'part' is a column of true and false; it holds 'False'"), (dict(role=['gallery']*24), "All 8 images of the split 'test' of images are gallery: there is no query")])
+    (dict(role=['querry']*24), "Unknown role 'querry'"), (dict(part=['False']*24), "The subset 'part' is a column of true and false; it "
+    "holds 'False'"), (dict(role=['gallery']*24), "All 8 images of the split 'test' of images are gallery: there is no query")])
 def test_faults_of_a_table(change, said):
-    with pytest.raises(ValueError, match=said): MetricDataset(table.assign(**change), check_files=False, subsets=[o for o in change if o=='part'])
+    with pytest.raises(ValueError, match=said):
+        MetricDataset(table.assign(**change), check_files=False, subsets=[o for o in change if o=='part'])
 
 def test_subsets_of_a_file(tmp_path):
     "A file is all text, so its true and false are words"
@@ -233,7 +263,8 @@ def test_subsets_of_a_file(tmp_path):
     for kwargs in (dict(subsets=['part']), dict(subsets=['some'], columns=dict(some='part'))):
         assert len(MetricDataset.from_csv(tmp_path/'t.csv', check_files=False, **kwargs).items(kwargs['subsets'][0]))==12
     table.assign(part=['True','no']*12).to_csv(tmp_path/'t.csv', index=False)
-    with pytest.raises(ValueError, match="'part' is a column of true and false"): MetricDataset.from_csv(tmp_path/'t.csv', check_files=False, subsets=['part'])
+    with pytest.raises(ValueError, match="'part' is a column of true and false"):
+        MetricDataset.from_csv(tmp_path/'t.csv', check_files=False, subsets=['part'])
 
 def test_a_subset_that_cuts_through_classes(tmp_path):
     "What is not marked of a class that is held out is neither trained on nor measured"
@@ -242,11 +273,13 @@ def test_a_subset_that_cuts_through_classes(tmp_path):
     seen,held = ds._held_out('hard')
     assert set(ds.df.label[seen])=={'a','b','d'} and ds.df.path[held].tolist()==['c0.jpg','c1.jpg','e2.jpg']
     with pytest.warns(UserWarning, match='Batches have 12 images'): dls = ds.dataloaders(valid='hard', size=8, num_workers=0)
-    assert dls.n_train_classes==3 and sorted(o.name for o in dls.valid.items)==['c0.jpg','c1.jpg','e2.jpg'] and {o.name[0] for o in dls.train.items}==set('abd')
+    assert dls.n_train_classes==3 and sorted(o.name for o in dls.valid.items)==['c0.jpg','c1.jpg','e2.jpg']
+    assert {o.name[0] for o in dls.train.items}==set('abd')
     with pytest.raises(ValueError, match='per_class=0'): ds.dataloaders(valid='hard', size=8, num_workers=0, per_class=0)
 
 def test_columns_that_trade_names():
-    ds = MetricDataset.from_df(table.rename(columns=dict(label='category')).assign(label='x'), '.', columns=dict(label='category', category='label'), check_files=False)
+    ds = MetricDataset.from_df(table.rename(columns=dict(label='category')).assign(label='x'), '.',
+        columns=dict(label='category', category='label'), check_files=False)
     assert ds.df.label.tolist()==table.label.tolist() and set(ds.df.category)=={'x'}
 
 def test_tables_in_files(tmp_path):
@@ -259,7 +292,8 @@ def test_tables_in_files(tmp_path):
     assert ds.df.label.tolist()[::2]==['007','7','NA','a, b'] and ds.df.sequence.tolist()==['0','1']*4
     tabs = _read((head+'\n'.join(rows[:6])).replace(',', '\t').replace('\n', '\r\n'), sep='\t')
     assert tabs.df.label.tolist()[::2]==['007','7','NA'] and tabs.path==tmp_path
-    for text,said in [('', 'has no line with the names'), (head+'\n'.join(rows[:3]+['x.jpg,x']), r"t.csv', line 5: 2 fields where the first line has 4 \('x.jpg', 'x'\)"),
+    for text,said in [('', 'has no line with the names'), (head+'\n'.join(rows[:3]+['x.jpg,x']), r"t.csv', line 5: 2 fields where the "
+        r"first line has 4 \('x.jpg', 'x'\)"),
             (head+'\n'.join(rows[:3]+['x.jpg,"x']), r"t.csv', line 5: unexpected end of data"), (head, 'images|has no images'),
             (head+'x.jpg,,train,1', 'have no label; the first is row 0'), (head.replace('label','kind')+rows[0], "no column 'label'")]:
         with pytest.raises(ValueError, match=said): _read(text)

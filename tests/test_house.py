@@ -56,3 +56,35 @@ def test_wings_give_the_names_of_their_rooms():
         wing = importlib.import_module(f'dmlfast.{w}')
         for room in rooms:
             if room.startswith(f'{w}.'): assert set(importlib.import_module(f'dmlfast.{room}').__all__)<=set(wing.__all__), room
+
+# ---- size ----
+# What is still over, and shrinks: lines over 140 columns in rooms and in tests, rooms that take others' private names, large rooms
+wide_rooms = ['deploy.embedder','train.learner','train.checkpoint','train.export','train.doctor','look.report','study.runs',
+    'study.tuning','study.experiments','cli.commands']
+wide_tests = ['test_cli','test_contract','test_deploy','test_doctor','test_fastai','test_folders','test_images','test_learner',
+    'test_losses','test_metadata','test_protocol','test_report','test_runs','test_site','test_tune','mutants']
+private = ['losses.proxies','study.runs','study.tuning','study.experiments','cli.commands']
+large = ['losses.base','look.interpret','train.learner','study.runs','study.experiments','cli.commands']
+
+def is_wide(text): return any(len(o)>140 for o in text.splitlines())
+def n_lines(room): return sum(o.strip()!='' for o in source(room).splitlines())
+
+@pytest.mark.parametrize('room', rooms)
+def test_lines_end_at_140_columns(room): assert is_wide(source(room))<=(room in wide_rooms)
+
+def test_lines_of_tests_end_at_140_columns():
+    assert [o.stem for o in sorted((root/'tests').glob('*.py')) if is_wide(o.read_text(encoding='utf-8')) and o.stem not in wide_tests]==[]
+
+@pytest.mark.parametrize('room', rooms)
+def test_no_private_name_crosses_rooms(room):
+    assert [n for _,names in imported(room)[0] for n in names if n.startswith('_')]==[] or room in private
+
+@pytest.mark.parametrize('room', rooms)
+def test_a_room_reads_in_one_sitting(room): assert n_lines(room)<=450 or room in large
+
+def test_the_lists_name_only_what_is_still_over():
+    "A name that is no longer over leaves its list, and so does one that is gone"
+    assert [o for o in wide_rooms if o in rooms and not is_wide(source(o))]==[]
+    assert [o for o in large if o in rooms and n_lines(o)<=450]==[]
+    assert [o for o in private if o in rooms and not [n for _,names in imported(o)[0] for n in names if n.startswith('_')]]==[]
+    assert [o for o in wide_tests if not is_wide((root/'tests'/f'{o}.py').read_text(encoding='utf-8'))]==[]

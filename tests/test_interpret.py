@@ -57,8 +57,10 @@ def test_confusion_has_a_direction():
 def test_nothing_confused_is_said():
     good = RetrievalInterpretation(angles(0,1,90,91), [0,0,1,1], image=grey)
     assert len(good.most_confused())==0
-    assert [o.get_text() for o in good.plot_most_confused().texts]==['Nothing is confused: the nearest neighbour of each item is of its class.']
-    for pairs in (good.label_noise(), good.duplicates(min_sim=1.1)): assert good.plot_pairs(pairs).texts[0].get_text().startswith('There are no such pairs')
+    assert [o.get_text() for o in good.plot_most_confused().texts]==['Nothing is confused: the nearest neighbour of each item is of its '
+        'class.']
+    for pairs in (good.label_noise(), good.duplicates(min_sim=1.1)):
+        assert good.plot_pairs(pairs).texts[0].get_text().startswith('There are no such pairs')
 
 def test_what_cannot_be_interpreted_is_refused(fan):
     with pytest.raises(ValueError, match='not finite: rows 1'): RetrievalInterpretation([[1.,0],[np.nan,0]], [0,0])
@@ -121,7 +123,8 @@ def test_long_names_on_a_map_are_cut_and_leave_room():
     "The legend takes its room before images are placed, which do not cover one another"
     g = np.random.default_rng(0)
     names = [f'{i:03}.{"Northern_Rough_winged_Swallow_of_the_south" if i else "Ani"}' for i in range(8)]
-    r = RetrievalInterpretation(g.normal(size=(160,6)), np.repeat(range(8), 20), vocab=names, image=lambda i: np.zeros((9,9,3), dtype=np.uint8))
+    r = RetrievalInterpretation(g.normal(size=(160,6)), np.repeat(range(8), 20), vocab=names,
+        image=lambda i: np.zeros((9,9,3), dtype=np.uint8))
     ax = r.plot_map('pca', figsize=(8,5))
     assert [o.get_text() for o in ax.get_legend().get_texts()]==['000.Ani']+[f'{i:03}.Northern_Rough_winged…' for i in range(1, 8)]
     ax.figure.canvas.draw()
@@ -154,15 +157,18 @@ def test_triplets_by_hand():
     t = triplet_table(x, y, miner=lambda e,l: (torch.tensor([0,1]),torch.tensor([1,0]),torch.tensor([2,2])), margin=3., gamma=1.)
     t = t.set_index('a')
     assert t.loc[0,['d_ap','d_an','d_pn','angle','violation','violation_dr']].tolist()==pytest.approx([3,4,5,90,2,2])
-    assert t.loc[1,['d_an','violation','violation_dr']].tolist()==pytest.approx([5,1,.4]) and t.loc[1,'angle']==pytest.approx(np.degrees(np.arccos(.6)), abs=1e-4)
+    assert t.loc[1,['d_an','violation','violation_dr']].tolist()==pytest.approx([5,1,.4])
+    assert t.loc[1,'angle']==pytest.approx(np.degrees(np.arccos(.6)), abs=1e-4)
     sq = triplet_table(x, y, lambda e,l: tuple(torch.tensor([o]) for o in (0,1,2)), margin=8., gamma=1., squared=True)
     assert sq.violation[0]==pytest.approx(9-16+8)
 
 @pytest.mark.parametrize('loss', [None, ProxyNCALoss(), MarginLoss(n_classes=1), DRTripletLoss(margin=.5, gamma=.7, miner=SemiHardMiner()),
-    CombinedLoss([MultiSimilarityLoss(), TripletLoss(margin=.5)]), CombinedLoss([ProxyAnchorLoss(), TripletLoss(margin=.5)]), MultiSimilarityLoss()], ids=lambda o: type(o).__name__)
+    CombinedLoss([MultiSimilarityLoss(), TripletLoss(margin=.5)]), CombinedLoss([ProxyAnchorLoss(), TripletLoss(margin=.5)]),
+    MultiSimilarityLoss()], ids=lambda o: type(o).__name__)
 def test_triplets_of_any_loss(loss):
     g = torch.Generator().manual_seed(0)
-    r = RetrievalInterpretation(torch.randn(300, 4, generator=g), torch.arange(300)%30, image=lambda i: np.zeros((4,4), dtype=np.uint8), loss=loss)
+    r = RetrievalInterpretation(torch.randn(300, 4, generator=g), torch.arange(300)%30, image=lambda i: np.zeros((4,4), dtype=np.uint8),
+        loss=loss)
     state = torch.get_rng_state()
     fig = r.plot_triplets(max_n=1)
     assert torch.equal(state, torch.get_rng_state())
@@ -212,24 +218,28 @@ def test_queries_search_the_gallery_only():
     assert r.most_confused()[['query','found','count','of']].values.tolist()==[['y','x',1,2]]
     fig = r.plot_neighbours(max_n=4, k=2)
     assert {o.get_images()[0].get_array()[0,0] for o in fig.axes[::3]}=={0,20,40,120} # queries, each 20 times its index
-    assert {o.get_images()[0].get_array()[0,0] for o in fig.axes if o.get_xlabel()}<={60,80,100,120} and 'in the gallery' in fig.get_suptitle()
+    assert {o.get_images()[0].get_array()[0,0] for o in fig.axes if o.get_xlabel()}<={60,80,100,120}
+    assert 'in the gallery' in fig.get_suptitle()
     assert r.plot_most_confused().subfigs[0].axes[0].get_images()[0].get_array()[0,0]==40
     chance = r.plot_recall().get_lines()[1].get_ydata()[0]
     assert chance==pytest.approx(np.mean([2/4,2/4,2/4,1/3])) # the last does not see itself
     h = r.similarities(bins=20)
     same = np.cos(np.radians([0-2,0-20,3-2,3-20,1-10,1-11,11-10])).mean()
     assert h['pos_mean']==pytest.approx(same, abs=1e-6) and h['n_queries']==4
-    assert {tuple(o) for o in r.label_noise(min_sim=np.cos(np.radians(1.5)))[['a','b']].values}=={(0,2),(2,3)} # among all, whatever their roles
+    # among all, whatever their roles
+    assert {tuple(o) for o in r.label_noise(min_sim=np.cos(np.radians(1.5)))[['a','b']].values}=={(0,2),(2,3)}
 
 def test_labels_of_any_size():
-    a,b = (RetrievalInterpretation(angles(0,1,2,3), [0,k,0,k], image=grey).most_confused()[['count','of']].values.tolist() for k in (1,10**12))
+    a,b = (RetrievalInterpretation(angles(0,1,2,3), [0,k,0,k], image=grey).most_confused()[['count','of']].values.tolist()
+        for k in (1,10**12))
     assert a==b and a
 
 def test_what_is_to_be_ignored_is_not_seen():
     "Two films: items 0 to 2 and 3 to 4; item 5 is of none"
     r = RetrievalInterpretation(angles(0,1,2,30,31,60), [0,0,0,0,1,1], image=grey, ignore=[0,0,0,1,1,2])
     assert r.nearest(3)[1][0].tolist()==[3,4,5] and r.nearest(5)[0][0].isinf().tolist()==[False]*3+[True]*2
-    assert len(r.duplicates(min_sim=.99))==0 and len(RetrievalInterpretation(angles(0,1,2,30,31,60), [0,0,0,0,1,1]).duplicates(min_sim=.99))==3
+    assert len(r.duplicates(min_sim=.99))==0
+    assert len(RetrievalInterpretation(angles(0,1,2,30,31,60), [0,0,0,0,1,1]).duplicates(min_sim=.99))==3
     assert [o.axison for o in r.plot_neighbours([0,3], k=5).axes]==[True]*4+[False]+[True]*5 # the first finds three, the other four
     assert r.most_confused(k=5).query('a==0').of.tolist()==[3*3+4] # each of the first three sees three, the fourth sees four
     every = [(3,1),(3,1),(3,1),(4,3),(4,1),(5,1)] # for each query, how many it sees and how many of them are relevant
@@ -243,7 +253,8 @@ def test_numbers_are_those_of_evaluate(few, tmp_path, kind):
     if kind in ('films','both'): df['sequence'] = rng.integers(3, size=len(df)).astype(str)
     if kind=='random': kwargs.update(random_gallery=3, ks=(1,5))
     ds = MetricDataset(df, few.path, 'few with roles', size=None, flip=False, **kwargs)
-    learn = metric_learner(ds.dataloaders(bs=32, per_class=4, seed=0, num_workers=0), 'test_resnet', emb_sz=8, pretrained=False, path=tmp_path)
+    learn = metric_learner(ds.dataloaders(bs=32, per_class=4, seed=0, num_workers=0), 'test_resnet', emb_sz=8, pretrained=False,
+        path=tmp_path)
     with learn.no_bar():
         r,res = RetrievalInterpretation.from_learner(learn, 'test'),learn.evaluate('test')
         for k in ('recall@1',f'recall@{kwargs["ks"][-1]}','map@r','map'): assert r.result[k]==res[k]
@@ -256,7 +267,8 @@ def test_numbers_are_those_of_evaluate(few, tmp_path, kind):
     worst = r.top_losses(3)
     for j,row in worst.iterrows(): # average precision, from the similarities
         u = torch.nn.functional.normalize(r.embs)
-        seen = [o for o in g if o!=j and ('sequence' not in test or test.label.iloc[o]!=test.label.iloc[j] or test.sequence.iloc[o]!=test.sequence.iloc[j])]
+        seen = [o for o in g if o!=j and ('sequence' not in test or test.label.iloc[o]!=test.label.iloc[j]
+            or test.sequence.iloc[o]!=test.sequence.iloc[j])]
         right = np.array([r.labels[o]==r.labels[j] for o in sorted(seen, key=lambda o: -(u[o]@u[j]).item())])
         assert row.average_precision==pytest.approx((np.cumsum(right)/np.arange(1, len(right)+1))[right].mean(), abs=1e-6)
     assert r.plot_pr() and r.plot_recall() and r.plot_neighbours(max_n=2, k=3)
@@ -264,7 +276,8 @@ def test_numbers_are_those_of_evaluate(few, tmp_path, kind):
 def test_roles_that_cannot_be_searched_are_refused(fan):
     with pytest.raises(ValueError, match="for each of 6 items"): RetrievalInterpretation(fan.embs, fan.labels, role=['query'])
     with pytest.raises(ValueError, match="'query', 'gallery' or ''"): RetrievalInterpretation(fan.embs, fan.labels, role=['probe']*6)
-    with pytest.raises(ValueError, match='6 items are queries and 0 are in the gallery'): RetrievalInterpretation(fan.embs, fan.labels, role=['query']*6)
+    with pytest.raises(ValueError, match='6 items are queries and 0 are in the gallery'):
+        RetrievalInterpretation(fan.embs, fan.labels, role=['query']*6)
 
 def test_items_without_labels_are_refused(make_learner, few):
     learn = make_learner()

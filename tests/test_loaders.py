@@ -7,7 +7,8 @@ from dmlfast.all import *
 def learn(few, tmp_path_factory):
     "A learner whose statistics are not those of the images, with random crops in training"
     set_seed(0)
-    learn = metric_learner(few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0, size=24), 'test_resnet', emb_sz=16, pretrained=False, path=tmp_path_factory.mktemp('loaders'))
+    learn = metric_learner(few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0, size=24), 'test_resnet', emb_sz=16, pretrained=False,
+        path=tmp_path_factory.mktemp('loaders'))
     learn.remove_cbs(ProgressCallback)
     learn.logger = noop
     return learn
@@ -26,7 +27,8 @@ def test_other_loaders_are_normalised_wherever_they_come_in(learn, few, other):
     assert not norms(other.valid) and not torch.allclose(right, collect(learn.model, other.valid)[0]) # which is what the door is for
     order = [str(o) for o in few.items('test')]
     def same(embs): return torch.allclose(embs[torch.tensor([list(map(str, other.valid.items)).index(o) for o in order])], right, atol=1e-6)
-    assert same(learn.embed(other.valid)[0]) and same(learn.get_preds(dl=other.valid)[0]) and same(RetrievalInterpretation.from_learner(learn, other.valid).embs)
+    assert same(learn.embed(other.valid)[0]) and same(learn.get_preds(dl=other.valid)[0])
+    assert same(RetrievalInterpretation.from_learner(learn, other.valid).embs)
     assert np.allclose(learn.evaluate(other.valid)['map@r'], learn.evaluate('test')['map@r'])
     assert np.allclose(learn.validate(dl=other.valid)[1], learn.evaluate('test')['recall@1'])
     hits = [learn.predict(few.items('test')[0], k=3, gallery=o)[1] for o in ('test',other.valid)]
@@ -45,7 +47,8 @@ def test_loaders_that_take_the_place_of_others_are_normalised(make_learner, few,
 
 def test_loaders_for_another_model_are_refused(learn, other):
     metric_learner(other, 'resnet10t', pretrained=False)
-    for f in (learn.embed, learn.evaluate, lambda o: learn.get_preds(dl=o), lambda o: learn.validate(dl=o), lambda o: setattr(learn, 'dls', SimpleNamespace(train=o))):
+    def become(o): learn.dls = SimpleNamespace(train=o)
+    for f in (learn.embed, learn.evaluate, lambda o: learn.get_preds(dl=o), lambda o: learn.validate(dl=o), become):
         with pytest.raises(ValueError, match='normalise images for another model'): f(other.valid)
 
 def test_a_users_own_normalisation_is_kept(learn, few):

@@ -3,19 +3,24 @@ import copy, pickle, pytest, timm, torch
 from torch import nn
 from safetensors.torch import save_file
 import dmlfast.models.bninception
-from dmlfast.models.embedder import Embedder, GeM, GlobalPool, body_stages, embedder_splitter, init_head, load_weights, make_head, stage_splitter, timm_body
+from dmlfast.models.embedder import (Embedder, GeM, GlobalPool, body_stages, embedder_splitter, init_head, load_weights, make_head,
+    stage_splitter, timm_body)
 
-# Maps with the channels first and last, tokens with and without tokens of no patch, and features whose width is not `num_features`. For each a model's arguments,
+# Maps with the channels first and last, tokens with and without tokens of no patch, and features whose width is not `num_features`. For
+# each a model's arguments,
 # and how many stages it has: the stem, and the stages of a convolutional network or the blocks of a transformer
 families = {
-    'test_resnet': ({}, 5), 'test_efficientnet': ({}, None), 'test_convnext': ({}, 5), 'test_nfnet': ({}, 5), 'test_mambaout': ({}, 5), 'test_byobnet': ({}, 5),
+    'test_resnet': ({}, 5), 'test_efficientnet': ({}, None), 'test_convnext': ({}, 5), 'test_nfnet': ({}, 5), 'test_mambaout': ({}, 5),
+    'test_byobnet': ({}, 5),
     'test_vit': (dict(img_size=64), 7), 'test_vit2': (dict(img_size=64), 9), 'test_vit4': (dict(img_size=64), 10),
     'resnet10t': ({}, 5), 'resnext50_32x4d': (dict(layers=(1,1,1,1)), 5), 'mobilenetv2_035': (dict(pad_type='same'), 8),
-    'mobilenetv3_small_050': ({}, 7), 'lcnet_050': ({}, 7), 'tf_efficientnetv2_b0': ({}, 7), 'convnext_atto': ({}, 5), 'edgenext_xx_small': ({}, 5),
+    'mobilenetv3_small_050': ({}, 7), 'lcnet_050': ({}, 7), 'tf_efficientnetv2_b0': ({}, 7), 'convnext_atto': ({}, 5),
+    'edgenext_xx_small': ({}, 5),
     'swin_tiny_patch4_window7_224': (dict(img_size=64, window_size=2, depths=(1,1,1,1), embed_dim=24, num_heads=(1,2,4,8)), 5),
     'densenet121': (dict(block_config=(1,1,1,1)), 5), 'regnetx_002': ({}, 5), 'repvgg_a0': ({}, None), 'ghostnet_050': ({}, None),
     'vit_tiny_patch16_224': (dict(img_size=64, depth=2), 3), 'deit_tiny_distilled_patch16_224': (dict(img_size=64, depth=2), 3),
-    'levit_128s': (dict(img_size=64), 4), 'beit_base_patch16_224': (dict(img_size=64, depth=2, embed_dim=96, num_heads=4), 3), 'poolformer_s12': ({}, 4)}
+    'levit_128s': (dict(img_size=64), 4), 'beit_base_patch16_224': (dict(img_size=64, depth=2, embed_dim=96, num_heads=4), 3),
+    'poolformer_s12': ({}, 4)}
 
 @pytest.mark.parametrize('arch', families)
 def test_forward_backward_and_freezing(arch):
@@ -50,11 +55,13 @@ def _check_frozen(m):
     "The first two stages have no gradient, keep their statistics and are in no group; the others are trained"
     frozen = set(sum(body_stages(m.body)[:2], []))
     assert all(p.grad is None and not p.requires_grad for n,p in m.body.named_parameters() if n in frozen)
-    assert sum(p.grad is not None for n,p in m.body.named_parameters() if n not in frozen) > 0.8*(len(list(m.body.parameters()))-len(frozen))
+    assert sum(p.grad is not None for n,p in m.body.named_parameters()
+        if n not in frozen) > 0.8*(len(list(m.body.parameters()))-len(frozen))
     m.train()
     for n,o in m.body.named_modules():
         if isinstance(o, nn.modules.batchnorm._BatchNorm): assert o.training==(f'{n}.weight' not in frozen)
-    assert {id(p) for o in embedder_splitter(m) for p in o}=={id(p) for o in stage_splitter(m) for p in o}=={id(p) for p in m.parameters() if p.requires_grad}
+    both = [{id(p) for o in f(m) for p in o} for f in (embedder_splitter,stage_splitter)]
+    assert both[0]==both[1]=={id(p) for p in m.parameters() if p.requires_grad}
     assert m.pool.log_p.grad is not None
 
 def test_pooling_is_the_models_own():
@@ -72,10 +79,12 @@ def test_tokens_are_pooled_as_asked():
     m = Embedder('beit_base_patch16_224', 8, pretrained=False, pool='avg', **families['beit_base_patch16_224'][0]).eval()
     m.body.fc_norm.weight.data.uniform_(.5, 2)
     assert torch.allclose(m.features(x), m.body(x), atol=1e-5)
-    with pytest.raises(ValueError, match="'crossvit_9_240' ends in neither a map nor tokens"): Embedder('crossvit_9_240', 8, pretrained=False, pool='avg')
+    with pytest.raises(ValueError, match="'crossvit_9_240' ends in neither a map nor tokens"):
+        Embedder('crossvit_9_240', 8, pretrained=False, pool='avg')
 
 def test_channels_last_maps():
-    m,x = Embedder('swin_tiny_patch4_window7_224', 8, pretrained=False, pool='max', **families['swin_tiny_patch4_window7_224'][0]).eval(),torch.randn(2, 3, 64, 64)
+    m,x = Embedder('swin_tiny_patch4_window7_224', 8, pretrained=False, pool='max',
+        **families['swin_tiny_patch4_window7_224'][0]).eval(),torch.randn(2, 3, 64, 64)
     assert torch.allclose(m.features(x), m.body.forward_features(x).flatten(1,2).amax(1), atol=1e-6)
 
 def test_gem_is_the_formula():
@@ -110,7 +119,8 @@ def test_heads():
     kaiming = make_head('linear', 512, 256, 'kaiming')[0]
     assert kaiming.weight.std().item()==pytest.approx((2/256)**.5, rel=.02) and (kaiming.bias==0).all()
     ortho = make_head('mlp', 32, 8, 'orthogonal')[0]
-    assert torch.allclose(ortho[2].weight@ortho[2].weight.T, torch.eye(8), atol=1e-5) and [o.out_features for o in (ortho[0],ortho[2])]==[512,8]
+    assert torch.allclose(ortho[2].weight@ortho[2].weight.T, torch.eye(8), atol=1e-5)
+    assert [o.out_features for o in (ortho[0],ortho[2])]==[512,8]
     neck = make_head('bnneck', 32, 8)[0]
     assert len(list(neck.parameters()))==2
     neck(x).sum().backward()
@@ -127,17 +137,23 @@ def test_unnormalised_and_identity():
     m = Embedder('test_resnet', pretrained=False, normalize=False, head='identity').eval()
     assert m.emb_sz==m.n_features and torch.equal(m(x), m.features(x))
 
-@pytest.mark.parametrize('arch,kwargs,size,said', [('test_vit', {}, 24, r'24×24 pixels .*: make them 32 pixels to a side, a multiple of its patches of 16\.$'), ('test_vit', dict(dynamic_img_size=False), 24, 'patches of 16, and pass `model_kwargs=dict\\(img_size=32\\)`'),
+@pytest.mark.parametrize('arch,kwargs,size,said', [('test_vit', {}, 24, r'24×24 pixels .*: make them 32 pixels to a side, a multiple of '
+    r'its patches of 16\.$'), ('test_vit', dict(dynamic_img_size=False), 24,
+    'patches of 16, and pass `model_kwargs=dict\\(img_size=32\\)`'),
     ('mixer_s32_224', {}, 24, 'make them 224 pixels to a side')])
 def test_sizes_that_patches_do_not_fit(arch, kwargs, size, said):
-    with pytest.raises(ValueError, match=f'{arch!r} cannot take images of {said if "×" in said else ".*"+said}'): Embedder(arch, 8, pretrained=False, **kwargs)(torch.zeros(2,3,size,size))
+    with pytest.raises(ValueError, match=f'{arch!r} cannot take images of {said if "×" in said else ".*"+said}'):
+        Embedder(arch, 8, pretrained=False, **kwargs)(torch.zeros(2,3,size,size))
     if 'vit' in arch: assert Embedder(arch, 8, pretrained=False, img_size=32, **kwargs)(torch.rand(2,3,32,32)).shape==(2,8) # as it says
 
 def test_wrong_names_are_named():
     def make(**kwargs): return Embedder('test_resnet', pretrained=False, **kwargs)
-    for kwargs,said in ((dict(pool='gen'), "'avgmax' or 'gem'; got 'gen'"), (dict(head='bn'), "'bnneck' and 'identity'; got 'bn'"), (dict(init='he'), "'orthogonal', 'kaiming' or 'random'; got 'he'"),
-        (dict(freeze_bn='all'), "`freeze_bn` is True, False or 'affine'; got 'all'"), (dict(frozen_stages=6), "has 5 stages, so `frozen_stages` cannot be 6"),
-        (dict(frozen_stages=-1), "cannot be -1"), (dict(head='identity', emb_sz=5), "embeddings of 96 numbers, as many as features, and not 5"), (dict(emb_sz=0), "1 or more; got 0")):
+    for kwargs,said in ((dict(pool='gen'), "'avgmax' or 'gem'; got 'gen'"), (dict(head='bn'), "'bnneck' and 'identity'; got 'bn'"),
+        (dict(init='he'), "'orthogonal', 'kaiming' or 'random'; got 'he'"),
+        (dict(freeze_bn='all'), "`freeze_bn` is True, False or 'affine'; got 'all'"),
+        (dict(frozen_stages=6), "has 5 stages, so `frozen_stages` cannot be 6"),
+        (dict(frozen_stages=-1), "cannot be -1"), (dict(head='identity', emb_sz=5), "embeddings of 96 numbers, as many as features, and "
+        "not 5"), (dict(emb_sz=0), "1 or more; got 0")):
         with pytest.raises(ValueError, match=said): make(**kwargs)
 
 def _stats(m): return [o.running_mean.clone() for o in m.body.modules() if isinstance(o, nn.BatchNorm2d)]
@@ -183,7 +199,7 @@ def test_weights_of_a_classifier(tmp_path, ext):
     with pytest.raises(ValueError, match='misshapen'): timm_body('test_resnet', weights=fn, in_chans=1)
 
 def test_older_layouts(tmp_path):
-    "What fits is read as it is, also where timm's conversion would spoil it; what does not is converted; counters of batches may be missing"
+    "What fits is read as it is, also where timm's conversion would spoil it; what does not is converted; counters may be missing"
     kwargs = families['swin_tiny_patch4_window7_224'][0]
     swin = timm_body('swin_tiny_patch4_window7_224', pretrained=False, **kwargs)
     torch.save(swin.state_dict(), tmp_path/'swin.pth')
@@ -211,7 +227,7 @@ def test_no_network(monkeypatch):
     with pytest.raises(RuntimeError, match="pass a file as `weights=`, or `pretrained=False`"): timm_body('resnet18')
 
 def test_the_hub_is_asked_once(monkeypatch):
-    "Without a network it is said at once, and not after five tries for each of two files; weights that are on this machine are not asked for"
+    "Without a network it is said at once, and not after five tries for each of two files; weights that are here are not asked for"
     import socket, time
     import dmlfast.models.embedder as models
     asked,there = [],[]
@@ -219,7 +235,8 @@ def test_the_hub_is_asked_once(monkeypatch):
         asked.append(args)
         raise socket.gaierror(-2, 'Name or service not known')
     monkeypatch.setattr(socket, 'getaddrinfo', _no_name)
-    for o in ('http','https','all'): monkeypatch.delenv(f'{o}_proxy', raising=False), monkeypatch.delenv(f'{o.upper()}_PROXY', raising=False)
+    for o in ('http','https','all'):
+        monkeypatch.delenv(f'{o}_proxy', raising=False), monkeypatch.delenv(f'{o.upper()}_PROXY', raising=False)
     monkeypatch.setattr(models, 'try_to_load_from_cache', lambda *args, **kwargs: there[0] if there else None)
     began = time.perf_counter()
     with pytest.raises(RuntimeError, match='could not be loaded.*pass a file as `weights=`'): timm_body('test_resnet')

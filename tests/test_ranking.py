@@ -159,7 +159,8 @@ def test_directions_are_uniform():
 def test_views_of_no_images(x):
     with pytest.raises(ValueError, match="Graded views are made of images"): GradedViews()(x)
 
-@pytest.mark.parametrize('kw,said', [(dict(n=1),'2 or more; got 1'), (dict(n=2.5),'got 2.5'), (dict(strength=0),'greater than 0'), (dict(crop=1.2),'`crop`'),
+@pytest.mark.parametrize('kw,said', [(dict(n=1),'2 or more; got 1'), (dict(n=2.5),'got 2.5'), (dict(strength=0),'greater than 0'),
+    (dict(crop=1.2),'`crop`'),
     (dict(perspective=-1),'`perspective`'), (dict(jitter=2),'`jitter`'), (dict(seed=None),'`seed` is a whole number')])
 def test_views_arguments(kw, said):
     with pytest.raises(ValueError, match=said): GradedViews(**kw)
@@ -212,7 +213,8 @@ def test_loss_in_half_precision():
     assert RankingLoss()(z.half()).item()==pytest.approx(RankingLoss()(z.half().float()).item(), abs=1e-6)
 
 def test_loss_arguments():
-    with pytest.raises(ValueError, match=r"\(n-1\)·alpha must be at most 1-beta, and 0.6 is more than 0.5"): RankingLoss(alpha=.2)(torch.randn(2,5,3))
+    with pytest.raises(ValueError, match=r"\(n-1\)·alpha must be at most 1-beta, and 0.6 is more than 0.5"):
+        RankingLoss(alpha=.2)(torch.randn(2,5,3))
     assert RankingLoss(alpha=.125)(torch.randn(2,6,3)).isfinite() # 4·0.125 is just 0.5
     with pytest.raises(ValueError, match="nothing to rank with 1 level:"): RankingLoss()(torch.randn(2,2,3))
     with pytest.raises(ValueError, match="view 0 first"): RankingLoss()(torch.randn(2,3))
@@ -220,7 +222,9 @@ def test_loss_arguments():
 
 # callback
 
-def weights(learn): return torch.cat([p.detach().flatten() for n,p in learn.model.named_parameters() if 'ranking_head' not in n] + [b.detach().flatten().float() for b in learn.model.buffers()])
+def weights(learn):
+    return torch.cat([p.detach().flatten() for n,p in learn.model.named_parameters() if 'ranking_head' not in n]
+        + [b.detach().flatten().float() for b in learn.model.buffers()])
 
 @pytest.mark.parametrize('how', ['creation','add_cb','fit'])
 def test_without_luck_nothing_changes(make_learner, how):
@@ -242,7 +246,8 @@ def test_without_luck_nothing_changes(make_learner, how):
 @pytest.mark.parametrize('opt', ['adam','torch','lookahead'])
 def test_head_is_trained_at_the_last_groups_rate(make_learner, how, opt):
     "Its weights are in the last group, and follow plain gradient descent there"
-    funcs = dict(adam=Adam, torch=partial(OptimWrapper, opt=torch.optim.SGD), lookahead=lambda p, lr: Lookahead(SGD(p, lr, mom=0.), k=10**6))
+    funcs = dict(adam=Adam, torch=partial(OptimWrapper, opt=torch.optim.SGD),
+        lookahead=lambda p, lr: Lookahead(SGD(p, lr, mom=0.), k=10**6))
     cb = make_ssr()
     learn = make_learner(opt_func=funcs[opt], cbs=cb if how=='creation' else SelfSupervisedRanking if how=='class' else None)
     if how=='add_cb': learn.add_cb(cb)
@@ -251,7 +256,8 @@ def test_head_is_trained_at_the_last_groups_rate(make_learner, how, opt):
         learn.add_cb(cb)
     if how!='fit': assert 'ranking_head' in dict(learn.model.named_children())
     class Look(Callback):
-        def before_step(self): self.old,self.g = (o.detach().clone() for o in (self.model.ranking_head[2].weight, self.model.ranking_head[2].weight.grad))
+        def before_step(self):
+            self.old,self.g = (o.detach().clone() for o in (self.model.ranking_head[2].weight, self.model.ranking_head[2].weight.grad))
         def after_step(self): self.moved = self.old-self.model.ranking_head[2].weight.detach()
     look = Look()
     learn.fit(1, slice(1e-4, 1e-2), wd=0., cbs=[look]+([cb] if how=='fit' else []))
@@ -460,7 +466,8 @@ def test_fits_freezes_and_series(make_learner, tmp_path):
         warnings.simplefilter('always')
         learn.fit(1, 1e-3, wd=0., cbs=ssr); learn.fit(1, 1e-3, wd=0., cbs=ssr)
     assert sum('The body is frozen' in str(o.message) for o in said)==1
-    assert all(torch.equal(a,b) for a,b in zip(body, [p for p in learn.model.body.parameters() if p.ndim==4])) and not torch.equal(h, head[0].weight)
+    assert all(torch.equal(a,b) for a,b in zip(body, [p for p in learn.model.body.parameters() if p.ndim==4]))
+    assert not torch.equal(h, head[0].weight)
     learn.unfreeze()
     learn.fit(1, 1e-3, cbs=ssr)
     assert not any(torch.equal(a,b) for a,b in zip(body, [p for p in learn.model.body.parameters() if p.ndim==4]))
@@ -527,7 +534,8 @@ def test_the_embedding_learns_the_order(make_learner):
     x = learn.dls.valid.one_batch()[0].as_subclass(Tensor)
     v = GradedViews(seed=7)(x, *learn.self_supervised_ranking.stats())
     def ordered():
-        with torch.no_grad(): z = F.normalize(learn.model.eval().ranking_head(learn.model.features(v.flatten(0,1))), dim=-1).view(len(x), 5, -1)
+        with torch.no_grad():
+            z = F.normalize(learn.model.eval().ranking_head(learn.model.features(v.flatten(0,1))), dim=-1).view(len(x), 5, -1)
         sims = (z[:,1:]*z[:,:1]).sum(-1)
         return (sims.diff(dim=1)<0).float().mean().item(),sims.mean(0)
     before,_ = ordered()
@@ -565,7 +573,8 @@ def test_pictures_of_several_classes_are_no_step(make_learner):
             return super().show(x, *args, **kwargs) if len(x)<4 else None # many small plots take long
     def state(learn):
         dl,ssr = learn.dls.train,learn.self_supervised_ranking
-        return torch.get_rng_state().tolist(),random.getstate(),str(np.random.get_state()),dl.rng.getstate(),dl.epoch,ssr.rng.get_state().tolist(),ssr.views.rng.get_state().tolist()
+        ours = dl.rng.getstate(),dl.epoch,ssr.rng.get_state().tolist(),ssr.views.rng.get_state().tolist()
+        return torch.get_rng_state().tolist(),random.getstate(),str(np.random.get_state()),*ours
     plain,learn = make_learner(cbs=make_ssr(views=Keep())),make_learner(cbs=make_ssr(views=Keep()))
     before = state(learn)
     ssr = learn.self_supervised_ranking
@@ -586,7 +595,8 @@ def test_pictures_of_several_classes_are_no_step(make_learner):
 
 def test_it_says_how_it_was_made():
     assert repr(SelfSupervisedRanking())=="SelfSupervisedRanking(m=20, gamma=0.8, p=0.8, per='batch', n=4)"
-    for make in (lambda: SelfSupervisedRanking(seed=3, hidden=64), lambda: SelfSupervisedRanking(gamma=.5, p=1., per='epoch', emb_sz=8, views=GradedViews(3, strength=.3, seed=2), loss=RankingLoss(alpha=.1))):
+    for make in (lambda: SelfSupervisedRanking(seed=3, hidden=64), lambda: SelfSupervisedRanking(gamma=.5, p=1., per='epoch', emb_sz=8,
+        views=GradedViews(3, strength=.3, seed=2), loss=RankingLoss(alpha=.1))):
         a,b = make(),eval(repr(make()))
         assert repr(a)==repr(b) and repr(a.views)==repr(b.views) and repr(a.rank_loss)==repr(b.rank_loss)
         assert [getattr(a, o)==getattr(b, o) for o in ('m','gamma','p','per','hidden','emb_sz','seed')]==[True]*7
@@ -643,19 +653,26 @@ def test_small_batches(make_learner):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         learn.fit(2, 1e-3)
-    assert [str(o.message) for o in said if 'fewer than' in str(o.message)]==["The batch has 32 images, fewer than m=100: self-supervised ranking uses all of them."]
+    assert [str(o.message) for o in said if 'fewer than' in str(o.message)]==["The batch has 32 images, fewer than m=100: self-supervised "
+        "ranking uses all of them."]
     assert np.isfinite(ssr.ssr_losses).all()
 
 def test_bad_arguments(make_learner, few):
-    for kw,said in ((dict(n=1),'`n` is the number of levels'), (dict(m=0),'`m` is the number of images'), (dict(p=1.1),'`p` is a share'), (dict(per='step'),"per 'batch' or per 'epoch'"),
-        (dict(gamma=-.1),'`gamma` is the weight of the ranking loss, 0 or more; got -0.1'), (dict(gamma=math.nan),'`gamma` is'), (dict(hidden=0),"`hidden` is the number of units in the head's hidden layer, 1 or more; got 0"),
-        (dict(hidden=None),'`hidden` is'), (dict(emb_sz=0),"`emb_sz` is .*, 1 or more; got 0"), (dict(emb_sz=.5),'got 0.5'), (dict(views=4),'`views` are made by a `GradedViews`.*got 4'), (dict(views=GradedViews),'`views` are made by'),
-        (dict(seed=None),'`seed` is a whole number.*got None'), (dict(seed=1.5),'got 1.5'), (dict(loss=3),r'`loss` is a function of the vectors of views, such as `RankingLoss\(\)`; got 3'), (dict(loss=RankingLoss),'`loss` is'),
+    for kw,said in ((dict(n=1),'`n` is the number of levels'), (dict(m=0),'`m` is the number of images'), (dict(p=1.1),'`p` is a share'),
+        (dict(per='step'),"per 'batch' or per 'epoch'"),
+        (dict(gamma=-.1),'`gamma` is the weight of the ranking loss, 0 or more; got -0.1'), (dict(gamma=math.nan),'`gamma` is'),
+        (dict(hidden=0),"`hidden` is the number of units in the head's hidden layer, 1 or more; got 0"),
+        (dict(hidden=None),'`hidden` is'), (dict(emb_sz=0),"`emb_sz` is .*, 1 or more; got 0"), (dict(emb_sz=.5),'got 0.5'),
+        (dict(views=4),'`views` are made by a `GradedViews`.*got 4'), (dict(views=GradedViews),'`views` are made by'),
+        (dict(seed=None),'`seed` is a whole number.*got None'), (dict(seed=1.5),'got 1.5'),
+        (dict(loss=3),r'`loss` is a function of the vectors of views, such as `RankingLoss\(\)`; got 3'),
+        (dict(loss=RankingLoss),'`loss` is'),
         (dict(n=12),'12 levels with 0.05 between neighbours do not fit above 0.5')):
         with pytest.raises(ValueError, match=said): SelfSupervisedRanking(**kw)
     dls = few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(3*24*24, 8))
-    with pytest.raises(ValueError, match=r"the model needs a method `features\(x\)` that gives them, \(n,n_features\), and an attribute `n_features`"):
+    with pytest.raises(ValueError, match=r"the model needs a method `features\(x\)` that gives them, \(n,n_features\), and an attribute "
+        r"`n_features`"):
         metric_learner(dls, flat, TripletLoss(), cbs=SelfSupervisedRanking())
     learn = make_learner(cbs=[make_ssr(),make_ssr()])
     with pytest.raises(ValueError, match="There are two columns"): learn.fit(1)
@@ -677,7 +694,9 @@ def test_vectors_are_no_images():
     ds = [(torch.randn(4),torch.tensor(i%2)) for i in range(16)]
     dls = DataLoaders(DataLoader(ds, bs=8, num_workers=0), DataLoader(ds, bs=8, num_workers=0))
     learn = Learner(dls, Net(), TripletLoss(), cbs=make_ssr())
-    with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match=r"Graded views are made of images, \(m,c,h,w\) floats with 1 or 3 channels; got \(8, 4\)"): learn.fit(1)
+    with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match=r"Graded views are made of images, \(m,c,h,w\) floats with 1 "
+        r"or 3 channels; got \(8, 4\)"):
+        learn.fit(1)
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 def test_on_a_gpu(make_learner, photos):

@@ -5,7 +5,8 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 import dmlfast.retrieval.search as retrieval
 from dmlfast.retrieval.results import Contingency, RetrievalResult
-from dmlfast.retrieval.search import Gallery, evaluate_random_gallery, evaluate_retrieval, kmeans, neighbours
+from dmlfast.retrieval.metrics import evaluate_random_gallery, evaluate_retrieval
+from dmlfast.retrieval.search import Gallery, kmeans, neighbours
 
 KS = (1,2,4,8)
 RANKED = ['recall','precision@1','r_precision','map@r','map','mrr']
@@ -186,15 +187,18 @@ def test_bad_embeddings(x):
 def test_bad_arguments():
     x,y = rand(20),labels(20,3)
     for kw,msg in [
-        (dict(metric='cosin'),'metric must be'), (dict(metrics=['map','recal']),"'recal' is not a metric, and the nearest name is 'recall': there are"), (dict(metrics=['MAP@R']),"nearest name is 'map@r'"), (dict(metrics=[42]),'42 is not a metric: '),
-        (dict(metrics=['recall@0']),'not a metric'), (dict(ks=[0]),'ks must be'), (dict(ks=[1.5]),'ks must be'), (dict(ks=2.5),'ks must be'), (dict(ks='5'),'ks must be'),
+        (dict(metric='cosin'),'metric must be'), (dict(metrics=['map','recal']),"'recal' is not a metric, and the nearest name is "
+        "'recall': there are"), (dict(metrics=['MAP@R']),"nearest name is 'map@r'"), (dict(metrics=[42]),'42 is not a metric: '),
+        (dict(metrics=['recall@0']),'not a metric'), (dict(ks=[0]),'ks must be'), (dict(ks=[1.5]),'ks must be'),
+        (dict(ks=2.5),'ks must be'), (dict(ks='5'),'ks must be'),
         (dict(ks=[np.nan]),'ks must be'), (dict(ks=np.inf),'ks must be'), (dict(ks=['x']),'ks must be'),
         (dict(gallery=x),'come together'), (dict(gallery_labels=y),'come together'), (dict(ignore=y[:-1]),'ignore'),
         (dict(gallery=rand(20,9), gallery_labels=y),'8 columns, gallery has 9'), (dict(gallery=x, gallery_labels=y[:-1]),'gallery_labels'),
         (dict(gallery=x, gallery_labels=y, self_exclude=np.full(20,20)),'index of 20'),
         (dict(ci='images'),'ci must be'), (dict(block=-1),'block must be')]:
         with pytest.raises(ValueError, match=msg): evaluate_retrieval(x, y, **kw)
-    for kw,msg in [(dict(k=0),'between 1 and 19'), (dict(k=20),'between 1 and 19'), (dict(k=2.5),'a whole number'), (dict(k='2'),'a whole number'), (dict(backend='annoy'),'backend must be'),
+    for kw,msg in [(dict(k=0),'between 1 and 19'), (dict(k=20),'between 1 and 19'), (dict(k=2.5),'a whole number'),
+        (dict(k='2'),'a whole number'), (dict(backend='annoy'),'backend must be'),
         (dict(gallery=x[:9], self_exclude=True),'20 and 9')]:
         with pytest.raises(ValueError, match=msg): neighbours(x, **kw)
     with pytest.raises(ValueError, match='a whole number'): kmeans(x, 2.5)
@@ -305,7 +309,8 @@ def test_neighbours_do_not_see_what_is_to_be_ignored(backend):
     rng = np.random.default_rng(0)
     x,g = rng.normal(size=(30,4)).astype(np.float32),rng.normal(size=(25,4)).astype(np.float32)
     a,b = rng.integers(3, size=30),rng.integers(3, size=25)
-    for kw,ref in ((dict(ignore=a),ref_rankings(x, x, own=np.arange(30), ignore=(a,a))), (dict(gallery=g, ignore=(a,b)),ref_rankings(x, g, ignore=(a,b)))):
+    for kw,ref in ((dict(ignore=a),ref_rankings(x, x, own=np.arange(30), ignore=(a,a))),
+        (dict(gallery=g, ignore=(a,b)),ref_rankings(x, g, ignore=(a,b)))):
         v,i = neighbours(x, k=20, backend=backend, block=7, **kw)
         for row,score,want in zip(i.tolist(), v, ref[0] if isinstance(ref, tuple) else ref):
             n = min(20, len(want))
@@ -343,7 +348,8 @@ def test_a_cosine_is_at_most_1(backend):
     assert (unit*unit).sum(1).max()>1
     plain = neighbours(unit, unit, 300, 'dot', self_exclude=False, backend=backend)
     assert plain[0].max()>1
-    for v,i in (neighbours(x, x, 300, self_exclude=False, backend=backend), neighbours(x, Gallery(x), 300, self_exclude=False, backend=backend)):
+    for v,i in (neighbours(x, x, 300, self_exclude=False, backend=backend),
+        neighbours(x, Gallery(x), 300, self_exclude=False, backend=backend)):
         assert v.max()==1 and (v[:,0]>1-1e-6).all() and (v[:,1:]<=v[:,:-1]).all()
         assert (i[:250,0]==torch.arange(250)).all() and (i[250:,0]==torch.arange(50)).all() and (i[:50,1]==torch.arange(250,300)).all()
     v,_ = neighbours(x, -x, 300, self_exclude=False, backend=backend)
@@ -375,7 +381,7 @@ def test_without_faiss(monkeypatch):
 def test_import_is_light():
     "No fastai, faiss, scikit-learn, scipy or pandas until they are needed"
     heavy = ('fastai','faiss','sklearn','scipy','pandas','matplotlib','timm')
-    code = f'import sys, dmlfast.retrieval.search; print([m for m in {heavy} if m in sys.modules])'
+    code = f'import sys, dmlfast.retrieval.metrics; print([m for m in {heavy} if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()=='[]'
 
 # ---- clusterings ----
@@ -479,7 +485,8 @@ def test_macro_and_per_class():
     np.testing.assert_allclose(r.macro('map'), (v[:6].mean()+v[6:].mean())/2)
     assert r.per_class('map')=={3:pytest.approx(v[:6].mean()), 5:pytest.approx(v[6:].mean())}
     with pytest.raises(KeyError, match="'mrr' was not measured: there are map"): r.per_class('mrr')
-    with pytest.raises(ValueError, match="'nmi' is a score of the clusters of the whole set"): evaluate_retrieval(rand(8), y, metrics=['map','nmi']).per_class('nmi')
+    with pytest.raises(ValueError, match="'nmi' is a score of the clusters of the whole set"):
+        evaluate_retrieval(rand(8), y, metrics=['map','nmi']).per_class('nmi')
 
 def test_difference_is_paired():
     x,y = noisy()

@@ -12,7 +12,8 @@ from dmlfast.train.features import _kept, body_key, body_state, collect, items_k
 def body(few, tmp_path_factory):
     "Weights of a body that was trained a little"
     set_seed(0)
-    learn = metric_learner(few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0), 'test_resnet', TripletLoss(), emb_sz=16, pretrained=False)
+    learn = metric_learner(few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0), 'test_resnet', TripletLoss(), emb_sz=16,
+        pretrained=False)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-2)
     file = tmp_path_factory.mktemp('body')/'body.pth'
     torch.save(learn.model.body.state_dict(), file)
@@ -67,7 +68,7 @@ def test_pca_is_that_of_scikit_learn():
     assert torch.allclose((W*V).sum(1).abs(), torch.ones(4).double(), atol=1e-8)
 
 def test_more_numbers_than_images_are_kept():
-    "With as many numbers as features, distances between images that were not seen do not shrink in the directions in which few images do not vary"
+    "With as many numbers as features, distances of unseen images do not shrink in the directions in which few images do not vary"
     g = torch.Generator().manual_seed(0)
     X,y = torch.randn(12, 30, generator=g),torch.arange(12)%3
     W,mu = lda_head(X, y, s=.9)
@@ -123,7 +124,8 @@ def test_faults_of_features(quiet, few):
     "One image a class, features that are all the same or not finite"
     df = few.df.copy()
     train = df[df.split=='train'].groupby('label').head(1)
-    with pytest.warns(UserWarning, match='one image only'): one = MetricDataset(pd.concat([train, df[df.split=='val']]), few.path, 'one', size=None, flip=False)
+    with pytest.warns(UserWarning, match='one image only'):
+        one = MetricDataset(pd.concat([train, df[df.split=='val']]), few.path, 'one', size=None, flip=False)
     learn = quiet(ProxyNCALoss(), dls=one.dataloaders(bs=8, per_class=1, num_workers=0, seed=0))
     learn.start_head()
     assert 'PCA of' in learn.head_start.said and 'LDA needs' in learn.head_start.said
@@ -146,7 +148,8 @@ def test_items_of_a_table(few, body, tmp_path):
         assert learn.embed()[0].shape[1]==8 and 'LDA' in learn.head_start.said
         learn.fit_head(1)
         half = halves(dls)
-        assert half.n_train_classes*2-1<=dls.n_train_classes<=half.n_train_classes*2 and len(half.valid.dataset)+len(half.train_ds)==len(dls.train_ds)
+        assert half.n_train_classes*2-1<=dls.n_train_classes<=half.n_train_classes*2
+        assert len(half.valid.dataset)+len(half.train_ds)==len(dls.train_ds)
 
 # defaults
 
@@ -266,7 +269,9 @@ def test_verdicts_and_sentences():
     base = rng.random(400)
     def _of(v): return RetrievalResult({'recall@1':v}, labels)
     up,down,same = (Gain(_of(base+o), _of(base), 128, 1280, 'Do this.') for o in (.1,-.1,rng.normal(size=400)*.1))
-    assert up.verdict()=='raised' and up.sentence.startswith('Training raised recall@1 by 10.0 points (95 % interval 10.0 to 10.0) over the features') and up.sentence.endswith('a tenth of the numbers.')
+    assert up.verdict()=='raised'
+    assert up.sentence.startswith('Training raised recall@1 by 10.0 points (95 % interval 10.0 to 10.0) over the features')
+    assert up.sentence.endswith('a tenth of the numbers.')
     assert down.verdict()=='lowered' and down.sentence.endswith('Do this.') and 'lowered recall@1 by 10.0 points' in down.sentence
     assert same.verdict()=='kept' and 'within noise' in same.sentence and 'Do this' not in same.sentence
     few = Gain(RetrievalResult({'recall@1':base}, labels%5), RetrievalResult({'recall@1':base}, labels%5))
@@ -298,7 +303,8 @@ def test_interpolated_weights(quiet):
     again = quiet()
     again.fit_one_cycle(1, 1e-2, cbs=(cb := Interpolate(at=(.5,))))
     now = again.model.state_dict()
-    assert all(torch.allclose(now[k], (start[k]+end[k])/2, atol=1e-5) for k in now if k.startswith(('head','body')) and now[k].is_floating_point())
+    assert all(torch.allclose(now[k], (start[k]+end[k])/2, atol=1e-5) for k in now if k.startswith(('head','body'))
+        and now[k].is_floating_point())
     assert cb.curve[.5]==pytest.approx(again.evaluate()['map@r'], abs=1e-4) and cb.chosen==.5
 
 # the transfer
@@ -336,11 +342,14 @@ class Stop(Callback):
     order = 100
     def __init__(self, epoch): self.at = epoch
     def before_epoch(self):
-        if self.epoch==self.at and self.n_epoch==3 and is_fitting(self.learn) and len(self.learn.dls.train_ds.items)>0 and not hasattr(self.learn.dls.train, 'features'): raise KeyboardInterrupt
+        train,now = self.learn.dls.train,self.epoch==self.at and self.n_epoch==3
+        if now and is_fitting(self.learn) and len(train.dataset.items)>0 and not hasattr(train, 'features'):
+            raise KeyboardInterrupt
 
 def test_an_interrupted_transfer_goes_on(few, body, tmp_path):
     "The plan is not made again, and the result is that of a run that was not interrupted"
-    s = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', weights=str(body), emb_sz=8), loss=dict(name='triplet'),
+    s = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', weights=str(body), emb_sz=8),
+        loss=dict(name='triplet'),
         fit=dict(n_epoch=3, transfer=True, lr=1e-3, head_epochs=1), seed=1)
     whole = train_settings(s, tmp_path/'a', few, plain=True)
     with pytest.raises(KeyboardInterrupt): train_settings(s, tmp_path/'b', few, plain=True, cbs=Stop(2))
@@ -353,13 +362,15 @@ def test_an_interrupted_transfer_goes_on(few, body, tmp_path):
 def test_settings_of_a_transfer_that_contradict_each_other():
     ok = dict(loss=dict(name='triplet'), fit=dict(transfer=True))
     check_settings(ok)
-    for change,said in (({'fit.sched':'flat'},'fit.sched'), ({'model.pretrained':False},'random weights'), ({'recipe':'triplet'},'recipe'), ({'fit.monitor':'map@r'},'fit.monitor')):
+    for change,said in (({'fit.sched':'flat'},'fit.sched'), ({'model.pretrained':False},'random weights'), ({'recipe':'triplet'},'recipe'),
+        ({'fit.monitor':'map@r'},'fit.monitor')):
         with pytest.raises(ValueError, match=said): check_settings(with_settings(ok, change))
 
 def test_whole_images(few):
     "Nothing is cut off them where they are measured"
     ds = MetricDataset(few.df.copy(), few.path, 'whole', size=16, whole=True)
-    assert preprocess_of(ds.dataloaders(bs=32, per_class=4, num_workers=0)).steps==[('squash', (16,16), 2)] or preprocess_of(ds.dataloaders(bs=32, per_class=4, num_workers=0)).steps[0][0]=='squash'
+    steps = preprocess_of(ds.dataloaders(bs=32, per_class=4, num_workers=0)).steps
+    assert steps==[('squash', (16,16), 2)] or steps[0][0]=='squash'
 
 def test_other_loaders_number_classes_their_way(quiet, few):
     "Features are kept by image, and class ids are those of the loaders that ask: a gain on test classes after one on validation classes"
@@ -373,7 +384,8 @@ def test_halves_have_no_class_in_common(few):
     dls = few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0)
     half = halves(dls)
     train,valid = ({parent_label(o) for o in dl.items} for dl in half.loaders)
-    assert not train & valid and train|valid=={parent_label(o) for o in dls.train.items} and len(train)==half.n_train_classes==(len(train|valid)+1)//2
+    assert not train & valid and train|valid=={parent_label(o) for o in dls.train.items}
+    assert len(train)==half.n_train_classes==(len(train|valid)+1)//2
     assert sorted([*half.train.items,*half.valid.items])==sorted(dls.train.items)
 
 def test_halves_are_judged_from_their_own_start(quiet, few):
@@ -411,8 +423,10 @@ def test_a_gain_says_what_made_it(quiet):
 
 def test_faults_are_found_before_anything_is_done(quiet, few):
     learn = quiet()
-    for f,said in ((lambda: learn.fit_transfer(0),'1 or more'), (lambda: learn.fit_transfer(1, lr=-1),'greater than 0'), (lambda: learn.fit_transfer(1, body_lr=-1),'0 or more'),
-            (lambda: learn.fit_head(0),'1 or more'), (lambda: learn.fit_head(1, lr=-1),'greater than 0'), (lambda: learn.fit_head(1, views=0),'1 or more'),
+    for f,said in ((lambda: learn.fit_transfer(0),'1 or more'), (lambda: learn.fit_transfer(1, lr=-1),'greater than 0'),
+        (lambda: learn.fit_transfer(1, body_lr=-1),'0 or more'),
+            (lambda: learn.fit_head(0),'1 or more'), (lambda: learn.fit_head(1, lr=-1),'greater than 0'),
+            (lambda: learn.fit_head(1, views=0),'1 or more'),
             (lambda: Interpolate(metric='mapr'),'not a metric'), (lambda: Interpolate(at=()),'numbers from 0')):
         with pytest.raises(ValueError, match=said): f()
     test = quiet(dls=few.dataloaders(bs=32, per_class=4, num_workers=0, valid='test'))

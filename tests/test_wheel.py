@@ -41,7 +41,8 @@ def test_example(env, glyph_dir, tmp_path):
 def test_command(env, tmp_path):
     out = _run(env/'bin'/'dmlfast-demo', '--help', cwd=tmp_path)
     assert '--data' in out and 'default: 0' in out
-    for o in ('train','eval','tune','bench'): assert _run(env/'bin'/f'dmlfast-{o}', '--help', cwd=tmp_path).startswith(f'usage: dmlfast-{o} ')
+    for o in ('train','eval','tune','bench'):
+        assert _run(env/'bin'/f'dmlfast-{o}', '--help', cwd=tmp_path).startswith(f'usage: dmlfast-{o} ')
 
 def test_help_imports_nothing_heavy(env, tmp_path):
     code = "import sys, dmlfast.cli.commands; sys.exit(any(o in sys.modules for o in ('torch','fastai','timm','pandas','matplotlib')))"

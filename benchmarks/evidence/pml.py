@@ -8,7 +8,7 @@ from pytorch_metric_learning.samplers import MPerClassSampler
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
-from dmlfast.retrieval.search import evaluate_retrieval
+from dmlfast.retrieval.metrics import evaluate_retrieval
 
 class Images(Dataset):
     def __init__(self, ds, splits, tfms):

@@ -325,7 +325,7 @@ def run_demo(
     from dmlfast.train.learner import metric_learner
     from dmlfast.train.progress import plain_table
     from dmlfast.losses.triplet import DRTripletLoss
-    from dmlfast.retrieval.search import evaluate_retrieval
+    from dmlfast.retrieval.metrics import evaluate_retrieval
     own,trained,out = data is not None,data is not None or weights is not None,Path(out)
     check_folder(out, _is_demo(out), 'demo')
     epochs,lr = _or(epochs, 3 if trained else 12),_or(lr, None if trained else 6e-3)
@@ -548,7 +548,7 @@ def dmlfast_eval(
     "Measure an embedding: every retrieval metric with its interval, pictures, a report"
     with _stdout_for(Json):
         from dmlfast.deploy import load_embedder
-        from dmlfast.retrieval.search import _metric_names
+        from dmlfast.retrieval.metrics import metric_names
         from dmlfast.look.interpret import RetrievalInterpretation
         from fastprogress.fastprogress import progress_bar
         from dmlfast.study.runs import about_run
@@ -557,7 +557,7 @@ def dmlfast_eval(
             folder,file = _embedder_of(run)
             if ci not in ('classes','queries'): raise ValueError(f"--ci is classes or queries; got {ci!r}.")
             if min(bs, n_boot, queries)<1: raise ValueError("--bs, --n-boot and --queries are 1 or more.")
-            _metric_names(metrics or 'all', (1,))
+            metric_names(metrics or 'all', (1,))
             if out: _check_eval_folder(out, overwrite)
             ds,split = _eval_data(file, data, path, data_args, split, dict(per_class=1, bs=bs, num_workers=workers, device=device))
             def _embedded(o): return o.embedded(ds, None if split=='all' else split, bs=bs, num_workers=workers, progress=progress_bar if sys.stdout.isatty() else iter)

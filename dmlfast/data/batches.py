@@ -22,17 +22,24 @@ def _has_hash(o):
     try: return hash(o) is not None
     except TypeError: return False
 
-def _sorted(labels):
-    "Distinct `labels` in order, also when they are of several types; raises `ValueError` for what cannot be told apart, as lists, or is only itself, as tensors"
+def distinct_labels(
+    labels, # What names a class, as often as it likes
+)->list:
+    "Distinct `labels` in order, also of several types; raises `ValueError` for what does not name a class, as lists and tensors"
     labels = list(labels)
     try: labels,bad = set(labels),next((o for o in labels if isinstance(o, Tensor)), None)
     except TypeError: bad = next(o for o in labels if not _has_hash(o))
-    if bad is not None: raise ValueError(f"A label names one class, as a text, a number, a tuple or a member of an `Enum` does; {str(bad)[:60]} is of the type {type(bad).__name__}.")
+    if bad is not None:
+        raise ValueError(f"A label names one class, as a text, a number, a tuple or a member of an `Enum` does; {str(bad)[:60]} is of the "
+            f"type {type(bad).__name__}.")
     return in_order(labels)
 
 # %% ../../nbs/api/data/00_batches.ipynb #52b727d2
-def _some(labels, n=3):
-    "The first `n` of `labels` and how many more there are, for a sentence"
+def some_of(
+    labels, # Names
+    n:int=3, # How many to write
+)->str:
+    "The first few and how many more there are, for a sentence"
     labels = list(labels)
     return ', '.join(map(repr, labels[:n])) + (f' and {len(labels)-n} more' if len(labels)>n else '')
 
@@ -42,12 +49,13 @@ def _valid_classes(classes, valid_pct, n_valid, valid, seed):
     if callable(valid): return {c for c in classes if valid(c)}
     if valid is not None:
         if unknown := [c for c in listify(valid) if c not in classes]:
-            raise ValueError(f"`valid` names {_some(unknown)}, which no item has; there are {len(classes)} classes: {_some(classes)}.")
+            raise ValueError(f"`valid` names {some_of(unknown)}, which no item has; there are {len(classes)} classes: {some_of(classes)}.")
         return set(listify(valid))
     if n_valid is None:
         if not 0<valid_pct<1: raise ValueError(f"`valid_pct` is the share of the classes for validation, between 0 and 1; got {valid_pct}.")
         n_valid = min(max(round(len(classes)*valid_pct), 1), len(classes)-1)
-    elif not 0<n_valid<len(classes): raise ValueError(f"`n_valid` is a number of classes, 1 to {len(classes)-1} of the {len(classes)} there are; got {n_valid}.")
+    elif not 0<n_valid<len(classes):
+        raise ValueError(f"`n_valid` is a number of classes, 1 to {len(classes)-1} of the {len(classes)} there are; got {n_valid}.")
     if seed is not None: classes = random.Random(seed).sample(classes, len(classes))
     return set(classes[len(classes)-n_valid:])
 
@@ -69,10 +77,12 @@ def ClassSplitter(
     "Split items into training and validation items that have no class in common"
     def _inner(items):
         if isinstance(items, pd.DataFrame):
-            labels = [label_func(items.iloc[i]) for i in range(len(items))] if callable(label_func) else list(items[label_func]) # rows as fastai's getters have them
+            # rows as fastai's getters have them
+            labels = [label_func(items.iloc[i]) for i in range(len(items))] if callable(label_func) else list(items[label_func])
         else: labels = [label_func(o) for o in items]
-        if none := [i for i,o in enumerate(labels) if pd.isna(o) is True]: raise ValueError(f"{len(none)} of {len(labels)} items have no label; the first is item {none[0]}.")
-        classes = _sorted(labels)
+        if none := [i for i,o in enumerate(labels) if pd.isna(o) is True]:
+            raise ValueError(f"{len(none)} of {len(labels)} items have no label; the first is item {none[0]}.")
+        classes = distinct_labels(labels)
         if len(classes)<2:
             raise ValueError(f"A class-disjoint split needs two classes at least; the {len(labels)} items have {len(classes)}"
                 + (f" ({classes[0]!r})." if classes else "."))
@@ -98,11 +108,12 @@ class ClassCategorize(Categorize):
         "Read the classes of every split of `items`; raises `ValueError` where a class is in two"
         if self.vocab is None and items is not None:
             labels = L(iter(items))
-            seen,*others = [_sorted(labels[o]) for o in items.splits]
-            other = _sorted(o for split in others for o in split)
+            seen,*others = [distinct_labels(labels[o]) for o in items.splits]
+            other = distinct_labels(o for split in others for o in split)
             if not seen: raise ValueError(f"The training split is empty ({len(labels)} items in all).")
             if both := [o for o in other if o in set(seen)]:
-                raise ValueError(f"{len(both)} of {len(other)} validation classes are in the training split too ({_some(both)}), so recall on "
+                raise ValueError(f"{len(both)} of {len(other)} validation classes are in the training split too ({some_of(both)}), so "
+                    "recall on "
                     "them would not be recall on unseen classes: split with `ClassSplitter`.")
             self.vocab,self.n_train_classes = CategoryMap(seen+other, sort=False),len(seen)
         self.c = len(self.vocab)
@@ -120,23 +131,6 @@ def ClassBlock(
     "`TransformBlock` for the labels of a class-disjoint split"
     return TransformBlock(type_tfms=ClassCategorize(vocab, n_train_classes))
 
-# %% ../../nbs/api/data/00_batches.ipynb #ae333722
-def _splitmix_(x):
-    "Mix the bits of `x`, uint64, in place: a counter goes in, a random number comes out (Steele et al., SplitMix, 2014)"
-    x += np.uint64(0x9E3779B97F4A7C15)
-    t = np.empty_like(x)
-    for shift,by in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        x ^= np.right_shift(x, np.uint64(shift), out=t)
-        if by>1: x *= np.uint64(by)
-    return x
-
-# %% ../../nbs/api/data/00_batches.ipynb #5a02a8d8
-def _runs(x):
-    "For sorted `x`: where each run of equal values begins, and the number of each element's run"
-    first = np.ones(len(x), dtype=bool)
-    first[1:] = x[1:]!=x[:-1]
-    return np.flatnonzero(first), np.cumsum(first)-1
-
 # %% ../../nbs/api/data/00_batches.ipynb #a0ce3c73
 class BalancedSampler:
     "Indices of batches with `per_class` items of each of `bs/per_class` classes"
@@ -149,8 +143,8 @@ class BalancedSampler:
         store_attr('bs,per_class,seed')
         labels = np.asarray(labels)
         self.items = np.argsort(labels, kind='stable') # class after class
-        self.starts = _runs(labels[self.items])[0]
-        self.counts = np.diff(self.starts, append=len(labels))
+        self.counts = np.unique(labels, return_counts=True)[1]
+        self.starts = np.cumsum(self.counts)-self.counts
         self.n,self.n_classes,self.p = len(labels),len(self.counts),bs//max(per_class, 1)
         self.check()
         self.round = math.ceil(self.n_classes/self.p) # batches in which every class appears
@@ -171,18 +165,6 @@ def check(self:BalancedSampler):
         raise ValueError(f"A batch of bs={self.bs} with per_class={self.per_class} needs {self.p} classes and there are {self.n_classes}: "
             f"take bs={self.n_classes*self.per_class} or less, or a larger per_class.")
 
-# %% ../../nbs/api/data/00_batches.ipynb #297abbfa
-def _order_in(sizes, keys):
-    "Order of `keys`, uint64, within groups of `sizes`, by their high bits; `keys` is overwritten"
-    a,b = np.uint64(len(sizes).bit_length()),np.uint64(len(keys).bit_length())
-    keys >>= a+b
-    keys <<= b
-    keys |= np.arange(len(keys), dtype=np.uint64)
-    keys |= np.repeat(np.arange(len(sizes), dtype=np.uint64)<<np.uint64(64)-a, sizes)
-    keys.sort()
-    keys &= (np.uint64(1)<<b)-np.uint64(1)
-    return keys.view(np.int64)
-
 # %% ../../nbs/api/data/00_batches.ipynb #1b9a00a3
 @patch
 def classes(self:BalancedSampler,
@@ -191,41 +173,39 @@ def classes(self:BalancedSampler,
     "The classes in each batch of an epoch"
     rng = np.random.default_rng([self.seed, epoch])
     rounds = math.ceil(len(self)/self.round)
-    keys = (rng.random(rounds*self.n_classes)*2.**64).astype(np.uint64)
-    perms = _order_in(np.full(rounds, self.n_classes), keys).reshape(rounds, -1) % self.n_classes
+    perms = rng.permuted(np.tile(np.arange(self.n_classes), (rounds,1)), axis=1)
     return np.concatenate([perms, perms[:,:self.round*self.p-self.n_classes]], axis=1).reshape(-1, self.p)[:len(self)]
 
 # %% ../../nbs/api/data/00_batches.ipynb #2705966d
+@patch
+def round_of(self:BalancedSampler,
+    rnd:int, # Number of the round, from 0
+    classes, # Classes whose images are put in order; the others' stay
+)->np.ndarray: # Items, class after class, `(n,)` int64
+    "The order in which a round hands out the images of each class"
+    cls = np.repeat(np.arange(self.n_classes), self.counts)
+    at = np.flatnonzero(np.isin(cls, classes))
+    items,keys = self.items.copy(),np.random.default_rng([self.seed, rnd, 1]).random(self.n)
+    items[at] = items[at[np.lexsort((keys[at], cls[at]))]]
+    return items
+
 @patch
 def idxs(self:BalancedSampler,
     epoch:int, # Number of the epoch, from 0
 )->np.ndarray: # Items of each batch, `(batches, bs)` int64
     "The items in each batch of an epoch"
-    k,draws = self.per_class,self.classes(epoch).ravel()
-    order = np.argsort(draws.astype(np.min_scalar_type(self.n_classes)), kind='stable') # NumPy's radix sort, up to 65,535 classes
-    cls = draws[order]
-    begin,run = _runs(cls)
-    group = epoch*(len(self)//self.round) + np.arange(len(cls))-begin[run]
-    rnd,group = np.divmod(group, self.groups[cls])
-    begin,run = _runs(cls*(rnd.max()+1)+rnd) # one run for each round of a class that this epoch touches
-    sizes = self.counts[cls[begin]]
-    offset = np.cumsum(sizes)-sizes
-    at = np.repeat(self.starts[cls[begin]]-offset, sizes)
-    at += np.arange(len(at))
-    items = self.items[at]
-    salt = _splitmix_(rnd[begin].astype(np.uint64) + _splitmix_(np.full(1, self.seed, dtype=np.uint64)))
-    keys = np.repeat(salt, sizes)
-    keys ^= items.view(np.uint64)
-    items = items[_order_in(sizes, _splitmix_(keys))]
-    back = np.empty_like(order) # from the order of classes to that of batches
-    back[order] = np.arange(len(order))
-    pos = np.add.outer(group[back]*k, np.arange(k))
-    pos %= self.counts[draws][:,None]
-    pos += offset[run[back]][:,None]
-    return items[pos].reshape(len(self), self.bs)
+    draws = self.classes(epoch).ravel()
+    nth = pd.Series(draws).groupby(draws).cumcount().to_numpy() # how often this epoch has drawn the class before
+    rnd,group = np.divmod(epoch*(len(self)//self.round)+nth, self.groups[draws])
+    at = (group[:,None]*self.per_class+np.arange(self.per_class))%self.counts[draws,None] + self.starts[draws,None]
+    res = np.empty_like(at)
+    for r in np.unique(rnd): res[rnd==r] = self.round_of(r, draws[rnd==r])[at[rnd==r]]
+    return res.reshape(len(self), self.bs)
 
 # %% ../../nbs/api/data/00_batches.ipynb #4feb4acf
-def _labels(ds):
+def labels_of(
+    ds, # fastai's `Datasets`
+)->list: # Integers
     "Labels of a dataset, without opening its inputs"
     if not hasattr(ds, 'tls'): raise ValueError(f"`BalancedDL` cannot read the labels of a {type(ds).__name__}: pass them as `labels`.")
     return [int(o) for o in ds.tls[ds.n_inp]]
@@ -251,7 +231,7 @@ class BalancedDL(TfmdDL):
     @cached_property
     def sampler(self):
         "The `BalancedSampler` of this loader; raises `ValueError` where its batches cannot be made"
-        return BalancedSampler(_labels(self.dataset) if self.labels is None else self.labels, self.bs, self.per_class, self.seed)
+        return BalancedSampler(labels_of(self.dataset) if self.labels is None else self.labels, self.bs, self.per_class, self.seed)
 
     def __len__(self): return len(self.sampler) if self.shuffle and self.n else super().__len__()
     def get_idxs(self): return int_array('q', self.sampler.idxs(self.epoch).tobytes()) if self.shuffle else super().get_idxs()

@@ -16,9 +16,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from fastcore.all import *
 from fastai.data.all import *
-from .batches import _some, _sorted
+from .batches import some_of, distinct_labels
 from .tables import *
-from .tables import _check_shares, _train_val
+from .tables import check_shares, train_val_classes
 
 _all_ = ['NamedImage', 'bad_images', 'MetricDataset', 'crop_tfms'] # with the readers comes what they give
 
@@ -29,7 +29,8 @@ def _home(path, name, *marks):
     if not path.is_dir(): raise ValueError(f"There is no folder {str(path)!r}.")
     for o in [path, *sorted(o for o in path.iterdir() if o.is_dir())]:
         if any((o/m).exists() for m in marks): return o
-    raise ValueError(f"{name}: there is no {' or '.join(map(repr, marks))} in {str(path)!r}, nor in a folder of it. Is this its official download, unpacked?")
+    raise ValueError(f"{name}: there is no {' or '.join(map(repr, marks))} in {str(path)!r}, nor in a folder of it. Is this its official "
+        "download, unpacked?")
 
 # %% ../../nbs/api/data/02_datasets.ipynb #3172041b
 def _read_list(
@@ -60,9 +61,9 @@ def _one_of(*words):
 # %% ../../nbs/api/data/02_datasets.ipynb #c1a88025
 def _published(df, path, name, val_pct, seed, classes=None, **kwargs):
     "Data set of a table whose training classes, in the order of `classes` or sorted, are divided into `train` and `val`"
-    _check_shares(val_pct=val_pct)
+    check_shares(val_pct=val_pct)
     is_train = df.split=='train'
-    split_of = _train_val(ifnone(classes, _sorted(df.label[is_train])), val_pct, seed)
+    split_of = train_val_classes(ifnone(classes, distinct_labels(df.label[is_train])), val_pct, seed)
     return MetricDataset(df.assign(split=df.split.where(~is_train, df.label.map(split_of))), path, **{'name':name, **kwargs})
 
 # %% ../../nbs/api/data/02_datasets.ipynb #99738b28
@@ -70,7 +71,8 @@ def _joined(a, b, fa, fb):
     "The values of `b` for the keys of `a`, two columns each; raises `ValueError` where one is not there or is there twice"
     at = dict(zip(*b))
     if len(at)<len(b[0]): raise ValueError(f"{str(fb)!r} has {len(b[0])-len(at)} lines for something that has a line already.")
-    if missing := [o for o in dict.fromkeys(a) if o not in at]: raise ValueError(f"{str(fb)!r} has no line for {_some(missing)} of {str(fa)!r}.")
+    if missing := [o for o in dict.fromkeys(a) if o not in at]:
+        raise ValueError(f"{str(fb)!r} has no line for {some_of(missing)} of {str(fa)!r}.")
     return [at[o] for o in a]
 
 # %% ../../nbs/api/data/02_datasets.ipynb #cf891880
@@ -97,7 +99,7 @@ def _mat(fn, *names):
     if not fn.is_file(): raise ValueError(f"There is no file {str(fn)!r}.")
     try: mat = loadmat(fn, squeeze_me=True)
     except Exception as e: raise ValueError(f"{str(fn)!r} cannot be read ({type(e).__name__}: {e}).") from None
-    if missing := [o for o in names if o not in mat]: raise ValueError(f"{str(fn)!r} has no variable {_some(missing)}.")
+    if missing := [o for o in names if o not in mat]: raise ValueError(f"{str(fn)!r} has no variable {some_of(missing)}.")
     return [np.atleast_1d(mat[o]) for o in names]
 
 def _cars(fn, annos, field, folder, names):
@@ -108,8 +110,10 @@ def _cars(fn, annos, field, folder, names):
             raise ValueError(f"{str(fn)!r} has annotations without {o!r}{where}.")
     ids = annos['class']
     for i,o in enumerate(ids, 1):
-        if not (np.isscalar(o) and 1<=o<=len(names)): raise ValueError(f"{str(fn)!r}, annotation {i}: class {o!r} is not between 1 and {len(names)}.")
-    return pd.DataFrame(dict(path=[f'{folder}{o}' for o in annos[field]], id=ids.astype(int), label=[str(names[int(o)-1]) for o in ids]), dtype=object)
+        if not (np.isscalar(o) and 1<=o<=len(names)):
+            raise ValueError(f"{str(fn)!r}, annotation {i}: class {o!r} is not between 1 and {len(names)}.")
+    return pd.DataFrame(dict(path=[f'{folder}{o}' for o in annos[field]], id=ids.astype(int), label=[str(names[int(o)-1]) for o in ids]),
+        dtype=object)
 
 # %% ../../nbs/api/data/02_datasets.ipynb #0c7e96ee
 def _cars_file(path, name):
@@ -160,7 +164,8 @@ def online_products(
     path = _home(path, 'Stanford Online Products', 'Ebay_train.txt')
     types = dict(image_id=int, class_id=int, super_class_id=int, path=str)
     df = pd.concat([_read_list(path/f'Ebay_{o}.txt', types, head=1).assign(split=o) for o in ('train','test')])
-    df = df.assign(category=[o.split('_final/')[0] for o in df.path])[['path','class_id','split','category']].rename(columns=dict(class_id='label'))
+    df = df.assign(category=[o.split('_final/')[0] for o in df.path])[['path','class_id','split','category']].rename(
+        columns=dict(class_id='label'))
     return _published(df, path, 'Stanford Online Products', val_pct, seed, **{'ks':(1,10,100,1000), **kwargs})
 
 # %% ../../nbs/api/data/02_datasets.ipynb #e0e05c89
@@ -179,7 +184,8 @@ def inshop(
     with open(fn, encoding='utf-8', errors='surrogateescape') as f: n = f.readline().strip()
     if n!=str(len(df)): raise ValueError(f"{str(fn)!r}, line 1: it should say how many images follow, which are {len(df)}, and says {n!r}.")
     is_train = df.evaluation_status=='train'
-    df = pd.DataFrame(dict(path=('Img/' if (path/'Img').is_dir() else '')+df.image_name, label=df.item_id, split=np.where(is_train, 'train', 'test'),
+    df = pd.DataFrame(dict(path=('Img/' if (path/'Img').is_dir() else '')+df.image_name, label=df.item_id,
+        split=np.where(is_train, 'train', 'test'),
         role=df.evaluation_status.where(~is_train, ''), category=['/'.join(o.split('/')[1:3]) for o in df.image_name]), dtype=object)
     return _published(df, path, 'In-Shop', val_pct, seed, **{'ks':(1,10,20,30,40,50), **kwargs})
 
@@ -253,7 +259,8 @@ def glyph_chars(
     "The characters of `glyphs`: those that enough faces can draw, without those that most of them draw like an earlier one"
     faces = _faces()
     maps = _charmaps(faces)
-    chars = [chr(c) for a,b in _ranges for c in range(a,b) if unicodedata.category(chr(c))[0] in 'LNPS' and sum(c in m for m in maps)>=min_faces]
+    chars = [chr(c) for a,b in _ranges for c in range(a,b) if unicodedata.category(chr(c))[0] in 'LNPS'
+        and sum(c in m for m in maps)>=min_faces]
     same,have = (np.sum(o, axis=0) for o in zip(*[_same(chars, f, m) for f,m in zip(faces, maps)]))
     kept = []
     for i in range_of(chars):

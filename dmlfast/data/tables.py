@@ -22,7 +22,7 @@ from fastai.vision.augment import CropPad, FlipItem, RandomResizedCrop, Resize
 from fastai.vision.data import ImageBlock
 from ..files.images import *
 from .batches import *
-from .batches import _some, _sorted
+from .batches import some_of, distinct_labels
 
 # %% ../../nbs/api/data/01_tables.ipynb #7e6d1ef9
 class NamedImage(PILImage):
@@ -69,7 +69,7 @@ class MetricDataset:
         name:str='images', # What to call it
         size:int=224, # Pixels to a side that `dataloaders` makes images, unless told; none: they are used as they are
         flip:bool=True, # Does a mirrored image show the same class?
-        whole:bool=False, # Does an image show its object up to the border, as drawings and packshots do? Then nothing is cut off it to measure
+        whole:bool=False, # Does an image show its object up to the border, as a packshot does? Then nothing is cut off to measure
         ks=(1,2,4,8), # Neighbours to look at for recall
         random_gallery:int=0, # Score with a gallery of one random image of each class, drawn this often; 0: as the roles say
         subsets=(), # Names of true/false columns: parts of a split, to measure on
@@ -81,7 +81,8 @@ class MetricDataset:
 
     def __len__(self): return len(self.df)
     def __repr__(self): return f'{self.name}: {len(self):,} images of {self.df.label.nunique():,} classes\n{self.summary().to_string()}'
-    def _repr_html_(self): return f'<p>{escape(self.name)}: {len(self):,} images of {self.df.label.nunique():,} classes</p>{self.summary().to_html()}'
+    def _repr_html_(self):
+        return f'<p>{escape(self.name)}: {len(self):,} images of {self.df.label.nunique():,} classes</p>{self.summary().to_html()}'
 
     @cached_property
     def _row_of(self): return {o:i for i,o in enumerate(self.items())}
@@ -94,41 +95,46 @@ def check(self:MetricDataset,
     "Raise `ValueError` where the table is not one of a retrieval data set, and warn of classes with one image"
     self._check_columns()
     df = self.df
-    _sorted(df.label) # raises for labels that cannot be told apart
+    distinct_labels(df.label) # raises for labels that cannot be told apart
     for c in ('path','label'): df[c] = pd.Series(df[c].map(os.path.normpath if c=='path' else _printable), dtype=object)
-    if unknown := _sorted(set(df.split)-set(_splits)): raise ValueError(f"Unknown split {_some(unknown)}; the splits are {_some(_splits)}.")
-    if len(twice := df.path[df.path.duplicated()]): raise ValueError(f"{len(twice)} images are in the table twice: {_some(twice)}.")
+    if unknown := distinct_labels(set(df.split)-set(_splits)):
+        raise ValueError(f"Unknown split {some_of(unknown)}; the splits are {some_of(_splits)}.")
+    if len(twice := df.path[df.path.duplicated()]): raise ValueError(f"{len(twice)} images are in the table twice: {some_of(twice)}.")
     n_splits = df.groupby('label', sort=False).split.nunique()
-    if len(both := n_splits[n_splits>1].index): raise ValueError(f"{len(both)} classes are in two splits: {_some(_sorted(both))}.")
+    if len(both := n_splits[n_splits>1].index):
+        raise ValueError(f"{len(both)} classes are in two splits: {some_of(distinct_labels(both))}.")
     self._check_roles()
     if files and (gone := [o for o in df.path if not os.path.exists(os.path.join(self.path, o))]):
-        raise ValueError(f"{self.name}: {len(gone)} of {len(df)} images are not in {str(self.path)!r}: {_some(gone)}.")
+        raise ValueError(f"{self.name}: {len(gone)} of {len(df)} images are not in {str(self.path)!r}: {some_of(gone)}.")
     n = df.label.value_counts(sort=False)
-    if len(one := n[n==1].index): warnings.warn(f"{len(one)} of {len(n)} classes of {self.name} have one image only: {_some(_sorted(one))}.", stacklevel=4)
+    if len(one := n[n==1].index):
+        warnings.warn(f"{len(one)} of {len(n)} classes of {self.name} have one image only: {some_of(distinct_labels(one))}.", stacklevel=4)
 
 # %% ../../nbs/api/data/01_tables.ipynb #a05bb2b1
 @patch
 def _check_columns(self:MetricDataset):
     "Raise `ValueError` where columns or what is in them is missing"
     if missing := [c for c in (*_needed, *self.subsets) if c not in self.df]:
-        raise ValueError(f"The table of {self.name} has no column {_some(missing)}; it has {_some(self.df.columns, 9)}.")
+        raise ValueError(f"The table of {self.name} has no column {some_of(missing)}; it has {some_of(self.df.columns, 9)}.")
     if len(self)==0: raise ValueError(f"{self.name} has no images.")
     for c in _needed:
         none = self.df[c].isna() | (self.df[c].astype(object)=='')
         if none.any(): raise ValueError(f"{none.sum()} rows of the table of {self.name} have no {c}; the first is row {none.argmax()}.")
     for c in self.subsets:
-        if not set(self.df[c])<={True,False}: raise ValueError(f"The subset {c!r} is a column of true and false; it holds {_some(_sorted(self.df[c]))}.")
+        if not set(self.df[c])<={True,False}:
+            raise ValueError(f"The subset {c!r} is a column of true and false; it holds {some_of(distinct_labels(self.df[c]))}.")
 
 @patch
 def _check_roles(self:MetricDataset):
     "Raise `ValueError` where there is an unknown role, or a split with queries and no gallery"
     if 'role' not in self.df: return
     self.df['role'] = self.df.role.astype(object).where(self.df.role.notna(), '')
-    unknown = _sorted(set(self.df.role)-{'query','gallery',''})
-    if unknown: raise ValueError(f"Unknown role {_some(unknown)}; the roles are 'query', 'gallery', and nothing for both.")
+    unknown = distinct_labels(set(self.df.role)-{'query','gallery',''})
+    if unknown: raise ValueError(f"Unknown role {some_of(unknown)}; the roles are 'query', 'gallery', and nothing for both.")
     for split,roles in self.df.groupby('split').role:
         for a,b in (('query','gallery'), ('gallery','query')):
-            if (roles==a).all(): raise ValueError(f"All {len(roles)} images of the split {split!r} of {self.name} are {a}: there is no {b}.")
+            if (roles==a).all():
+                raise ValueError(f"All {len(roles)} images of the split {split!r} of {self.name} are {a}: there is no {b}.")
 
 # %% ../../nbs/api/data/01_tables.ipynb #41e8010d
 @patch
@@ -142,13 +148,19 @@ def summary(self:MetricDataset)->pd.DataFrame: # One row a split or subset
     return pd.DataFrame({k:_row(v) for k,v in parts.items() if len(v)}).T
 
 # %% ../../nbs/api/data/01_tables.ipynb #67c9f57a
-def _check_shares(**shares):
+def check_shares(
+    **shares # Name of each to its value
+):
     "Raise `ValueError` for what is no share of the classes"
     for k,o in shares.items():
         if not 0<=o<1: raise ValueError(f"`{k}` is a share of the classes, 0 or more and less than 1; got {o}.")
 
-def _train_val(classes, val_pct, seed=None):
-    "The split of each training class: the last `val_pct` of them for validation, or as many drawn with a seed"
+def train_val_classes(
+    classes:list, # Training classes, in order
+    val_pct:float, # Share of them for validation
+    seed:int=None, # Draw them with this seed; none: the last ones
+)->dict: # Class to `'train'` or `'val'`
+    "The split of each training class"
     if seed is not None: classes = random.Random(seed).sample(classes, len(classes))
     n_val = min(round(len(classes)*val_pct), len(classes)-1)
     return {c:'train' if i<len(classes)-n_val else 'val' for i,c in enumerate(classes)}
@@ -157,7 +169,7 @@ def _class_splits(classes, test_pct, val_pct, seed):
     "The split of each class: the last `test_pct` of them for test, and the last `val_pct` of the others for validation"
     if seed is not None: classes = random.Random(seed).sample(classes, len(classes))
     n_test = min(max(round(len(classes)*test_pct), 1), len(classes)-1)
-    return _train_val(classes[:len(classes)-n_test], val_pct) | dict.fromkeys(classes[len(classes)-n_test:], 'test')
+    return train_val_classes(classes[:len(classes)-n_test], val_pct) | dict.fromkeys(classes[len(classes)-n_test:], 'test')
 
 # %% ../../nbs/api/data/01_tables.ipynb #597fdda8
 def _without_bad(fns, bad):
@@ -165,7 +177,7 @@ def _without_bad(fns, bad):
     if bad not in ('raise','skip'): raise ValueError(f"`bad` is 'raise', 'skip' or None; got {bad!r}.")
     found = set(bad_images(fns))
     if not found: return fns
-    said = f"{len(found)} of {len(fns)} images cannot be read: {_some(str(o) for o in sorted(found))}."
+    said = f"{len(found)} of {len(fns)} images cannot be read: {some_of(str(o) for o in sorted(found))}."
     if bad=='raise': raise ValueError(f"{said} Mend or remove them, or leave them out with `bad='skip'`.")
     warnings.warn(f'{said} They are left out.')
     return fns.filter(lambda o: o not in found)
@@ -202,22 +214,28 @@ def from_folder(cls:MetricDataset,
     **kwargs # Passed to `MetricDataset`
 ):
     "Data set from a folder with a folder of images for each class; raises `ValueError` where there is none or only one"
-    _check_shares(test_pct=test_pct, val_pct=val_pct)
+    check_shares(test_pct=test_pct, val_pct=val_pct)
     path = Path(path)
     if not path.is_dir(): raise ValueError(f"There is no folder {str(path)!r}.")
     fns,left = _image_files(path)
-    said = f"Some files in {str(path)!r} are left out: {', '.join(f'{n:,} {o}' for o,n in sorted(left.items(), key=lambda o: (-o[1], o[0])))}."
-    if not fns: raise ValueError(f"There are no images in {str(path)!r}: it should hold a folder for each class.{f' {said}' if left else ''}")
+    which = ', '.join(f'{n:,} {o}' for o,n in sorted(left.items(), key=lambda o: (-o[1], o[0])))
+    said = f"Some files in {str(path)!r} are left out: {which}."
+    if not fns:
+        raise ValueError(f"There are no images in {str(path)!r}: it should hold a folder for each class.{f' {said}' if left else ''}")
     if left: warnings.warn(said, stacklevel=2)
     if bad: fns = _without_bad(fns, bad)
     labels = fns.map(parent_label)
-    classes = _sorted(labels)
+    classes = distinct_labels(labels)
     if len(classes)<2:
-        raise ValueError(f"All {len(fns)} images in {str(path)!r} are of one class ({_some(classes)}): it should hold a folder for each class, two at least.")
-    if merged := _merged(path, fns): warnings.warn(f"{len(merged)} of {len(classes)} classes are merged from several folders: {', '.join(merged[:3])}{' and others' if len(merged)>3 else ''}. "
+        raise ValueError(f"All {len(fns)} images in {str(path)!r} are of one class ({some_of(classes)}): it should hold a folder for each "
+            "class, two at least.")
+    if merged := _merged(path, fns):
+        warnings.warn(f"{len(merged)} of {len(classes)} classes are merged from several folders: "
+            f"{', '.join(merged[:3])}{' and others' if len(merged)>3 else ''}. "
         "Rename folders of the same name that show different things.", stacklevel=2)
     split_of = _class_splits(classes, test_pct, val_pct, seed)
-    df = pd.DataFrame(dict(path=[str(o.relative_to(path)) for o in fns], label=list(labels), split=[split_of[o] for o in labels]), dtype=object)
+    df = pd.DataFrame(dict(path=[str(o.relative_to(path)) for o in fns], label=list(labels), split=[split_of[o] for o in labels]),
+        dtype=object)
     return cls(df, path, **{'name':path.name, 'check_files':False, **kwargs})
 
 # %% ../../nbs/api/data/01_tables.ipynb #ce7b1a06
@@ -232,15 +250,18 @@ def from_df(cls:MetricDataset,
     **kwargs # Passed to `MetricDataset`
 ):
     "Data set from a table; raises `ValueError` where it is not one of a retrieval data set"
-    _check_shares(test_pct=test_pct, val_pct=val_pct)
+    check_shares(test_pct=test_pct, val_pct=val_pct)
     columns = columns or {}
     known = (*_needed,'role','sequence','category',*kwargs.get('subsets', ()))
-    if unknown := [o for o in columns if o not in known]: raise ValueError(f"`columns` names {_some(unknown)}; the columns are {_some(known, 99)}.")
-    if missing := [o for o in columns.values() if o not in df]: raise ValueError(f"The table has no column {_some(missing)}; it has {_some(df.columns, 9)}.")
+    if unknown := [o for o in columns if o not in known]:
+        raise ValueError(f"`columns` names {some_of(unknown)}; the columns are {some_of(known, 99)}.")
+    if missing := [o for o in columns.values() if o not in df]:
+        raise ValueError(f"The table has no column {some_of(missing)}; it has {some_of(df.columns, 9)}.")
     df = df.drop(columns=[k for k in columns if k in df and k not in columns.values()]).rename(columns={v:k for k,v in columns.items()})
     if 'split' not in df and 'label' in df:
-        classes = _sorted(df.label.dropna())
-        if len(classes)<2: raise ValueError(f"The {len(df)} images of the table are of {len(classes)} classes; a class-disjoint split needs two at least.")
+        classes = distinct_labels(df.label.dropna())
+        if len(classes)<2:
+            raise ValueError(f"The {len(df)} images of the table are of {len(classes)} classes; a class-disjoint split needs two at least.")
         df = df.assign(split=df.label.map(_class_splits(classes, test_pct, val_pct, seed)).fillna('train'))
     return cls(df, path, **kwargs)
 
@@ -254,7 +275,8 @@ def _read_csv(fn, sep, encoding):
             if not head: raise ValueError(f"{str(fn)!r} has no line with the names of the columns.")
             for row in lines:
                 if row and len(row)!=len(head):
-                    raise ValueError(f"{str(fn)!r}, line {lines.line_num}: {len(row)} fields where the first line has {len(head)} ({_some(row)}).")
+                    raise ValueError(f"{str(fn)!r}, line {lines.line_num}: {len(row)} fields where the first line has {len(head)} "
+                        f"({some_of(row)}).")
                 if row: rows.append(row)
     except csv.Error as e: raise ValueError(f"{str(fn)!r}, line {lines.line_num}: {e}.") from None
     return pd.DataFrame(rows, columns=head, dtype=object)
@@ -285,7 +307,8 @@ def crop_tfms(
 )->list: # fastai's transforms
     "Random crops and flips for training; otherwise the middle of an image whose shorter side is 8/7 of `size`, or all of it, squashed"
     train = RandomResizedCrop(size, min_scale=ifnone(min_scale, 0.5 if whole else 0.2), split_idx=0)
-    valid = [Resize(size, 'squish', split_idx=1)] if whole else [Resize(round(size*256/224), split_idx=1), CropPad(size, split_idx=1, order=2)]
+    valid = [Resize(size, 'squish', split_idx=1)]
+    if not whole: valid = [Resize(round(size*256/224), split_idx=1), CropPad(size, split_idx=1, order=2)]
     return [train, *valid] + [FlipItem()]*flip
 
 # %% ../../nbs/api/data/01_tables.ipynb #c41d38ef
@@ -299,9 +322,12 @@ def items(self:MetricDataset,
     return L(self.path/o for o in df.path)
 
 # %% ../../nbs/api/data/01_tables.ipynb #b36945ee
-class _LabelOf:
+class LabelOf:
     "The label of a path in a table"
-    def __init__(self, path, df): self.labels = dict(zip((path/o for o in df.path), df.label))
+    def __init__(self,
+        path, # Folder of the images
+        df, # Table with `path` and `label`
+    ): self.labels = dict(zip((path/o for o in df.path), df.label))
     def __call__(self, o): return self.labels[o]
 
 # %% ../../nbs/api/data/01_tables.ipynb #8ce05c3e
@@ -314,7 +340,8 @@ class _HeldSplitter:
 @patch
 def _held_out(self:MetricDataset, valid):
     "Which rows are trained on, and which are measured on"
-    if valid not in ('val','test',None,*self.subsets): raise ValueError(f"`valid` is {', '.join(map(repr, ('val','test',*self.subsets)))} or None; got {valid!r}.")
+    if valid not in ('val','test',None,*self.subsets):
+        raise ValueError(f"`valid` is {', '.join(map(repr, ('val','test',*self.subsets)))} or None; got {valid!r}.")
     seen = self.df.split.isin(('train',) if valid=='val' else ('train','val'))
     held = self.df[valid].astype(bool) if valid in self.subsets else self.df.split==valid
     if not seen.any(): raise ValueError(f"{self.name} has no training images.")
@@ -333,18 +360,19 @@ def dblock(self:MetricDataset,
 )->DataBlock: # Takes paths, see `items`
     "The `DataBlock` behind `dataloaders`"
     seen,held = self._held_out(valid)
-    vocab = _sorted(self.df.label[seen])
+    vocab = distinct_labels(self.df.label[seen])
     size = ifnone(size, self.size)
     if item_tfms is None: item_tfms = crop_tfms(size, min_scale, self.flip, self.whole) if size else [FlipItem()]*self.flip
-    label_of = _LabelOf(self.path, self.df)
-    return DataBlock(blocks=(ImageBlock(NamedImage), ClassBlock(vocab+_sorted(self.df.label[~seen]), len(vocab))), get_y=label_of,
+    label_of = LabelOf(self.path, self.df)
+    return DataBlock(blocks=(ImageBlock(NamedImage), ClassBlock(vocab+distinct_labels(self.df.label[~seen]), len(vocab))), get_y=label_of,
         splitter=_HeldSplitter(label_of, set(self.df.label[held])), item_tfms=item_tfms, batch_tfms=batch_tfms)
 
 # %% ../../nbs/api/data/01_tables.ipynb #3c017d4d
 def _batch_size(n, per_class):
     "Images in a batch where nobody said: 64 or as near below as whole classes make, and no more classes than there are"
     most = max(2, 64//max(per_class, 1))
-    if per_class>0 and n<most: warnings.warn(f"Batches have {n*per_class} images, since there are {n} training classes, with {per_class} images of each.")
+    if per_class>0 and n<most:
+        warnings.warn(f"Batches have {n*per_class} images, since there are {n} training classes, with {per_class} images of each.")
     return min(most, n)*per_class
 
 @patch
@@ -363,7 +391,8 @@ def dataloaders(self:MetricDataset,
     seen,held = self._held_out(valid)
     items = L(self.path/o for o in self.df.path[seen | held])
     if bs is None: bs = _batch_size(self.df.label[seen].nunique(), per_class)
-    dls = block.dataloaders(items, path=self.path, bs=bs, per_class=per_class, seed=seed, num_workers=num_workers, device=device, dl_type=BalancedDL)
+    dls = block.dataloaders(items, path=self.path, bs=bs, per_class=per_class, seed=seed, num_workers=num_workers, device=device,
+        dl_type=BalancedDL)
     for o in dls.loaders: o.source = self
     return dls
 
@@ -386,7 +415,7 @@ def folds(self:MetricDataset,
 )->L: # `k` data sets
     "Class-disjoint cross-validation inside the training classes: each fold has other classes in `val`"
     known = self.df.split!='test'
-    classes = _sorted(self.df.label[known])
+    classes = distinct_labels(self.df.label[known])
     if not 2<=k<=len(classes): raise ValueError(f"`k` is between 2 and the {len(classes)} training classes of {self.name}; got {k}.")
     if seed is not None: classes = random.Random(seed).sample(classes, len(classes))
     fold_of = {c:i*k//len(classes) for i,c in enumerate(classes)}

@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 from torch import nn, Tensor
 from ..files.images import *
-from ..files.images import _check_background
+from ..files.images import check_background
 from ..retrieval.embedded import *
 from ..retrieval.search import *
 
@@ -55,7 +55,7 @@ class Preprocess:
         self.steps,self.mode,self.background = [(n, tuple(size), r) for n,size,r in steps],mode,background
         if bad := [n for n,*_ in self.steps if n not in _steps]: raise ValueError(f"Steps are {', '.join(_steps)}; got {bad[0]!r}.")
         if mode not in ('RGB','L'): raise ValueError(f"Images are opened as 'RGB' or 'L'; got {mode!r}.")
-        _check_background(background)
+        check_background(background)
         self.mean,self.std = (None if o is None else list(map(float, o)) for o in (mean,std))
 
     def __call__(self,

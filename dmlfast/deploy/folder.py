@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from types import SimpleNamespace
 from .embedder import *
 from ..models.embedder import *
-from ..models.embedder import _heads, _load_only, _misfits, _said
+from ..models.embedder import named_heads, weight_sources, misfits, misfits_said
 
 # %% ../../nbs/api/deploy/01_folder.ipynb #cd3fb98f
 _format = 2 # 1: nothing said how images are opened, and they were taken as they are stored
@@ -51,7 +51,7 @@ _rules = { # for each field what it may be, and how that is said
     'model.emb_sz': (lambda o: _whole(o, 1, _max_emb), f'a whole number from 1 to {_max_emb:,}'),
     'model.normalize': (lambda o: isinstance(o, bool), 'true or false'),
     'model.pool': (lambda o: o is None or o in (*GlobalPool.kinds,'gem'), f"null, {', '.join(map(repr, GlobalPool.kinds))} or 'gem'"),
-    'model.head': (lambda o: o in (*_heads,'identity'), f"{', '.join(map(repr, _heads))} or 'identity'"),
+    'model.head': (lambda o: o in (*named_heads,'identity'), f"{', '.join(map(repr, named_heads))} or 'identity'"),
     'model.model_kwargs': (lambda o: isinstance(o, dict) and len(_leaves(o))<=256 and all(map(_is_arg, _leaves(o))),
         f'an object of at most 256 values: text, true, false, null and numbers of up to {_max_side:,}'),
     'preprocess': _object,
@@ -86,7 +86,7 @@ def _check_about(about, folder, skip=_optional):
     if (mean is None)!=(std is None): _refuse(folder, 'embedder.json', 'preprocess.std', 'given if and only if preprocess.mean is', std)
     _check_spec(about['model'], folder)
 
-_refused = *_load_only,'pretrained','weights','init','freeze_bn','frozen_stages'
+_refused = *weight_sources,'pretrained','weights','init','freeze_bn','frozen_stages'
 
 def _check_spec(spec, folder):
     "Raise `ValueError` where the description of a model has what a folder may not set"
@@ -250,7 +250,7 @@ def _build(about, header, device):
 def _check_fit(model, header, folder):
     "Raise `ValueError` where a model's tensors are not those of `header`"
     says,have = f"The weights in {str(folder)!r} do not fit the model that is described there",model.embedder_state()
-    if any((wrong := _misfits(have, header)).values()): raise ValueError(f"{says}: {_said(wrong)}.")
+    if any((wrong := misfits(have, header)).values()): raise ValueError(f"{says}: {misfits_said(wrong)}.")
     if bad := [k for k,v in have.items() if k in header and v.is_floating_point()!=header[k].is_float]: raise ValueError(f"{says}: {bad[0]} must be of {have[bad[0]].dtype}.")
     if sum(o.numel() for o in model.buffers())>sum(math.prod(o.shape) for o in header.values())+2**26: raise ValueError(f"{says}: it needs far more memory than they do.")
 

@@ -12,7 +12,7 @@ import numpy as np, textwrap
 import matplotlib.pyplot as plt
 
 # %% ../../nbs/api/files/03_drawing.ipynb #c523f043
-_right,_wrong = '#1a7f37','#c4320a'
+right,wrong = '#1a7f37','#c4320a'
 
 # %% ../../nbs/api/files/03_drawing.ipynb #51a8d6f7
 def _wrapped(name, mark='', width=15):
@@ -22,12 +22,26 @@ def _wrapped(name, mark='', width=15):
     return '\n'.join(textwrap.wrap(name, width, max_lines=3, placeholder='…')).replace('\xa0', ' ')
 
 # %% ../../nbs/api/files/03_drawing.ipynb #8e424b49
-def _draw_image(ax, im, title, color=None, mark=''):
+def draw_image(
+    ax, # Where
+    im, # PIL, or an array `(h,w)` or `(h,w,3)` of 0 to 255
+    title:str, # What is written above
+    color:str=None, # Of the title and of a frame; black, and no frame, if not given
+    mark:str='', # Before the title
+):
     "Draw one image, in a frame, under a title of at most three lines"
     ax.imshow(np.asarray(im), cmap='gray', vmin=0, vmax=255)
     ax.set(xticks=[], yticks=[])
     ax.set_title(_wrapped(title, mark), fontsize=9, color=color or 'black', pad=6, parse_math=False)
     for o in ax.spines.values(): o.set(visible=color is not None, color=color, linewidth=3)
+
+# %% ../../nbs/api/files/03_drawing.ipynb #7d1f0a52
+def title_height(
+    labels, # Classes whose names stand above the images of a row
+    name, # Function from a class to what is written
+)->int: # Points
+    "Height of the titles of a row"
+    return max(12*(_wrapped(name(o), '✓').count('\n')+1) for o in labels)
 
 # %% ../../nbs/api/files/03_drawing.ipynb #a0aa5b8e
 def show_neighbours(
@@ -47,26 +61,27 @@ def show_neighbours(
     gallery,gallery_labels = gallery or image, labels if gallery_labels is None else gallery_labels
     y,z = [labels[int(i)] for i in queries],[[gallery_labels[int(j)] for j in row] for row in neighbours]
     name = names if titles else lambda c: ''
-    k,high = max(map(len, z)),sum(_title_height([y[r],*row], name) for r,row in enumerate(z))/72
+    k,high = max(map(len, z)),sum(title_height([y[r],*row], name) for r,row in enumerate(z))/72
     fig,axs = plt.subplots(len(y), k+1, figsize=((k+1.1)*size, len(y)*size*1.1+high), squeeze=False,
         gridspec_kw=dict(width_ratios=[1]*(k+1)), layout='constrained')
     fig.get_layout_engine().set(h_pad=.07) # inches, so that a similarity stands nearer to its own image than to the next row
     for r,(row,i) in enumerate(zip(axs, queries)):
-        _draw_image(row[0], image(int(i)), name(y[r]))
+        draw_image(row[0], image(int(i)), name(y[r]))
         row[0].set_ylabel('query', fontsize=8, color='gray')
         for ax in row[1+len(z[r]):]: ax.set_axis_off()
         for c,(ax,j) in enumerate(zip(row[1:], neighbours[r])):
             ok = bool(y[r]==z[r][c])
-            _draw_image(ax, gallery(int(j)), name(z[r][c]), _right if ok else _wrong, '✓' if ok else '✗')
+            draw_image(ax, gallery(int(j)), name(z[r][c]), right if ok else wrong, '✓' if ok else '✗')
             if scores is not None: ax.set_xlabel(f'{scores[r][c]:.2f}', fontsize=8, labelpad=2)
     return fig
 
-def _title_height(labels, name): return max(12*(_wrapped(name(o), '✓').count('\n')+1) for o in labels) # points
-
 # %% ../../nbs/api/files/03_drawing.ipynb #0d028cd7
-_blue,_orange,_grey = '#0072B2','#D55E00','#6e6e6e'
+blue,orange,grey = '#0072B2','#D55E00','#6e6e6e'
 
-def _axes(ax, **kwargs):
+def light_axes(
+    ax, # Axes, or None for new ones
+    **kwargs # Title and further properties of the axes
+):
     "`ax` or a new one, with titles and a light grid"
     if ax is None: ax = plt.subplots(figsize=(6,4), layout='constrained')[1]
     ax.grid(color='#e5e5e5')

@@ -1,4 +1,4 @@
-"""Things that are found by name: losses, miners, readers of data, metrics. A name that is not there is refused, and the nearest one offered.
+"""Things that are found by name: losses, miners, readers of data, metrics. For a wrong name the nearest is offered.
 
 Docs: https://dmlfast.github.io/dmlfast/api/files/registry.html.md"""
 
@@ -19,7 +19,8 @@ def nearest(
     "The sentence that names the nearest of some names, and all of them where none is near"
     said = names if isinstance(names, dict) else {str(o).lower():o for o in names}
     near = difflib.get_close_matches(str(name).lower(), said, n=1, cutoff=.5)
-    return f"There is no {what} {name!r}; " + (f"the nearest is {said[near[0]]!r}." if near else f"there are {', '.join(map(repr, dict.fromkeys(said.values())))}.")
+    others = f"the nearest is {said[near[0]]!r}." if near else f"there are {', '.join(map(repr, dict.fromkeys(said.values())))}."
+    return f"There is no {what} {name!r}; {others}"
 
 # %% ../../nbs/api/files/00_registry.ipynb #9c4be4bc
 def plain_name(

@@ -20,10 +20,11 @@ from ..data.batches import BalancedSampler
 from ..losses import *
 from ..train.learner import *
 from ..retrieval.embedded import *
+from ..retrieval.metrics import *
 from ..retrieval.search import *
-from ..retrieval.search import _unit_
+from ..retrieval.search import unit_
 from ..files.drawing import *
-from ..files.drawing import _axes, _blue, _draw_image, _grey, _orange, _right, _title_height, _wrong
+from ..files.drawing import light_axes, blue, draw_image, grey, orange, right, title_height, wrong
 
 # %% ../../nbs/api/look/00_interpret.ipynb #c5ad13b3
 class RetrievalInterpretation(Embedded):
@@ -54,8 +55,8 @@ def _lazy(f):
 
 @_lazy
 def _result(self):
-    "Metrics, as `evaluate_protocol` has them"
-    return self.evaluate(['recall','r_precision','map@r','map','pr_curve'], block=self.block)
+    "Metrics of the ranks, as `evaluate_protocol` has them"
+    return self.evaluate(metric_names('all', self.ks, drawn=True), block=self.block) # all but the scores of clusters
 
 @patch
 def values(self:RetrievalInterpretation,
@@ -102,7 +103,8 @@ def of(cls:RetrievalInterpretation,
 ):
     "Interpretation of embeddings that are there already; raises `ValueError` where they have no labels"
     embedded.check_labels()
-    return cls(embedded.embs, embedded.labels, embedded.items, embedded.vocab, embedded.draw, loss, facts=embedded.facts, **embedded.protocol())
+    return cls(embedded.embs, embedded.labels, embedded.items, embedded.vocab, embedded.draw, loss, facts=embedded.facts,
+        **embedded.protocol())
 
 # %% ../../nbs/api/look/00_interpret.ipynb #75d8e6b1
 @patch
@@ -113,7 +115,7 @@ def plot_neighbours(self:RetrievalInterpretation,
     seed:int=0, # Of the draw
     **kwargs # Passed to `show_neighbours`
 )->plt.Figure:
-    "Draw queries with their nearest neighbours, right ones framed green with a tick, wrong ones red with a cross, the similarity under each"
+    "Draw queries with their nearest neighbours, right ones framed green with a tick, wrong ones red with a cross"
     if queries is None: queries = self.queries.numpy()[np.random.default_rng(seed).permutation(len(self.queries))[:max_n]]
     scores,nn = self.nearest_of(queries, k)
     fig = show_neighbours(self.image, queries, nn, self.labels, scores=scores, names=self.name, **kwargs)
@@ -169,7 +171,8 @@ def most_confused(self:RetrievalInterpretation,
     order = count.argsort(descending=True, stable=True)[:n]
     size = dict(zip(*(o.tolist() for o in y.unique(return_counts=True))))
     a,b = pairs[:,order].tolist()
-    return pd.DataFrame(dict(query=[self.name(o) for o in a], found=[self.name(o) for o in b], count=count[order].tolist(), of=[size[o] for o in a], a=a, b=b))
+    return pd.DataFrame(dict(query=[self.name(o) for o in a], found=[self.name(o) for o in b], count=count[order].tolist(),
+        of=[size[o] for o in a], a=a, b=b))
 
 # %% ../../nbs/api/look/00_interpret.ipynb #63702e11
 def _draw_pairs(self, axs, pairs, sims):
@@ -180,8 +183,8 @@ def _draw_pairs(self, axs, pairs, sims):
         a,b = axs[r,3*c:3*c+2]
         ok = self.labels[int(i)]==self.labels[int(j)]
         a.set_axis_on(), b.set_axis_on()
-        _draw_image(a, self.image(i), self.label(i))
-        _draw_image(b, self.image(j), self.label(j), _right if ok else _wrong, '✓' if ok else '✗')
+        draw_image(a, self.image(i), self.label(i))
+        draw_image(b, self.image(j), self.label(j), right if ok else wrong, '✓' if ok else '✗')
         b.set_xlabel(f'{s:.3f}', fontsize=8, labelpad=2)
 
 def _only_text(text):
@@ -202,7 +205,7 @@ def plot_most_confused(self:RetrievalInterpretation,
     conf = self.most_confused(max_n)
     if not len(conf): return _only_text('Nothing is confused: the nearest neighbour of each item is of its class.')
     s,i = (o[:,0] for o in self.nearest())
-    titles = sum(_title_height([o.a,o.b], self.name)/72 for o in conf.itertuples())
+    titles = sum(title_height([o.a,o.b], self.name)/72 for o in conf.itertuples())
     fig = plt.figure(figsize=(2.25*each*size, len(conf)*(size*1.15+.4)+titles), layout='constrained')
     for sub,o in zip(np.atleast_1d(fig.subfigures(len(conf), 1)), conf.itertuples()):
         wrong = ((self.labels[self.queries]==o.a)&(self.labels[i]==o.b)&(s>-torch.inf)).nonzero()[:,0]
@@ -218,7 +221,7 @@ def _count(values, among):
     return inv[len(values):].bincount(minlength=int(inv.max())+1)[inv[:len(values)]]
 
 def _searched(self):
-    "Distinct pairs of how many items a query searches and how many of them are relevant, `(2,m)`, and how many queries have them; without queries that have nothing to find"
+    "Distinct pairs of how many items a query searches and how many are relevant, `(2,m)`, and how many queries have them, if any"
     q,g,y = self.queries,self.gallery,self.labels
     both = torch.stack([y,self.ids], 1)
     n,r = len(g)-_count(self.ids[q], self.ids[g]),_count(y[q], y[g])-_count(both[q], both[g])
@@ -237,10 +240,11 @@ def plot_pr(self:RetrievalInterpretation,
 )->plt.Axes:
     "Draw the precision at each recall, the mean over the queries"
     r = self.result
-    ax = _axes(ax, xlabel='recall', ylabel='precision', xlim=(0,1), ylim=(0,1.02), title=f'Precision and recall\nmap {r["map"]:.3f}, {_n_used(self):,} queries')
-    ax.plot(*r.curve, color=_blue, lw=2, label='this embedding')
+    ax = light_axes(ax, xlabel='recall', ylabel='precision', xlim=(0,1), ylim=(0,1.02),
+        title=f'Precision and recall\nmap {r["map"]:.3f}, {_n_used(self):,} queries')
+    ax.plot(*r.curve, color=blue, lw=2, label='this embedding')
     n,relevant,count = _searched(self)
-    ax.axhline(np.average(relevant/n, weights=count), color=_grey, ls='--', label='chance')
+    ax.axhline(np.average(relevant/n, weights=count), color=grey, ls='--', label='chance')
     ax.legend(frameon=False)
     return ax
 
@@ -251,13 +255,13 @@ def plot_recall(self:RetrievalInterpretation,
     "Draw recall@k against k, with 95 % intervals where there are enough classes"
     r,ks = self.result,[k for k in self.ks if k<=self.most] or [self.ks[0]]
     vals,ends = [r[f'recall@{k}'] for k in ks],[r.interval(f'recall@{k}') for k in ks]
-    ax = _axes(ax, xlabel='neighbours looked at, k', ylabel='recall@k', ylim=(0,1.02),
+    ax = light_axes(ax, xlabel='neighbours looked at, k', ylabel='recall@k', ylim=(0,1.02),
         title=f'Queries that find their class\nrecall@{ks[0]} {vals[0]:.3f}, {_n_used(self):,} queries')
     if min(b/a for a,b in zip(ks, [*ks[1:],np.inf]))>1.5: ax.set_xscale('log', base=2) # else the ticks would touch
     ax.set_xticks(ks, map(str, ks))
-    if all(ends): ax.fill_between(ks, *zip(*ends), color=_blue, alpha=.2, lw=0, label='95 % interval')
-    ax.plot(ks, vals, color=_blue, lw=2, marker='o', label='this embedding')
-    ax.plot(ks, [_chance(self, k) for k in ks], color=_grey, ls='--', label='chance')
+    if all(ends): ax.fill_between(ks, *zip(*ends), color=blue, alpha=.2, lw=0, label='95 % interval')
+    ax.plot(ks, vals, color=blue, lw=2, marker='o', label='this embedding')
+    ax.plot(ks, [_chance(self, k) for k in ks], color=grey, ls='--', label='chance')
     ax.legend(frameon=False, loc='best')
     return ax
 
@@ -272,15 +276,16 @@ def similarities(self:RetrievalInterpretation,
 )->dict: # `edges (bins+1,)`; shares `pos` and `neg`, `(bins,)`, which add up to 1; `pos_mean`, `neg_mean`, `overlap` and `n_queries`
     "Histograms of the similarities of positive and negative pairs, and their overlap"
     q,g = self.queries[torch.from_numpy(np.random.default_rng(seed).permutation(len(self.queries))[:max_n])],self.gallery
-    x,count,total = _unit_(self.embs[g]),torch.zeros(2*bins, dtype=torch.int64),torch.zeros(2, dtype=torch.float64)
+    x,count,total = unit_(self.embs[g]),torch.zeros(2*bins, dtype=torch.int64),torch.zeros(2, dtype=torch.float64)
     for rows in q.split(max(1, 2**21//len(x))):
-        s,same,other = _unit_(self.embs[rows])@x.T,self.labels[rows,None]==self.labels[g],self.ids[rows,None]!=self.ids[g]
+        s,same,other = unit_(self.embs[rows])@x.T,self.labels[rows,None]==self.labels[g],self.ids[rows,None]!=self.ids[g]
         s,same = s[other],same[other]
         count += ((s+1)*(bins/2)).long().clamp_(0, bins-1).add_(same.long()*bins).bincount(minlength=2*bins)
         total += torch.stack([s[~same].sum(dtype=torch.float64),s[same].sum(dtype=torch.float64)])
     neg,pos = (o/max(o.sum(), 1) for o in count.view(2, bins).double().numpy())
     mean = total/count.view(2, bins).sum(1)
-    return dict(edges=np.linspace(-1, 1, bins+1), pos=pos, neg=neg, pos_mean=mean[1].item(), neg_mean=mean[0].item(), overlap=float(np.minimum(pos, neg).sum()), n_queries=len(q))
+    return dict(edges=np.linspace(-1, 1, bins+1), pos=pos, neg=neg, pos_mean=mean[1].item(), neg_mean=mean[0].item(),
+        overlap=float(np.minimum(pos, neg).sum()), n_queries=len(q))
 
 @patch
 def plot_similarities(self:RetrievalInterpretation,
@@ -290,8 +295,9 @@ def plot_similarities(self:RetrievalInterpretation,
 )->plt.Axes:
     "Draw the similarities of positive and of negative pairs"
     h = self.similarities(max_n, seed=seed)
-    ax = _axes(ax, xlabel='cosine similarity', ylabel='share of pairs per 0.02, %', title=f'Similarities of pairs\noverlap {h["overlap"]:.2f}')
-    for o,color,ls,what in (('neg',_orange,'--','different classes'),('pos',_blue,'-','same class')):
+    ax = light_axes(ax, xlabel='cosine similarity', ylabel='share of pairs per 0.02, %',
+        title=f'Similarities of pairs\noverlap {h["overlap"]:.2f}')
+    for o,color,ls,what in (('neg',orange,'--','different classes'),('pos',blue,'-','same class')):
         ax.stairs(100*h[o], h['edges'], fill=True, color=color, alpha=.25)
         ax.stairs(100*h[o], h['edges'], color=color, ls=ls, lw=1.5, label=f'{what}, mean {h[o+"_mean"]:.2f}')
     ax.set_ylim(0, 130*max(h['pos'].max(), h['neg'].max())) # room for the legend
@@ -340,17 +346,18 @@ def plot_map(self:RetrievalInterpretation,
     "Draw items as a map, with their images"
     if method not in ('tsne','pca'): raise ValueError(f"a map is made by 'tsne' or 'pca', not {method!r}")
     idx = _sample(self, n_classes, max_n, seed)
-    y,xy = self.labels[idx].numpy(),_places(_unit_(self.embs[idx]), method, seed)
+    y,xy = self.labels[idx].numpy(),_places(unit_(self.embs[idx]), method, seed)
     cls = np.unique(y)
     name = dict(tsne='t-SNE', pca='principal components')[method]
-    ax = _axes(plt.subplots(figsize=figsize, layout='constrained')[1], xticks=[], yticks=[],
+    ax = light_axes(plt.subplots(figsize=figsize, layout='constrained')[1], xticks=[], yticks=[],
         title=f'Map of the embedding by {name}: {len(idx):,} of {len(self):,} items, {len(cls):,} of {len(self.labels.unique()):,} classes')
     for o in ax.spines.values(): o.set_visible(method=='pca' and o.spine_type in ('left','bottom'))
     if method=='pca': ax.set(xlabel='first component', ylabel='second component')
     for i,c in enumerate(cls):
         ax.scatter(*xy[y==c].T, s=18, color=_colours[i%8], marker=_markers[i//8%8], lw=0, label=_shortened(self.name(c)))
     if len(cls)<=24: ax.legend(frameon=False, fontsize=10, markerscale=1.5, loc='center left', bbox_to_anchor=(1, .5))
-    if thumbs and self.draw is not None: _draw_thumbs(self, ax, idx, xy, {c:_colours[i%8] for i,c in enumerate(cls)}, seed) # after the legend, which takes room
+    # after the legend, which takes room
+    if thumbs and self.draw is not None: _draw_thumbs(self, ax, idx, xy, {c:_colours[i%8] for i,c in enumerate(cls)}, seed)
     return ax
 
 def _shortened(name, n=26):
@@ -419,7 +426,7 @@ def plot_pairs(self:RetrievalInterpretation,
     if not len(pairs): return _only_text('There are no such pairs; a lower `min_sim` looks for more.')
     cols = min(4, len(pairs))
     rows = -(-len(pairs)//cols)
-    titles = rows*_title_height([*pairs.label_a,*pairs.label_b], str)/72
+    titles = rows*title_height([*pairs.label_a,*pairs.label_b], str)/72
     fig = plt.figure(figsize=(max(2.25*cols, 4)*size, rows*size*1.15+titles+.4), layout='constrained')
     _draw_pairs(self, _pair_axes(fig, rows, cols), pairs[['a','b']].to_numpy(), pairs.similarity)
     fig.suptitle(f'Nearly equal, under {"one label" if (pairs.label_a==pairs.label_b).all() else "two labels"}', fontsize=11)
@@ -441,7 +448,8 @@ def triplet_table(
         a,p,n = as_triplets(call_miner(miner, embs, labels, d2)) if miner else all_triplets(labels)
         ap,an,cos = d2[a,p],d2[a,n],dir_cos(d2[a,p], d2[a,n], d2[p,n])
         h = margin + (ap-an if squared else ap.sqrt()-an.sqrt())
-    cols = dict(a=a, p=p, n=n, d_ap=ap.sqrt(), d_an=an.sqrt(), d_pn=d2[p,n].sqrt(), angle=cos.clamp(-1, 1).arccos().rad2deg(), violation=h.relu(), violation_dr=(h-gamma*cos).relu())
+    cols = dict(a=a, p=p, n=n, d_ap=ap.sqrt(), d_an=an.sqrt(), d_pn=d2[p,n].sqrt(), angle=cos.clamp(-1, 1).arccos().rad2deg(),
+        violation=h.relu(), violation_dr=(h-gamma*cos).relu())
     df = pd.DataFrame({k:o.cpu().numpy() for k,o in cols.items()})
     return df.sort_values('violation', ascending=False, kind='stable').reset_index(drop=True)
 
@@ -450,7 +458,7 @@ def _draw_triangle(ax, t):
     "Draw anchor, positive and negative of a triplet to scale"
     angle = np.radians(t.angle)
     pos,neg = (t.d_ap,0.),(t.d_an*np.cos(angle),t.d_an*np.sin(angle))
-    for (x,y),color,mark,name in ((pos,_right,'o','p'),(neg,_wrong,'X','n')):
+    for (x,y),color,mark,name in ((pos,right,'o','p'),(neg,wrong,'X','n')):
         ax.plot([0,x], [0,y], color=color, lw=2)
         ax.plot(x, y, color=color, marker=mark, ms=8)
         ax.annotate(name, (x,y), xytext=(7,4), textcoords='offset points', fontsize=9, color=color)
@@ -462,13 +470,14 @@ def _draw_triangle(ax, t):
 
 def _draw_triplet(self, axs, t, idx, gamma):
     "Draw the images of a triplet, its triangle and its numbers"
-    for ax,i,color,mark,d in zip(axs, (t.a,t.p,t.n), (None,_right,_wrong), ('','✓','✗'), ('anchor',f'd = {t.d_ap:.2f}',f'd = {t.d_an:.2f}')):
+    for ax,i,color,mark,d in zip(axs, (t.a,t.p,t.n), (None,right,wrong), ('','✓','✗'), ('anchor',f'd = {t.d_ap:.2f}',f'd = {t.d_an:.2f}')):
         i = idx[int(i)]
-        _draw_image(ax, self.image(i), self.label(i), color, mark)
+        draw_image(ax, self.image(i), self.label(i), color, mark)
         ax.set_xlabel(d, fontsize=8, labelpad=2)
     _draw_triangle(axs[3], t)
     axs[4].set_axis_off()
-    axs[4].text(0, .5, f'angle {t.angle:.0f}°\nviolation\n  γ = 0:  {t.violation:.2f}\n  γ = {gamma:g}:  {t.violation_dr:.2f}', va='center', fontsize=9, linespacing=1.5)
+    axs[4].text(0, .5, f'angle {t.angle:.0f}°\nviolation\n  γ = 0:  {t.violation:.2f}\n  γ = {gamma:g}:  {t.violation_dr:.2f}',
+        va='center', fontsize=9, linespacing=1.5)
 
 def _triplet_settings(loss):
     "Miner, margin, γ and `squared` of a loss, and what stands in for what it does not have"
@@ -491,17 +500,18 @@ def plot_triplets(self:RetrievalInterpretation,
     settings = _triplet_settings(self.loss)|kwargs
     idx = np.arange(len(self)) if len(self)<=max_batch else self._batch(bs, per_class, seed)
     x = self.embs[idx]
-    if getattr(self.loss, 'normalize_embs', True): x = _unit_(x)
+    if getattr(self.loss, 'normalize_embs', True): x = unit_(x)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         t = triplet_table(x, self.labels[idx], **settings)
     if not len(t): raise ValueError('there are no triplets: it takes two classes, and two items of one of them')
     rows = min(max_n, len(t))
-    titles = rows*_title_height([self.labels[idx[int(i)]] for o in t[:rows].itertuples() for i in (o.a,o.p,o.n)], self.name)/72
+    titles = rows*title_height([self.labels[idx[int(i)]] for o in t[:rows].itertuples() for i in (o.a,o.p,o.n)], self.name)/72
     fig = plt.figure(figsize=(5.6*size, rows*size*1.15+titles+.4), layout='constrained')
     axs = fig.subplots(rows, 5, squeeze=False, gridspec_kw=dict(width_ratios=[1,1,1,1.1,1.1]))
     for row,o in zip(axs, t.itertuples()): _draw_triplet(self, row, o, idx, settings['gamma'])
-    fig.suptitle(f'{len(t):,} triplets of a batch of {len(idx)}, {(t.violation>0).mean():.0%} violate a margin of {settings["margin"]:g}; the worst', fontsize=11)
+    fig.suptitle(f'{len(t):,} triplets of a batch of {len(idx)}, {(t.violation>0).mean():.0%} violate a margin of {settings["margin"]:g}; '
+        'the worst', fontsize=11)
     return fig
 
 @patch

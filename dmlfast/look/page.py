@@ -19,7 +19,8 @@ from fastcore.basics import patch
 import dmlfast
 from ..files.writing import *
 from ..retrieval.embedded import *
-from ..data.batches import _labels
+from ..data.batches import labels_of as _labels
+from ..retrieval.metrics import metric_meanings
 from ..data.tables import MetricDataset
 from ..train.predictions import item_name, items_of
 from .interpret import *
@@ -234,13 +235,6 @@ def _metrics(r):
     notes += [f'2.5 % and 97.5 % are the ends of a 95 % interval, from {r.n_boot:,} samples of the {r.ci}.'] if any(map(r.interval, r.keys())) else []
     return ['metric','mean of queries','mean of classes',*head[3:]],rows,notes+[o[0].upper()+o[1:]+'.' for o in dict.fromkeys(filter(None, map(r.why_no_interval, r.keys())))]
 
-def _meanings(r):
-    "What the metrics in the table mean"
-    res = {'recall@k':'share of queries with an item of their class among the k nearest',
-        'r_precision':'share of right ones among the R nearest, where R is how many right ones there are', 'map@r':'the same, and right ones count for more the nearer they stand (mean average precision at R)',
-        'map':'mean average precision: the precision at each right item of the whole ranking, averaged'}
-    return {k:v for k,v in res.items() if k in r.keys() or k=='recall@k'}
-
 def _what(interp):
     "How was it measured?"
     who = 'Each item searches for items of its class among all the others' if interp.all_search else f'{len(interp.queries):,} queries search for items of their class in a gallery of {len(interp.gallery):,}'
@@ -298,7 +292,7 @@ def _context(interp, known, code, n, began):
     figures = {k:_figure(k, f, text, k in ('neighbours','worst','confused')) for figs in (_figures(interp, n, images, confused),known['figures']) for k,f,text in figs}
     head,rows = known['epochs'] or ((),())
     return known|dict(when=datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'), n_items=f'{len(interp):,}', n_classes=f'{len(interp.labels.unique()):,}', sections=_sections(known),
-        says=gain and known['says'] and (_way(gain),gain.sentence), gain=gain and _gain_rows(gain), gain_note=gain and _gain_note(gain), what=_what(interp), meanings=_meanings(r), metrics=_metrics(r), figures=figures, images=images,
+        says=gain and known['says'] and (_way(gain),gain.sentence), gain=gain and _gain_rows(gain), gain_note=gain and _gain_note(gain), what=_what(interp), meanings=metric_meanings(r.keys()), metrics=_metrics(r), figures=figures, images=images,
         tiles=[_tile(r, o) for o in dict.fromkeys((f'recall@{interp.ks[0]}',f'recall@{max([k for k in interp.ks if k<=10] or interp.ks[:1])}','map@r'))]+[('overlap of similarities',f'{interp.similarities()["overlap"]:.2f}','0: classes apart, 1: no difference')],
         confused=(['class of the query','class of its nearest','times','of'],confused[['query','found','count','of']].values.tolist()), epochs=known['epochs'] and (head,[[_fmt(o) for o in row] for row in rows]),
         settings=known['settings']|{'time of this report':f'{time.perf_counter()-began:.1f} s'}, command=command, code=own, versions=run_versions(), result=r.to_dict()|({'gain':gain.to_dict()} if gain else {}))

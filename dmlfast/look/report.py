@@ -20,7 +20,8 @@ from .page import *
 from ..train.learner import *
 from ..train.predictions import *
 from ..models.embedder import *
-from ..files.drawing import _axes, _blue, _grey, _orange
+from ..retrieval.metrics import metric_meanings, metric_of
+from ..files.drawing import light_axes as _axes, blue as _blue, grey as _grey, orange as _orange
 from ..train.transfer import *
 
 # %% ../../nbs/api/look/02_report.ipynb #1f5b2974
@@ -121,7 +122,7 @@ def plot_curves(
     a.legend(frameon=False, fontsize=8)
     _axes(b, title='Validation metrics', xlabel='epochs', ylabel='metric', ylim=(0,1.02))
     for i,k in enumerate(head[3:], 3):
-        if k.startswith(('recall','map','r_prec','precision','mrr','nmi','ami','f1')): _draw_metric(b, k, [o[0] for o in rows], [o[i] for o in rows], (i-3)/max(1, len(head)-4))
+        if metric_of(k): _draw_metric(b, k, [o[0] for o in rows], [o[i] for o in rows], (i-3)/max(1, len(head)-4))
     if b.lines: b.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1,.5), borderaxespad=0)
     b.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     _axes(c, title='Learning rate', xlabel='steps', ylabel='learning rate of the head')

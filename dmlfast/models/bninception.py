@@ -200,7 +200,8 @@ def checkpoint_filter_fn(sd, model):
 # %% ../../nbs/api/models/02_bninception.ipynb #8c283873
 default_cfgs = generate_default_cfgs({'bn_inception.caffe_in1k': dict(
     url='http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth', num_classes=1000, input_size=(3,224,224), pool_size=(7,7),
-    crop_pct=0.875, interpolation='bilinear', mean=(128/255,117/255,104/255), std=(1/255,)*3, first_conv='conv1_7x7_s2', classifier='last_linear')})
+    crop_pct=0.875, interpolation='bilinear', mean=(128/255,117/255,104/255), std=(1/255,)*3, first_conv='conv1_7x7_s2',
+    classifier='last_linear')})
 
 # %% ../../nbs/api/models/02_bninception.ipynb #56aeba55
 @register_model

@@ -141,7 +141,8 @@ class RetrievalResult:
         name:str, # A metric that has a value for each query
     )->dict: # Label to mean
         "Mean over the queries of each class; raises `ValueError` for a clustering's score, which is of the whole set"
-        if name in self._clusters: raise ValueError(f'{name!r} is a score of the clusters of the whole set, and has no value for each class')
+        if name in self._clusters:
+            raise ValueError(f'{name!r} is a score of the clusters of the whole set, and has no value for each class')
         c,g = np.unique(self.labels[self.used], return_inverse=True)
         v = np.bincount(g, self._each(name), len(c))/np.bincount(g, minlength=len(c))
         return dict(zip(c.tolist(), v.tolist()))
@@ -207,7 +208,8 @@ def _html(head, rows, notes):
     "A table in HTML"
     tr = lambda r,t: '<tr>'+''.join(f'<{t}>{escape(c)}</{t}>' for c in r)+'</tr>'
     body = ''.join(tr(r, 'td') for r in rows)
-    return f'<table class="dataframe"><thead>{tr(head,"th")}</thead><tbody>{body}</tbody></table>' + ''.join(f'<p>{escape(n)}</p>' for n in notes)
+    said = ''.join(f'<p>{escape(n)}</p>' for n in notes)
+    return f'<table class="dataframe"><thead>{tr(head,"th")}</thead><tbody>{body}</tbody></table>{said}'
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #8bff47f6
 @patch
@@ -233,7 +235,8 @@ def _ends(i): return dict(low=i[0], high=i[1]) if i else dict(low=None, high=Non
 def to_dict(self:RetrievalResult)->dict:
     "Means, macro means and intervals, and how they were obtained, as plain numbers and strings"
     ms = {k:dict(mean=_number(self[k]), macro=_number(self.macro(k)), **_ends(self.interval(k))) for k in self.keys()}
-    res = dict(metrics=ms, n_queries=len(self.labels), n_left_out=self.n_left_out, n_classes=len(np.unique(self.labels[self.used] if self.values else self.labels)),
+    res = dict(metrics=ms, n_queries=len(self.labels), n_left_out=self.n_left_out,
+        n_classes=len(np.unique(self.labels[self.used] if self.values else self.labels)),
         intervals=dict(over=self.ci, n_boot=self.n_boot, seed=self.seed, none=[o for o in map(self.why_no_interval, self.keys()) if o]),
         **self.settings)
     if self.curve is not None: res['pr_curve'] = dict(recall=self.curve[0].tolist(), precision=[_number(o) for o in self.curve[1]])

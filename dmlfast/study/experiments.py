@@ -26,11 +26,11 @@ from ..train.learner import *
 from ..models.embedder import *
 from ..files.images import *
 from ..retrieval.embedded import *
-from ..retrieval.search import _metric_names
+from ..retrieval.metrics import *
 from .runs import *
 from .runs import _allowed, _plain, _read_toml, _recipe
 from ..files.registry import *
-from ..files.drawing import _blue, _grey, _orange
+from ..files.drawing import blue as _blue, grey as _grey, orange as _orange
 from .tuning import *
 from .tuning import _check_metric, _count, _optuna, _plain_space, _pruner
 
@@ -68,7 +68,7 @@ def _read_plan(file, above=()):
 def _measures(plan):
     "By what runs are scored; raises `ValueError` for what is no metric with one number"
     o = plan.get('measures', ['recall','map@r'])
-    if not (res := _metric_names(o if isinstance(o, str) else listify(o), curve=False)): raise ValueError("`measures` are one or more metrics, such as 'map@r'; got none.")
+    if not (res := metric_names(o if isinstance(o, str) else listify(o), curve=False)): raise ValueError("`measures` are one or more metrics, such as 'map@r'; got none.")
     return res
 
 def _check_search(search):
@@ -193,7 +193,7 @@ def check_method(self:Experiment,
 @patch
 def check_data(self:Experiment):
     "Raise `ValueError` where the data set lacks classes that the experiment needs, or is not the one that the results are of"
-    _metric_names(self.measures, drawn=self.ds.random_gallery, curve=False)
+    metric_names(self.measures, drawn=self.ds.random_gallery, curve=False)
     need,df = ['test'] + ['val']*any(self.space(o) for o in self.methods),self.ds.df
     for o in need:
         if (n := df.label[df.split==o].nunique())<2:

@@ -20,10 +20,10 @@ from ..data.datasets import *
 from ..train.columns import *
 from ..train.learner import *
 from ..train.ssr import *
-from ..retrieval.search import _metric_names
+from ..retrieval.metrics import metric_names
 from .runs import *
 from .runs import _plain
-from ..files.drawing import _blue, _orange
+from ..files.drawing import blue as _blue, orange as _orange
 
 # %% ../../nbs/api/study/01_tuning.ipynb #d89bac19
 def _optuna():
@@ -204,7 +204,7 @@ def _is_one_left(study, n_trials):
 
 def _check_metric(metric):
     "Raise `ValueError` for what is no metric that a column of this name shows"
-    if not isinstance(metric, str) or _metric_names(metric, curve=False)!=[metric]: raise ValueError(f"The score of a search is one metric, such as 'map@r' or 'recall@1'; got {metric!r}.")
+    if not isinstance(metric, str) or metric_names(metric, curve=False)!=[metric]: raise ValueError(f"The score of a search is one metric, such as 'map@r' or 'recall@1'; got {metric!r}.")
 
 def _count(name, value):
     if not isinstance(value, int) or isinstance(value, bool) or value<1: raise ValueError(f"`{name}` is 1 or more; got {value!r}.")

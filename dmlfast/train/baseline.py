@@ -15,13 +15,13 @@ from fastai.learner import *
 from fastai.learner import noop # not the same as fastcore's
 from fastai.callback.core import Callback
 from fastprogress.core import format_time
-from ..data.batches import _labels
+from ..data.batches import labels_of
 from .compat import *
 from .columns import *
 from .features import *
 from ..models.heads import *
 from ..models.embedder import *
-from ..retrieval.search import *
+from ..retrieval.metrics import *
 
 # %% ../../nbs/api/train/07_baseline.ipynb #a3cd8534
 def _halves(classes, seed=0):
@@ -71,7 +71,8 @@ def check_features(
     bad = ~X.isfinite().all(1)
     if bad.any():
         i = int(bad.nonzero()[0])
-        raise ValueError(f"The features of {int(bad.sum())} of {len(X)} training images are not finite{'' if items is None else f', the first of {str(items[i])!r}'}: look at these images and at the weights of the body.")
+        raise ValueError(f"The features of {int(bad.sum())} of {len(X)} training images are not "
+            f"finite{'' if items is None else f', the first of {str(items[i])!r}'}: look at these images and at the weights of the body.")
     return bool((X-X[:1]).abs().max()>1e-6*X.abs().max().clamp(min=1e-30))
 
 def start_head(
@@ -187,7 +188,9 @@ def has_moved(
 @patch
 def check_known(self:HeadStart):
     "Raise `ValueError` where the body as it came is not known"
-    if self.origin is None: raise ValueError("What this learner's body was before it was trained is not known here: a loaded learner does not hold it, and a model that was given as it is has no features. Compare before `export`.")
+    if self.origin is None:
+        raise ValueError("What this learner's body was before it was trained is not known here: a loaded learner does not hold it, and a "
+            "model that was given as it is has no features. Compare before `export`.")
 
 @patch
 def features(self:HeadStart,
@@ -209,7 +212,8 @@ def measure(self:HeadStart):
     dl = learn.dls.valid if len(learn.dls.loaders)>1 and len(learn.dls.valid.dataset) else None
     if self.rows or self.origin is None or columns is None or dl is None: return
     self._add('features', dl, columns, lambda X: X)
-    if self.rows and not (has_moved(self.model, self.origin) or isinstance(self.model.head, torch.nn.Identity)): self._add('start', dl, columns, lambda X: head_embs(self.model, X))
+    if self.rows and not (has_moved(self.model, self.origin) or isinstance(self.model.head, torch.nn.Identity)):
+        self._add('start', dl, columns, lambda X: head_embs(self.model, X))
     self.new = True
 
 @patch

@@ -13,8 +13,7 @@ from torch import tensor
 from fastcore.all import *
 from fastai.learner import *
 from fastai.callback.core import Callback
-from ..retrieval.search import *
-from ..retrieval.search import _metric_names
+from ..retrieval.metrics import *
 
 # %% ../../nbs/api/train/03_columns.ipynb #f81f2323
 def protocol_of(
@@ -23,7 +22,8 @@ def protocol_of(
 )->dict: # Arguments of `evaluate_protocol`, none if `dls` were not made of a data set
     "How the data set behind `dls` has the items of `dl` scored"
     source,items = getattr(dl, 'source', None) or getattr(dls, 'source', None),getattr(getattr(dl, 'dataset', None), 'items', None)
-    if source is None or items is None or dl.shuffle or dl.drop_last: return {} # items in another order than the table's cannot be told apart
+    # items in another order than the table's cannot be told apart
+    if source is None or items is None or dl.shuffle or dl.drop_last: return {}
     return source.protocol(items)
 
 # %% ../../nbs/api/train/03_columns.ipynb #3702079f
@@ -42,13 +42,13 @@ class RetrievalMetrics(Callback):
     "Score the validation embeddings after each epoch, as columns that recorder, trackers and loggers know"
     order = 45 # before Recorder, at 50, reads the columns
     def __init__(self,
-        metrics=None, # Names such as `'recall@1'`, `'map@r'`, `'r_precision'`, see `evaluate_retrieval`; recall at `ks` and map@r if not given
+        metrics=None, # Names such as `'recall@1'` and `'r_precision'`, see `metric_names`; recall at `ks` and map@r if not given
         ks=(1,2,4,8), # Neighbours to look at for recall
         every:int=1, # Score each so many epochs; in the others the columns repeat
     ):
         if not (isinstance(every, int) and every>=1): raise ValueError(f"`every` is a number of epochs, 1 or more; got {every!r}.")
         store_attr('every')
-        self.names = _metric_names(ifnone(metrics, ['recall','map@r']), ks, curve=False)
+        self.names = metric_names(ifnone(metrics, ['recall','map@r']), ks, curve=False)
         self.columns = [ValueMetric(partial(self.value, o), o) for o in self.names]
         self.reset()
 
@@ -64,7 +64,7 @@ class RetrievalMetrics(Callback):
         learn, # Learner that is about to be fitted
     ):
         "Raise `ValueError` where the data set has no such metrics"
-        _metric_names(self.names, drawn=getattr(getattr(learn.dls, 'source', None), 'random_gallery', 0), curve=False)
+        metric_names(self.names, drawn=getattr(getattr(learn.dls, 'source', None), 'random_gallery', 0), curve=False)
 
     def due(self):
         "Is this epoch scored? The last one always is, and what is no epoch of a fit"
@@ -90,7 +90,8 @@ def after_pred(self:RetrievalMetrics):
     ok = self.pred.detach().isfinite().all(-1)
     if ok.all(): return
     if hasattr(self.learn, 'lr_finder') and self.train_iter: raise CancelFitException() # what it looks for; it puts the weights back
-    raise Diverged(f"{(~ok).sum().item()} of {len(ok)} {'training' if self.training else 'validation'} embeddings are not finite in epoch {self.epoch}, "
+    raise Diverged(f"{(~ok).sum().item()} of {len(ok)} {'training' if self.training else 'validation'} embeddings are not finite in epoch "
+        f"{self.epoch}, "
         f"after {self.train_iter} steps: the training diverged. A lower learning rate is the first thing to try.")
 
 @patch

@@ -20,7 +20,7 @@ from .columns import is_fitting
 from .gain import *
 from ..losses import *
 from ..models.embedder import *
-from ..files.drawing import _axes, _blue, _grey, _orange
+from ..files.drawing import light_axes as _axes, blue as _blue, grey as _grey, orange as _orange
 
 # %% ../../nbs/api/train/14_doctor.ipynb #7c342804
 def effective_rank(

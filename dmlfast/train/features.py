@@ -17,7 +17,7 @@ from fastai.data.all import *
 from fastai.torch_core import no_random
 from fastprogress.fastprogress import progress_bar
 from ..data.batches import *
-from ..data.batches import _labels
+from ..data.batches import labels_of
 from ..files.writing import *
 from ..models.embedder import *
 
@@ -35,12 +35,22 @@ def collect(
     model.eval()
     try:
         for b in progress_bar(dl, leave=False) if bar else dl:
-            b = [o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in to_device(b, device)] # as in a fit: a compiled model takes no other
+            # as in a fit: a compiled model takes no other
+            b = [o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in to_device(b, device)]
             res.append((f(*b[:n_inp]).as_subclass(Tensor).float().cpu(), b[n_inp].cpu() if len(b)>n_inp else None))
     finally: model.train(training)
-    if not res: raise ValueError("This loader has no items to embed; a loaded learner has none until it is given a split's name or a loader.")
+    if not res:
+        raise ValueError("This loader has no items to embed; a loaded learner has none until it is given a split's name or a loader.")
     xs,ys = zip(*res)
     return torch.cat(xs), None if ys[0] is None else torch.cat(ys)
+
+# %% ../../nbs/api/train/06_features.ipynb #3e9b6a17
+def rows_of(
+    items, # A list, or a `DataFrame`
+    idxs, # Indices, `(n,)`
+):
+    "Some of the items"
+    return items.iloc[idxs] if hasattr(items, 'iloc') else [items[i] for i in idxs]
 
 # %% ../../nbs/api/train/06_features.ipynb #1e09a623
 def balanced_part(
@@ -57,8 +67,6 @@ def balanced_part(
     turn = np.arange(len(labels))-np.repeat(first, np.diff(np.r_[first, len(labels)])) # which of its class an item is
     return sorted(order[np.argsort(turn, kind='stable')[:n]].tolist())
 
-def _rows(items, idxs): return items.iloc[idxs] if hasattr(items, 'iloc') else [items[i] for i in idxs]
-
 def as_measured(
     dl, # Loader
 ): # Each item once, in order
@@ -74,7 +82,7 @@ def measured_dl(
     "The training items as validation items are treated, each once"
     ds = dls.train_ds
     if n is None or not isinstance(ds, Datasets) or n>=len(ds): return as_measured(dls.train)
-    return dls.test_dl(_rows(ds.items, balanced_part(_labels(ds), n)), with_labels=True)
+    return dls.test_dl(rows_of(ds.items, balanced_part(labels_of(ds), n)), with_labels=True)
 
 # %% ../../nbs/api/train/06_features.ipynb #73dd8401
 def weights_hash(
@@ -102,7 +110,8 @@ def body_key(
 
 def _said(t):
     "A transform and its settings"
-    return f"{type(t).__module__}.{type(t).__qualname__}{sorted((k,str(v)) for k,v in vars(t).items() if isinstance(v, (int,float,str,tuple,Tensor,type(None))))}{t}"
+    settings = sorted((k,str(v)) for k,v in vars(t).items() if isinstance(v, (int,float,str,tuple,Tensor,type(None))))
+    return f"{type(t).__module__}.{type(t).__qualname__}{settings}{t}"
 
 def _stat(o):
     try: s = os.stat(o)
@@ -114,10 +123,12 @@ def items_key(
 )->str|None: # 32 hexadecimal digits; None where the items have no names
     "What tells whether two loaders have the same files and treat them alike"
     items = getattr(getattr(dl, 'dataset', None), 'items', None)
-    if items is None or hasattr(items, 'columns') or not isinstance(dl.dataset, Datasets) or not all(isinstance(o, (str,Path)) for o in items): return None
+    if items is None or hasattr(items, 'columns') or not isinstance(dl.dataset, Datasets): return None
+    if not all(isinstance(o, (str,Path)) for o in items): return None
     tfms = [_said(t) for k in ('after_item','after_batch') for t in getattr(getattr(dl, k), 'fs', ())]
     opened = [f"{t.tfms}{[getattr(o, 'background', None) for o in t.types]}" for t in getattr(dl.dataset, 'tls', [])[:1]]
-    return hashlib.blake2b('\n'.join([*map(str, map(_stat, items)), *opened, *tfms]).encode(errors='surrogateescape'), digest_size=16).hexdigest()
+    return hashlib.blake2b('\n'.join([*map(str, map(_stat, items)), *opened, *tfms]).encode(errors='surrogateescape'),
+        digest_size=16).hexdigest()
 
 # %% ../../nbs/api/train/06_features.ipynb #500b93e9
 _kept,_keep_bytes = OrderedDict(),2**30 # features of the last loaders, for the next learner on the same data
@@ -147,7 +158,7 @@ def body_features(
 def _class_ids(dl):
     "Class ids as this loader numbers classes"
     ds = dl.dataset
-    return torch.tensor(_labels(ds)) if len(ds.tls)>ds.n_inp else None
+    return torch.tensor(labels_of(ds)) if len(ds.tls)>ds.n_inp else None
 
 # %% ../../nbs/api/train/06_features.ipynb #567d404b
 class Features:
@@ -173,7 +184,8 @@ class Features:
     )->Tensor: # `(len(idx),d)` float32
         "Features of some items"
         idx = np.asarray(idx)
-        if isinstance(self.X, Tensor): return self.X[view, torch.from_numpy(idx)] if np.ndim(view)==0 else self.X[torch.from_numpy(view), torch.from_numpy(idx)]
+        if isinstance(self.X, Tensor):
+            return self.X[view, torch.from_numpy(idx)] if np.ndim(view)==0 else self.X[torch.from_numpy(view), torch.from_numpy(idx)]
         return torch.from_numpy(np.asarray(self.X[view, idx], dtype=np.float32))
 
 def cache_folder(
@@ -196,7 +208,8 @@ def _write_file(file, shape, parts):
         out = np.memmap(tmp, np.float16, 'w+', shape=tuple(shape))
         for v,i,x in parts: out[v, i:i+len(x)] = x
         if not all(np.isfinite(out[v, i:i+4096]).all() for v in range(shape[0]) for i in range(0, shape[1], 4096)):
-            raise ValueError("Features are not finite, or greater than half precision holds (65,504): keep them in memory, with a larger `memory`.")
+            raise ValueError("Features are not finite, or greater than half precision holds (65,504): keep them in memory, with a larger "
+                "`memory`.")
         out.flush()
         del out
         file.with_suffix('.json').unlink(missing_ok=True)
@@ -228,13 +241,14 @@ def train_features(
     "Pooled features of all training images"
     if not (isinstance(views, int) and views>=1): raise ValueError(f"`views` is a number of views of each image, 1 or more; got {views!r}.")
     n,d = len(dls.train_ds),model.n_features
-    labels = torch.tensor(_labels(dls.train_ds))
+    labels = torch.tensor(labels_of(dls.train_ds))
     if 4*views*n*d<=memory:
         first = body_features(model, _view_dl(dls, 0), bar)[0]
         X = torch.stack([first] + [_augmented(model, dls, v, bar) for v in range(1, views)])
         return Features(X, labels)
     key = items_key(_view_dl(dls, 0))
-    name = hashlib.blake2b(f'{body_key(model)}{key or id(dls)}{views}{"" if views<2 else items_key(_view_dl(dls, 1))}'.encode(), digest_size=16).hexdigest()
+    name = hashlib.blake2b(f'{body_key(model)}{key or id(dls)}{views}{"" if views<2 else items_key(_view_dl(dls, 1))}'.encode(),
+        digest_size=16).hexdigest()
     file = Path(folder or cache_folder()/'features')/f'{name}.f16'
     X = _open_file(file, (views,n,d)) if key else None
     if X is None:
@@ -275,7 +289,8 @@ class FeatureDL(BalancedDL):
     ):
         "Whole batches, without a step for each item"
         samps,views = list(samps),self.features.views if self.shuffle else 1
-        view = np.zeros(len(samps), dtype=np.int64) if views==1 else np.random.default_rng([self.seed, self.epoch]).integers(views, size=len(samps))
+        view = np.zeros(len(samps), dtype=np.int64)
+        if views>1: view = np.random.default_rng([self.seed, self.epoch]).integers(views, size=len(samps))
         idx = np.array(samps, dtype=np.int64)
         for i in range(0, len(idx), self.bs):
             at = idx[i:i+self.bs]
@@ -293,11 +308,15 @@ def feature_loaders(
     about = dict(n_train_classes=getattr(dls, 'n_train_classes', None), vocab=getattr(dls, 'vocab', None))
     balanced = {o:getattr(t, o) for o in ('per_class','seed') if hasattr(t, o)} if isinstance(t, BalancedDL) else dict(per_class=1)
     cls = FeatureDL if isinstance(t, BalancedDL) else _PlainFeatureDL
-    res = [cls(FeatureSet(train, dls.train_ds, **about), bs=t.bs, shuffle=True, drop_last=True, labels=train.labels.numpy(), device=dls.device, num_workers=0, **balanced)]
+    res = [cls(FeatureSet(train, dls.train_ds, **about), bs=t.bs, shuffle=True, drop_last=True, labels=train.labels.numpy(),
+        device=dls.device, num_workers=0, **balanced)]
     if len(dls.loaders)>1 and len(dls.valid.dataset):
         X,y = body_features(model, dls.valid, bar)
-        res.append(FeatureDL(FeatureSet(Features(X[None], y), dls.valid_ds, **about), bs=512, per_class=1, device=dls.device, num_workers=0))
-    else: res.append(FeatureDL(FeatureSet(Features(train.X[:1,:0], train.labels[:0]), dls.valid_ds, **about), bs=512, per_class=1, device=dls.device, num_workers=0))
+        res.append(FeatureDL(FeatureSet(Features(X[None], y), dls.valid_ds, **about), bs=512, per_class=1, device=dls.device,
+            num_workers=0))
+    else:
+        res.append(FeatureDL(FeatureSet(Features(train.X[:1,:0], train.labels[:0]), dls.valid_ds, **about), bs=512, per_class=1,
+            device=dls.device, num_workers=0))
     for o in res: o.source = getattr(dls, 'source', None)
     return DataLoaders(*res, path=dls.path, device=dls.device)
 

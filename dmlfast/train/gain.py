@@ -17,8 +17,7 @@ from .learner import *
 from ..models.embedder import *
 from ..retrieval.embedded import *
 from ..retrieval.results import *
-from ..retrieval.search import *
-from ..retrieval.search import _metric_names
+from ..retrieval.metrics import *
 
 # %% ../../nbs/api/train/12_gain.ipynb #633bb948
 _few = 'recall@1','map@r'
@@ -27,7 +26,8 @@ _few = 'recall@1','map@r'
 def head_start_of(self:MetricLearner)->HeadStart:
     "The callback that knows the body as it came; raises `ValueError` where there is none"
     if (o := getattr(self, 'head_start', None)) is None:
-        raise ValueError("This learner began with random weights, or with a model that was given as it is, so there are no features to compare with or to start from: train it with `fit_one_cycle`.")
+        raise ValueError("This learner began with random weights, or with a model that was given as it is, so there are no features to "
+            "compare with or to start from: train it with `fit_one_cycle`.")
     o.check_known()
     return o
 
@@ -38,7 +38,7 @@ def baseline(self:MetricLearner,
     **kwargs # Passed to `evaluate_protocol`
 )->RetrievalResult:
     "Retrieval metrics of the frozen features of the body that this learner began with; raises `ValueError` where that is not known"
-    names = _metric_names(ifnone(metrics, _names(self)), kwargs.get('ks', (1,2,4,8))) # before the images are run through the body
+    names = metric_names(ifnone(metrics, _names(self)), kwargs.get('ks', (1,2,4,8))) # before the images are run through the body
     start,dl = self.head_start_of(),self.split_dl(dl)
     return Embedded(*start.features(dl), **self.about_items(dl)).evaluate(names, **kwargs)
 
@@ -86,17 +86,21 @@ class Gain(RetrievalDifference):
         names = [o for o in _few if o in self._keys] or self._keys[:1]
         if why := self.a.why_no_interval(names[0]):
             went = ' and '.join(f'{k} from {self.b[k]:.3f} to {self.a[k]:.3f}' for k in names)
-            return f"From the features to {'what was trained' if self.what=='Training' else self.what[0].lower()+self.what[1:]}, {went} ({why})." + (f' {self.remedy}' if self.remedy and min(self[o] for o in names)<-.05 else '')
+            what = 'what was trained' if self.what=='Training' else self.what[0].lower()+self.what[1:]
+            remedy = f' {self.remedy}' if self.remedy and min(self[o] for o in names)<-.05 else ''
+            return f"From the features to {what}, {went} ({why}).{remedy}"
         ways = [self.verdict(o) for o in names]
         over = 'over' if set(ways)=={'raised'} else 'compared with'
-        res = f"{self.what} {' and '.join(map(self._way, names))}, {over} the features it started from{_numbers(self.emb_sz, self.n_features)}."
+        went,sizes = ' and '.join(map(self._way, names)),_numbers(self.emb_sz, self.n_features)
+        res = f"{self.what} {went}, {over} the features it started from{sizes}."
         if over=='over': res = res.replace(', over', ' over')
         return f'{res} {self.remedy}' if self.remedy and 'lowered' in ways else res
 
     def _way(self, name):
         "Which way a metric went, and how far"
         way,(low,high) = self.verdict(name),self.interval(name)
-        if way=='kept': return f"changed {name} by {_points(self[name])} points (95 % interval {_points(low)} to {_points(high)}, within noise)"
+        if way=='kept':
+            return f"changed {name} by {_points(self[name])} points (95 % interval {_points(low)} to {_points(high)}, within noise)"
         low,high = (low,high) if way=='raised' else (-high,-low)
         return f"{way} {name} by {_points(abs(self[name]))} points (95 % interval {_points(low)} to {_points(high)})"
 
@@ -117,7 +121,8 @@ def _table(self:Gain):
 @patch
 def to_dict(self:Gain)->dict:
     "Scores of features and embedding, their differences with intervals, and the sentence"
-    return RetrievalDifference.to_dict(self)|dict(features={k:self.b[k] for k in self.keys()}, trained={k:self.a[k] for k in self.keys()}, verdict=self.verdict(), sentence=self.sentence)
+    return RetrievalDifference.to_dict(self)|dict(features={k:self.b[k] for k in self.keys()}, trained={k:self.a[k] for k in self.keys()},
+        verdict=self.verdict(), sentence=self.sentence)
 
 @patch
 def gain(self:MetricLearner,

@@ -19,7 +19,7 @@ from ..files.drawing import *
 from ..retrieval.embedded import *
 from ..retrieval.results import *
 from ..retrieval.search import *
-from ..retrieval.search import _metric_names
+from ..retrieval.metrics import *
 from ..deploy.embedder import Hit
 from .compat import *
 from .columns import *
@@ -77,7 +77,7 @@ def evaluate(self:MetricLearner,
     **kwargs # Passed to `evaluate_protocol`, instead of what the data set says
 )->RetrievalResult:
     "Retrieval metrics of a loader, a split or the validation set, scored as its data set says"
-    _metric_names(metrics, kwargs.get('ks', (1,))) # before the images are run through the model
+    metric_names(metrics, kwargs.get('ks', (1,))) # before the images are run through the model
     return self.embedded(dl).evaluate(metrics, **kwargs)
 
 # %% ../../nbs/api/train/09_predictions.ipynb #1d4bc75c

@@ -23,23 +23,23 @@ from .progress import *
 from .baseline import *
 from .checkpoint import Checkpoint
 from ..data.batches import *
-from ..data.batches import _labels
+from ..data.batches import labels_of
 from .columns import *
 from .features import *
-from .features import _rows
+from .features import rows_of
 from .gain import *
 from .learner import *
 from ..models.embedder import *
 from .ssr import *
-from ..retrieval.search import *
-from ..retrieval.search import _metric_names
+from ..retrieval.metrics import *
 
 # %% ../../nbs/api/train/13_transfer.ipynb #31c8cbe3
 def _check_rates(n_epoch, lr=None, body_lr=None):
     "Raise `ValueError` for what is no number of epochs, or no rate"
     if not (isinstance(n_epoch, int) and n_epoch>=1): raise ValueError(f"`n_epoch` is a number of epochs, 1 or more; got {n_epoch!r}.")
     if isinstance(lr, (int,float)) and not lr>0: raise ValueError(f"`lr` is a learning rate, greater than 0; got {lr!r}.")
-    if body_lr is not None and not body_lr>=0: raise ValueError(f"`body_lr` is the body's rate as a multiple of the head's, 0 or more; got {body_lr!r}.")
+    if body_lr is not None and not body_lr>=0:
+        raise ValueError(f"`body_lr` is the body's rate as a multiple of the head's, 0 or more; got {body_lr!r}.")
 
 @contextmanager
 def on_features(
@@ -48,7 +48,8 @@ def on_features(
     **kwargs # Passed to `train_features`
 ):
     "A context in which a learner trains and measures on the features of its body"
-    if not hasattr(unwrapped(learn.model), 'features'): raise ValueError("Features need a model that `metric_learner` makes by name: this one was given as it is.")
+    if not hasattr(unwrapped(learn.model), 'features'):
+        raise ValueError("Features need a model that `metric_learner` makes by name: this one was given as it is.")
     learn.start_head()
     learn.model.to(learn.dls.device)
     dls,opt,bar = learn.dls,learn.opt,talks(learn) and hasattr(learn, 'progress')
@@ -68,7 +69,8 @@ def fit_head(self:MetricLearner,
 ):
     "Train the head and the loss on features that the body makes once; raises `ValueError` for a model without features"
     _check_rates(n_epoch, lr)
-    if isinstance(getattr(self.model, 'head', None), nn.Identity): raise ValueError("head='identity' has nothing to train: the features are the embedding.")
+    if isinstance(getattr(self.model, 'head', None), nn.Identity):
+        raise ValueError("head='identity' has nothing to train: the features are the embedding.")
     with on_features(self, views, memory=memory): self.fit_one_cycle(n_epoch, lr, **kwargs)
 
 # %% ../../nbs/api/train/13_transfer.ipynb #7b3f2da2
@@ -83,7 +85,8 @@ def _score(learn, metric):
 def _check_choice(learn, what):
     "Raise `ValueError` where there are no validation classes to choose by"
     if not sum(map(len, learn.dls.loaders[1:])): raise ValueError(f"{what} chooses by the validation classes, and there are none.")
-    if learn.measures_on_test(): raise ValueError(f"{what} would choose by the test classes, which the result is for: make the data loaders with valid='val'.")
+    if learn.measures_on_test():
+        raise ValueError(f"{what} would choose by the test classes, which the result is for: make the data loaders with valid='val'.")
 
 class Interpolate(Callback):
     "After a fit, keep the best weights between its start and its end"
@@ -94,8 +97,9 @@ class Interpolate(Callback):
         say:bool=True, # Print what was chosen?
     ):
         self.at,self.metric,self.say = tuple(L(at)),metric,say
-        if not self.at or not all(isinstance(o, (int,float)) and 0<=o<=1 for o in self.at): raise ValueError(f"`at` are numbers from 0, the start, to 1, the end; got {at!r}.")
-        if len(_metric_names(metric, (1,)))!=1: raise ValueError(f"`metric` is one metric, such as 'map@r'; got {metric!r}.")
+        if not self.at or not all(isinstance(o, (int,float)) and 0<=o<=1 for o in self.at):
+            raise ValueError(f"`at` are numbers from 0, the start, to 1, the end; got {at!r}.")
+        if len(metric_names(metric, (1,)))!=1: raise ValueError(f"`metric` is one metric, such as 'map@r'; got {metric!r}.")
         self.curve,self.chosen,self.began = {},None,None
 
     def check_fit(self,
@@ -132,7 +136,8 @@ class Interpolate(Callback):
     ):
         "Give a model the weights between start and end"
         with torch.no_grad():
-            for k,v in _embedding(model).items(): v.copy_(torch.lerp(self.began[k].to(v.device), end[k], a) if v.is_floating_point() else end[k])
+            for k,v in _embedding(model).items():
+                v.copy_(torch.lerp(self.began[k].to(v.device), end[k], a) if v.is_floating_point() else end[k])
 
     @property
     def sentence(self):
@@ -154,7 +159,7 @@ def _with_vocab(t, vocab, n):
 
 def _of_items(ds, idxs, split_idx, vocab, n):
     "Some items of a data set, with classes numbered in another order"
-    items = _rows(ds.items, idxs)
+    items = rows_of(ds.items, idxs)
     def _one(tl):
         res = with_items(tl, items, split_idx)
         res.tfms = copy(tl.tfms)
@@ -169,10 +174,13 @@ def halves(
 )->DataLoaders: # All of its items are training items of `dls`
     "Half of the training classes to train on, and the other half to measure on; raises `ValueError` for what cannot be divided by class"
     ds,t,vocab = dls.train_ds,dls.train,getattr(dls, 'vocab', None)
-    if not isinstance(ds, Datasets) or vocab is None: raise ValueError("These training items cannot be divided by class: they are not made by a `DataBlock` or a `MetricDataset`. Give `body_lr`, and nothing has to be found out.")
-    labels = torch.tensor(_labels(ds))
+    if not isinstance(ds, Datasets) or vocab is None:
+        raise ValueError("These training items cannot be divided by class: they are not made by a `DataBlock` or a `MetricDataset`. Give "
+            "`body_lr`, and nothing has to be found out.")
+    labels = torch.tensor(labels_of(ds))
     classes = labels.unique()
-    if len(classes)<4: raise ValueError(f"There are {len(classes)} training classes, too few to divide: give `body_lr`, and nothing has to be found out.")
+    if len(classes)<4:
+        raise ValueError(f"There are {len(classes)} training classes, too few to divide: give `body_lr`, and nothing has to be found out.")
     part = classes[torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))][:-(-len(classes)//2)]
     seen,n = torch.isin(labels, part),len(part)
     order = [vocab[int(i)] for i in part.sort().values]
@@ -191,14 +199,17 @@ _shape = ChannelsLast,MixedPrecision,GradientAccumulation,GradientClip
 
 def _trial(learn, dls):
     "A learner on halves of the training classes that begins as this one did"
-    if learn.loss_as_given is None: raise ValueError(f"{type(learn.loss_func).__name__} cannot be copied, so nothing can be tried with it: give `body_lr`, and nothing has to be found out.")
+    if learn.loss_as_given is None:
+        raise ValueError(f"{type(learn.loss_func).__name__} cannot be copied, so nothing can be tried with it: give `body_lr`, and "
+            "nothing has to be found out.")
     start,model = learn.head_start_of(),deepcopy(unwrapped(learn.model))
     if hasattr(model, 'ranking_head'): del model.ranking_head
     model.load_state_dict(start.origin, strict=False)
     model.pending = start.kind
     model.loss_func = deepcopy(learn.loss_as_given).setup(dls.n_train_classes, model.emb_sz)
     cbs = [type(o)() if isinstance(o, ChannelsLast) else _copied(o) for o in learn.cbs if isinstance(o, _shape)]
-    res = MetricLearner(dls, model, model.loss_func, opt_func=learn.opt_func, lr=learn.lr, splitter=learn.splitter, wd=learn.wd, moms=learn.moms,
+    res = MetricLearner(dls, model, model.loss_func, opt_func=learn.opt_func, lr=learn.lr, splitter=learn.splitter, wd=learn.wd,
+        moms=learn.moms,
         wd_bn_bias=learn.wd_bn_bias, train_bn=learn.train_bn, cbs=[RetrievalMetrics(['map@r']), HeadStart(), *cbs])
     res.body_share = learn.body_share
     res.remove_cbs([ProgressCallback,PlainTable])
@@ -212,7 +223,8 @@ def _copied(cb):
     finally: cb.learn = learn
 
 _regimes = dict(frozen=None, gentle=dict(freeze_bn=True), full=dict(lr=3e-3, freeze_bn=False, least=8))
-_said = dict(frozen='the body stays as it is', gentle='a low rate, batch norm as it is', full='a high rate for everything, running batch norm')
+_said = dict(frozen='the body stays as it is', gentle='a low rate, batch norm as it is',
+    full='a high rate for everything, running batch norm')
 
 def regime_said(
     name:str, # `'frozen'`, `'gentle'` or `'full'`
@@ -250,7 +262,8 @@ def how_far(
     return scores
 
 # %% ../../nbs/api/train/13_transfer.ipynb #3bc014a4
-def _n_val(learn): return len(set(_labels(learn.dls.valid_ds))) if isinstance(learn.dls.valid_ds, Datasets) else 20 # or more: it is not known
+# or more: it is not known
+def _n_val(learn): return len(set(labels_of(learn.dls.valid_ds))) if isinstance(learn.dls.valid_ds, Datasets) else 20
 
 def _can_choose(learn): return bool(sum(map(len, learn.dls.loaders[1:]))) and not learn.measures_on_test()
 
@@ -271,7 +284,8 @@ def _choose_head(learn, n_epoch, choose, say):
     else:
         with no_random(): better,was,now = _try_head(_trial(learn, halves(learn.dls)), n_epoch)
         if better: learn.fit_head(n_epoch)
-    say(f"2. Head trained on features for {n_epoch} epoch{'s'*(n_epoch>1)}: map@r {was:.4f} → {now:.4f} {'on the validation classes' if choose else 'on training classes held out'}: {'kept' if better else 'not kept'}.")
+    say(f"2. Head trained on features for {n_epoch} epoch{'s'*(n_epoch>1)}: map@r {was:.4f} → {now:.4f} "
+        f"{'on the validation classes' if choose else 'on training classes held out'}: {'kept' if better else 'not kept'}.")
     return dict(epochs=n_epoch, before=was, after=now, kept=better)
 
 @patch
@@ -291,17 +305,22 @@ def plan_transfer(self:MetricLearner,
     if choose:
         if (n := _n_val(self))<20: say(f"Note: to choose by {n} validation classes is little more than a guess; 20 or more are better.")
         base,now = (f(metrics=['recall@1','map@r'], n_boot=1) for f in (self.baseline,self.evaluate))
-        if base['recall@1']!=base['recall@1']: raise ValueError("No two validation images are of one class, so nothing can be scored or chosen: hold out classes with two images or more.")
-        say(f"1. On the validation classes, recall@1 and map@r are {base['recall@1']:.3f} and {base['map@r']:.3f} for the features, {now['recall@1']:.3f} and {now['map@r']:.3f} for the start.")
+        if base['recall@1']!=base['recall@1']:
+            raise ValueError("No two validation images are of one class, so nothing can be scored or chosen: hold out classes with two "
+                "images or more.")
+        say(f"1. On the validation classes, recall@1 and map@r are {base['recall@1']:.3f} and {base['map@r']:.3f} for the features, "
+            f"{now['recall@1']:.3f} and {now['map@r']:.3f} for the start.")
         res |= dict(features=base['map@r'], start=now['map@r'])
-    few = len(set(_labels(self.dls.train_ds)))<4 if isinstance(self.dls.train_ds, Datasets) else False
+    few = len(set(labels_of(self.dls.train_ds)))<4 if isinstance(self.dls.train_ds, Datasets) else False
     with self.removed_cbs(self.cbs.filter(risinstance((Checkpoint,TrackerCallback)))):
-        if head_epochs and (choose or not few) and not isinstance(unwrapped(self.model).head, nn.Identity): res['head'] = _choose_head(self, head_epochs, choose, say)
+        if head_epochs and (choose or not few) and not isinstance(unwrapped(self.model).head, nn.Identity):
+            res['head'] = _choose_head(self, head_epochs, choose, say)
         if given or few:
             say(f"3. How far the body may move {'is given' if given else 'cannot be found with so few training classes'}.")
             regime = 'frozen' if given.get('body_lr')==0 else 'gentle'
         else:
-            say(f"3. How far may the body move? Short trainings on half of the training classes, scored on the other half; about {(n_epoch+_regimes['full']['least'])/2:.0f} epochs of work at most:")
+            say("3. How far may the body move? Short trainings on half of the training classes, scored on the other half; about "
+                f"{(n_epoch+_regimes['full']['least'])/2:.0f} epochs of work at most:")
             res['how_far'] = how_far(self, n_epoch, say=say)
             regime = max(res['how_far'], key=res['how_far'].get)
     say(f"   Chosen: {regime} ({regime_said(regime)}).")
@@ -318,7 +337,7 @@ def fit_transfer(self:MetricLearner,
     plan:dict=None, # What `plan_transfer` gave, so that it need not be found again
     best=None, # File for the weights of the best epoch, without its suffix; a temporary one if not given
 )->Gain: # Against the features, on the validation classes; None where there are none
-    "Train a trained body so that it gains, and say what is decided and what it was worth; raises `ValueError` for a body with random weights"
+    "Train a trained body so that it gains, and say what is decided and what it was worth; raises `ValueError` for a random body"
     say,choose = print if talks(self) else noop,_can_choose(self)
     self.transfer = plan or self.plan_transfer(n_epoch, lr, body_lr, freeze_bn, head_epochs)
     if self.transfer['regime']!='frozen':
@@ -331,7 +350,8 @@ def fit_transfer(self:MetricLearner,
     if not sum(map(len, self.dls.loaders[1:])): return
     gain = self.gain()
     self.transfer['sentence'] = gain.sentence
-    say(gain.sentence + (" The epoch and the weights were chosen on these classes; `learn.gain('test')` is the fair figure." if choose and self.transfer['regime']!='frozen' else ''))
+    fair = " The epoch and the weights were chosen on these classes; `learn.gain('test')` is the fair figure."
+    say(gain.sentence + (fair if choose and self.transfer['regime']!='frozen' else ''))
     return gain
 
 class KeepBest(SaveModelCallback):
