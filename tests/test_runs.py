@@ -115,8 +115,8 @@ def test_what_stops_a_run_is_the_recipes_unless_said():
     assert _patience(fit=dict(monitor='recall@1'))==[] and _patience(recipe='dr_triplet')==[]
 
 def test_views_are_drawn_with_the_seed_of_the_ranking():
-    from dmlfast.study.runs import _ssr
-    assert [_ssr(dict(seed=5, **o), 1).views.seed for o in ({}, dict(views={}), dict(views=dict(seed=7)))]==[5,5,7] and _ssr(dict(views={}), 1).views.seed==1
+    from dmlfast.study.checks import make_ranking
+    assert [make_ranking(dict(seed=5, **o), 1).views.seed for o in ({}, dict(views={}), dict(views=dict(seed=7)))]==[5,5,7] and make_ranking(dict(views={}), 1).views.seed==1
 
 def test_interrupted_in_the_first_epoch(few, tmp_path):
     from dmlfast.study.runs import train_settings
@@ -181,15 +181,15 @@ def test_batches_fit_few_classes(few):
 def test_odd_values_of_every_loss():
     "What a loss or a miner cannot work with is refused before a fit, whatever stumbles over it"
     import dmlfast.losses.base as losses
-import dmlfast.losses.miners as mining
-import dmlfast.losses.proxies as proxies
-    from dmlfast.study.runs import _allowed, _classes, check_settings
+    import dmlfast.losses.miners as mining
+    import dmlfast.losses.proxies as proxies
+    from dmlfast.study.checks import _classes, allowed_settings, check_settings
     def names(base, *modules): return [k for m in modules for k,o in _classes(m, base).items() if k not in ('MetricLoss','ProxyLoss','OtherLoss','CombinedLoss','Miner')]
     tables = [('loss', dict(name=o)) for o in names(losses.MetricLoss, losses, proxies)]+[('loss.miner', dict(name='triplet', miner=dict(name=o))) for o in names(mining.Miner, mining)]
     assert len(tables)>15
     for table,loss in tables:
         check_settings(dict(loss=loss))
-        for k in _allowed(dict(loss=loss))[table]:
+        for k in allowed_settings(dict(loss=loss))[table]:
             for v in (None, '', -3, math.nan, math.inf, -math.inf, 'word', 10**30, [1,[2,3]], {}, True):
                 try: check_settings(_with({f'{table}.{k}':v}, dict(loss=loss)))
                 except ValueError as e: assert str(e) and '\n' not in str(e)
