@@ -153,10 +153,7 @@ def run_settings(
 )->dict: # Tables, checked
     "The settings that arguments stand for; raises `ValueError` for what is unknown, contradictory or would be ignored"
     from dmlfast.study.checks import check_settings, load_settings, with_settings
-    known = setting_args()
-    for k in args:
-        if k not in known and k not in inspect.signature(run_args).parameters: raise ValueError(nearest(k, [*known, *inspect.signature(run_args).parameters], 'argument'))
-    given = {k:o for k,o in known.items() if is_given(args.get(k))}
+    given = {k:o for k,o in setting_args().items() if is_given(args.get(k))}
     res = load_settings(args['config']) if args.get('config') else {} if base is None else base
     unsaid = base is None and not args.get('loss') and get_setting(res, 'loss.name') is None and not (args.get('recipe') or res.get('recipe'))
     if unsaid: res = with_settings(res, {'loss.name':'dr_triplet'})

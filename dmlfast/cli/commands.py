@@ -116,7 +116,9 @@ def command(
         caller = inspect.currentframe().f_back
         ns = caller.f_globals
         script = ns.get('__name__')=='__main__' and ('__file__' in ns or sys.argv[0]=='-c') # a notebook and a console have neither, and words that are not for us
-        if args or kwargs or not script or caller.f_locals is not ns: return func(*args, **kwargs)
+        if args or kwargs or not script or caller.f_locals is not ns:
+            if hasattr(func, 'tunes'): inspect.signature(with_setting_args(func)).bind(*args, **kwargs) # raises for a misspelt name
+            return func(*args, **kwargs)
         if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(line_buffering=True) # a log shows each epoch as it ends
         sys.exit(run_command(_f, sys.argv[1:]))
     return _f

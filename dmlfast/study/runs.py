@@ -123,7 +123,7 @@ def fit_settings(
     trackers = _trackers(settings)
     if fit.get('head_epochs'): learn.fit_head(fit['head_epochs'], fit.get('lr'))
     between = [Interpolate()] if fit.get('interpolate') else []
-    if n_epoch: learn.fitrecipe_of(n_epoch, _lr(fit), _sched(settings, n_epoch), 0 if trackers else fit.get('patience'), L(cbs)+trackers+between)
+    if n_epoch: learn.fit_recipe(n_epoch, _lr(fit), _sched(settings, n_epoch), 0 if trackers else fit.get('patience'), L(cbs)+trackers+between)
     return learn
 
 def _transfer_args(settings):
