@@ -22,6 +22,7 @@ from ..train.learner import *
 from ..train.ssr import *
 from ..retrieval.search import _metric_names
 from .runs import *
+from .settings import *
 from .checks import *
 from ..files.drawing import _blue, _orange
 
