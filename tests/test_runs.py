@@ -229,6 +229,10 @@ def test_a_setting_of_your_own(few, tmp_path, monkeypatch):
     back = load_settings(tmp_path/'run'/'settings.toml')
     assert back['fit']['clip_grad']==1e-3 and any(isinstance(o, Clip) for o in make_learner(back, few).cbs)
     assert not any(isinstance(o, Clip) for o in make_learner(small, few).cbs)
+    @schema.register_setting('batch', words=('few','many'))
+    def seen(learn, seen:str): learn.seen = seen
+    assert make_learner(_with({'batch.seen':'many'}), few).seen=='many' # and the data loaders are not told
+    with pytest.raises(ValueError, match="no `batch.seen` 'fewer'; the nearest is 'few'"): run_settings(seen='fewer')
 
 def test_a_setting_is_declared_once(monkeypatch):
     import dmlfast.study.settings as schema

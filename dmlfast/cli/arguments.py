@@ -16,6 +16,7 @@ from fastcore.meta import delegates
 from fastcore.script import store_true
 from ..files.registry import nearest
 from ..study.settings import *
+from ..study.settings import is_kind
 
 # %% ../../nbs/api/cli/00_arguments.ipynb #6aaa2003
 def word_value(

@@ -316,15 +316,15 @@ def dmlfast_train(
 ):
     "Train an embedding, measure it on classes it has never seen, and leave everything in a folder"
     with _stdout_for(Json):
-        from dmlfast.study.runs import _check_run_folder, _worth, train_settings
+        from dmlfast.study.runs import can_resume, check_run_folder, train_settings
         with _refusing():
-            _check_run_folder(Path(out), resume, overwrite)
+            check_run_folder(Path(out), resume, overwrite)
             settings = _resumed(out, kwargs) if resume else run_settings(**kwargs)
             if not (resume or plain): settings = _with_transfer(settings, kwargs)
             settings = _with_epochs(settings)
             cbs = [_tensorboard(tensorboard)] if tensorboard else []
         try:
-            with _refusing(lambda: _worth(out)): res = train_settings(settings, out, resume=resume, overwrite=overwrite, report=report, plain=not sys.stdout.isatty(), cbs=cbs)
+            with _refusing(lambda: can_resume(out)): res = train_settings(settings, out, resume=resume, overwrite=overwrite, report=report, plain=not sys.stdout.isatty(), cbs=cbs)
         except KeyboardInterrupt: raise Interrupted(_left_by_training(out)) from None
     if Json: print(json.dumps({'out':str(out), **res}))
     else:

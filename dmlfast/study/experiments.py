@@ -28,8 +28,9 @@ from ..retrieval.search import *
 from ..retrieval.search import _metric_names
 from .runs import *
 from ..files.registry import nearest
-from .settings import *
 from .checks import *
+from .checks import plain_settings, read_toml, recipe_of
+from .settings import get_setting
 from ..files.drawing import _blue, _grey, _orange
 from .tuning import *
 from .tuning import _check_metric, _count, _optuna, _plain_space, _pruner

@@ -37,7 +37,9 @@ from ..look.report import *
 from ..look.report import _versions
 from ..train.transfer import *
 from .settings import *
+from .settings import table_settings
 from .checks import *
+from .checks import built, check_nones, recipe_of, sched_name
 
 # %% ../../nbs/api/study/02_runs.ipynb #5cf4706f
 def _lr(fit):
@@ -134,7 +136,11 @@ def _transfer_args(settings):
 # %% ../../nbs/api/study/02_runs.ipynb #5c9090a4
 _run_files = 'settings.toml','transfer.json','history.csv','checkpoint','best.pth','embedder','results.json','report'
 
-def _check_run_folder(out, resume, overwrite):
+def check_run_folder(
+    out:Path, # Folder
+    resume:bool, # Go on with the run in it?
+    overwrite:bool, # Begin anew?
+):
     "Raise `FileExistsError` or `FileNotFoundError` where a run cannot be written to a folder"
     if resume and overwrite: raise ValueError("`resume` goes on with a run and `overwrite` begins it anew: take one of them.")
     is_run = (out/'settings.toml').is_file()
@@ -143,6 +149,13 @@ def _check_run_folder(out, resume, overwrite):
         state = 'a finished run' if (out/'results.json').is_file() else 'an interrupted run: `resume` goes on with it'
         raise FileExistsError(f"{str(out)!r} holds {state}; `overwrite` begins it anew.")
 
+def can_resume(
+    out, # Folder of a run
+)->bool:
+    "Is there something in it to go on from?"
+    return (Path(out)/'checkpoint'/'checkpoint.pt').is_file()
+
+# %% ../../nbs/api/study/02_runs.ipynb #040566e9
 class History(Callback):
     "Write a row for each epoch to a CSV file, also those of a run that goes on"
     order,run_valid = 98,False # before Checkpoint, so that no epoch is stored without its row
@@ -159,18 +172,14 @@ class History(Callback):
         try: write_whole(self.file, text.getvalue())
         except OSError as e: warn(f"The rows up to epoch {self.epoch} were not written to {str(self.file)!r} ({e}); after the next epoch all are written again.")
 
-# %% ../../nbs/api/study/02_runs.ipynb #040566e9
+# %% ../../nbs/api/study/02_runs.ipynb #645b511c
 def _begin(learn, settings, out, resume, overwrite):
     "Make the folder of a run, and put the learner where its checkpoint left it"
     if overwrite: remove_files(out, _run_files)
     out.mkdir(parents=True, exist_ok=True)
     if not resume: save_settings(absolute_paths(settings), out/'settings.toml')
-    if resume and _worth(out): learn.resume(out/'checkpoint')
+    if resume and can_resume(out): learn.resume(out/'checkpoint')
     else: learn.add_cb(Checkpoint(out/'checkpoint'))
-
-def _worth(out):
-    "Is there something in the folder of a run to go on from?"
-    return (Path(out)/'checkpoint'/'checkpoint.pt').is_file()
 
 def _scores(learn):
     "Scores on the validation classes, by the name of their split, and what they are more than those of the features; nothing where there are none"
@@ -183,7 +192,7 @@ def _plan(learn, settings, out):
     "What a transfer decides, found once for a run and kept in its folder; None where the settings ask for none"
     file = out/'transfer.json'
     if not settings.get('fit', {}).get('transfer') or not n_epochs(settings): return
-    if _worth(out) and file.is_file(): return json.loads(file.read_text(encoding='utf-8'))
+    if can_resume(out) and file.is_file(): return json.loads(file.read_text(encoding='utf-8'))
     res = learn.plan_transfer(n_epochs(settings), **_transfer_args(settings))
     write_whole(file, json.dumps(res, indent=1))
     return res
@@ -207,14 +216,14 @@ def train_settings(
 )->dict: # What `results.json` holds
     "Train as some settings say, measure, and leave everything in a folder; raises `FileExistsError` rather than overwrite anything, and leaves nothing where it fails before the first epoch is over"
     out = Path(out)
-    _check_run_folder(out, resume, overwrite)
+    check_run_folder(out, resume, overwrite)
     if resume and (out/'results.json').is_file(): return json.loads((out/'results.json').read_text(encoding='utf-8'))
     if n_epochs(check_settings(settings)) is None: raise ValueError("Nothing says for how many epochs to fit: set `fit.n_epoch`, or a `recipe`.")
     check_nones(settings)
     learn = make_learner(settings, ds, L(cbs)+TrainingDoctor())
     if plain: plain_table(learn)
     learn.check_cbs(L(learn.cbs)+_trackers(settings))
-    with clear_up(out, _run_files, partial(_worth, out)):
+    with clear_up(out, _run_files, partial(can_resume, out)):
         _begin(learn, settings, out, resume, overwrite)
         return _run(learn, settings, out, report)
 

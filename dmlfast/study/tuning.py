@@ -24,6 +24,7 @@ from ..retrieval.search import _metric_names
 from .runs import *
 from .settings import *
 from .checks import *
+from .checks import plain_settings
 from ..files.drawing import _blue, _orange
 
 # %% ../../nbs/api/study/03_tuning.ipynb #d89bac19
