@@ -11,7 +11,7 @@ __all__ = ['word_value', 'word_pairs', 'word_args', 'run_args', 'setting_args', 
 # %% ../../nbs/api/cli/00_arguments.ipynb #fc62717a
 import ast, inspect
 from pathlib import Path
-from typing import Annotated, get_args, get_origin
+from typing import Annotated, get_args
 from fastcore.meta import delegates
 from fastcore.script import store_true
 from ..files.registry import nearest
@@ -72,7 +72,7 @@ def _param(name, o):
     "Parameter of a command for a setting; a flag for true or false, or for what begins with no_"
     kinds = get_args(o.kind) if type(None) in get_args(o.kind) else (o.kind,)
     if kinds[0] is bool and str not in kinds: kind,default = Annotated[store_true, o.help],False
-    elif get_origin(kinds[0]) is list or kinds[0] is list: kind,default = Annotated[(*get_args(kinds[0]),str)[0], o.help, dict(nargs='*', action='extend')],None
+    elif kinds[0] in (list,list[int]): kind,default = Annotated[int if get_args(kinds[0]) else str, o.help, dict(nargs='*', action='extend')],None
     else: kind,default = Annotated[kinds[0] if kinds[0] in (int,float) else str, o.help],None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
@@ -82,7 +82,8 @@ def with_setting_args(
     "The same, its signature as the settings are now"
     own = f.own_signature
     new = setting_args(f.tunes)
-    if twice := own.parameters.keys() & new.keys(): raise ValueError(f"`{new[k := min(twice)].path}` cannot have the argument {k!r}, which {f.__name__.replace('_', '-')} has already: give it another with `arg`.")
+    for k in own.parameters.keys() & new.keys():
+        raise ValueError(f"`{new[k].path}` cannot have the argument {k!r}, which {f.__name__.replace('_', '-')} has already: give it another with `arg`.")
     f.__signature__ = own.replace(parameters=[*own.parameters.values(), *(_param(k, o) for k,o in new.items())])
     return f
 

@@ -19,22 +19,23 @@ from fastcore.meta import delegates
 from ..files.registry import nearest
 
 # %% ../../nbs/api/study/00_settings.ipynb #56d5826f
-_kind_names = {int:'a whole number', float:'a number', bool:'true or false', str:'a word', Path:'a path', dict:'a table', list:'a list', list[int]:'a list of whole numbers'}
+_kind_names = {int:'a whole number', float:'a number', bool:'true or false', str:'a word', Path:'a path', dict:'a table', list:'a list',
+    list[int]:'a list of whole numbers'}
 _most = {int:2**32-1, float:1e300} # the greatest seed of NumPy, and a margin to what is infinite
 
 def _kinds(kind):
     "The types that a type is made of"
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType,typing.Union) else (kind,)
 
 def is_kind(
     value, # Any
     kind, # Type as an argument has it: `float`, `int|None`, `list[int]`; `object` is any
 )->bool:
     "Is a value of a type, as far as a type of an argument says anything of a setting?"
-    if isinstance(kind, types.UnionType): return any(is_kind(value, o) for o in _kinds(kind))
+    if len(_kinds(kind))>1: return any(is_kind(value, o) for o in _kinds(kind))
     if value is None or kind is type(None): return value is None and kind is type(None)
     if kind in (int,float): return isinstance(value, (int,kind)) and not isinstance(value, bool) and abs(value)<=_most[kind]
-    if args := typing.get_args(kind): return is_kind(value, typing.get_origin(kind)) and all(is_kind(o, args[0]) for o in value)
+    if kind==list[int]: return is_kind(value, list) and all(is_kind(o, int) for o in value)
     return kind not in _kind_names or isinstance(value, {str:(str,Path), Path:(str,Path), list:(list,tuple)}.get(kind, kind))
 
 def kind_said(
@@ -89,7 +90,8 @@ class Setting:
         if isinstance(value, str) and value=='': raise ValueError(f"`{self.path}` is empty.")
         right = is_kind(value, self.kind) or self.most==math.inf and value==math.inf
         if right and isinstance(value, str) and not self._fits(value): raise ValueError(nearest(value, self.words, f'`{self.path}`'))
-        if not right or not all(map(self._fits, value if isinstance(value, (list,tuple)) else [value])): raise ValueError(f"`{self.path}` is {self.said()}; got {value!r}.")
+        many = value if isinstance(value, (list,tuple)) else [value]
+        if not (right and all(map(self._fits, many))): raise ValueError(f"`{self.path}` is {self.said()}; got {value!r}.")
 
 # %% ../../nbs/api/study/00_settings.ipynb #7a506f51
 @delegates(Setting, but=['path','kind','help'])
@@ -213,7 +215,8 @@ def declared_settings()->dict: # `{path: Setting}`
 # %% ../../nbs/api/study/00_settings.ipynb #d3edac96
 def _kind_of(p):
     "Type of an argument: what its annotation says, or its default, and None too where that is the default; `object` if it is not known"
-    kind = p.annotation if p.annotation is not p.empty else type(p.default) if isinstance(p.default, (bool,int,float,str)) else object
+    said = object if isinstance(p.annotation, str) else p.annotation
+    kind = said if said is not p.empty else type(p.default) if isinstance(p.default, (bool,int,float,str)) else object
     return kind|None if p.default is None else kind
 
 @cache
@@ -245,14 +248,16 @@ def register_setting(
     **kwargs
 ):
     "Decorator that makes a function of a learner and a value a setting"
-    if table not in ('','fit','model','batch'): raise ValueError(f"Settings are registered for the tables 'fit', 'model' and 'batch', or '' for none; got {table!r}. What a loss or a reader takes are its own arguments.")
+    if table not in ('','fit','model','batch'):
+        raise ValueError(f"Settings are registered for the tables 'fit', 'model' and 'batch', or '' for none; got {table!r}. "
+            "What a loss or a reader takes are its own arguments.")
     def _f(f):
-        name,(_,p) = f.__name__,inspect.signature(f).parameters.values()
-        path,kind = f'{table}.{name}' if table else name,_kind_of(p)
-        new = Setting(path, kind if type(None) in _kinds(kind) else kind|None, docments(f).get(p.name) or '', **{**kwargs, 'arg':_arg(kwargs.get('arg', True), name), 'apply':f})
+        name,(_,p) = f.__name__,inspect.signature(f, eval_str=True).parameters.values()
+        path,arg = f'{table}.{name}' if table else name,_arg(kwargs.get('arg', True), name)
+        new = Setting(path, _kind_of(p)|None, docments(f).get(p.name) or '', **{**kwargs, 'arg':arg, 'apply':f})
         for o in declared_settings().values():
             if path==o.path and path in _declared(): raise ValueError(f"There is a setting {path!r} already.")
-            if new.arg and new.arg==o.arg and path!=o.path: raise ValueError(f"`{o.path}` has the argument {new.arg!r} already: give `{path}` another with `arg`.")
+            if arg and arg==o.arg and path!=o.path: raise ValueError(f"`{o.path}` has the argument {arg!r} already: give `{path}` another with `arg`.")
         _registered[path] = new
         return f
     return _f
