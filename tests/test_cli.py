@@ -119,7 +119,7 @@ def options():
     "Rows of the table of the two systems' options in the notebook: script, option, and the words of the command line here"
     import shlex
     from fastcore.nbio import read_nb
-    text = '\n'.join(c.source for c in read_nb(Path(__file__).parent.parent/'nbs'/'api'/'cli'/'00_commands.ipynb').cells if c.cell_type=='markdown')
+    text = '\n'.join(c.source for c in read_nb(Path(__file__).parent.parent/'nbs'/'api'/'cli'/'01_commands.ipynb').cells if c.cell_type=='markdown')
     return [(script,option,shlex.split(here)) for script,option,here in re.findall(r'^\| (`\S+\.py`|Baselines) \| (.+?) \| `(.+?)` \|', text, re.M)]
 
 def test_every_option_of_the_two_systems():
@@ -348,13 +348,13 @@ def test_odd_values_of_every_argument(table, folder, make_learner, tmp_path, beg
 
 def test_odd_values_of_every_setting(table, tmp_path, begins):
     from dmlfast.cli.commands import dmlfast_train
-    from dmlfast.study.runs import _allowed, save_settings
+    from dmlfast.study.checks import allowed_settings, save_settings
     s = dict(data=dict(reader='csv', path=table), batch=dict(num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=16), loss=dict(name='margin', miner=dict(name='distance_weighted')),
         ssr=dict(views={}, loss={}), fit=dict(n_epoch=1))
     save_settings(s, tmp_path/'s.toml')
     args = {'--config':tmp_path/'s.toml', '--out':'x'}
     assert begins(dmlfast_train, args)==''
-    for k in ['seed','recipe',*s,*(f'{table}.{k}' for table,kinds in _allowed(s).items() for k in kinds if k!='pretrained')]: # which asks for the network
+    for k in ['seed','recipe',*s,*(f'{table}.{k}' for table,known in allowed_settings(s).items() for k in known if k!='pretrained')]: # which asks for the network
         ends = [begins(dmlfast_train, {**args, '--set':f'{k}={v}'}) for v in ('None','-3','nan','word','1'+'0'*30,'(1,(2,3))','{}','true')]
         assert sum(map(bool, ends))>3, (k, ends) # hardly anything is right for a setting
 
@@ -362,7 +362,7 @@ def test_what_was_left_behind(table, folder, tmp_path, begins):
     "Commands that were refused with a traceback, or left a folder that was in the way of the next one"
     from dmlfast.cli.commands import dmlfast_train, dmlfast_tune
     net = {'--data':table, '--arch':'test_resnet', '--no-pretrained':None, '--workers':0, '--size':24, '--out':tmp_path/'x'}
-    for more,said in [({'--set':'batch.per_class=None'}, '`batch.per_class` is a whole number; got None'), ({'--set':'seed=None'}, '`seed` is a whole number'), ({'--arch-args':'bogus=1'}, "timm cannot make 'test_resnet' with"),
+    for more,said in [({'--set':'batch.per_class=None'}, '`batch.per_class` is a whole number, 1 or more; got None'), ({'--set':'seed=None'}, '`seed` is a whole number'), ({'--arch-args':'bogus=1'}, "timm cannot make 'test_resnet' with"),
             ({'--arch-args':'a=(1,(2,3))'}, "timm cannot make 'test_resnet' with"), ({'--set':'loss.reduction=avg'}, "reduction 'avg' is none of"), ({'--set':'loss.reduction=none'}, 'one finite number for a batch'),
             ({'--lr':'inf'}, '--lr is too large'), ({'--lr':-1}, 'greater than 0'), ({'--set':'fit.lr=inf'}, '`fit.lr` is a number'), ({'--data':''}, '--data is empty')]:
         assert said in begins(dmlfast_train, {**net, **more}) and not (tmp_path/'x').exists(), more

@@ -115,8 +115,8 @@ def test_what_stops_a_run_is_the_recipes_unless_said():
     assert _patience(fit=dict(monitor='recall@1'))==[] and _patience(recipe='dr_triplet')==[]
 
 def test_views_are_drawn_with_the_seed_of_the_ranking():
-    from dmlfast.study.runs import _ssr
-    assert [_ssr(dict(seed=5, **o), 1).views.seed for o in ({}, dict(views={}), dict(views=dict(seed=7)))]==[5,5,7] and _ssr(dict(views={}), 1).views.seed==1
+    from dmlfast.study.checks import make_ranking
+    assert [make_ranking(dict(seed=5, **o), 1).views.seed for o in ({}, dict(views={}), dict(views=dict(seed=7)))]==[5,5,7] and make_ranking(dict(views={}), 1).views.seed==1
 
 def test_interrupted_in_the_first_epoch(few, tmp_path):
     from dmlfast.study.runs import train_settings
@@ -183,12 +183,99 @@ def test_batches_fit_few_classes(few):
 def test_odd_values_of_every_loss():
     "What a loss or a miner cannot work with is refused before a fit, whatever stumbles over it"
     from dmlfast.losses import register_loss, register_miner
-    from dmlfast.study.runs import _allowed, check_settings
+    from dmlfast.study.checks import allowed_settings, check_settings
     tables = [('loss', dict(name=o)) for o in register_loss]+[('loss.miner', dict(name='triplet', miner=dict(name=o))) for o in register_miner]
     assert len(tables)>15
     for table,loss in tables:
         check_settings(dict(loss=loss))
-        for k in _allowed(dict(loss=loss))[table]:
+        for k in allowed_settings(dict(loss=loss))[table]:
             for v in (None, '', -3, math.nan, math.inf, -math.inf, 'word', 10**30, [1,[2,3]], {}, True):
                 try: check_settings(_with({f'{table}.{k}':v}, dict(loss=loss)))
                 except ValueError as e: assert str(e) and '\n' not in str(e)
+
+def test_a_setting_of_your_own(few, tmp_path, monkeypatch):
+    "Written in one place, it is checked, has an argument with its help, is recorded, reaches the fit and is there again when the run is read"
+    import io, contextlib
+    import dmlfast.study.settings as schema
+    from dmlfast.cli.commands import dmlfast_train, parse_command, run_command, run_settings
+    from dmlfast.study.runs import check_settings, load_settings, make_learner, train_settings
+    monkeypatch.setattr(schema, '_registered', {})
+    lengths = []
+    class Clip(Callback):
+        "Scale gradients down to a length"
+        def __init__(self, most): self.most = most
+        def before_step(self):
+            import torch
+            torch.nn.utils.clip_grad_norm_(self.learn.model.parameters(), self.most)
+            lengths.append(math.sqrt(sum(float(o.grad.pow(2).sum()) for o in self.learn.model.parameters() if o.grad is not None)))
+
+    @schema.register_setting('fit', above=0, arg='clip')
+    def clip_grad(
+        learn, # New learner
+        most:float, # Longest gradient of a step; any if not given
+    ): learn.add_cb(Clip(most))
+
+    for value in (-1., 'x'):
+        with pytest.raises(ValueError, match='`fit.clip_grad` is a number, greater than 0; got'): check_settings(_with({'fit.clip_grad':value}))
+    with pytest.raises(ValueError, match="nearest is 'fit.clip_grad'"): check_settings(_with({'fit.clip_gard':1.}))
+    with contextlib.redirect_stdout(io.StringIO()) as out: assert run_command(dmlfast_train, ['--help'])==0
+    assert '--clip (float)' in out.getvalue() and 'Longest gradient of a step; any if not given' in out.getvalue()
+    s = run_settings(**parse_command(dmlfast_train, '--clip 1e-3 --loss triplet'.split()))
+    assert s==dict(loss=dict(name='triplet'), fit=dict(clip_grad=1e-3))
+    assert '| `fit.clip_grad` | a number, greater than 0 | `--clip` | Longest gradient of a step; any if not given |' in schema.settings_table()
+    train_settings(_with({'fit.clip_grad':1e-3, 'fit.n_epoch':1}), tmp_path/'run', few, plain=True)
+    assert lengths and max(lengths)<1.001e-3
+    back = load_settings(tmp_path/'run'/'settings.toml')
+    assert back['fit']['clip_grad']==1e-3 and any(isinstance(o, Clip) for o in make_learner(back, few).cbs)
+    assert not any(isinstance(o, Clip) for o in make_learner(small, few).cbs)
+    @schema.register_setting('batch', words=('few','many'))
+    def seen(learn, seen:str): learn.seen = seen
+    assert make_learner(_with({'batch.seen':'many'}), few).seen=='many' # and the data loaders are not told
+    with pytest.raises(ValueError, match="no `batch.seen` 'fewer'; the nearest is 'few'"): run_settings(seen='fewer')
+
+def test_a_setting_is_declared_once(monkeypatch):
+    import dmlfast.study.settings as schema
+    monkeypatch.setattr(schema, '_registered', {})
+    def lr(learn, value:float): pass
+    def rate(learn, value:float): pass
+    with pytest.raises(ValueError, match="a setting 'fit.lr' already"): schema.register_setting('fit')(lr)
+    with pytest.raises(ValueError, match='`fit.lr` has the argument'): schema.register_setting('model', arg='lr')(rate)
+    with pytest.raises(ValueError, match='its own arguments'): schema.register_setting('loss')(rate)
+    schema.register_setting('', arg='out')(rate)
+    from dmlfast.cli.commands import dmlfast_train, parse_command
+    with pytest.raises(ValueError, match="`rate` cannot have the argument 'out', which dmlfast-train has already"): parse_command(dmlfast_train, [])
+
+def test_the_schema_is_what_is_called():
+    "Fields of a table are arguments of the function that gets them, and the help says what each is"
+    import inspect
+    from dmlfast.all import MetricDataset, metric_learner
+    from dmlfast.study.settings import declared_settings, settings_of, table_settings
+    batch,model = set(table_settings('batch')),{k for k,o in table_settings('model').items() if k!='timm'}
+    assert batch==set(settings_of(MetricDataset.dataloaders, 'batch', ('item_tfms','batch_tfms')))
+    assert model<=set(inspect.signature(metric_learner).parameters)
+    assert set(table_settings('data'))<=set(settings_of(MetricDataset.__init__)) | {'reader','images'}
+    assert all(o.help for o in declared_settings().values())
+
+def test_a_reader_of_your_own(few, tmp_path):
+    "Found by its name in settings and by --data, with its own arguments"
+    from fastcore.meta import delegates
+    from dmlfast.all import MetricDataset, register_reader
+    from dmlfast.cli.commands import run_settings
+    from dmlfast.study.runs import check_settings, read_data
+    @register_reader
+    @delegates(MetricDataset.__init__, but=['df','path'])
+    def some_characters(
+        path=few.path, # Folder
+        every:int=2, # Leave out all classes but each of so many
+        **kwargs
+    ): return MetricDataset(few.df[few.df.label.isin(sorted(few.df.label.unique())[::every])], path, **kwargs)
+    try:
+        s = run_settings(data='some_characters', data_args='every=3,size=24')
+        assert s['data']==dict(reader='some_characters', every=3, size=24)
+        ds = read_data(s['data'])
+        assert ds.size==24 and ds.df.label.nunique()==math.ceil(few.df.label.nunique()/3)
+        assert run_settings(data='some_characters', path=str(tmp_path))['data']==dict(reader='some_characters', path=str(tmp_path))
+        with pytest.raises(ValueError, match="nearest is 'data.every'"): check_settings(dict(data=dict(reader='some_characters', evry=3)))
+        with pytest.raises(ValueError, match='`data.every` is a whole number'): check_settings(dict(data=dict(reader='some_characters', every='x')))
+    finally: register_reader.remove('some_characters')
+    with pytest.raises(ValueError, match="no reader 'some_characters'"): check_settings(dict(data=dict(reader='some_characters')))

@@ -205,6 +205,7 @@ def _merged(path, fns):
 
 # %% ../../nbs/api/data/01_tables.ipynb #d8a8b8e5
 @patch(cls_method=True)
+@delegates(MetricDataset.__init__, but=['df','path','check_files'])
 def from_folder(cls:MetricDataset,
     path, # Folder that holds a folder for each class
     test_pct:float=0.5, # Share of the classes for test
@@ -240,6 +241,7 @@ def from_folder(cls:MetricDataset,
 
 # %% ../../nbs/api/data/01_tables.ipynb #ce7b1a06
 @patch(cls_method=True)
+@delegates(MetricDataset.__init__, but=['df','path'])
 def from_df(cls:MetricDataset,
     df:pd.DataFrame, # One row an image
     path='.', # Folder that relative paths start from
@@ -283,6 +285,7 @@ def _read_csv(fn, sep, encoding):
 
 # %% ../../nbs/api/data/01_tables.ipynb #45e6e088
 @patch(cls_method=True)
+@delegates(MetricDataset.from_df, but=['df','path'])
 def from_csv(cls:MetricDataset,
     fn, # File
     path=None, # Folder that relative paths start from; the file's own if not given

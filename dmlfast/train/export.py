@@ -16,6 +16,7 @@ from fastai.vision.augment import *
 from ..data.batches import *
 from ..deploy.embedder import *
 from ..deploy.folder import *
+from .recipe import *
 from .learner import *
 from ..models.embedder import *
 
