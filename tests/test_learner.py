@@ -744,3 +744,21 @@ def test_a_cancelled_pass_leaves_each_number_in_its_column(make_learner, tmp_pat
     learn.fit(1, 1e-3, cbs=Leave())
     row = _columns(learn)
     assert row['train_loss']>0 and np.isnan(row['valid_loss']) and np.isnan(row[best])
+
+# numbers of a fit
+
+@pytest.mark.parametrize('kw,said', [(dict(n_epoch=-1), 'whole number of epochs.*got -1'), (dict(n_epoch=1.5), 'got 1.5'), (dict(n_epoch='2'), "got '2'"), (dict(n_epoch=True), 'got True'), (dict(lr='1e-3'), "learning rate.*got '1e-3'"),
+    (dict(lr=[1e-3,-1]), 'learning rate.*got -1'), (dict(lr=np.array([1e-3,np.nan])), 'learning rate.*got nan'), (dict(lr=(1e-3,None)), 'got None'), (dict(wd=-1), 'Weight decay is.*got -1'), (dict(wd=float('inf')), 'Weight decay'), (dict(wd=slice(1e-3,-1)), 'Weight decay')])
+def test_numbers_that_a_fit_cannot_have(make_learner, kw, said):
+    learn = make_learner()
+    with pytest.raises(ValueError, match=said): learn.fit(**{'n_epoch':1, **kw})
+    assert learn.opt is None
+
+def test_numbers_of_any_library(make_learner):
+    learn = make_learner()
+    learn.fit(np.int64(1), np.float32(.25), wd=torch.tensor(.5))
+    assert [h['lr'] for h in learn.opt.hypers]==[.25,.25] and [h['wd'] for h in learn.opt.hypers]==[.5,.5]
+    learn.fit(1, np.array([.125,.25]), wd=[0,.5])
+    assert [h['lr'] for h in learn.opt.hypers]==[.125,.25] and [h['wd'] for h in learn.opt.hypers]==[0,.5]
+    learn.fit_one_cycle(1, np.float32(1e-3))
+    make_learner(wd=np.float32(.1)).fit(1, slice(np.float32(1e-3)))

@@ -6,8 +6,8 @@ Docs: https://dmlfast.github.io/dmlfast/api/study/runs.html.md"""
 
 # %% auto #0
 __all__ = ['loss_class', 'miner_class', 'read_data', 'make_loss', 'get_setting', 'with_settings', 'is_trained', 'check_settings',
-           'load_settings', 'save_settings', 'n_epochs', 'make_learner', 'fit_settings', 'History', 'absolute_paths',
-           'about_run', 'train_settings', 'PreprocessTransform', 'features_of', 'embedder_learner']
+           'load_settings', 'save_settings', 'n_epochs', 'as_device', 'make_learner', 'fit_settings', 'History',
+           'absolute_paths', 'about_run', 'train_settings', 'PreprocessTransform', 'features_of', 'embedder_learner']
 
 # %% ../../nbs/api/study/00_runs.ipynb #465a8370
 import csv, difflib, inspect, io, json, tomli_w, tomllib, torch, types, typing
@@ -378,11 +378,21 @@ def n_epochs(
     "Passes over the training set: the settings', or their recipe's"
     return ifnone(settings.get('fit', {}).get('n_epoch'), _recipe(settings).fit.get('n_epoch'))
 
+def as_device(
+    name, # Such as `'cpu'` or `'cuda:1'`, or a `torch.device`
+)->torch.device:
+    "A device; raises `ValueError` where this machine has no such one"
+    try: torch.zeros(1, device=name).item()
+    except (RuntimeError,AssertionError,NotImplementedError):
+        have = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
+        raise ValueError(f"This machine has no device {str(name)!r}; it has {', '.join(map(repr, have))}.") from None
+    return torch.device(name)
+
 def _loaders(s, ds, seed):
     "Data loaders of some settings"
     batch = {'seed':seed, **_recipe(s).data, **s.get('batch', {})}
     if batch.get('valid')=='none': batch['valid'] = None
-    if batch.get('device'): batch['device'] = torch.device(batch['device'])
+    if batch.get('device'): batch['device'] = as_device(batch['device'])
     return _built(ds.dataloaders, batch, 'Batches')
 
 def make_learner(
