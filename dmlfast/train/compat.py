@@ -72,6 +72,7 @@ def _do_fit(self:BridgedLearner):
     first = self.__dict__.pop('first_epoch', 0) # of this fit alone, also if it is interrupted
     for self.epoch in range(first, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
+# %% ../../nbs/api/train/00_compat.ipynb #c2a7e6d4
 def _fill_row(learn, n):
     "Let the recorder's row have its first `n` columns: those are nan that fastai leaves out where a pass was cancelled"
     if (rec := getattr(learn, 'recorder', None)) is not None: rec.log += L([float('nan')]*(n-len(rec.log)))

@@ -316,6 +316,7 @@ def _copy(loss):
 
 def _with_weights(loss): return [o for o in loss.modules() if any(True for _ in o.parameters(recurse=False))]
 
+# %% ../../nbs/api/train/08_learner.ipynb #e94a1b60
 @patch
 def take_loss(self:MetricLearner,
     loss:MetricLoss, # Loss that was not set up yet
@@ -334,6 +335,7 @@ def take_loss(self:MetricLearner,
         self.create_opt()
         if at: self.opt.freeze_to(at)
 
+# %% ../../nbs/api/train/08_learner.ipynb #3c58d7af
 @delegates(Learner.__init__, but=['model','loss_func','metrics','splitter'])
 def metric_learner(
     dls:DataLoaders, # Training loader with several images of a class in a batch, and a loader of unseen classes
