@@ -489,3 +489,21 @@ def test_an_experiment(table, tmp_path):
     status,out,err = do(dmlfast_bench, tmp_path/'p.toml', '--out', tmp_path/'r.jsonl')
     rows = [json.loads(o) for o in (tmp_path/'r.jsonl').read_text().splitlines()]
     assert status==0 and len(rows)==12 and rows[-1]['seen']['pid']!=os.getpid(), err # one worker is a process of its own too, which keeps its memory
+
+def test_what_to_do_without_a_network_in_each_commands_words(monkeypatch, tmp_path, folder):
+    from dmlfast.cli.commands import _as_options, dmlfast_bench, dmlfast_demo, dmlfast_train, run_demo
+    from dmlfast.models.embedder import _no_weights
+    msg = str(_no_weights('resnet18', OSError('no network')))
+    assert _as_options(dmlfast_train, msg).endswith('Without a network, pass a file as `--weights`, or `--no-pretrained` to begin with random ones.')
+    assert _as_options(dmlfast_demo, msg).endswith('Without a network, pass a file as `--weights`.')
+    assert _as_options(dmlfast_bench, msg).endswith('Without a network, pass a file as `model.weights`, or `model.pretrained = false` to begin with random ones.')
+    monkeypatch.setattr('dmlfast.cli.commands._raw_pixels', lambda dl: pytest.fail('the first row was computed'))
+    for o in (dict(arch='resnett'), dict(weights='x.pth'), dict(arch='test_resnet', weights=_weights(tmp_path), arch_args='chanels=3')):
+        with pytest.raises(ValueError, match='timm|no file of weights'): run_demo(folder, bs=16, size=32, out=tmp_path/'res', **o)
+
+def test_a_device_that_is_not_there(table, tmp_path, make_learner):
+    from dmlfast.cli.commands import dmlfast_eval, dmlfast_train
+    for o in ('cuda:77','meta','mps:5'):
+        assert f"This machine has no device {o!r}; it has 'cpu'" in said(dmlfast_train, '--data', table, '--arch', 'test_resnet', '--no-pretrained', '--bs', 16, '--workers', 0, '--device', o, '--out', tmp_path/'x')
+    make_learner().export_embedder(tmp_path/'e')
+    assert "no device 'cuda:77'" in said(dmlfast_eval, tmp_path/'e', '--data', table, '--workers', 0, '--device', 'cuda:77') and not (tmp_path/'x').exists()

@@ -276,7 +276,37 @@ def test_weights_that_are_none(tmp_path):
     files = sorted(tmp_path.iterdir())
     for fn in files:
         with pytest.raises(ValueError, match=re.escape(f"{str(fn)!r} is no file of weights: it must ")) as e: load_weights(body, fn)
-        assert '\n' not in str(e.value) and not re.search('weights_only|[Pp]ickle[^r]|trust|arbitrary', str(e.value).replace(str(fn), '')), e.value
+        assert '\n' not in str(e.value) and not re.search('weights_only|[Pp]ickle[^r]|trust|arbitrary|Error', str(e.value).replace(str(fn), '')), e.value
         assert e.value.__suppress_context__ or e.value.__context__ is None # nor in what Python prints above it
     assert len(files)==16
     with pytest.raises(ValueError, match='There is no file of weights'): load_weights(body, tmp_path)
+
+
+# ---- names and files ----
+@pytest.mark.parametrize('name,names,near', [('nope',['inshop','cub200','glyphs'],None), ('data.val_pct',['data.path','data.images','data.reader'],None), ('data.test_pc',['data.path','data.test_pct'],'data.test_pct'),
+    ('loss.gama',['loss.gamma','ssr.gamma'],'loss.gamma'), ('glyph',['inshop','glyphs'],'glyphs'), ('cars',['cub200','cars196'],'cars196'), ('gamma',['loss.gamma','fit.lr'],'loss.gamma'), ('Margn',['margin','gamma'],'margin')])
+def test_the_nearest_name_is_near(name, names, near):
+    from dmlfast.files.registry import nearest
+    assert nearest(name, names, 'word')==f"There is no word {name!r}; " + (f"the nearest is {near!r}." if near else f"there are {', '.join(map(repr, names))}.")
+
+def test_a_long_name_leaves_room_for_the_reason():
+    from dmlfast.files.registry import nearest, shortened
+    assert nearest('x'*300, ['margin'], 'word')==f"There is no word '{'x'*49}…{'x'*19}'; there are 'margin'." and shortened('a'*78)==repr('a'*78)
+
+def test_a_full_disk_is_said_of_a_file(tmp_path):
+    "Whoever writes, and whatever its error: a full disk names the file, and what was there stays"
+    import errno
+    from safetensors import SafetensorError
+    from dmlfast.files.writing import whole_file
+    file = tmp_path/'w.bin'
+    file.write_bytes(b'old')
+    for e in (OSError(errno.ENOSPC, 'No space left on device'), SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')):
+        with pytest.raises(OSError, match=re.escape(f"No space left on device: {str(file)!r}")) as got:
+            with whole_file(file) as tmp:
+                tmp.write_bytes(b'n')
+                raise e
+        assert got.value.errno==errno.ENOSPC and file.read_bytes()==b'old' and [o.name for o in tmp_path.iterdir()]==['w.bin']
+    with pytest.raises(KeyError):
+        with whole_file(file): raise KeyError('mine')
+    with pytest.raises(FileNotFoundError, match=re.escape(repr(str(tmp_path/'no'/'w.bin')))):
+        with whole_file(tmp_path/'no'/'w.bin') as tmp: tmp.write_bytes(b'n')

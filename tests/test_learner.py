@@ -668,3 +668,112 @@ def test_a_rate_that_is_none(make_learner, lr):
     for f in (learn.fit, learn.fit_one_cycle, learn.fit_flat_cos, learn.fit_recipe):
         with pytest.raises(ValueError, match='A learning rate is a finite number, 0 or more'): f(1, lr)
     assert not getattr(learn.recorder, 'values', [])
+
+# another loss
+
+def test_another_loss_is_set_up_and_trained(make_learner, few, tmp_path, recwarn):
+    learn = make_learner(ProxyNCALoss())
+    learn.freeze()
+    learn.fit(1, 1e-3)
+    learn.loss_func = learn.loss_func
+    opt,old = learn.opt,learn.loss_func
+    assert opt is not None
+    n = learn.dls.n_train_classes
+    learn.loss_func = new = ProxyAnchorLoss()
+    assert learn.loss_func is new and learn.model.loss_func is new and new.proxies.shape==(n,16) and old.proxies is not new.proxies
+    before,body = new.proxies.detach().clone(),[p.detach().clone() for p in learn.model.body.parameters() if p.ndim==4]
+    learn.fit(1, 1e-2)
+    assert learn.opt is not opt and learn.opt.frozen_idx==1 and not torch.equal(before, new.proxies)
+    assert all(torch.equal(a, b) for a,b in zip(body, [p for p in learn.model.body.parameters() if p.ndim==4]))
+    learn.export('l.pkl')
+    loaded = load_learner(tmp_path/'l.pkl')
+    assert type(loaded.loss_func) is ProxyAnchorLoss and loaded.loss_func is loaded.model.loss_func
+    learn.loss_func = NPairLoss()
+    assert not learn.model.normalize and [k for k in learn.model.state_dict() if 'loss_func' in k]==[]
+    learn.loss_func = old # no other learner's: it was laid down
+    assert learn.model.normalize and not [o for o in recwarn if 'another learner' in str(o.message)]
+    with pytest.warns(UserWarning, match='ProxyNCALoss was given to another learner'): make_learner(old)
+    learn.loss_func = [TripletLoss(), ContrastiveLoss()]
+    assert isinstance(learn.loss_func, CombinedLoss)
+    learn.fit(1, 1e-3)
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)) # which does not say of how many numbers its embeddings are
+    learn = make_learner(arch=net, emb_sz=4)
+    learn.loss_func = ProxyNCALoss()
+    assert learn.loss_func.proxies.shape==(n,4)
+
+class Around(nn.Module):
+    "Another module, and nothing else"
+    def __init__(self, loss): super().__init__(); self.loss = loss
+    def forward(self, *args): return self.loss(*args)
+
+class Similar(Around):
+    "A loss of embeddings that computes with one of scores"
+    def forward(self, x, y): return self.loss(x@x.T, (y[:,None]==y).float())
+
+@pytest.mark.parametrize('loss,said', [(nn.CrossEntropyLoss(), 'CrossEntropyLoss is no loss of embeddings'), (Around(nn.CrossEntropyLoss()), 'CrossEntropyLoss is no loss of embeddings'),
+    (Around(Around(nn.BCEWithLogitsLoss())), 'BCEWithLogitsLoss is no loss'), (TripletLoss, 'and not its class'), (3, 'got 3'), (lambda embs: embs.mean(), 'is called with embeddings and labels, and <lambda> is not made')])
+def test_a_wrong_loss_is_refused_whenever_it_comes(make_learner, loss, said):
+    learn = make_learner()
+    was = learn.loss_func
+    for f in (lambda: make_learner(loss), lambda: setattr(learn, 'loss_func', loss)):
+        with pytest.raises(ValueError, match=said): f()
+    assert learn.loss_func is was is learn.model.loss_func
+
+def test_losses_that_compute_with_others(make_learner):
+    for o in (Similar(nn.BCEWithLogitsLoss()), Around(TripletLoss())): make_learner(o).fit(1, 1e-3)
+
+@pytest.mark.parametrize('loss', [TripletLoss(reduction='none'), lambda x, y: x.pow(2).sum(1)])
+def test_a_loss_is_one_number(make_learner, loss):
+    with pytest.raises(ValueError, match=r'gives a tensor of shape \(32,\), and what is trained on is one number: take its mean'): make_learner(loss).fit(1, 1e-3)
+
+def test_what_is_no_callback(make_learner):
+    learn = make_learner()
+    for o in ('gradient_clip', print, 3, nn.Identity):
+        for f in (learn.add_cb, lambda o: learn.fit(1, cbs=[o]), lambda o: learn.validate(cbs=o), lambda o: make_learner(cbs=o)):
+            with pytest.raises(ValueError, match='A callback is a `Callback` of fastai'): f(o)
+
+# rows of the table
+
+def _columns(learn): return dict(zip(learn.recorder.metric_names, learn.recorder.log))
+
+@pytest.mark.parametrize('train_metrics', [False,True])
+def test_a_cancelled_pass_leaves_each_number_in_its_column(make_learner, tmp_path, train_metrics):
+    "fastai leaves the columns of a cancelled pass out, and what stands after them would be taken for them"
+    from dmlfast.study.runs import History
+    from dmlfast.study.tuning import TrialScore
+    got = []
+    learn = make_learner()
+    learn.recorder.train_metrics = train_metrics
+    best = 'valid_map@r' if train_metrics else 'map@r'
+    learn.fit(1, 1e-3, cbs=[ShortEpochCallback(.5, short_valid=False), TrialScore(lambda i,v: got.append(v), best), History(tmp_path/'h.csv'), CSVLogger(tmp_path/'log.csv'), SaveModelCallback(best)])
+    right = learn.evaluate()['map@r']
+    assert np.isclose(got, right).all() and len(learn.recorder.log)==len(learn.recorder.metric_names)
+    for f in ('h.csv','log.csv'):
+        row = pd.read_csv(tmp_path/f).iloc[-1]
+        assert np.isclose(row[best], right) and np.isnan(row.train_loss) and row.valid_loss>0
+    learn.fit(1, 1e-3, cbs=ShortEpochCallback(.3))
+    assert all(np.isnan(v) for k,v in _columns(learn).items() if k not in ('epoch','time'))
+    class Leave(Callback):
+        order = 70
+        def after_train(self): raise CancelEpochException
+    learn.fit(1, 1e-3, cbs=Leave())
+    row = _columns(learn)
+    assert row['train_loss']>0 and np.isnan(row['valid_loss']) and np.isnan(row[best])
+
+# numbers of a fit
+
+@pytest.mark.parametrize('kw,said', [(dict(n_epoch=-1), 'whole number of epochs.*got -1'), (dict(n_epoch=1.5), 'got 1.5'), (dict(n_epoch='2'), "got '2'"), (dict(n_epoch=True), 'got True'), (dict(lr='1e-3'), "learning rate.*got '1e-3'"),
+    (dict(lr=[1e-3,-1]), 'learning rate.*got -1'), (dict(lr=np.array([1e-3,np.nan])), 'learning rate.*got nan'), (dict(lr=(1e-3,None)), 'got None'), (dict(wd=-1), 'Weight decay is.*got -1'), (dict(wd=float('inf')), 'Weight decay'), (dict(wd=slice(1e-3,-1)), 'Weight decay')])
+def test_numbers_that_a_fit_cannot_have(make_learner, kw, said):
+    learn = make_learner()
+    with pytest.raises(ValueError, match=said): learn.fit(**{'n_epoch':1, **kw})
+    assert learn.opt is None
+
+def test_numbers_of_any_library(make_learner):
+    learn = make_learner()
+    learn.fit(np.int64(1), np.float32(.25), wd=torch.tensor(.5))
+    assert [h['lr'] for h in learn.opt.hypers]==[.25,.25] and [h['wd'] for h in learn.opt.hypers]==[.5,.5]
+    learn.fit(1, np.array([.125,.25]), wd=[0,.5])
+    assert [h['lr'] for h in learn.opt.hypers]==[.125,.25] and [h['wd'] for h in learn.opt.hypers]==[0,.5]
+    learn.fit_one_cycle(1, np.float32(1e-3))
+    make_learner(wd=np.float32(.1)).fit(1, slice(np.float32(1e-3)))

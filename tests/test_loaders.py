@@ -7,8 +7,7 @@ from dmlfast.all import *
 def learn(few, tmp_path_factory):
     "A learner whose statistics are not those of the images, with random crops in training"
     set_seed(0)
-    learn = metric_learner(few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0, size=24), 'test_resnet', emb_sz=16, pretrained=False,
-        path=tmp_path_factory.mktemp('loaders'))
+    learn = metric_learner(few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0, size=24), 'test_resnet', emb_sz=16, pretrained=False, path=tmp_path_factory.mktemp('loaders'))
     learn.remove_cbs(ProgressCallback)
     learn.logger = noop
     return learn
@@ -27,8 +26,7 @@ def test_other_loaders_are_normalised_wherever_they_come_in(learn, few, other):
     assert not norms(other.valid) and not torch.allclose(right, collect(learn.model, other.valid)[0]) # which is what the door is for
     order = [str(o) for o in few.items('test')]
     def same(embs): return torch.allclose(embs[torch.tensor([list(map(str, other.valid.items)).index(o) for o in order])], right, atol=1e-6)
-    assert same(learn.embed(other.valid)[0]) and same(learn.get_preds(dl=other.valid)[0])
-    assert same(RetrievalInterpretation.from_learner(learn, other.valid).embs)
+    assert same(learn.embed(other.valid)[0]) and same(learn.get_preds(dl=other.valid)[0]) and same(RetrievalInterpretation.from_learner(learn, other.valid).embs)
     assert np.allclose(learn.evaluate(other.valid)['map@r'], learn.evaluate('test')['map@r'])
     assert np.allclose(learn.validate(dl=other.valid)[1], learn.evaluate('test')['recall@1'])
     hits = [learn.predict(few.items('test')[0], k=3, gallery=o)[1] for o in ('test',other.valid)]
@@ -47,8 +45,7 @@ def test_loaders_that_take_the_place_of_others_are_normalised(make_learner, few,
 
 def test_loaders_for_another_model_are_refused(learn, other):
     metric_learner(other, 'resnet10t', pretrained=False)
-    def become(o): learn.dls = SimpleNamespace(train=o)
-    for f in (learn.embed, learn.evaluate, lambda o: learn.get_preds(dl=o), lambda o: learn.validate(dl=o), become):
+    for f in (learn.embed, learn.evaluate, lambda o: learn.get_preds(dl=o), lambda o: learn.validate(dl=o), lambda o: setattr(learn, 'dls', DataLoaders(o, o))):
         with pytest.raises(ValueError, match='normalise images for another model'): f(other.valid)
 
 def test_a_users_own_normalisation_is_kept(learn, few):
@@ -113,3 +110,33 @@ def test_learners_with_the_same_loaders_see_the_same(make_learner):
     b = metric_learner(a.dls, 'test_resnet', emb_sz=16, pretrained=False, cbs=Few())
     b.fit(2, 1e-3)
     assert a.few.seen==b.few.seen and a.few.seen[0]!=a.few.seen[2]
+
+# the door
+
+@pytest.mark.parametrize('part', [0,1])
+@pytest.mark.parametrize('how', ['dls','in place'])
+def test_every_loader_is_normalised_or_refused(make_learner, few, how, part):
+    learn = make_learner()
+    right,norm = learn.evaluate('test')['map@r'],norms(learn.dls.valid)[0]
+    new = few.dataloaders(bs=32, per_class=4, num_workers=0, valid='test')
+    loaders = [new[i] if i==part else learn.dls[i] for i in (0,1)]
+    if how=='dls': learn.dls = DataLoaders(*loaders)
+    else:
+        learn.dls.loaders[part] = new[part]
+        if part: assert np.isclose(learn.evaluate()['map@r'], right)
+        learn.fit(1, lr=0.)
+    assert [norms(o) for o in learn.dls.loaders]==[[norm],[norm]] and not norms(new[part])
+    if part: assert np.isclose(learn.evaluate()['map@r'], learn.evaluate('test')['map@r'])
+    foreign = few.dataloaders(bs=32, per_class=4, num_workers=0)
+    metric_learner(foreign, 'resnet10t', pretrained=False)
+    was = list(learn.dls.loaders)
+    for f in (lambda: setattr(learn, 'dls', DataLoaders(*(foreign[i] if i==part else was[i] for i in (0,1)))), lambda: (learn.dls.loaders.__setitem__(part, foreign[part]), learn.fit(1))):
+        with pytest.raises(ValueError, match='normalise images for another model'): f()
+    assert learn.dls.loaders[1-part] is was[1-part]
+
+def test_a_loader_without_transforms(make_learner, few, learn):
+    ds = [(TensorImage(torch.rand(3,24,24)), TensorCategory(i//2)) for i in range(8)]
+    bare = DataLoader(ds, bs=4)
+    for f in (learn.evaluate, learn.embed, lambda o: learn.get_preds(dl=o), lambda o: setattr(learn, 'dls', DataLoaders(learn.dls.train, o)), lambda o: metric_learner(DataLoaders(o, o), 'test_resnet', pretrained=False)):
+        with pytest.raises(ValueError, match='A DataLoader without transforms of batches cannot normalise images.*`normalize=False`'): f(bare)
+    assert make_learner(normalize=False).embed(bare)[0].shape==(8,16)

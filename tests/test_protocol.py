@@ -502,3 +502,15 @@ def test_features_do_not_change_what_methods_are(few, tmp_path, body):
     _exp(tmp_path, few, plan).step()
     less = MetricDataset(few.df.iloc[1:], few.path, 'less', size=None, flip=False)
     with pytest.raises(ValueError, match="holds results of 'features' on other images"): _exp(tmp_path, less, plan).run()
+
+def test_what_is_no_file_of_results_is_left_alone(few, tmp_path):
+    from dmlfast.study.experiments import Experiment
+    plan,file = _plan(tmp_path),tmp_path/'notes.txt'
+    for o in ('Shopping list\n', '{"a": 1}\n', '[1, 2]\n{"kind": 3}\n', '7'):
+        file.write_text(o)
+        with pytest.raises(ValueError, match=r"notes.txt' holds something else than results of an experiment"): Experiment(plan, file, few)
+        assert file.read_text()==o
+    with pytest.raises(ValueError, match="is a folder: name a file in it"): Experiment(plan, tmp_path, few)
+    for o in ('', '\n', '{"ki', '{"kind": "tri', '{"kind": "run", "method": "else", "seed": 0}\n'): # begun by a process that was killed, or with methods of another plan
+        file.write_text(o)
+        Experiment(plan, file, few)

@@ -250,5 +250,8 @@ def test_few_validation_classes_are_not_chosen_by(few, capsys):
     assert few.df.label[few.df.split=='val'].nunique()<20 and n_folds(few)==3
     assert 'To choose by fewer than 20 is guesswork' in capsys.readouterr().out
     s = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=8), loss=dict(name='triplet'))
+    study = tune_settings(s, {'fit.lr':[1e-3]}, few, folds=1, n_trials=1, n_epoch=1)
+    assert study.user_attrs['search']['folds']==1 and 'guesswork' not in capsys.readouterr().out # who says how many is not told of others
     study = tune_settings(s, {'fit.lr':[1e-3]}, few, n_trials=1, n_epoch=1)
+    assert capsys.readouterr().out.count('guesswork')==1
     assert study.user_attrs['search']['folds']==3 and best_settings(s, study)['fit']=={'lr':1e-3, 'n_epoch':1}

@@ -55,9 +55,11 @@ def _options(p): return [o for a in p._actions for o in a.option_strings if o no
 def _as_options(func, msg):
     "A sentence about arguments of functions, about those of a command where it has them"
     known = _options(_parser(func))
+    plan = {'weights=':'`model.weights`', 'pretrained=False':'`model.pretrained = false`'} if 'plan' in inspect.signature(func).parameters else {}
     def _f(m):
         option = f"{'--no-' if m[2]=='=False' else '--'}{m[1]}"
-        return f'`{option}`' if option in known else m[0]
+        return f'`{option}`' if option in known else plan.get(m[0].strip('`'), m[0])
+    if not plan and '--no-pretrained' not in known: msg = msg.replace(', or `pretrained=False` to begin with random ones', '')
     return re.sub(r'`(resume|overwrite|weights|pretrained)(=\w*)?`', _f, msg)
 
 def _odd(v):
@@ -190,26 +192,29 @@ def run_demo(
 )->dict: # Scores on unseen classes by row: raw pixels, features and start or untrained, trained; and for a trained body the sentence of `Gain`
     "What `dmlfast-demo` does, for Python"
     from fastai.callback.channelslast import ChannelsLast
-    from fastai.torch_core import set_seed
+    from fastai.torch_core import no_random, set_seed
     from dmlfast.train.gain import gain_of
     import dmlfast.train.transfer
     from dmlfast.train.learner import metric_learner
     from dmlfast.train.progress import plain_table
     from dmlfast.losses.triplet import DRTripletLoss
+    from dmlfast.models.embedder import timm_body
     from dmlfast.retrieval.metrics import evaluate_retrieval
-    own,trained,out = data is not None,data is not None or weights is not None,Path(out)
+    own,given,trained,out = data is not None,bool(arch),data is not None or weights is not None,Path(out)
     check_folder(out, _is_demo(out), 'demo')
+    arch = arch or ('mobilenetv2_050' if own else 'resnet10t')
+    model_kwargs = word_args(arch_args) if own or given or arch_args else dict(channels=(32,64,128,256)) # a resnet10t of half the width
     epochs,lr = _or(epochs, 3 if trained else 12),_or(lr, None if trained else 6e-3)
     set_seed(seed, reproducible=True)
     dls = demo_data(data, size, bs, per_class, seed, skip_bad)
+    with no_random(): timm_body(arch, own, weights, **model_kwargs) # which raises now, and not after the first row
     print(dls.source, end='\n\n')
     test,names,rows = dls.test_dl(dls.source.items('test'), with_labels=True),[f'recall@{k}' for k in (1,2,4,8)]+['map@r'],{}
     def _row(name, res):
         rows[name] = {o:res[o] for o in names}
         print(('' if len(rows)>1 else _head(names)+'\n')+_line(name, rows[name]))
     _row('raw pixels', evaluate_retrieval(*_raw_pixels(test), metrics=names))
-    model_kwargs = word_args(arch_args) if own or arch or arch_args else dict(channels=(32,64,128,256)) # a resnet10t of half the width
-    learn = metric_learner(dls, arch or ('mobilenetv2_050' if own else 'resnet10t'), DRTripletLoss(margin=0.2, gamma=0.3), emb_sz=emb_sz, pretrained=own,
+    learn = metric_learner(dls, arch, DRTripletLoss(margin=0.2, gamma=0.3), emb_sz=emb_sz, pretrained=own,
         weights=weights, model_kwargs=model_kwargs, cbs=ChannelsLast()) # channels last makes a CPU half as fast again
     if not (sys.stdout.isatty() or IN_NOTEBOOK): plain_table(learn) # a log file has no use for bars
     if trained: _row('features', learn.baseline('test', names))
@@ -417,7 +422,7 @@ def dmlfast_eval(
         from dmlfast.retrieval.metrics import metric_names
         from dmlfast.look.interpret import RetrievalInterpretation
         from fastprogress.fastprogress import progress_bar
-        from dmlfast.study.runs import about_run
+        from dmlfast.study.runs import about_run, as_device
         out = Path(out or 'dmlfast-eval') if out or report else None
         with _refusing():
             folder,file = _embedder_of(run)
@@ -427,7 +432,7 @@ def dmlfast_eval(
             if out: _check_eval_folder(out, overwrite)
             ds,split = _eval_data(file, data, path, data_args, split, dict(per_class=1, bs=bs, num_workers=workers, device=device))
             def _embedded(o): return o.embedded(ds, None if split=='all' else split, bs=bs, num_workers=workers, progress=progress_bar if sys.stdout.isatty() else iter)
-            embedder = load_embedder(folder, device)
+            embedder = load_embedder(folder, as_device(device))
             emb = _embedded(embedder)
             res = emb.evaluate(metrics or 'all', ci=ci, n_boot=n_boot, seed=seed)
         gain = file and _run_gain(file, embedder, res, _embedded)

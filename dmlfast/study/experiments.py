@@ -28,7 +28,7 @@ from ..files.images import *
 from ..retrieval.embedded import *
 from ..retrieval.metrics import *
 from .runs import *
-from ..files.registry import nearest
+from ..files.registry import nearest, shortened
 from .checks import *
 from .checks import plain_settings, read_toml, recipe_of
 from .settings import get_setting
@@ -83,7 +83,7 @@ def _check_search(search):
 def _check_name(name):
     "Raise `ValueError` for the name of a method that is no name of a file: locks and kept models are called so"
     if not isinstance(name, str) or not name or name[0]=='.' or not name.isprintable() or len(name.encode())>200 or set(name) & set('/\\:*?"<>|'):
-        raise ValueError(f"Method {name!r}: files are called by the names of methods. Such a name does not begin with a dot, is short, and has none of / \\ : * ? \" < > | in it.")
+        raise ValueError(f"Method {shortened(name)}: files are called by the names of methods. Such a name does not begin with a dot, is short, and has none of / \\ : * ? \" < > | in it.")
 
 def _check_method(name, m, methods):
     "Raise `ValueError` for a word of a method that is not known, or that contradicts another"
@@ -237,8 +237,9 @@ def _lines(self:Experiment):
     if getattr(self, '_read', (None,))[0]!=now:
         found = []
         for o in self.out.read_text(encoding='utf-8', errors='replace').split('\n'): # the line that a killed process did not finish may end within a letter
-            try: found.append(json.loads(o))
+            try: row = json.loads(o)
             except json.JSONDecodeError: continue
+            if isinstance(row, dict) and {'kind','method'}<=set(row): found.append(row)
         self._read = now,found
     return self._read[1]
 
@@ -272,7 +273,10 @@ def hash_of(self:Experiment,
 
 @patch
 def check_rows(self:Experiment):
-    "Raise `ValueError` where the file holds results of a method that was another one then; lines of older versions, which do not say, are taken as they are"
+    "Raise `ValueError` where the file is of something else, or holds results of a method that was another one then; lines of older versions, which do not say, are taken as they are"
+    if self.out.is_dir(): raise ValueError(f"Results are lines in a file, and {str(self.out)!r} is a folder: name a file in it, such as {str(self.out/'results.jsonl')!r}.")
+    if not self._lines() and self.out.exists() and (head := self.out.read_bytes()[:9].strip()) and head!=b'{"kind": '[:len(head)]: # a killed process may leave the beginning of a line
+        raise ValueError(f"{str(self.out)!r} holds something else than results of an experiment, and nothing is added to it: give the results another file.")
     for k in self.methods:
         if self.rows('run', k) and self.chosen(k) is None:
             raise ValueError(f"{str(self.out)!r} holds runs of {k!r} after {len(self.rows('trial', k))} trials, and the plan asks for {self.search['n_trials']}, which may choose otherwise: give the results another file.")

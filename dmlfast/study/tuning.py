@@ -358,7 +358,7 @@ def tune_settings(
     settings = with_settings(plain_settings(settings, none=True), {'batch.valid':'val', 'fit.patience':0, 'fit.monitor':None, 'fit.transfer':None, 'fit.interpolate':None}) # a trial is scored by its last epoch
     space = check_space(settings, ifnone(space, run_space(settings)))
     ds = read_data(settings.get('data', {})) if ds is None else ds
-    folds = ifnone(folds, n_folds(ds))
+    if folds is None: folds = n_folds(ds)
     _check_metric(metric := kwargs.get('metric', 'map@r'))
     names = dict.fromkeys(['map@r','recall@1',metric])
     def _build(ds, **params): return make_learner(with_settings(settings, params), ds, cbs=RetrievalMetrics(list(names)))

@@ -29,23 +29,38 @@ from .baseline import *
 class MetricLearner(GroupedLearner):
     "A `Learner` whose model makes embeddings and holds the weights of its loss"
     between = None # What `Interpolate` saw and kept in the last fit
+    norm = None # How the first loaders normalise images
+    def __init__(self, dls, model, loss_func=None, *args, emb_sz=None, **kwargs):
+        self.out_sz = emb_sz # of a model that does not say
+        super().__init__(dls, model, loss_func, *args, **kwargs)
+
     @property
     def dls(self):
         "The data loaders; others that take their place get the same normalisation"
         return self._dls
     @dls.setter
     def dls(self, dls):
-        if '_dls' in self.__dict__ and (norm := self._lacks(dls.train)): dls.add_tfms([norm], 'after_batch')
+        if '_dls' in self.__dict__: self.admit_all(dls)
+        else: self.norm = _norm_of(dls.train)
         self._dls = dls
 
+    @property
+    def loss_func(self):
+        "The loss; another that takes its place is checked, made for the training classes and trained with the model"
+        return self.__dict__.get('loss_func')
+    @loss_func.setter
+    def loss_func(self, loss):
+        if loss is None or loss is not self.loss_func: self.take_loss(_metric_loss(loss))
+
     def add_cb(self, cb):
-        if isinstance(cb, type): cb = cb()
+        cb, = as_callbacks(cb)
         if hasattr(cb, 'attach'): cb.attach(self)
         return super().add_cb(cb)
 
     @delegates(Learner.fit)
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
-        cbs = L(cbs).map(instantiate) # fastai takes classes, too
+        cbs = as_callbacks(cbs)
+        self.admit_all(self.dls)
         self.check_cbs(L(self.cbs) + cbs)
         self.start_head(bool(n_epoch) and not any(isinstance(o, LRFinder) for o in cbs))
         self.between = None
@@ -59,6 +74,11 @@ class MetricLearner(GroupedLearner):
         n = getattr(self.dls, 'n_inp', len(b)-1) # as fastai divides a batch
         if self.training and self.train_iter==0 and len(b)>n: self.check_pairs(b[n])
         super().one_batch(i, b)
+
+    def _backward(self):
+        if self.loss_grad.numel()!=1:
+            raise ValueError(f"{self.loss_func!r} gives a tensor of shape {tuple(self.loss_grad.shape)}, and what is trained on is one number: take its mean, or `reduction='mean'`.")
+        super()._backward()
 
     def export(self,
         fname='export.pkl', # File to write, in the learner's folder
@@ -135,12 +155,20 @@ def _norm_of(dl):
 
 def _same(a, b): return all(torch.allclose(x.flatten().cpu(), y.flatten().cpu()) for x,y in ((a.mean,b.mean), (a.std,b.std)))
 
+def _check_tfms(dl):
+    "Raise `ValueError` for a loader that cannot be given a normalisation"
+    if not hasattr(getattr(dl, 'after_batch', None), 'fs'):
+        raise ValueError(f"A {type(dl).__name__} without transforms of batches cannot normalise images as the model needs them: make it by `dls.test_dl(items, with_labels=True)` or of a `DataBlock`, "
+            "or make the learner with `normalize=False` where they are normalised already.")
+
 def _normalize(dls, cfg, trained=True):
     "Give `dls` the statistics that the model was trained with, unless it normalises already; raises `ValueError` where it has those of another model, and this one was trained"
     has,norm = _norm_of(dls.train),Normalize.from_stats(cfg['mean'], cfg['std'])
     norm.of_model = True # and not the user's own
     if has is None:
-        if dls.one_batch()[0].shape[1]==len(cfg['mean']): dls.add_tfms([norm], 'after_batch')
+        if dls.one_batch()[0].shape[1]!=len(cfg['mean']): return
+        for o in dls.loaders: _check_tfms(o)
+        dls.add_tfms([norm], 'after_batch')
     elif trained and hasattr(has, 'of_model') and not _same(has, norm):
         raise ValueError("These data loaders normalise images for the first model that they were given to, and this one has other statistics: make data loaders of its own for it, or pass `normalize=False`.")
 
@@ -149,7 +177,7 @@ def _normalize(dls, cfg, trained=True):
 def _lacks(self:MetricLearner, dl):
     "The normalisation that `dl` lacks and the learner's own loaders have; raises `ValueError` where it has that of another model"
     if any(hasattr(o, 'features') for o in (dl,self.dls.train)): return # no images, as while a head is fitted
-    need,has = _norm_of(self.dls.train),_norm_of(dl)
+    need,has = ifnone(_norm_of(self.dls.train), self.norm),_norm_of(dl)
     if has is None: return need
     if hasattr(has, 'of_model') and (need is None or not _same(has, need)):
         raise ValueError("These data loaders normalise images for another model than this learner's: make new ones for it.")
@@ -160,7 +188,16 @@ def admit(self:MetricLearner,
 ): # The same, or one that normalises images as the learner's own do
     "The one door through which a learner takes a loader; raises `ValueError` where its images are normalised for another model"
     norm = self._lacks(dl)
-    return dl if norm is None else dl.new(after_batch=[*dl.after_batch.fs, norm])
+    if norm is None: return dl
+    _check_tfms(dl)
+    return dl.new(after_batch=[*dl.after_batch.fs, norm])
+
+@patch
+def admit_all(self:MetricLearner,
+    dls:DataLoaders, # The learner's own, or others that take their place
+):
+    "`admit` each of some data loaders, or none"
+    dls.loaders = [self.admit(o) for o in dls.loaders]
 
 # %% ../../nbs/api/train/08_learner.ipynb #bb29c412
 class _Whole(nn.Module):
@@ -194,10 +231,30 @@ def _metric_loss(loss):
     loss = loss if isinstance(loss, MetricLoss) else OtherLoss(loss)
     for o in loss.modules():
         if isinstance(o, OtherLoss): _check_other(o.loss)
+        if isinstance(o, OtherLoss): _check_call(o.loss)
     return loss
+
+def _check_call(loss):
+    "Raise `ValueError` for a loss that does not take embeddings and labels"
+    try: inspect.signature(getattr(loss, 'forward', loss)).bind(None, None)
+    except TypeError as e: raise ValueError(f"A loss is called with embeddings and labels, and {getattr(loss, '__name__', type(loss).__name__)} is not made for these two ({e}).") from None
+    except ValueError: pass # a function of C does not say
+
+def _outcome(f, *args):
+    "What a function gives, or says where it fails"
+    try: return f(*args).tolist()
+    except Exception as e: return repr(e)
+
+def _wrapped(loss):
+    "The loss that a module does no more than call, or the loss itself"
+    parts = list(loss.children()) if isinstance(loss, nn.Module) else []
+    if len(parts)!=1 or any(True for _ in loss.parameters()) or (mine := _copy(loss)) is None: return loss
+    xy = torch.linspace(-1, 1, 24).view(4,6).pow(3),tensor([0,0,1,1])
+    return _wrapped(parts[0]) if _outcome(mine, *xy)==_outcome(parts[0], *xy) else loss
 
 def _check_other(loss):
     "Raise `ValueError` for a loss of scores or values: it would take the numbers of an embedding for them"
+    loss = _wrapped(loss)
     f = getattr(loss, 'func', loss) # what fastai's `BaseLoss` or a `partial` calls
     made = getattr(f if inspect.isroutine(f) else getattr(type(f), 'forward', f), '__module__', None) or ''
     if not made.startswith(('torch.nn.','fastai.losses','timm.loss')): return
@@ -253,6 +310,26 @@ def _copy(loss):
 
 def _with_weights(loss): return [o for o in loss.modules() if any(True for _ in o.parameters(recurse=False))]
 
+# %% ../../nbs/api/train/08_learner.ipynb #e94a1b60
+@patch
+def take_loss(self:MetricLearner,
+    loss:MetricLoss, # Loss that was not set up yet
+):
+    "Make a loss for the training classes, and train its weights with the model's; an optimiser that there is begins anew for them"
+    old,model = self.loss_func,unwrapped(self.model)
+    _used.difference_update(_with_weights(old) if old else ())
+    if used := [o for o in _with_weights(loss) if o in _used]:
+        warnings.warn(f"This {type(used[0]).__name__} was given to another learner: it begins with the weights that it has, and both train them. Make a new one for each.")
+    self.loss_as_given = _copy(loss)
+    model.loss_func = self.__dict__['loss_func'] = loss.setup(_n_classes(self.dls), getattr(model, 'emb_sz', self.out_sz or 128))
+    _used.update(_with_weights(loss))
+    if old and getattr(model, 'normalize', None)==old.normalize_embs: model.normalize = loss.normalize_embs
+    if getattr(self, 'opt', None) and (_with_weights(old) or _with_weights(loss)):
+        at = self.opt.frozen_idx
+        self.create_opt()
+        if at: self.opt.freeze_to(at)
+
+# %% ../../nbs/api/train/08_learner.ipynb #3c58d7af
 @delegates(Learner.__init__, but=['model','loss_func','metrics','splitter'])
 def metric_learner(
     dls:DataLoaders, # Training loader with several images of a class in a batch, and a loader of unseen classes
@@ -281,17 +358,13 @@ def metric_learner(
     _check_target(dls)
     r = recipe if isinstance(recipe, Recipe) else recipes[recipe] if recipe else Recipe()
     loss_func = _metric_loss(r.loss() if loss_func is None else loss_func)
-    if old := [o for o in _with_weights(loss_func) if o in _used]:
-        warnings.warn(f"This {type(old[0]).__name__} was given to another learner: it begins with the weights that it has, and both train them. Make a new one for each.")
     given = dict(emb_sz=emb_sz, pool=pool, head=head, init=init, freeze_bn=freeze_bn, frozen_stages=frozen_stages, normalize=normalize_embs)
     trained = not isinstance(ifnone(arch, r.arch), nn.Module) and (pretrained or weights is not None)
     if not isinstance(ifnone(arch, r.arch), nn.Module): given = _begin(given, r, trained, dls)
     model = _model(ifnone(arch, r.arch), weights, pretrained, loss_func.normalize_embs, r, given, model_kwargs)
     if normalize and hasattr(model, 'cfg'): _normalize(dls, model.cfg, pretrained or weights is not None)
-    as_given = _copy(loss_func)
-    model.loss_func = loss_func.setup(_n_classes(dls), getattr(model, 'emb_sz', emb_sz or r.emb_sz or 128))
     names,mets = L(metrics).map(str) if metrics and all(isinstance(o, str) for o in L(metrics)) else None,L(metrics)
-    cbs = L(cbs).map(instantiate)
+    cbs = as_callbacks(cbs)
     if not any(isinstance(o, SetEpoch) for o in cbs): cbs = cbs + SetEpoch()
     cbs = cbs + [o for o in (make() for make in r.cbs) if not any(isinstance(c, type(o)) for c in cbs)]
     mine = any(isinstance(o, RetrievalMetrics) for o in cbs)
@@ -301,7 +374,6 @@ def metric_learner(
     lr,share = _first_rate(model, trained)
     if lr is not None and not ({'lr'} & {*kwargs, *r.learner}): kwargs['lr'] = lr
     if splitter is None: splitter = embedder_splitter if hasattr(model, 'body') else trainable_params
-    learn = MetricLearner(dls, model, loss_func, metrics=None if names else mets, splitter=splitter, cbs=cbs, **{**r.learner, **kwargs})
-    learn.recipe,learn.body_share,learn.loss_as_given = r,ifnone(r.body_share, share),as_given
-    _used.update(_with_weights(loss_func))
+    learn = MetricLearner(dls, model, loss_func, metrics=None if names else mets, splitter=splitter, cbs=cbs, emb_sz=emb_sz or r.emb_sz, **{**r.learner, **kwargs})
+    learn.recipe,learn.body_share = r,ifnone(r.body_share, share)
     return learn

@@ -206,9 +206,8 @@ def _trial(learn, dls):
     if hasattr(model, 'ranking_head'): del model.ranking_head
     model.load_state_dict(start.origin, strict=False)
     model.pending = start.kind
-    model.loss_func = deepcopy(learn.loss_as_given).setup(dls.n_train_classes, model.emb_sz)
     cbs = [type(o)() if isinstance(o, ChannelsLast) else _copied(o) for o in learn.cbs if isinstance(o, _shape)]
-    res = MetricLearner(dls, model, model.loss_func, opt_func=learn.opt_func, lr=learn.lr, splitter=learn.splitter, wd=learn.wd,
+    res = MetricLearner(dls, model, deepcopy(learn.loss_as_given), opt_func=learn.opt_func, lr=learn.lr, splitter=learn.splitter, wd=learn.wd,
         moms=learn.moms,
         wd_bn_bias=learn.wd_bn_bias, train_bn=learn.train_bn, cbs=[RetrievalMetrics(['map@r']), HeadStart(), *cbs])
     res.body_share = learn.body_share
