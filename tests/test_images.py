@@ -168,7 +168,7 @@ def test_what_can_be_opened(tmp_path):
     Image.fromarray(FLAG).save(fn := tmp_path/'x.png')
     first = np.moveaxis(FLAG, -1, 0)
     with open(fn, 'rb') as f:
-        for o in (fn, str(fn), fn.read_bytes(), bytearray(fn.read_bytes()), f, io.BytesIO(fn.read_bytes()), Image.open(fn), Image.fromarray(FLAG), FLAG, first, FLAG[:,::-1][:,::-1], FLAG.astype(np.uint16)*257, FLAG/255,
+        for o in (fn, str(fn), fn.read_bytes(), bytearray(fn.read_bytes()), f, io.BytesIO(fn.read_bytes()), Image.open(fn), Image.fromarray(FLAG), FLAG, first, FLAG[:,::-1][:,::-1], FLAG.astype(np.uint16)*257, (FLAG.astype(np.uint16)*257).astype('>u2'), FLAG/255,
             (first/255).astype(np.float16), FLAG.astype(np.float32)/255, np.dstack([FLAG,np.full((H,W), 255, np.uint8)]), torch.tensor(FLAG), torch.tensor(first), torch.tensor(first)/255, (torch.tensor(first)/255).requires_grad_(),
             TensorImage(torch.tensor(first)), torch.tensor(first.astype(np.uint16)*257)):
             assert np.array_equal(np.asarray(open_image(o)), FLAG)

@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/deploy/embedder.html.md"""
 __all__ = ['Hit', 'Preprocess', 'ImageEmbedder', 'check_folder', 'load_embedder']
 
 # %% ../../nbs/api/deploy/00_embedder.ipynb #69d40456
-import contextlib, hashlib, json, math, re, reprlib, shutil, tempfile, threading
+import contextlib, hashlib, json, math, numbers, re, reprlib, shutil, tempfile, threading
 import numpy as np, torch
 from collections import namedtuple
 from fastcore.basics import patch
@@ -23,6 +23,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from types import SimpleNamespace
 from ..files.images import *
 from ..files.images import _check_background
+from ..files.writing import clear_up, whole_file
 from ..models.embedder import *
 from ..models.embedder import _heads, _load_only, _misfits, _said
 from ..retrieval.search import *
@@ -116,7 +117,7 @@ class ImageEmbedder:
         return f"ImageEmbedder({getattr(self.model, 'arch', type(self.model).__name__)}, {self.preprocess!r}, {len(self)} items of {len(set(self.labels))} classes in the gallery)"
 
 # %% ../../nbs/api/deploy/00_embedder.ipynb #1d5ff145
-def _is_one(images): return isinstance(images, (str,Path,bytes,Image.Image)) or hasattr(images, 'read') or isinstance(images, (np.ndarray,Tensor)) and images.ndim<4
+def _is_one(images): return isinstance(images, (str,Path,bytes,bytearray,memoryview,Image.Image)) or hasattr(images, 'read') or isinstance(images, (np.ndarray,Tensor)) and images.ndim<4
 
 def _is_input(o): return isinstance(o, Tensor) and o.ndim==3 and o.is_floating_point()
 
@@ -129,11 +130,13 @@ def embed(self:ImageEmbedder,
 )->Tensor: # `(emb_sz,)` for one image, and `(n,emb_sz)` for several; float32, on the CPU
     "Embeddings of images; raises `ValueError` for what is no image"
     if _is_one(images): return self.embed([images])[0]
-    if not hasattr(images, '__len__'): raise ValueError(f"An image is a path, bytes, a file, a PIL image, an array or a tensor, and several are a list of these; got a {type(images).__name__}.")
+    if isinstance(images, dict) or not (hasattr(images, '__len__') and hasattr(images, '__getitem__')):
+        raise ValueError(f"An image is a path, bytes, a file, a PIL image, an array or a tensor, and several are a list of these; got a {type(images).__name__}.")
+    if not isinstance(bs, numbers.Integral) or bs<1: raise ValueError(f"`bs` is a number of images, 1 or more; got {bs!r}.")
     if not len(images): raise ValueError("There are no images to embed.")
     res = []
     for i in range(0, len(images), bs):
-        x = torch.stack([o if _is_input(o) else self.preprocess(o) for o in images[i:i+bs]])
+        x = torch.stack([o.float() if _is_input(o) else self.preprocess(o) for o in images[i:i+bs]])
         res.append(self.model(x.to(self.device)).float().cpu())
     return torch.cat(res)
 
@@ -302,11 +305,12 @@ def _description(embedder, spec):
 
 def _check_whole(embedder, preprocess):
     "Raise `ValueError` for an embedder that would be refused when it is read"
-    _check_finite(embedder.model.embedder_state(), 'The model cannot be written')
-    n = embedder.model.emb_sz
+    model = unwrapped(embedder.model)
+    _check_finite(model.embedder_state(), 'The model cannot be written')
+    n = model.emb_sz
     if len(embedder) and embedder.embs.shape[1]!=n: raise ValueError(f"The gallery holds embeddings of {embedder.embs.shape[1]} numbers, and the model makes {n}.")
     if len(embedder): _check_finite(dict(gallery=embedder.embs), 'The embedder cannot be written')
-    try: _probe(embedder.model, preprocess)
+    try: _probe(model, preprocess)
     except Exception as e: raise ValueError(f"The model cannot take the images that its preprocessing makes: {_last_line(e)}") from e
 
 @patch
@@ -316,20 +320,29 @@ def save(self:ImageEmbedder,
 )->Path:
     "Write the embedder; raises `FileExistsError` if `folder` is there, and `ValueError` for a model that its description cannot build again"
     folder = check_folder(folder, overwrite)
-    if not isinstance(self.model, Embedder) or not isinstance(self.preprocess, Preprocess):
-        raise ValueError(f"Only an `Embedder` with a `Preprocess` can be written as a folder, and this is a {type(self.model).__name__} with a {type(self.preprocess).__name__}.")
-    _check_spec(spec := self.model.spec(), folder)
+    model = unwrapped(self.model)
+    if not isinstance(model, Embedder) or not isinstance(self.preprocess, Preprocess):
+        raise ValueError(f"Only an `Embedder` with a `Preprocess` can be written as a folder, and this is a {type(model).__name__} with a {type(self.preprocess).__name__}.")
+    _check_spec(spec := model.spec(), folder)
     about = _description(self, spec)
     _check_about(about, folder, ('sha256',))
     _check_whole(self, about['preprocess'])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}-'))
-    try:
-        self.write(tmp, about)
-        tmp.chmod(0o755)
-        _take_place(tmp, folder)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    with clear_up(folder.parent, ()):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}-'))
+        try:
+            try: self.write(tmp, about)
+            except (OSError,SafetensorError) as e: raise OSError(f"The embedder cannot be written to {str(folder)!r}: {_last_line(e)}") from e
+            _prove(tmp, folder)
+            tmp.chmod(0o755)
+            _take_place(tmp, folder)
+        finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
+
+def _prove(tmp, folder):
+    "Raise `ValueError` where what was written to `tmp` cannot be read, before it takes the place of `folder`"
+    try: load_embedder(tmp)
+    except ValueError as e: raise ValueError(f"This embedder is not written, since it could not be read again: {e}".replace(repr(str(tmp)), repr(str(folder)))) from e
 
 @patch
 def write(self:ImageEmbedder,
@@ -337,7 +350,7 @@ def write(self:ImageEmbedder,
     about:dict, # What `embedder.json` will hold, but for the hashes
 ):
     "Write the files, the one with the hashes last"
-    save_file({k:v.detach().cpu().contiguous() for k,v in self.model.embedder_state().items()}, folder/'weights.safetensors')
+    save_file({k:v.detach().cpu().contiguous() for k,v in unwrapped(self.model).embedder_state().items()}, folder/'weights.safetensors')
     if len(self):
         save_file({'embs':self.embs.contiguous()}, folder/'gallery.safetensors')
         (folder/'gallery.json').write_text(json.dumps(dict(labels=self.labels, items=self.items), ensure_ascii=False), encoding='utf-8', errors='surrogateescape')
@@ -473,10 +486,11 @@ def to_onnx(self:ImageEmbedder,
     if size is None and not steps: raise ValueError("The preprocessing does not say how large an image is: give `size`.")
     h,w = (size,size) if isinstance(size, int) else size or steps[-1][1][::-1]
     x = torch.randn(2, 1 if getattr(self.preprocess, 'mode', 'RGB')=='L' else 3, h, w, generator=torch.Generator().manual_seed(0)).to(self.device)
-    torch.onnx.export(self.model, (x,), str(path), input_names=['images'], output_names=['embeddings'], dynamic_shapes=({0:torch.export.Dim('n')},), external_data=False, verbose=False)
-    x = torch.cat([x,x[:1]])
-    with torch.no_grad(): want = self.model(x).cpu()
-    got = torch.from_numpy(onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider']).run(None, {'images':x.cpu().numpy()})[0])
-    diff = (got-want).abs().max().item()
-    if not diff<=tol: raise ValueError(f"The network in {str(path)!r} differs from this one by {diff:.1e}.")
+    more = torch.cat([x,x[:1]])
+    with torch.no_grad(): want = self.model(more).cpu()
+    with whole_file(path) as tmp:
+        torch.onnx.export(unwrapped(self.model), (x,), str(tmp), input_names=['images'], output_names=['embeddings'], dynamic_shapes=({0:torch.export.Dim('n')},), external_data=False, verbose=False)
+        got = torch.from_numpy(onnxruntime.InferenceSession(str(tmp), providers=['CPUExecutionProvider']).run(None, {'images':more.cpu().numpy()})[0])
+        diff = (got-want).abs().max().item()
+        if not diff<=tol: raise ValueError(f"{str(path)!r} is not written: the network as ONNX differs from this one by {diff:.1e}.")
     return Path(path)

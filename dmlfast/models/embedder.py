@@ -255,6 +255,7 @@ def body_stages(
     body:nn.Module, # A timm model
 )->list: # For each stage the names of its parameters, from the stem on
     "Stages of `body` as timm groups them"
+    body = unwrapped(body)
     names = [n for n,_ in body.named_parameters()]
     if not hasattr(body, 'group_matcher'): return [o for o in _stages_by_ends(names, [f['module'] for f in body.feature_info]) if o]
     named = SimpleNamespace(named_parameters=lambda: [(n,n) for n in ['']+names]) # no stage is called '', so that it is where the rest is
@@ -348,7 +349,7 @@ def freeze_body(self:Embedder,
     stages = body_stages(self.body) if n else []
     if not (isinstance(n, int) and 0<=n<=len(stages)):
         raise ValueError(f"{self.arch!r} has {len(stages)} stages, so `frozen_stages` cannot be {n!r}.")
-    affine = [f'{k}.{o}' for k,m in self.body.named_modules() if isinstance(m, _BatchNorm) for o,_ in m.named_parameters()]
+    affine = [f'{k}.{o}' for k,m in unwrapped(self.body).named_modules() if isinstance(m, _BatchNorm) for o,_ in m.named_parameters()]
     for p in self.frozen_params(): p.requires_grad_(True)
     self.frozen = list(dict.fromkeys(sum(stages[:n], []) + affine*(self.freeze_bn=='affine')))
     for p in self.frozen_params(): p.requires_grad_(False)
@@ -371,9 +372,22 @@ def train(self:Embedder, mode=True):
     return self
 
 # %% ../../nbs/api/models/00_embedder.ipynb #8e9df784
+def _plain(name): return name.replace('_orig_mod.', '') # what `torch.compile` puts in front
+
+@patch
+def state_dict(self:Embedder, *args, prefix='', **kwargs):
+    "As any module; a part that is compiled has the names that it has otherwise"
+    res = nn.Module.state_dict(self, *args, prefix=prefix, **kwargs)
+    for k in [k for k in res if k.startswith(prefix)]:
+        if (name := prefix+_plain(k[len(prefix):]))!=k: res[name] = res.pop(k)
+    return res
+
 @patch
 def _load_from_state_dict(self:Embedder, state_dict, prefix, *args):
-    "As any module, without the weights of a ranking head that is not there; a head whose weights are loaded waits for nothing"
+    "As any module, whether parts are compiled or not, and without the weights of a ranking head that is not there; a head whose weights are loaded waits for nothing"
+    own = {_plain(k):k for k in nn.Module.state_dict(self)}
+    for k in [k for k in state_dict if k.startswith(prefix)]:
+        if (name := prefix+own.get(_plain(k[len(prefix):]), k[len(prefix):]))!=k: state_dict[name] = state_dict.pop(k)
     if any(k.startswith(f'{prefix}head.') for k in state_dict): self.pending = None
     if not hasattr(self, 'ranking_head'):
         for k in [k for k in state_dict if k.startswith(f'{prefix}ranking_head.')]: del state_dict[k]
@@ -409,8 +423,10 @@ _parallel = nn.DataParallel,nn.parallel.DistributedDataParallel
 def embedder_splitter(
     model:nn.Module, # An `Embedder`, with or without a loss in it
 )->list: # Two lists of parameters
-    "Parameters of the body, and all others, for discriminative learning rates and freezing"
+    "Parameters of the body, and all others, for discriminative learning rates and freezing; raises `ValueError` where there is no body"
     model = unwrapped(model)
+    if not hasattr(model, 'body'):
+        raise ValueError(f"A {type(model).__name__} has no `body` to tell from the rest: of what wraps an `Embedder`, only `torch.compile`, `DataParallel` and `DistributedDataParallel` are looked into. Pass another `splitter`.")
     frozen = {id(p) for p in (model.frozen_params() if hasattr(model, 'frozen_params') else ())}
     body = set(map(id, model.body.parameters()))
     return [[p for p in model.body.parameters() if id(p) not in frozen],

@@ -90,6 +90,7 @@ def last_linear(
     head:nn.Module, # A head
 )->tuple|None: # Layers before it, the linear layer, and the batch norm after it or None
     "The linear layer of a head that a closed form can fill; None where a head does not end in one"
+    head = unwrapped(head)
     layers = list(head) if isinstance(head, nn.Sequential) else [head]
     bn = layers.pop() if len(layers)>1 and isinstance(layers[-1], _BatchNorm) else None
     if type(layers[-1]) is nn.Linear: return nn.Sequential(*layers[:-1]),layers[-1],bn
