@@ -283,9 +283,22 @@ def test_folders_of_the_same_name_are_said_to_be_one_class(tmp_path):
     with pytest.warns(UserWarning, match=r"1 of 3 classes are merged from several folders: 'persian' \(cats/persian, dogs/persian\)\. Rename") as w: ds = MetricDataset.from_folder(tmp_path)
     assert ds.df.label.tolist().count('persian')==2 and len(w)==1
 
-@pytest.mark.parametrize('kw', [dict(test_pct=20), dict(val_pct=20), dict(test_pct=-.1), dict(val_pct=1), dict(val_pct=-3), dict(test_pct=float('nan')), dict(test_pct=1.)])
+@pytest.mark.parametrize('kw', [dict(test_pct=20), dict(val_pct=20), dict(test_pct=-.1), dict(val_pct=1), dict(val_pct=-3), dict(test_pct=float('nan')), dict(test_pct=1.), dict(test_pct='.2'), dict(val_pct=None)])
 def test_shares_that_are_none(kw):
     "Refused before the folder is looked at"
     (k,v), = kw.items()
     for f in (lambda: MetricDataset.from_folder('nowhere', **kw), lambda: MetricDataset.from_df(pd.DataFrame(), **kw)):
-        with pytest.raises(ValueError, match=f'`{k}` is a share of the classes, 0 or more and less than 1; got {v}'): f()
+        with pytest.raises(ValueError, match=f'`{k}` is a share of the classes, 0 or more and less than 1; got {v!r}'): f()
+
+@pytest.mark.parametrize('path', ['', None, 3])
+def test_a_folder_is_named(path):
+    for f in (MetricDataset.from_folder, cub200):
+        with pytest.raises(ValueError, match=f"The images' folder is a path, .*; got {path!r}"): f(path)
+
+def test_no_classes_for_test(tmp_path):
+    _tree(tmp_path, *[f'{c}/{i}.png' for c in 'abcde' for i in (1,2)])
+    assert MetricDataset.from_folder(tmp_path, test_pct=0).df.groupby('split').label.unique().map(list).to_dict()==dict(train=['a','b','c','d'], val=['e'])
+
+@pytest.mark.parametrize('size', [-3, 1.5, '24'])
+def test_a_size_that_is_none(few, size):
+    with pytest.raises(ValueError, match=f'`size` is a number of pixels to a side, 1 or more; got {size!r}'): few.dataloaders(bs=8, size=size, num_workers=0)

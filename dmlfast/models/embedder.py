@@ -9,7 +9,7 @@ __all__ = ['check_arch', 'timm_body', 'load_weights', 'GlobalPool', 'GeM', 'make
            'make_head', 'body_stages', 'Embedder', 'unwrapped', 'embedder_splitter', 'stage_splitter']
 
 # %% ../../nbs/api/models/00_embedder.ipynb #e1ca4bf6
-import difflib, sys, warnings
+import difflib, os, sys, warnings
 import timm, torch, torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% ../../nbs/api/models/00_embedder.ipynb #7f95fba6
 def _weights_file(fn):
+    if not isinstance(fn, (str,os.PathLike)): raise ValueError(f"`weights` is the path of a file; got {fn!r}.")
     if not Path(fn).is_file(): raise ValueError(f"There is no file of weights {str(fn)!r}.")
 
 def check_arch(

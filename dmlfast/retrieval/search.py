@@ -406,14 +406,14 @@ _ranked,_clustered = ('precision@1','r_precision','map@r','map','mrr','pr_curve'
 
 def _metric_names(metrics, ks=(1,2,4,8), drawn=False, curve=True):
     "Metrics asked for, each by its full name: of those that there are with a `drawn` gallery, and with or without a `curve`, which is not one number"
-    ks = [ks] if isinstance(ks, Real) else list(ks)
+    ks = list(ks) if hasattr(ks, '__iter__') else [ks]
     if not all(isinstance(k, Real) and 1<=k<math.inf and int(k)==k for k in ks):
         raise ValueError(f'ks must be whole numbers from 1, not {ks}')
     no = (_clustered if drawn else ()) + (() if curve else ('pr_curve',))
     if metrics is None: metrics = ['recall','r_precision','map@r']
     if metrics=='all': metrics = ['recall',*(o for o in _ranked[1:]+_clustered if o not in no)]
     res = []
-    for m in [metrics] if isinstance(metrics, str) else metrics:
+    for m in [metrics] if isinstance(metrics, str) or not hasattr(metrics, '__iter__') else metrics:
         if m=='recall': res += [f'recall@{int(k)}' for k in ks]
         elif m in _ranked+_clustered or (isinstance(m, str) and m.startswith('recall@') and m[7:].isdecimal() and int(m[7:])>0): res.append(m)
         else: raise ValueError(f'{m!r} is not a metric{_nearest(m)}: there are recall, recall@k, {", ".join(_ranked+_clustered)}, or all')
@@ -499,6 +499,7 @@ def evaluate_random_gallery(
 )->RetrievalResult: # With the values of all repeats
     "Retrieval metrics where the gallery is one random item of each class and the others are the queries"
     metrics = _metric_names(metrics, kwargs.get('ks', (1,2,4,8)), drawn=True)
+    if not isinstance(repeats, Integral) or repeats<1: raise ValueError(f'repeats is how often a gallery is drawn, 1 or more, not {repeats!r}')
     x,rng,res,items = _embeddings(embs),np.random.default_rng(seed),[],[]
     y = _labels(labels, len(x)).cpu()
     for _ in range(repeats):

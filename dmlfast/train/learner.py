@@ -354,15 +354,6 @@ def _check_other(loss):
         "`ProxyNCALoss()` is the cross entropy of embeddings, with a learned proxy for each class, and `DRTripletLoss()` compares them with each other.")
 
 # %% ../../nbs/api/train/04_learner.ipynb #f40118e1
-def _check_target(dls):
-    "Raise `ValueError` where items have more than one target, or one that is no class"
-    ds = dls.train.dataset
-    if not (ys := getattr(ds, 'tls', ())[getattr(ds, 'n_inp', 1):]) or not len(ds): return
-    y = ys[0][0]
-    if len(ys)==1 and (isinstance(y, (int,np.integer)) or isinstance(y, Tensor) and y.ndim==0 and not y.is_floating_point()): return
-    raise ValueError("A loss of embeddings takes the class of each image, as `ClassBlock` makes it of a label, and the items of these data loaders have "
-        + (f"{len(ys)} targets: leave out all but one." if len(ys)>1 else f"a {type(y).__name__}{f' of {y.dtype}, of shape {tuple(y.shape)},' if isinstance(y, Tensor) else ''} as their target."))
-
 def _n_classes(dls):
     "Number of training classes"
     if (n := getattr(dls, 'n_train_classes', None)) is not None: return n
@@ -559,7 +550,7 @@ def metric_learner(
     "A `Learner` that trains embeddings of `dls` with a timm backbone and a metric-learning loss"
     _check_names(kwargs)
     if not isinstance(dls, DataLoaders): raise ValueError(f"A learner takes data loaders, such as `ds.dataloaders()`; got a {type(dls).__name__}.")
-    _check_target(dls)
+    check_target(dls.train.dataset)
     r = recipe if isinstance(recipe, Recipe) else recipes[recipe] if recipe else Recipe()
     loss_func = _metric_loss(r.loss() if loss_func is None else loss_func)
     if old := [o for o in _with_weights(loss_func) if o in _used]:
@@ -770,7 +761,9 @@ def predict(self:MetricLearner,
 )->tuple: # Embedding, `(emb_sz,)` float32; neighbours, a list of `Hit`s, nearest first
     "Embedding of one item, and its nearest neighbours"
     if isinstance(item, str): item = Path(item)
-    emb = self.embed(self.dls.test_dl([self._as_opened(item)], num_workers=0), bar=False)[0]
+    try: dl = self.dls.test_dl([self._as_opened(item)], num_workers=0)
+    except AssertionError: raise ValueError(f"An image is a path, bytes, a file, a PIL image, an array or a tensor, or an item as the data loaders' own; got a {type(item).__name__}.") from None
+    emb = self.embed(dl, bar=False)[0]
     if gallery is None and not len(self.dls.train.items): return emb[0],[] # an exported learner has no items
     gal = self._gallery(gallery)
     gal.check_labels()
@@ -780,7 +773,7 @@ def predict(self:MetricLearner,
 @patch
 def _as_opened(self:MetricLearner, item):
     "An image in memory as the data loaders would have opened its file; anything else as it is"
-    tl,in_memory = self.dls.valid_ds.tls[0],isinstance(item, (bytes,np.ndarray,Tensor,Image.Image)) or hasattr(item, 'read')
+    tl,in_memory = self.dls.valid_ds.tls[0],isinstance(item, (bytes,bytearray,memoryview,np.ndarray,Tensor,Image.Image)) or hasattr(item, 'read')
     if not in_memory or not issubclass(cls := tl.types[-1], Image.Image): return item
     if not hasattr(cls, 'background'): return cls.create(open_image(item, cls._open_args['mode'], None)) # fastai's own
     at = next(i for i,t in enumerate(tl.types) if isinstance(t, type) and issubclass(t, Image.Image))
@@ -794,14 +787,15 @@ def item_name(
 
 def items_of(
     dl, # A loader
-): # Its items, such as paths, and for rows of a table what is opened; None where there are none
+): # Its items, such as paths, and for rows of a table and other records what is opened; None where there are none
     "What a loader's data set was made from, without opening it"
     items = getattr(dl, 'items', None)
     if items is None or callable(items): return None
-    if not hasattr(items, 'columns'): return list(items)
+    items = [items.iloc[i] for i in range(len(items))] if hasattr(items, 'columns') else list(items)
+    if not items or isinstance(items[0], (str,Path)) or not hasattr(dl.dataset, 'tls'): return items
     tl = dl.dataset.tls[0]
     at = next((i for i,t in enumerate(tl.types) if isinstance(t, type) and issubclass(t, Image.Image)), 1) # what comes before it is the path
-    return [compose(*tl.tfms.fs[:at-1])(items.iloc[i]) for i in range(len(items))]
+    return [*map(compose(*tl.tfms.fs[:max(at-1, 0)]), items)]
 
 # %% ../../nbs/api/train/04_learner.ipynb #832c379f
 @patch
