@@ -2,6 +2,7 @@
 import json, os, pickle, subprocess, sys
 import numpy as np, pytest, torch
 from PIL import Image
+from safetensors import SafetensorError
 from fastai.vision.all import *
 from dmlfast.all import *
 
@@ -168,6 +169,13 @@ def test_what_could_not_be_read_is_not_written(embedder, tmp_path):
     for folder in (tmp_path/'new', tmp_path/'a'/'b', old):
         with pytest.raises(ValueError, match=f"could not be read again: The weights in {str(folder)!r} do not fit .*1 unexpected .body.more"): e.save(folder, overwrite=True)
     assert [o.name for o in tmp_path.iterdir()]==['old'] and sorted((o.name,o.read_bytes()) for o in old.iterdir())==was
+
+def test_a_full_disk_is_said(embedder, tmp_path, monkeypatch):
+    "With the name of the folder, and nothing of it is left"
+    def full(*args): raise SafetensorError('Error while serializing: I/O error: File too large (os error 27)')
+    monkeypatch.setattr('dmlfast.deploy.embedder.save_file', full)
+    with pytest.raises(OSError, match=f"cannot be written to '{tmp_path/'a'/'e'}': Error while serializing"): embedder.save(tmp_path/'a'/'e')
+    assert not list(tmp_path.iterdir())
 
 def test_compiled_parts(photos, tmp_path):
     "A compiled model, or a part of one, has the names of weights that it has otherwise, and is exported like any other"

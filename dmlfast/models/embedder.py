@@ -79,9 +79,10 @@ def _read_weights(fn):
     safe = fn.suffix=='.safetensors'
     try:
         with warnings.catch_warnings(action='ignore'): sd = load_file(fn) if safe else torch.load(fn, map_location='cpu', weights_only=True)
-    except Exception as e: # what PyTorch says here is an advice to run what the file holds
+    except PermissionError as e: raise ValueError(f"{str(fn)!r} cannot be read: {e.strerror}.") from None
+    except Exception: # what PyTorch says here is an advice to run what the file holds
         want = 'a whole safetensors file' if safe else 'what `torch.save` wrote of a state dict, whole and with nothing but tensors in it'
-        raise ValueError(f"{str(fn)!r} is no file of weights: it must be {want} ({type(e).__name__}).") from None
+        raise ValueError(f"{str(fn)!r} is no file of weights: it must be {want}.") from None
     if isinstance(sd, dict): sd = sd.get('model', sd.get('state_dict', sd))
     if not isinstance(sd, dict): raise ValueError(f"{str(fn)!r} is no file of weights: it must hold a state dict, and holds a {type(sd).__name__}.")
     if bad := [k for k,v in sd.items() if not (isinstance(k, str) and isinstance(v, Tensor))]:
