@@ -6,7 +6,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/models/embedder.html.md"""
 
 # %% auto #0
 __all__ = ['check_arch', 'timm_body', 'load_weights', 'GlobalPool', 'GeM', 'make_pool', 'init_head', 'mlp_head', 'bnneck_head',
-           'make_head', 'body_stages', 'Embedder', 'unwrapped', 'embedder_splitter', 'stage_splitter']
+           'make_head', 'unwrapped', 'body_stages', 'Embedder', 'embedder_splitter', 'stage_splitter']
 
 # %% ../../nbs/api/models/00_embedder.ipynb #e1ca4bf6
 import difflib, os, sys, warnings
@@ -243,6 +243,16 @@ def make_head(
     emb_sz = emb_sz or 128
     return init_head((head if callable(head) else _heads[head])(n_in, emb_sz), init),emb_sz
 
+# %% ../../nbs/api/models/00_embedder.ipynb #e99184b2
+def unwrapped(
+    model:nn.Module, # A model, or what wraps one
+)->nn.Module: # The model itself
+    "The model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`"
+    while (inner := getattr(model, '_orig_mod', None) or (model.module if isinstance(model, _parallel) else None)) is not None: model = inner
+    return model
+
+_parallel = nn.DataParallel,nn.parallel.DistributedDataParallel
+
 # %% ../../nbs/api/models/00_embedder.ipynb #f82544d2
 def _stages_by_ends(names, ends):
     "Groups of `names`, in order, of which each ends with what is in a module of `ends`"
@@ -410,16 +420,6 @@ def spec(self:Embedder)->dict: # Arguments of `Embedder`; those for timm under `
 def embedder_state(self:Embedder)->dict: # Weights and buffers by name
     "The weights that make embeddings, without those of a loss or a callback"
     return {k:v for k,v in self.state_dict().items() if k.split('.')[0] in ('body','pool','head')}
-
-# %% ../../nbs/api/models/00_embedder.ipynb #e99184b2
-def unwrapped(
-    model:nn.Module, # A model, or what wraps one
-)->nn.Module: # The model itself
-    "The model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`"
-    while (inner := getattr(model, '_orig_mod', None) or (model.module if isinstance(model, _parallel) else None)) is not None: model = inner
-    return model
-
-_parallel = nn.DataParallel,nn.parallel.DistributedDataParallel
 
 # %% ../../nbs/api/models/00_embedder.ipynb #45629ff1
 def embedder_splitter(
