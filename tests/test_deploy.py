@@ -2,6 +2,7 @@
 import json, os, pickle, re, subprocess, sys
 import numpy as np, pytest, torch
 from PIL import Image
+from safetensors import SafetensorError
 from fastai.vision.all import *
 from dmlfast.all import *
 
@@ -83,7 +84,12 @@ def test_what_an_image_may_be(embedder, photos, tmp_path):
     for o in (str(fn), im, np.array(im), embedder.preprocess(im)): assert torch.equal(embedder.embed(o), want)
     for o in ([fn,im], np.array([im,im]), torch.stack([embedder.preprocess(fn)]*2)): assert torch.allclose(embedder.embed(o), want.expand(2, -1), atol=1e-6)
     assert torch.allclose(embedder.embed([fn]*5, bs=2), want.expand(5, -1), atol=1e-6)
-    for bad,says in ((np.zeros((4,4,2)), r'got \(4, 4, 2\)'), (torch.zeros(1,3,4,4).int(), 'got int32'), (np.full((4,4), 2.), r'values in \[0,1\]; got 2 to 2'), ([3], 'got a int'), ([], 'no images'), (3, 'got a int'), ('nowhere.jpg', "There is no image 'nowhere.jpg'")):
+    data,x = fn.read_bytes(),embedder.preprocess(im)
+    for o in (bytearray(data), memoryview(data), x.double()): assert torch.equal(embedder.embed(o), want)
+    for o in (x.half(), x.bfloat16(), torch.stack([x.half()]*2), [x.half(),fn]): assert torch.allclose(embedder.embed(o), want, atol=.02)
+    for bs in (0,-1,1.5,'2'):
+        with pytest.raises(ValueError, match='`bs` is a number of images, 1 or more'): embedder.embed([fn], bs=bs)
+    for bad,says in (({'a':fn}, 'got a dict'), ({fn}, 'got a set'), (None, 'got a NoneType'), (np.zeros((4,4,2)), r'got \(4, 4, 2\)'), (torch.zeros(1,3,4,4).int(), 'got int32'), (np.full((4,4), 2.), r'values in \[0,1\]; got 2 to 2'), ([3], 'got a int'), ([], 'no images'), (3, 'got a int'), ('nowhere.jpg', "There is no image 'nowhere.jpg'")):
         with pytest.raises(ValueError, match=says): embedder.embed(bad)
     cut = tmp_path/'cut.jpg'
     Image.fromarray(np.random.RandomState(0).randint(0, 255, (64,64,3), dtype=np.uint8)).save(cut)
@@ -154,6 +160,50 @@ def test_what_cannot_be_written(embedder, photos, tmp_path):
     learn = metric_learner(dls, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3*32*32, 4)), TripletLoss(), path=tmp_path)
     with pytest.raises(ValueError, match='this one was given as it is'): learn.export_embedder(tmp_path/'x')
 
+def test_what_could_not_be_read_is_not_written(embedder, tmp_path):
+    "Nothing new is left, and what was there stays"
+    model = deepcopy(embedder.model)
+    model.body.register_buffer('more', torch.zeros(1))
+    e,old = ImageEmbedder(model, embedder.preprocess),embedder.save(tmp_path/'old')
+    was = sorted((o.name,o.read_bytes()) for o in old.iterdir())
+    for folder in (tmp_path/'new', tmp_path/'a'/'b', old):
+        with pytest.raises(ValueError, match=f"could not be read again: The weights in {str(folder)!r} do not fit .*1 unexpected .body.more"): e.save(folder, overwrite=True)
+    assert [o.name for o in tmp_path.iterdir()]==['old'] and sorted((o.name,o.read_bytes()) for o in old.iterdir())==was
+
+def test_a_full_disk_is_said(embedder, tmp_path, monkeypatch):
+    "With the name of the folder, and nothing of it is left"
+    def full(*args): raise SafetensorError('Error while serializing: I/O error: File too large (os error 27)')
+    monkeypatch.setattr('dmlfast.deploy.embedder.save_file', full)
+    with pytest.raises(OSError, match=f"cannot be written to '{tmp_path/'a'/'e'}': Error while serializing"): embedder.save(tmp_path/'a'/'e')
+    assert not list(tmp_path.iterdir())
+
+def test_compiled_parts(photos, tmp_path):
+    "A compiled model, or a part of one, has the names of weights that it has otherwise, and is exported like any other"
+    dls = loaders(photos, Resize(32))
+    learn = metric_learner(dls, 'test_resnet', ProxyNCALoss(), emb_sz=8, pretrained=False, path=tmp_path)
+    names,want,file = [*learn.model.state_dict()],learn.embed(bar=False)[0],photos/'a'/'0.png'
+    learn.save('plain')
+    for part in ('body','head'): setattr(learn.model, part, torch.compile(getattr(learn.model, part), backend='eager'))
+    assert sorted(learn.model.state_dict())==sorted(names) and len(stage_splitter(learn.model))>2
+    res = learn.export_embedder(tmp_path/'e', gallery=dls.test_dl([*dls.valid.items], with_labels=True))
+    assert torch.allclose(res.embs, want, atol=1e-6)
+    learn.save('compiled')
+    with torch.no_grad(): learn.model.head.weight.zero_()
+    for o in ('plain','compiled'): assert torch.allclose(learn.load(o).embed(bar=False)[0], want, atol=1e-6)
+    plain = metric_learner(dls, 'test_resnet', ProxyNCALoss(), emb_sz=8, pretrained=False, path=tmp_path).load('compiled')
+    assert torch.allclose(plain.embed(bar=False)[0], want, atol=1e-6)
+    plain.model.load_state_dict({k.replace('body.', 'body._orig_mod.'):v for k,v in plain.model.state_dict().items()}) # as they were written before
+    whole = ImageEmbedder(torch.compile(res.model, backend='eager'), res.preprocess)
+    assert torch.allclose(load_embedder(whole.save(tmp_path/'whole')).embed(file), res.embed(file), atol=1e-6)
+
+def test_a_wrapper_that_is_not_known(make_learner):
+    class Wrapper(nn.Module):
+        def __init__(self, module): super().__init__(); self.module = module
+        def forward(self, x): return self.module(x)
+    learn = make_learner()
+    learn.model = Wrapper(learn.model)
+    with pytest.raises(ValueError, match='A Wrapper has no `body`'): learn.fit(1)
+
 class Bomb:
     def __reduce__(self): return os.system, ('touch exploded',)
 
@@ -205,7 +255,8 @@ def test_onnx(embedder, tmp_path):
     assert np.abs(got-embedder.embed(x).numpy()).max()<1e-4
     with pytest.raises(ValueError, match='give `size`'): ImageEmbedder(embedder.model, Preprocess()).to_onnx(tmp_path/'f.onnx')
     tiny = ImageEmbedder(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12,2)), Preprocess([('fit', (2,2), 2)]))
-    with pytest.raises(ValueError, match='differs from this one by'): tiny.to_onnx(tmp_path/'g.onnx', tol=-1)
+    with pytest.raises(ValueError, match='differs from this one by'): tiny.to_onnx(path, tol=-1)
+    assert onnxruntime.InferenceSession(str(path)).get_inputs()[0].shape[2:]==[32,32] and [o.name for o in tmp_path.iterdir()]==['e.onnx'] # the old one
 
 def test_names_in_a_gallery_begin_below_the_data(few, make_learner, tmp_path):
     "However the loaders were made: that the folder is given as `path` is no matter"

@@ -169,7 +169,7 @@ def test_what_can_be_opened(tmp_path):
     Image.fromarray(FLAG).save(fn := tmp_path/'x.png')
     first = np.moveaxis(FLAG, -1, 0)
     with open(fn, 'rb') as f:
-        for o in (fn, str(fn), fn.read_bytes(), bytearray(fn.read_bytes()), f, io.BytesIO(fn.read_bytes()), Image.open(fn), Image.fromarray(FLAG), FLAG, first, FLAG[:,::-1][:,::-1], FLAG.astype(np.uint16)*257, FLAG/255,
+        for o in (fn, str(fn), fn.read_bytes(), bytearray(fn.read_bytes()), f, io.BytesIO(fn.read_bytes()), Image.open(fn), Image.fromarray(FLAG), FLAG, first, FLAG[:,::-1][:,::-1], FLAG.astype(np.uint16)*257, (FLAG.astype(np.uint16)*257).astype('>u2'), FLAG/255,
             (first/255).astype(np.float16), FLAG.astype(np.float32)/255, np.dstack([FLAG,np.full((H,W), 255, np.uint8)]), torch.tensor(FLAG), torch.tensor(first), torch.tensor(first)/255, (torch.tensor(first)/255).requires_grad_(),
             TensorImage(torch.tensor(first)), torch.tensor(first.astype(np.uint16)*257)):
             assert np.array_equal(np.asarray(open_image(o)), FLAG)
@@ -284,9 +284,22 @@ def test_folders_of_the_same_name_are_said_to_be_one_class(tmp_path):
     with pytest.warns(UserWarning, match=r"1 of 3 classes are merged from several folders: 'persian' \(cats/persian, dogs/persian\)\. Rename") as w: ds = MetricDataset.from_folder(tmp_path)
     assert ds.df.label.tolist().count('persian')==2 and len(w)==1
 
-@pytest.mark.parametrize('kw', [dict(test_pct=20), dict(val_pct=20), dict(test_pct=-.1), dict(val_pct=1), dict(val_pct=-3), dict(test_pct=float('nan')), dict(test_pct=1.)])
+@pytest.mark.parametrize('kw', [dict(test_pct=20), dict(val_pct=20), dict(test_pct=-.1), dict(val_pct=1), dict(val_pct=-3), dict(test_pct=float('nan')), dict(test_pct=1.), dict(test_pct='.2'), dict(val_pct=None)])
 def test_shares_that_are_none(kw):
     "Refused before the folder is looked at"
     (k,v), = kw.items()
     for f in (lambda: MetricDataset.from_folder('nowhere', **kw), lambda: MetricDataset.from_df(pd.DataFrame(), **kw)):
-        with pytest.raises(ValueError, match=f'`{k}` is a share of the classes, 0 or more and less than 1; got {v}'): f()
+        with pytest.raises(ValueError, match=f'`{k}` is a share of the classes, 0 or more and less than 1; got {v!r}'): f()
+
+@pytest.mark.parametrize('path', ['', None, 3])
+def test_a_folder_is_named(path):
+    for f in (MetricDataset.from_folder, cub200):
+        with pytest.raises(ValueError, match=f"The images' folder is a path, .*; got {path!r}"): f(path)
+
+def test_no_classes_for_test(tmp_path):
+    _tree(tmp_path, *[f'{c}/{i}.png' for c in 'abcde' for i in (1,2)])
+    assert MetricDataset.from_folder(tmp_path, test_pct=0).df.groupby('split').label.unique().map(list).to_dict()==dict(train=['a','b','c','d'], val=['e'])
+
+@pytest.mark.parametrize('size', [-3, 1.5, '24'])
+def test_a_size_that_is_none(few, size):
+    with pytest.raises(ValueError, match=f'`size` is a number of pixels to a side, 1 or more; got {size!r}'): few.dataloaders(bs=8, size=size, num_workers=0)

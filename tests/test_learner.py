@@ -643,7 +643,7 @@ def test_callbacks_as_classes(make_learner):
     assert len(learn.cbs.filter(risinstance(Seen)))==1
 
 def test_names_of_metrics_are_checked_before_images_are_seen(make_learner, few, monkeypatch):
-    for kw,said in ((dict(metrics=['recal@1']), "'recal@1' is not a metric, and the nearest name is 'recall@1'"), (dict(metrics=['pr_curve']), "'pr_curve' is a curve"), (dict(every=0), '`every` is a number of epochs, 1 or more; got 0'),
+    for kw,said in ((dict(metrics=['recal@1']), "'recal@1' is not a metric, and the nearest name is 'recall@1'"), (dict(metrics=5), '5 is not a metric: there are recall'), (dict(ks=None), 'ks must be'), (dict(metrics=['pr_curve']), "'pr_curve' is a curve"), (dict(every=0), '`every` is a number of epochs, 1 or more; got 0'),
                     (dict(every=2.5), 'got 2.5'), (dict(ks=(0,)), 'ks must be')):
         with pytest.raises(ValueError, match=said): RetrievalMetrics(**kw)
     assert RetrievalMetrics(['recall','mrr'], ks=(1,10)).names==['recall@1','recall@10','mrr'] and RetrievalMetrics().names==['recall@1','recall@2','recall@4','recall@8','map@r']
@@ -661,6 +661,23 @@ def test_names_of_metrics_are_checked_before_images_are_seen(make_learner, few, 
 def test_a_target_is_one_class(few, block, get_y, said):
     block = DataBlock(blocks=[ImageBlock,*L(block)], n_inp=1, get_y=get_y, splitter=ClassSplitter(parent_label))
     with pytest.raises(ValueError, match=f'takes the class of each image.*{said}'): metric_learner(block.dataloaders(few.items(), bs=8, num_workers=0), 'test_resnet', pretrained=False)
+
+def test_items_that_are_records(few):
+    "Each is called as the file that is opened of it"
+    items = [dict(file=o, label=o.parent.name) for o in few.items()]
+    block = DataBlock(blocks=(ImageBlock, ClassBlock), get_x=lambda o: o['file'], get_y=lambda o: o['label'], splitter=ClassSplitter(lambda o: o['label']))
+    learn = metric_learner(block.dataloaders(items, bs=8, num_workers=0), 'test_resnet', pretrained=False, emb_sz=4)
+    with learn.no_bar():
+        assert [Path(h.item) for h in learn.predict(items[0], k=2)[1]][0]==items[0]['file']
+        assert [Path(o) for o in learn.embedded().items]==[o['file'] for o in learn.dls.valid.items]
+
+def test_what_is_no_image_is_said(make_learner):
+    learn = make_learner()
+    file = learn.dls.train.items[0]
+    with learn.no_bar():
+        for o in (bytearray(file.read_bytes()), memoryview(file.read_bytes())): assert torch.equal(learn.predict(o, k=1)[0], learn.predict(file, k=1)[0])
+        for o in (None, 3, [file], {}):
+            with pytest.raises(ValueError, match=f"An image is a path, bytes, .*; got a {type(o).__name__}"): learn.predict(o)
 
 @pytest.mark.parametrize('lr', [-1, float('nan'), float('inf'), slice(1e-4, -1.), slice(float('nan'), 1.)])
 def test_a_rate_that_is_none(make_learner, lr):

@@ -75,6 +75,36 @@ def test_more_numbers_than_images_are_kept():
     assert W.shape==(30,30) and torch.linalg.matrix_rank(W)==30
     assert pca_head(X, 30)[0].shape==(30,30) and pca_head(X, 30)[0].norm(dim=1).max()<3
 
+def flat_features(rank, n, seed=0, d=1280):
+    "What a body makes of images that are too small for it: most features constant, the others of a low rank, each image there twice"
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(n)//8
+    on = torch.rand(d, generator=g)<.13
+    X = torch.rand(d, generator=g).repeat(n, 1)
+    z = torch.randn(n//8, rank, generator=g)[y]+.3*torch.randn(n, rank, generator=g)
+    X[:,on] = F.relu6(z@torch.randn(rank, int(on.sum()), generator=g))
+    X[1::2] = X[::2]
+    return X,y
+
+@pytest.mark.parametrize('rank', [1,2,5,10])
+def test_features_that_hardly_vary(rank):
+    "The head starts, and knows the classes nearly as well as the features do"
+    X,y = flat_features(rank, 320)
+    for init in ('lda','pca'):
+        head = nn.Linear(1280, 64)
+        assert start_head(head, X, y, init).startswith(f'The head starts from {init.upper()} of 320')
+        assert head.weight.isfinite().all() and map_r(head(X).detach(), y)>map_r(X-X.mean(0), y)-.02
+    X,y = flat_features(rank, 64)
+    for scale in (1e-4,1e-30): assert lda_head(X*scale, y, 64)[0].isfinite().all() and pca_head(X*scale, 64)[0].isfinite().all()
+    assert pca_head(X[:1].repeat(8, 1), 64)[0].isfinite().all()
+
+def test_a_hidden_layer_that_gives_the_same_for_all_images():
+    head = mlp_head(6, 4, 8)
+    nn.init.constant_(head[0].bias, -1e3)
+    was = head[2].weight.clone()
+    assert start_head(head, torch.randn(16, 6), torch.arange(16)//4).startswith('The features of all training images are the same')
+    assert torch.equal(head[2].weight, was)
+
 @pytest.mark.parametrize('kind', ['linear','bnneck','mlp'])
 def test_every_head_starts_better_than_at_random(kind, quiet, tmp_path):
     "For a body that knows nothing of these classes"

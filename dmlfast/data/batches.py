@@ -12,6 +12,7 @@ import math, random
 import numpy as np, pandas as pd
 from array import array as int_array # fastai has NumPy's under that name
 from functools import cached_property
+from numbers import Integral, Real
 from fastcore.all import *
 from fastai.data.all import *
 from fastai.callback.core import Callback
@@ -52,10 +53,10 @@ def _valid_classes(classes, valid_pct, n_valid, valid, seed):
             raise ValueError(f"`valid` names {some_of(unknown)}, which no item has; there are {len(classes)} classes: {some_of(classes)}.")
         return set(listify(valid))
     if n_valid is None:
-        if not 0<valid_pct<1: raise ValueError(f"`valid_pct` is the share of the classes for validation, between 0 and 1; got {valid_pct}.")
+        if not (isinstance(valid_pct, Real) and 0<valid_pct<1): raise ValueError(f"`valid_pct` is the share of the classes for validation, between 0 and 1; got {valid_pct!r}.")
         n_valid = min(max(round(len(classes)*valid_pct), 1), len(classes)-1)
-    elif not 0<n_valid<len(classes):
-        raise ValueError(f"`n_valid` is a number of classes, 1 to {len(classes)-1} of the {len(classes)} there are; got {n_valid}.")
+    elif not (isinstance(n_valid, Integral) and 0<n_valid<len(classes)):
+        raise ValueError(f"`n_valid` is a number of classes, 1 to {len(classes)-1} of the {len(classes)} there are; got {n_valid!r}.")
     if seed is not None: classes = random.Random(seed).sample(classes, len(classes))
     return set(classes[len(classes)-n_valid:])
 
@@ -67,6 +68,15 @@ def split_mixed(
     return np.flatnonzero(~held).tolist(), np.random.RandomState(0).permutation(np.flatnonzero(held)).tolist()
 
 # %% ../../nbs/api/data/00_batches.ipynb #6fbd7d55
+def _labels_by(label_func, items):
+    "The label of each of `items`, by a function or, of a table, the name of a column"
+    if isinstance(items, pd.DataFrame):
+        if callable(label_func): return [label_func(items.iloc[i]) for i in range(len(items))] # rows as fastai's getters have them
+        if label_func in items: return list(items[label_func])
+        raise ValueError(f"The table has no column {label_func!r}; it has {some_of(items.columns, 9)}.")
+    if callable(label_func): return [label_func(o) for o in items]
+    raise ValueError(f"`label_func` is a function from an item to its label, such as `parent_label`, and a column's name only where the items are a `DataFrame`; got {label_func!r} for a {type(items).__name__}.")
+
 def ClassSplitter(
     label_func, # Function from an item to its label, as `get_y`; the name of a column where the items are a `DataFrame`, which is faster
     valid_pct:float=0.5, # Share of the classes for validation, between 0 and 1
@@ -76,10 +86,7 @@ def ClassSplitter(
 ):
     "Split items into training and validation items that have no class in common"
     def _inner(items):
-        if isinstance(items, pd.DataFrame):
-            # rows as fastai's getters have them
-            labels = [label_func(items.iloc[i]) for i in range(len(items))] if callable(label_func) else list(items[label_func])
-        else: labels = [label_func(o) for o in items]
+        labels = _labels_by(label_func, items)
         if none := [i for i,o in enumerate(labels) if pd.isna(o) is True]:
             raise ValueError(f"{len(none)} of {len(labels)} items have no label; the first is item {none[0]}.")
         classes = distinct_labels(labels)
@@ -141,6 +148,7 @@ class BalancedSampler:
         seed:int=0, # Determines, with the number of the epoch, what it holds
     ):
         store_attr('bs,per_class,seed')
+        self.check_size()
         labels = np.asarray(labels)
         self.items = np.argsort(labels, kind='stable') # class after class
         self.counts = np.unique(labels, return_counts=True)[1]
@@ -155,10 +163,14 @@ class BalancedSampler:
 
 # %% ../../nbs/api/data/00_batches.ipynb #56c15234
 @patch
+def check_size(self:BalancedSampler):
+    "Raise `ValueError` where a batch cannot have so many items"
+    if not all(isinstance(o, Integral) and o>=1 for o in (self.bs,self.per_class)) or self.bs%self.per_class:
+        raise ValueError(f"`bs` must be a multiple of `per_class`, and both at least 1; got bs={self.bs!r} and per_class={self.per_class!r}.")
+
+@patch
 def check(self:BalancedSampler):
     "Raise `ValueError` where no such batch can be made"
-    if self.per_class<1 or self.bs<1 or self.bs%self.per_class:
-        raise ValueError(f"`bs` must be a multiple of `per_class`, and both at least 1; got bs={self.bs} and per_class={self.per_class}.")
     if self.n==0: raise ValueError("There is nothing to make batches of: the split has no items.")
     if self.n_classes==1: raise ValueError(f"All {self.n} items are of one class: a metric needs at least two to tell apart.")
     if self.n_classes<self.p:
@@ -203,11 +215,24 @@ def idxs(self:BalancedSampler,
     return res.reshape(len(self), self.bs)
 
 # %% ../../nbs/api/data/00_batches.ipynb #4feb4acf
+def check_target(
+    ds, # Data set; nothing is known of one that is not fastai's
+    several:bool=False, # May there be more than one target? Then the first counts
+):
+    "Raise `ValueError` where the items of a data set have no target, more than one, or one that is no class"
+    if not hasattr(ds, 'tls') or not len(ds): return
+    ys = ds.tls[ds.n_inp:]
+    y = ys[0][0] if ys else None
+    if (len(ys)==1 or ys and several) and (isinstance(y, (int,np.integer)) or isinstance(y, Tensor) and y.ndim==0 and not y.is_floating_point()): return
+    raise ValueError("A loss of embeddings takes the class of each image, as `ClassBlock` makes it of a label, and the items of these data loaders have "
+        + ("no target." if not ys else f"{len(ys)} targets: leave out all but one." if len(ys)>1 else f"a {type(y).__name__}{f' of {y.dtype}, of shape {tuple(y.shape)},' if isinstance(y, Tensor) else ''} as their target."))
+
 def labels_of(
     ds, # fastai's `Datasets`
 )->list: # Integers
     "Labels of a dataset, without opening its inputs"
     if not hasattr(ds, 'tls'): raise ValueError(f"`BalancedDL` cannot read the labels of a {type(ds).__name__}: pass them as `labels`.")
+    check_target(ds, several=True)
     return [int(o) for o in ds.tls[ds.n_inp]]
 
 # %% ../../nbs/api/data/00_batches.ipynb #81a1a360

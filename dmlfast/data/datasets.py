@@ -40,8 +40,7 @@ def _table_file(
 # %% ../../nbs/api/data/02_datasets.ipynb #3442fec0
 def _home(path, name, *marks):
     "The folder that holds one of `marks`: `path`, or a folder in it"
-    path = Path(path)
-    if not path.is_dir(): raise ValueError(f"There is no folder {str(path)!r}.")
+    path = data_folder(path)
     for o in [path, *sorted(o for o in path.iterdir() if o.is_dir())]:
         if any((o/m).exists() for m in marks): return o
     raise ValueError(f"{name}: there is no {' or '.join(map(repr, marks))} in {str(path)!r}, nor in a folder of it. Is this its official "

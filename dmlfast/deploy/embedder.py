@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/deploy/embedder.html.md"""
 __all__ = ['Hit', 'Preprocess', 'ImageEmbedder']
 
 # %% ../../nbs/api/deploy/00_embedder.ipynb #69d40456
-import os
+import numbers, os
 import numpy as np, torch
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +18,8 @@ from PIL import Image
 from torch import nn, Tensor
 from ..files.images import *
 from ..files.images import check_background
+from ..files.writing import whole_file
+from ..models.embedder import unwrapped
 from ..retrieval.embedded import *
 from ..retrieval.search import *
 
@@ -111,7 +113,7 @@ class ImageEmbedder:
         return f"ImageEmbedder({getattr(self.model, 'arch', type(self.model).__name__)}, {self.preprocess!r}, {len(self)} items of {len(set(self.labels))} classes in the gallery)"
 
 # %% ../../nbs/api/deploy/00_embedder.ipynb #1d5ff145
-def _is_one(images): return isinstance(images, (str,Path,bytes,Image.Image)) or hasattr(images, 'read') or isinstance(images, (np.ndarray,Tensor)) and images.ndim<4
+def _is_one(images): return isinstance(images, (str,Path,bytes,bytearray,memoryview,Image.Image)) or hasattr(images, 'read') or isinstance(images, (np.ndarray,Tensor)) and images.ndim<4
 
 def _is_input(o): return isinstance(o, Tensor) and o.ndim==3 and o.is_floating_point()
 
@@ -140,9 +142,11 @@ def embed(self:ImageEmbedder,
 )->Tensor: # `(emb_sz,)` for one image, and `(n,emb_sz)` for several; float32, on the CPU
     "Embeddings of images; raises `ValueError` for what is no image"
     if _is_one(images): return self.embed([images])[0]
-    if not hasattr(images, '__len__'): raise ValueError(f"An image is a path, bytes, a file, a PIL image, an array or a tensor, and several are a list of these; got a {type(images).__name__}.")
+    if isinstance(images, dict) or not (hasattr(images, '__len__') and hasattr(images, '__getitem__')):
+        raise ValueError(f"An image is a path, bytes, a file, a PIL image, an array or a tensor, and several are a list of these; got a {type(images).__name__}.")
+    if not isinstance(bs, numbers.Integral) or bs<1: raise ValueError(f"`bs` is a number of images, 1 or more; got {bs!r}.")
     if not len(images): raise ValueError("There are no images to embed.")
-    def _prepare(o): return o if _is_input(o) else self.preprocess(o)
+    def _prepare(o): return o.float() if _is_input(o) else self.preprocess(o)
     return torch.cat([self.model(x.to(self.device)).float().cpu() for x in _opened(images, bs, num_workers, _prepare, progress)])
 
 # %% ../../nbs/api/deploy/00_embedder.ipynb #7cb10e75
@@ -229,10 +233,11 @@ def to_onnx(self:ImageEmbedder,
     if size is None and not steps: raise ValueError("The preprocessing does not say how large an image is: give `size`.")
     h,w = (size,size) if isinstance(size, int) else size or steps[-1][1][::-1]
     x = torch.randn(2, 1 if getattr(self.preprocess, 'mode', 'RGB')=='L' else 3, h, w, generator=torch.Generator().manual_seed(0)).to(self.device)
-    torch.onnx.export(self.model, (x,), str(path), input_names=['images'], output_names=['embeddings'], dynamic_shapes=({0:torch.export.Dim('n')},), external_data=False, verbose=False)
-    x = torch.cat([x,x[:1]])
-    with torch.no_grad(): want = self.model(x).cpu()
-    got = torch.from_numpy(onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider']).run(None, {'images':x.cpu().numpy()})[0])
-    diff = (got-want).abs().max().item()
-    if not diff<=tol: raise ValueError(f"The network in {str(path)!r} differs from this one by {diff:.1e}.")
+    more = torch.cat([x,x[:1]])
+    with torch.no_grad(): want = self.model(more).cpu()
+    with whole_file(path) as tmp:
+        torch.onnx.export(unwrapped(self.model), (x,), str(tmp), input_names=['images'], output_names=['embeddings'], dynamic_shapes=({0:torch.export.Dim('n')},), external_data=False, verbose=False)
+        got = torch.from_numpy(onnxruntime.InferenceSession(str(tmp), providers=['CPUExecutionProvider']).run(None, {'images':more.cpu().numpy()})[0])
+        diff = (got-want).abs().max().item()
+        if not diff<=tol: raise ValueError(f"{str(path)!r} is not written: the network as ONNX differs from this one by {diff:.1e}.")
     return Path(path)

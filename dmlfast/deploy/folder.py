@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from .embedder import *
 from ..models.embedder import *
 from ..models.embedder import named_heads, weight_sources, misfits, misfits_said
+from ..files.writing import clear_up
 
 # %% ../../nbs/api/deploy/01_folder.ipynb #cd3fb98f
 _format = 2 # 1: nothing said how images are opened, and they were taken as they are stored
@@ -144,11 +145,12 @@ def _description(embedder, spec):
 
 def _check_whole(embedder, preprocess):
     "Raise `ValueError` for an embedder that would be refused when it is read"
-    _check_finite(embedder.model.embedder_state(), 'The model cannot be written')
-    n = embedder.model.emb_sz
+    model = unwrapped(embedder.model)
+    _check_finite(model.embedder_state(), 'The model cannot be written')
+    n = model.emb_sz
     if len(embedder) and embedder.embs.shape[1]!=n: raise ValueError(f"The gallery holds embeddings of {embedder.embs.shape[1]} numbers, and the model makes {n}.")
     if len(embedder): _check_finite(dict(gallery=embedder.embs), 'The embedder cannot be written')
-    try: _probe(embedder.model, preprocess)
+    try: _probe(model, preprocess)
     except Exception as e: raise ValueError(f"The model cannot take the images that its preprocessing makes: {_last_line(e)}") from e
 
 @patch
@@ -158,20 +160,30 @@ def save(self:ImageEmbedder,
 )->Path:
     "Write the embedder; raises `FileExistsError` if `folder` is there, and `ValueError` for a model that its description cannot build again"
     folder = check_folder(folder, overwrite)
-    if not isinstance(self.model, Embedder) or not isinstance(self.preprocess, Preprocess):
-        raise ValueError(f"Only an `Embedder` with a `Preprocess` can be written as a folder, and this is a {type(self.model).__name__} with a {type(self.preprocess).__name__}.")
-    _check_spec(spec := self.model.spec(), folder)
+    model = unwrapped(self.model)
+    if not isinstance(model, Embedder) or not isinstance(self.preprocess, Preprocess):
+        raise ValueError(f"Only an `Embedder` with a `Preprocess` can be written as a folder, and this is a {type(model).__name__} with a {type(self.preprocess).__name__}.")
+    _check_spec(spec := model.spec(), folder)
     about = _description(self, spec)
     _check_about(about, folder, ('sha256',))
     _check_whole(self, about['preprocess'])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}-'))
-    try:
-        self.write(tmp, about)
-        tmp.chmod(0o755)
-        _take_place(tmp, folder)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    with clear_up(folder.parent, ()):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}-'))
+        try:
+            try: self.write(tmp, about)
+            except (OSError,SafetensorError) as e: raise OSError(f"The embedder cannot be written to {str(folder)!r}: {_last_line(e)}") from e
+            _prove(tmp, folder)
+            tmp.chmod(0o755)
+            _take_place(tmp, folder)
+        finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
+
+def _prove(tmp, folder):
+    "Raise `ValueError` where what was written to `tmp` cannot be read, before it takes the place of `folder`"
+    try: load_embedder(tmp)
+    except ValueError as e:
+        raise ValueError(f"This embedder is not written, since it could not be read again: {e}".replace(repr(str(tmp)), repr(str(folder)))) from e
 
 @patch
 def write(self:ImageEmbedder,
@@ -179,7 +191,7 @@ def write(self:ImageEmbedder,
     about:dict, # What `embedder.json` will hold, but for the hashes
 ):
     "Write the files, the one with the hashes last"
-    save_file({k:v.detach().cpu().contiguous() for k,v in self.model.embedder_state().items()}, folder/'weights.safetensors')
+    save_file({k:v.detach().cpu().contiguous() for k,v in unwrapped(self.model).embedder_state().items()}, folder/'weights.safetensors')
     if len(self):
         save_file({'embs':self.embs.contiguous()}, folder/'gallery.safetensors')
         (folder/'gallery.json').write_text(json.dumps(dict(labels=self.labels, items=self.items), ensure_ascii=False), encoding='utf-8', errors='surrogateescape')

@@ -80,7 +80,7 @@ def _channels_last(a, first):
 def _bytes_of(a):
     "Numbers as uint8"
     if a.dtype==np.uint8: return a
-    if a.dtype==np.uint16: return (a>>8).astype(np.uint8)
+    if a.dtype.newbyteorder('=')==np.uint16: return (a>>8).astype(np.uint8)
     if not np.issubdtype(a.dtype, np.floating):
         raise ValueError(f"An array is an image if its numbers are uint8, uint16, or floats in [0,1]; got {a.dtype}.")
     if not (a.min()>=0 and a.max()<=1): raise ValueError(f"An image of floats has values in [0,1]; got {a.min():g} to {a.max():g}.")

@@ -6,10 +6,10 @@ Docs: https://dmlfast.github.io/dmlfast/api/models/embedder.html.md"""
 
 # %% auto #0
 __all__ = ['weight_sources', 'check_arch', 'timm_body', 'load_weights', 'GlobalPool', 'GeM', 'make_pool', 'init_head', 'mlp_head',
-           'bnneck_head', 'make_head', 'body_stages', 'Embedder', 'unwrapped', 'embedder_splitter', 'stage_splitter']
+           'bnneck_head', 'make_head', 'unwrapped', 'body_stages', 'Embedder', 'embedder_splitter', 'stage_splitter']
 
 # %% ../../nbs/api/models/00_embedder.ipynb #e1ca4bf6
-import difflib, sys, warnings
+import difflib, os, sys, warnings
 import timm, torch, torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% ../../nbs/api/models/00_embedder.ipynb #7f95fba6
 def _weights_file(fn):
+    if not isinstance(fn, (str,os.PathLike)): raise ValueError(f"`weights` is the path of a file; got {fn!r}.")
     if not Path(fn).is_file(): raise ValueError(f"There is no file of weights {str(fn)!r}.")
 
 def check_arch(
@@ -80,9 +81,10 @@ def _read_weights(fn):
     safe = fn.suffix=='.safetensors'
     try:
         with warnings.catch_warnings(action='ignore'): sd = load_file(fn) if safe else torch.load(fn, map_location='cpu', weights_only=True)
-    except Exception as e: # what PyTorch says here is an advice to run what the file holds
+    except PermissionError as e: raise ValueError(f"{str(fn)!r} cannot be read: {e.strerror}.") from None
+    except Exception: # what PyTorch says here is an advice to run what the file holds
         want = 'a whole safetensors file' if safe else 'what `torch.save` wrote of a state dict, whole and with nothing but tensors in it'
-        raise ValueError(f"{str(fn)!r} is no file of weights: it must be {want}" + (f" ({e.strerror})." if getattr(e, 'strerror', None) else ".")) from None
+        raise ValueError(f"{str(fn)!r} is no file of weights: it must be {want}.") from None
     if isinstance(sd, dict): sd = sd.get('model', sd.get('state_dict', sd))
     if not isinstance(sd, dict):
         raise ValueError(f"{str(fn)!r} is no file of weights: it must hold a state dict, and holds a {type(sd).__name__}.")
@@ -252,6 +254,16 @@ def make_head(
     emb_sz = emb_sz or 128
     return init_head((head if callable(head) else named_heads[head])(n_in, emb_sz), init),emb_sz
 
+# %% ../../nbs/api/models/00_embedder.ipynb #e99184b2
+def unwrapped(
+    model:nn.Module, # A model, or what wraps one
+)->nn.Module: # The model itself
+    "The model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`"
+    while (inner := getattr(model, '_orig_mod', None) or (model.module if isinstance(model, _parallel) else None)) is not None: model = inner
+    return model
+
+_parallel = nn.DataParallel,nn.parallel.DistributedDataParallel
+
 # %% ../../nbs/api/models/00_embedder.ipynb #f82544d2
 def _stages_by_ends(names, ends):
     "Groups of `names`, in order, of which each ends with what is in a module of `ends`"
@@ -266,6 +278,7 @@ def body_stages(
     body:nn.Module, # A timm model
 )->list: # For each stage the names of its parameters, from the stem on
     "Stages of `body` as timm groups them"
+    body = unwrapped(body)
     names = [n for n,_ in body.named_parameters()]
     if not hasattr(body, 'group_matcher'): return [o for o in _stages_by_ends(names, [f['module'] for f in body.feature_info]) if o]
     named = SimpleNamespace(named_parameters=lambda: [(n,n) for n in ['']+names]) # no stage is called '', so that it is where the rest is
@@ -362,7 +375,7 @@ def freeze_body(self:Embedder,
     stages = body_stages(self.body) if n else []
     if not (isinstance(n, int) and 0<=n<=len(stages)):
         raise ValueError(f"{self.arch!r} has {len(stages)} stages, so `frozen_stages` cannot be {n!r}.")
-    affine = [f'{k}.{o}' for k,m in self.body.named_modules() if isinstance(m, _BatchNorm) for o,_ in m.named_parameters()]
+    affine = [f'{k}.{o}' for k,m in unwrapped(self.body).named_modules() if isinstance(m, _BatchNorm) for o,_ in m.named_parameters()]
     for p in self.frozen_params(): p.requires_grad_(True)
     self.frozen = list(dict.fromkeys(sum(stages[:n], []) + affine*(self.freeze_bn=='affine')))
     for p in self.frozen_params(): p.requires_grad_(False)
@@ -385,9 +398,22 @@ def train(self:Embedder, mode=True):
     return self
 
 # %% ../../nbs/api/models/00_embedder.ipynb #8e9df784
+def _plain(name): return name.replace('_orig_mod.', '') # what `torch.compile` puts in front
+
+@patch
+def state_dict(self:Embedder, *args, prefix='', **kwargs):
+    "As any module; a part that is compiled has the names that it has otherwise"
+    res = nn.Module.state_dict(self, *args, prefix=prefix, **kwargs)
+    for k in [k for k in res if k.startswith(prefix)]:
+        if (name := prefix+_plain(k[len(prefix):]))!=k: res[name] = res.pop(k)
+    return res
+
 @patch
 def _load_from_state_dict(self:Embedder, state_dict, prefix, *args):
-    "As any module, without the weights of a ranking head that is not there; a head whose weights are loaded waits for nothing"
+    "As any module, whether parts are compiled or not, and without the weights of a ranking head that is not there; a head whose weights are loaded waits for nothing"
+    own = {_plain(k):k for k in nn.Module.state_dict(self)}
+    for k in [k for k in state_dict if k.startswith(prefix)]:
+        if (name := prefix+own.get(_plain(k[len(prefix):]), k[len(prefix):]))!=k: state_dict[name] = state_dict.pop(k)
     if any(k.startswith(f'{prefix}head.') for k in state_dict): self.pending = None
     if not hasattr(self, 'ranking_head'):
         for k in [k for k in state_dict if k.startswith(f'{prefix}ranking_head.')]: del state_dict[k]
@@ -411,23 +437,14 @@ def embedder_state(self:Embedder)->dict: # Weights and buffers by name
     "The weights that make embeddings, without those of a loss or a callback"
     return {k:v for k,v in self.state_dict().items() if k.split('.')[0] in ('body','pool','head')}
 
-# %% ../../nbs/api/models/00_embedder.ipynb #e99184b2
-def unwrapped(
-    model:nn.Module, # A model, or what wraps one
-)->nn.Module: # The model itself
-    "The model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`"
-    while (inner := getattr(model, '_orig_mod', None) or (model.module if isinstance(model, _parallel) else None)) is not None:
-        model = inner
-    return model
-
-_parallel = nn.DataParallel,nn.parallel.DistributedDataParallel
-
 # %% ../../nbs/api/models/00_embedder.ipynb #45629ff1
 def embedder_splitter(
     model:nn.Module, # An `Embedder`, with or without a loss in it
 )->list: # Two lists of parameters
-    "Parameters of the body, and all others, for discriminative learning rates and freezing"
+    "Parameters of the body, and all others, for discriminative learning rates and freezing; raises `ValueError` where there is no body"
     model = unwrapped(model)
+    if not hasattr(model, 'body'):
+        raise ValueError(f"A {type(model).__name__} has no `body` to tell from the rest: of what wraps an `Embedder`, only `torch.compile`, `DataParallel` and `DistributedDataParallel` are looked into. Pass another `splitter`.")
     frozen = {id(p) for p in (model.frozen_params() if hasattr(model, 'frozen_params') else ())}
     body = set(map(id, model.body.parameters()))
     return [[p for p in model.body.parameters() if id(p) not in frozen],

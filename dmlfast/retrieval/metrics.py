@@ -120,14 +120,14 @@ def metric_names(
     curve:bool=True, # May it be a curve, which is not one number?
 )->list: # Full names
     "Metrics asked for, each by its full name; raises `ValueError` naming the nearest one where there is none"
-    ks = [ks] if isinstance(ks, Real) else list(ks)
+    ks = list(ks) if hasattr(ks, '__iter__') else [ks]
     if not all(isinstance(k, Real) and 1<=k<math.inf and int(k)==k for k in ks):
         raise ValueError(f'ks must be whole numbers from 1, not {ks}')
     no = [k for k,o in register_metric.items() if (drawn and o.kind=='clusters') or (not curve and o.kind=='curve')]
     if metrics is None: metrics = ['recall','r_precision','map@r']
     if metrics=='all': metrics = [k.removesuffix('@k') for k in register_metric if k not in (*no,'precision@1')] # which is recall@1
     res = []
-    for m in map(_imported, [metrics] if isinstance(metrics, str) else metrics):
+    for m in map(_imported, [metrics] if isinstance(metrics, str) or not hasattr(metrics, '__iter__') else metrics):
         if f'{m}@k' in set(register_metric): res += [f'{m}@{int(k)}' for k in ks]
         elif metric_of(m): res.append(m)
         else: raise ValueError(_no_metric(m))
@@ -295,6 +295,7 @@ def evaluate_random_gallery(
 )->RetrievalResult: # With the values of all repeats
     "Retrieval metrics where the gallery is one random item of each class and the others are the queries"
     metrics = metric_names(metrics, kwargs.get('ks', (1,2,4,8)), drawn=True)
+    if not isinstance(repeats, Integral) or repeats<1: raise ValueError(f'repeats is how often a gallery is drawn, 1 or more, not {repeats!r}')
     x,rng,res,items = as_embeddings(embs),np.random.default_rng(seed),[],[]
     y = as_labels(labels, len(x)).cpu()
     for _ in range(repeats):

@@ -140,9 +140,12 @@ class RetrievalResult:
     def per_class(self,
         name:str, # A metric that has a value for each query
     )->dict: # Label to mean
-        "Mean over the queries of each class; raises `ValueError` for a clustering's score, which is of the whole set"
+        "Mean over the queries of each class; raises `ValueError` for a clustering's score, which is of the whole set, and for the curve"
         if name in self._clusters:
             raise ValueError(f'{name!r} is a score of the clusters of the whole set, and has no value for each class')
+        if name=='pr_curve' and self.curve is not None:
+            raise ValueError("'pr_curve' is the mean curve of all queries, in `curve`, and has no value for each class: "
+                "'map' is its height on average")
         c,g = np.unique(self.labels[self.used], return_inverse=True)
         v = np.bincount(g, self._each(name), len(c))/np.bincount(g, minlength=len(c))
         return dict(zip(c.tolist(), v.tolist()))

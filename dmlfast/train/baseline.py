@@ -35,8 +35,8 @@ def _reduced(X, labels, n=4000, d=1024):
     X,labels = (X,labels) if len(part)==len(X) else (X[part],labels[part])
     d = min(d, len(X)) # images vary in no more directions than there are of them
     if X.shape[1]<=d: return X,labels
-    X = X-X.mean(0)
-    return X@torch.linalg.eigh(X.T@X)[1][:,-d:],labels
+    X = X.double()-X.double().mean(0)
+    return (X@top_vectors(X.T@X, d)[0]).float(),labels
 
 def choose_shrinkage(
     X:torch.Tensor, # Features, `(n,d)` float
@@ -83,8 +83,7 @@ def start_head(
     items=None, # What the features are of, for the message where they are not finite
 )->str: # What was done, in a sentence
     "Fill the last linear layer of a head in closed form"
-    if not check_features(X, items): return "The features of all training images are the same, so the head keeps its random start."
-    H = head_inputs(head, X)
+    if not (check_features(X, items) and check_features(H := head_inputs(head, X), items)): return "The features of all training images are the same, so the head keeps its random start."
     k,n = last_linear(head)[1].out_features,f'{len(X):,} training images'
     cov = WithinClass(H, labels) if init=='lda' else None
     if cov is not None and cov.possible:

@@ -19,6 +19,7 @@ from ..files.registry import nearest
 from ..losses import *
 from ..models.embedder import *
 from ..data.batches import *
+from ..data.batches import check_target
 from .compat import *
 from .rates import *
 from .columns import *
@@ -262,15 +263,6 @@ def _check_other(loss):
         "`ProxyNCALoss()` is the cross entropy of embeddings, with a learned proxy for each class, and `DRTripletLoss()` compares them with each other.")
 
 # %% ../../nbs/api/train/08_learner.ipynb #f40118e1
-def _check_target(dls):
-    "Raise `ValueError` where items have more than one target, or one that is no class"
-    ds = dls.train.dataset
-    if not (ys := getattr(ds, 'tls', ())[getattr(ds, 'n_inp', 1):]) or not len(ds): return
-    y = ys[0][0]
-    if len(ys)==1 and (isinstance(y, (int,np.integer)) or isinstance(y, Tensor) and y.ndim==0 and not y.is_floating_point()): return
-    raise ValueError("A loss of embeddings takes the class of each image, as `ClassBlock` makes it of a label, and the items of these data loaders have "
-        + (f"{len(ys)} targets: leave out all but one." if len(ys)>1 else f"a {type(y).__name__}{f' of {y.dtype}, of shape {tuple(y.shape)},' if isinstance(y, Tensor) else ''} as their target."))
-
 def _n_classes(dls):
     "Number of training classes"
     if (n := getattr(dls, 'n_train_classes', None)) is not None: return n
@@ -355,7 +347,7 @@ def metric_learner(
     "A `Learner` that trains embeddings of `dls` with a timm backbone and a metric-learning loss"
     _check_names(kwargs)
     if not isinstance(dls, DataLoaders): raise ValueError(f"A learner takes data loaders, such as `ds.dataloaders()`; got a {type(dls).__name__}.")
-    _check_target(dls)
+    check_target(dls.train.dataset)
     r = recipe if isinstance(recipe, Recipe) else recipes[recipe] if recipe else Recipe()
     loss_func = _metric_loss(r.loss() if loss_func is None else loss_func)
     given = dict(emb_sz=emb_sz, pool=pool, head=head, init=init, freeze_bn=freeze_bn, frozen_stages=frozen_stages, normalize=normalize_embs)

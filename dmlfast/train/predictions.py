@@ -146,7 +146,11 @@ def predict(self:MetricLearner,
 )->tuple: # Embedding, `(emb_sz,)` float32; neighbours, a list of `Hit`s, nearest first
     "Embedding of one item, and its nearest neighbours"
     if isinstance(item, str): item = Path(item)
-    emb = self.embed(self.dls.test_dl([self._as_opened(item)], num_workers=0), bar=False)[0]
+    try: dl = self.dls.test_dl([self._as_opened(item)], num_workers=0)
+    except AssertionError:
+        raise ValueError("An image is a path, bytes, a file, a PIL image, an array or a tensor, or an item as the data loaders' own; "
+            f"got a {type(item).__name__}.") from None
+    emb = self.embed(dl, bar=False)[0]
     if gallery is None and not len(self.dls.train.items): return emb[0],[] # an exported learner has no items
     gal = self._gallery(gallery)
     gal.check_labels()
@@ -156,7 +160,7 @@ def predict(self:MetricLearner,
 @patch
 def _as_opened(self:MetricLearner, item):
     "An image in memory as the data loaders would have opened its file; anything else as it is"
-    tl,in_memory = self.dls.valid_ds.tls[0],isinstance(item, (bytes,np.ndarray,Tensor,Image.Image)) or hasattr(item, 'read')
+    tl,in_memory = self.dls.valid_ds.tls[0],isinstance(item, (bytes,bytearray,memoryview,np.ndarray,Tensor,Image.Image)) or hasattr(item, 'read')
     if not in_memory or not issubclass(cls := tl.types[-1], Image.Image): return item
     if not hasattr(cls, 'background'): return cls.create(open_image(item, cls._open_args['mode'], None)) # fastai's own
     at = next(i for i,t in enumerate(tl.types) if isinstance(t, type) and issubclass(t, Image.Image))
@@ -170,14 +174,15 @@ def item_name(
 
 def items_of(
     dl, # A loader
-): # Its items, such as paths, and for rows of a table what is opened; None where there are none
+): # Its items, such as paths, and for rows of a table and other records what is opened; None where there are none
     "What a loader's data set was made from, without opening it"
     items = getattr(dl, 'items', None)
     if items is None or callable(items): return None
-    if not hasattr(items, 'columns'): return list(items)
+    items = [items.iloc[i] for i in range(len(items))] if hasattr(items, 'columns') else list(items)
+    if not items or isinstance(items[0], (str,Path)) or not hasattr(dl.dataset, 'tls'): return items
     tl = dl.dataset.tls[0]
     at = next((i for i,t in enumerate(tl.types) if isinstance(t, type) and issubclass(t, Image.Image)), 1) # what comes before it is the path
-    return [compose(*tl.tfms.fs[:at-1])(items.iloc[i]) for i in range(len(items))]
+    return [*map(compose(*tl.tfms.fs[:max(at-1, 0)]), items)]
 
 # %% ../../nbs/api/train/09_predictions.ipynb #5b62804c
 @patch
