@@ -15,13 +15,14 @@ mutants = [ # room, what its code says, what it says instead, tests
     ('files.images', "6:'ROTATE_270'", "6:'ROTATE_90'", 'test_images.py'),
     ('files.images', "return Image.alpha_composite(Image.new('RGBA', im.size, background), im).convert(mode)", "return im.convert(mode)", 'test_images.py'), # what is hidden shows
     ('data.batches', "rng = np.random.default_rng([self.seed, epoch])", "rng = np.random.default_rng([0, epoch])", 'test_data.py'),
-    ('data.batches', "group = epoch*(len(self)//self.round)", "group = epoch*(len(self)//self.round+1)", 'test_data.py'), # images are left out
+    ('data.batches', "np.divmod(epoch*(len(self)//self.round)+nth", "np.divmod(0*epoch+nth", 'test_data.py'), # images are left out
     ('data.batches', "CategoryMap(seen+other, sort=False)", "CategoryMap(other+seen, sort=False)", 'test_data.py'),
     ('data.tables', "return seen & ~self.df.label.isin(self.df.label[held]),held", "return seen,held", 'test_datasets.py -k subset'), # held-out classes are trained on
     ('models.embedder', "and (self.freeze_bn or m.weight is not None", "and (m.weight is not None", 'test_models.py -k bn'), # running statistics move
     ('models.heads', "self.total-(means*n[:,None]).T@means/len(X)", "self.total-means.T@means/len(means)", 'test_transfer.py -k lda'), # classes count alike
     ('train.baseline', "for fit,score in (parts,parts[::-1]):", "for fit,score in zip(parts, parts):", 'test_transfer.py -k shrinkage'), # judged on what it was fitted to
-    ('retrieval.metrics', "return (ranks<=there.sum(1)[:,None]) & there", "return (ranks<there.sum(1)[:,None]) & there", 'test_retrieval.py'),
+    ('retrieval.metrics', "return (ranks<=there.sum(1)[:,None]) & there", "return (ranks<there.sum(1)[:,None]) & there",
+    'test_retrieval.py'),
     ('retrieval.search', "has = (own>=0).nonzero()[:,0]", "has = (own>0).nonzero()[:,0]", 'test_retrieval.py'), # the first item finds itself
     ('train.columns', "(epoch+1)%self.every==0", "epoch%self.every==0", 'test_learner.py -k every_other'),
     ('deploy.embedder', "m = min(w/tw, h/th)", "m = max(w/tw, h/th)", 'test_deploy.py'),
@@ -31,7 +32,8 @@ mutants = [ # room, what its code says, what it says instead, tests
     ('train.rates', "return slice(lr*self.body_share, lr)", "return slice(lr, lr*self.body_share)", 'test_transfer.py -k rate'),
     ('train.recipe', "isdisjoint(source.items('test'))", "isdisjoint(source.items('val'))", 'test_learner.py -k patience'),
     ('data.batches', "def load_state_dict(self, d): self.n = d['n']", "def load_state_dict(self, d): self.n = 0", 'test_checkpoint.py -k killed'), # a resumed run begins with the first batches
-    ('train.checkpoint', "dict(rng=dl.rng.getstate()) | (dict(seed=dl.seed)", "dict(rng=dl.rng.getstate()) | (dict(seed=dl.seed+1)", 'test_checkpoint.py -k killed'),
+    ('train.checkpoint', "dict(rng=dl.rng.getstate()) | (dict(seed=dl.seed)", "dict(rng=dl.rng.getstate()) | (dict(seed=dl.seed+1)",
+    'test_checkpoint.py -k killed'),
     ('train.transfer', "dls.valid.new(_of_items(ds, (~seen)", "dls.valid.new(_of_items(ds, seen", 'test_transfer.py -k halves'), # judged on what was trained on
     ('look.interpret', "n,r = len(g)-_count(self.ids[q], self.ids[g])", "n,r = len(g)-0*_count(self.ids[q], self.ids[g])", 'test_interpret.py'), # chance with the query in its own gallery
     ('study.tuning', "report(i*n_epoch+epoch,", "report(epoch,", 'test_tune.py'), # folds report the same steps to the pruner
@@ -59,9 +61,12 @@ def found(folder, room, old, new, tests):
     if code.count(old)!=1: raise ValueError(f"{room}: {old!r} is there {code.count(old)} times, and must be once.")
     file.write_text(code.replace(old, new), encoding='utf-8')
     env = {**os.environ, 'PYTHONPATH':str(folder), 'PYTHONDONTWRITEBYTECODE':'1'} # bytecode is told from other bytecode by time and size alone
-    try: res = subprocess.run([sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', *shlex.split(tests)], cwd=folder/'tests', env=env, capture_output=True, text=True)
+    try:
+        res = subprocess.run([sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', *shlex.split(tests)],
+            cwd=folder/'tests', env=env, capture_output=True, text=True)
     finally: file.write_text(code, encoding='utf-8')
-    if res.returncode not in (0,1): raise ValueError(f"{room}: `pytest {tests}` ended with {res.returncode}.\n{res.stdout[-2000:]}{res.stderr[-2000:]}")
+    if res.returncode not in (0,1):
+        raise ValueError(f"{room}: `pytest {tests}` ended with {res.returncode}.\n{res.stdout[-2000:]}{res.stderr[-2000:]}")
     return res.returncode==1,next((o for o in res.stdout.splitlines() if o.startswith(('FAILED','ERROR'))), '')
 
 def main(rooms):

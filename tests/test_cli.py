@@ -5,7 +5,8 @@ import pytest
 
 def run(*args, cwd):
     "Exit status, and the lines of standard output and error"
-    res = subprocess.run([str(o) for o in (Path(sys.executable).parent/'dmlfast-demo', *args)], capture_output=True, text=True, cwd=cwd, timeout=300)
+    res = subprocess.run([str(o) for o in (Path(sys.executable).parent/'dmlfast-demo', *args)], capture_output=True, text=True, cwd=cwd,
+        timeout=300)
     return res.returncode,res.stdout,res.stderr.strip().splitlines()
 
 @pytest.fixture
@@ -17,7 +18,8 @@ def folder(few, tmp_path):
     return tmp_path/'own'
 
 def test_demo_on_a_folder(folder, tmp_path):
-    status,out,err = run('--data', folder, '--arch', 'test_resnet', '--weights', _weights(tmp_path), '--epochs', 1, '--size', 32, '--bs', 16, '--out', 'res', cwd=tmp_path)
+    status,out,err = run('--data', folder, '--arch', 'test_resnet', '--weights', _weights(tmp_path), '--epochs', 1, '--size', 32, '--bs',
+        16, '--out', 'res', cwd=tmp_path)
     assert status==0, err
     assert 'Queries with their nearest neighbours: res/neighbours.png' in out
     scores = json.loads((tmp_path/'res'/'scores.json').read_text())
@@ -32,7 +34,8 @@ def _recall_of_pixels(folder):
     "Share of the test images whose nearest other one, by the correlation of their pixels, is of their class"
     import numpy as np
     from dmlfast.datasets import MetricDataset
-    x,y = zip(*((x.flatten(1).numpy(), y.numpy()) for x,y in MetricDataset.from_folder(folder).dataloaders(16, valid='test', size=32, num_workers=0).valid))
+    x,y = zip(*((x.flatten(1).numpy(), y.numpy()) for x,
+        y in MetricDataset.from_folder(folder).dataloaders(16, valid='test', size=32, num_workers=0).valid))
     y,s = np.concatenate(y),np.corrcoef(np.concatenate(x))
     np.fill_diagonal(s, -2)
     return (y[s.argmax(1)]==y).mean()
@@ -48,7 +51,8 @@ def test_bad_input_gets_one_sentence(folder, tmp_path):
     from dmlfast.cli.commands import _sentence, run_demo
     (tmp_path/'empty').mkdir()
     def said(**kwargs):
-        with pytest.raises((ValueError,RuntimeError)) as e: run_demo(**{**dict(data=folder, bs=16, size=32, arch='test_resnet', out=tmp_path/'res'), **kwargs})
+        with pytest.raises((ValueError,RuntimeError)) as e:
+            run_demo(**{**dict(data=folder, bs=16, size=32, arch='test_resnet', out=tmp_path/'res'), **kwargs})
         assert '\n' not in _sentence(e.value)
         return _sentence(e.value)
     assert 'There is no folder' in said(data=tmp_path/'nowhere')
@@ -98,7 +102,8 @@ def said(func, *args, status=2):
 def shell(func, *args, first='', **kwargs):
     "A command as a shell runs it, after some code"
     code = f'{first}\nfrom dmlfast.cli.commands import {func.__name__} as f; f()'
-    return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, **kwargs)
 
 @pytest.fixture
 def table(few, tmp_path):
@@ -119,8 +124,10 @@ def options():
     "Rows of the table of the two systems' options in the notebook: script, option, and the words of the command line here"
     import shlex
     from fastcore.nbio import read_nb
-    text = '\n'.join(c.source for c in read_nb(Path(__file__).parent.parent/'nbs'/'api'/'cli'/'01_commands.ipynb').cells if c.cell_type=='markdown')
-    return [(script,option,shlex.split(here)) for script,option,here in re.findall(r'^\| (`\S+\.py`|Baselines) \| (.+?) \| `(.+?)` \|', text, re.M)]
+    text = '\n'.join(c.source for c in read_nb(Path(__file__).parent.parent/'nbs'/'api'/'cli'/'01_commands.ipynb').cells
+        if c.cell_type=='markdown')
+    return [(script,option,shlex.split(here)) for script,option,
+        here in re.findall(r'^\| (`\S+\.py`|Baselines) \| (.+?) \| `(.+?)` \|', text, re.M)]
 
 def test_every_option_of_the_two_systems():
     import dmlfast.cli.commands as cli
@@ -139,14 +146,18 @@ def test_options_mean_what_the_table_says():
     from dmlfast.cli.commands import dmlfast_train, parse_command, run_settings
     def _s(words): return run_settings(**parse_command(dmlfast_train, words.split()))
     assert _s('--sched step --factor .5 --steps 30 50')['fit']==dict(sched='step', factor=.5, steps=[30,50])
-    assert _s('--ssr --ssr-args p=.8,per=epoch,views.strength=.2,loss.alpha=.05')['ssr']==dict(p=.8, per='epoch', views=dict(strength=.2), loss=dict(alpha=.05))
-    assert _s('--loss margin --miner distance_weighted --loss_lr .5 --loss_args learn_beta=false')['loss']==dict(name='margin', miner=dict(name='distance_weighted'), lr_mult=.5, learn_beta=False)
-    assert _s('--freeze-bn affine --half fp16 --no-pretrained --arch-args pad_type=same')==dict(loss=dict(name='dr_triplet'), model=dict(freeze_bn='affine', pretrained=False, timm=dict(pad_type='same')), fit=dict(precision='fp16'))
+    assert _s('--ssr --ssr-args p=.8,per=epoch,views.strength=.2,loss.alpha=.05')['ssr']==dict(p=.8, per='epoch', views=dict(strength=.2),
+        loss=dict(alpha=.05))
+    assert _s('--loss margin --miner distance_weighted --loss_lr .5 --loss_args learn_beta=false')['loss']==dict(name='margin',
+        miner=dict(name='distance_weighted'), lr_mult=.5, learn_beta=False)
+    assert _s('--freeze-bn affine --half fp16 --no-pretrained --arch-args pad_type=same')==dict(loss=dict(name='dr_triplet'),
+        model=dict(freeze_bn='affine', pretrained=False, timm=dict(pad_type='same')), fit=dict(precision='fp16'))
     assert _s('--set loss.name=ms --set loss.lam=.3 seed=4')==dict(loss=dict(name='ms', lam=.3), seed=4)
 
 def test_arguments_win_over_the_file(tmp_path):
     from dmlfast.cli.commands import dmlfast_train, parse_command, run_settings
-    (tmp_path/'c.toml').write_text('recipe = "margin"\n[loss]\nname = "DRTripletLoss"\nmargin = 0.1\ngamma = 0.5\n[data]\nreader = "cub200"\npath = "birds"\nval_pct = 0.3\n[fit]\nlr = 0.01\n')
+    (tmp_path/'c.toml').write_text('recipe = "margin"\n[loss]\nname = "DRTripletLoss"\nmargin = 0.1\ngamma = 0.5\n[data]\nreader = '
+        '"cub200"\npath = "birds"\nval_pct = 0.3\n[fit]\nlr = 0.01\n')
     def _s(words): return run_settings(**parse_command(dmlfast_train, ['--config',str(tmp_path/'c.toml'),*words.split()]))
     assert _s('--loss dr_triplet --loss-args gamma=.1')['loss']==dict(name='dr_triplet', margin=.1, gamma=.1)
     assert _s('--loss ms')['loss']==dict(name='ms')
@@ -179,7 +190,8 @@ def test_training_on_a_table(trained, table, tmp_path):
     assert status==0 and json.loads(text)==trained and (out/'history.csv').stat().st_mtime_ns==before
     assert '`fit` was' in said(dmlfast_train, '--out', out, '--resume', '--lr', .5)
     assert '--resume goes on' in said(dmlfast_train, '--out', out, '--resume', '--wd', 0) # 0 is said, and not left out
-    status,_,err = do(dmlfast_train, '--data', table, *small, '--epochs', 1, '--seed', 2, '--out', out, '--overwrite', '--tensorboard', tmp_path/'tb', '--report', '--monitor', 'map@r', '--patience', 3, '--ssr', '--ssr-args', 'm=4,n=2')
+    status,_,err = do(dmlfast_train, '--data', table, *small, '--epochs', 1, '--seed', 2, '--out', out, '--overwrite', '--tensorboard',
+        tmp_path/'tb', '--report', '--monitor', 'map@r', '--patience', 3, '--ssr', '--ssr-args', 'm=4,n=2')
     assert status==0 and (out/'report'/'index.html').stat().st_size>50_000 and (out/'best.pth').exists() and list((tmp_path/'tb').iterdir()), err
     assert 'ssr_loss' in (out/'history.csv').read_text()
 
@@ -234,7 +246,9 @@ def test_evaluation(trained, folder, tmp_path, monkeypatch):
     assert sorted(o.name for o in (tmp_path/'scores').iterdir())==['curves.png','neighbours.png','report','results.json','worst.png']
     assert json.loads((tmp_path/'scores'/'results.json').read_text())['scores']['n_queries']==len(list(folder.rglob('*.png')))
     page = (tmp_path/'scores'/'report'/'index.html').read_text(encoding='utf-8')
-    for o in ('measured on own, all','DRTripletLoss(','<th scope="row">trained on</th><td>few</td>','<th scope="row">fit.n_epoch</th><td>1</td>','hash of the splits'): assert o in page, o
+    for o in ('measured on own, all','DRTripletLoss(','<th scope="row">trained on</th><td>few</td>',
+        '<th scope="row">fit.n_epoch</th><td>1</td>','hash of the splits'):
+        assert o in page, o
     assert 'optimiser' not in page and 'There is no fit' not in page
     def no(*args): return said(dmlfast_eval, *args)
     assert 'holds scores' in no(run, '--out', tmp_path/'scores')
@@ -243,32 +257,41 @@ def test_evaluation(trained, folder, tmp_path, monkeypatch):
     assert 'is neither a run' in no(tmp_path/'nowhere')
     assert "has no split 'tset'" in no(run, '--split', 'tset')
     assert 'is not a metric' in no(run, '--metrics', 'recal')
-    (tmp_path/'my_metrics.py').write_text("from dmlfast.retrieval.metrics import register_metric\n@register_metric(depth=1)\ndef first(ranks, there): return ranks[:,0]==1\n")
+    (tmp_path/'my_metrics.py').write_text("from dmlfast.retrieval.metrics import register_metric\n@register_metric(depth=1)\ndef "
+        "first(ranks, there): return ranks[:,0]==1\n")
     monkeypatch.syspath_prepend(tmp_path)
     from dmlfast.retrieval.metrics import register_metric
-    try: got = json.loads(do(dmlfast_eval, run, '--workers', 0, '--metrics', 'recall@1', 'my_metrics:first', '--json')[1])['scores']['metrics']
+    try:
+        got = json.loads(do(dmlfast_eval, run, '--workers', 0, '--metrics', 'recall@1', 'my_metrics:first',
+            '--json')[1])['scores']['metrics']
     finally: register_metric.remove('first')
     assert got['first']==got['recall@1']
     assert 'classes or queries' in no(run, '--ci', 'images')
     with monkeypatch.context() as m:
         m.chdir(tmp_path)
-        assert do(dmlfast_eval, run, '--split', 'val', '--workers', 0, '--n-boot', 10, '--report')[0]==0 and (tmp_path/'dmlfast-eval'/'report'/'index.html').exists() # as the other commands have a folder
+        # as the other commands have a folder
+        assert do(dmlfast_eval, run, '--split', 'val', '--workers', 0, '--n-boot', 10, '--report')[0]==0
+        assert (tmp_path/'dmlfast-eval'/'report'/'index.html').exists()
     (run/'embedder'/'weights.safetensors').write_bytes(b'')
     assert 'changed or cut off' in no(run)
 
 def test_evaluation_beside_the_features(table, tmp_path):
     "Those that the run began with, with the numbers that the run itself found, in the scores and on the page"
     from dmlfast.cli.commands import dmlfast_eval, dmlfast_train
-    args = [o for o in small if o!='--no-pretrained']+['--weights', _weights(tmp_path), '--plain', '--epochs', 1, '--out', tmp_path/'run', '--json']
+    args = [o for o in small if o!='--no-pretrained']+['--weights', _weights(tmp_path), '--plain', '--epochs', 1, '--out', tmp_path/'run',
+        '--json']
     status,text,err = do(dmlfast_train, '--data', table, *args)
     assert status==0, err
     want = json.loads(text)['gain']['val']
-    status,text,err = do(dmlfast_eval, tmp_path/'run', '--split', 'val', '--workers', 2, '--bs', 16, '--out', tmp_path/'scores', '--report', '--json')
+    status,text,err = do(dmlfast_eval, tmp_path/'run', '--split', 'val', '--workers', 2, '--bs', 16, '--out', tmp_path/'scores',
+        '--report', '--json')
     assert status==0, err
     got = json.loads(text)['gain']
-    for part in ('features','trained'): assert got[part]['map@r']==pytest.approx(want[part]['map@r'], abs=1e-6) and got[part]['recall@1']==want[part]['recall@1']
+    for part in ('features','trained'):
+        assert got[part]['map@r']==pytest.approx(want[part]['map@r'], abs=1e-6) and got[part]['recall@1']==want[part]['recall@1']
     page = (tmp_path/'scores'/'report'/'index.html').read_text(encoding='utf-8')
-    assert 'id="gain"' in page and f"<td>{want['features']['map@r']:.4f}</td>" in page and str(tmp_path) not in re.sub(r'<h2 id="repeat">.*', '', page, flags=re.S)
+    assert 'id="gain"' in page and f"<td>{want['features']['map@r']:.4f}</td>" in page
+    assert str(tmp_path) not in re.sub(r'<h2 id="repeat">.*', '', page, flags=re.S)
 
 def test_refused_before_any_work(folder, tmp_path):
     from dmlfast.cli.commands import dmlfast_bench, dmlfast_train, dmlfast_tune
@@ -301,7 +324,8 @@ def commands():
     import configparser, importlib
     ini = configparser.ConfigParser(delimiters='=')
     ini.read(Path(__file__).parent.parent/'settings.ini', encoding='utf-8')
-    for o in ini['DEFAULT']['console_scripts'].split(): yield getattr(importlib.import_module(o.split('=')[1].split(':')[0]), o.split(':')[1])
+    for o in ini['DEFAULT']['console_scripts'].split():
+        yield getattr(importlib.import_module(o.split('=')[1].split(':')[0]), o.split(':')[1])
 
 def arguments(func):
     "The arguments of a command that take a value, by the option or, where there is none, by the name"
@@ -315,10 +339,12 @@ def begins(tmp_path, monkeypatch):
     import dmlfast.cli.commands as cli, dmlfast.study.experiments as protocol, dmlfast.study.tuning as tune
     from dmlfast.train.learner import MetricLearner
     def _cut(*args, **kwargs): raise KeyboardInterrupt
-    for o,k in ((MetricLearner,'_do_fit'), (MetricLearner,'baseline'), (cli,'_pictures'), (protocol.Experiment,'hours_left')): monkeypatch.setattr(o, k, _cut)
+    for o,k in ((MetricLearner,'_do_fit'), (MetricLearner,'baseline'), (cli,'_pictures'), (protocol.Experiment,'hours_left')):
+        monkeypatch.setattr(o, k, _cut)
     monkeypatch.setattr(cli, '_raw_pixels', lambda dl: (torch.eye(4), torch.tensor([0,0,1,1])))
     storage = tune._storage
-    monkeypatch.setattr(tune, '_storage', lambda o: None if Path(str(o)).name=='study.db' else storage(o)) # a search in memory, as SQLite waits for the disk
+    # a search in memory, as SQLite waits for the disk
+    monkeypatch.setattr(tune, '_storage', lambda o: None if Path(str(o)).name=='study.db' else storage(o))
     work = tmp_path/'work'
     work.mkdir()
     monkeypatch.chdir(work)
@@ -333,12 +359,17 @@ def begins(tmp_path, monkeypatch):
 
 def test_odd_values_of_every_argument(table, folder, make_learner, tmp_path, begins):
     "Nothing, None, a negative number, nan, infinity, a word, a number out of all range: one sentence and nothing left behind, or the work begins"
-    (tmp_path/'plan.toml').write_text(f'seeds = 1\nsettings = {{data = {{reader = "csv", path = "{table}"}}, model = {{arch = "test_resnet", pretrained = false}}, fit = {{n_epoch = 1}}}}\n[methods.a]\nloss = {{name = "ms"}}\nspace = {{}}\n')
+    (tmp_path/'plan.toml').write_text(f'seeds = 1\nsettings = {{data = {{reader = "csv", path = "{table}"}}, model = {{arch = '
+        f'"test_resnet", pretrained = false}}, fit = {{n_epoch = 1}}}}\n[methods.a]\nloss = {{name = "ms"}}\nspace = {{}}\n')
     make_learner().export_embedder(tmp_path/'embedder')
-    net = {'--data':table, '--arch':'test_resnet', '--no-pretrained':None, '--emb-sz':16, '--size':24, '--bs':32, '--workers':0, '--loss':'dr_triplet', '--out':'x'}
-    base = dict(dmlfast_train={**net, '--lr':6e-3}, dmlfast_tune={**net, '--trials':1, '--space':'loss.gamma=.1:.6'}, dmlfast_bench={'plan':tmp_path/'plan.toml', '--out':'x/r.jsonl'},
-        dmlfast_demo={'--data':folder, '--arch':'test_resnet', '--weights':_weights(tmp_path), '--epochs':1, '--size':32, '--bs':16, '--out':'x'},
-        dmlfast_eval={'run':tmp_path/'embedder', '--data':table, '--workers':0, '--n-boot':10, '--split':'val', '--metrics':'recall@1', '--out':'x'})
+    net = {'--data':table, '--arch':'test_resnet', '--no-pretrained':None, '--emb-sz':16, '--size':24, '--bs':32, '--workers':0,
+        '--loss':'dr_triplet', '--out':'x'}
+    base = dict(dmlfast_train={**net, '--lr':6e-3}, dmlfast_tune={**net, '--trials':1, '--space':'loss.gamma=.1:.6'},
+        dmlfast_bench={'plan':tmp_path/'plan.toml', '--out':'x/r.jsonl'},
+        dmlfast_demo={'--data':folder, '--arch':'test_resnet', '--weights':_weights(tmp_path), '--epochs':1, '--size':32, '--bs':16,
+        '--out':'x'},
+        dmlfast_eval={'run':tmp_path/'embedder', '--data':table, '--workers':0, '--n-boot':10, '--split':'val', '--metrics':'recall@1',
+        '--out':'x'})
     for func in commands():
         args = base[func.__name__]
         assert begins(func, args)==''
@@ -349,12 +380,14 @@ def test_odd_values_of_every_argument(table, folder, make_learner, tmp_path, beg
 def test_odd_values_of_every_setting(table, tmp_path, begins):
     from dmlfast.cli.commands import dmlfast_train
     from dmlfast.study.checks import allowed_settings, save_settings
-    s = dict(data=dict(reader='csv', path=table), batch=dict(num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=16), loss=dict(name='margin', miner=dict(name='distance_weighted')),
+    s = dict(data=dict(reader='csv', path=table), batch=dict(num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=16),
+        loss=dict(name='margin', miner=dict(name='distance_weighted')),
         ssr=dict(views={}, loss={}), fit=dict(n_epoch=1))
     save_settings(s, tmp_path/'s.toml')
     args = {'--config':tmp_path/'s.toml', '--out':'x'}
     assert begins(dmlfast_train, args)==''
-    for k in ['seed','recipe',*s,*(f'{table}.{k}' for table,known in allowed_settings(s).items() for k in known if k!='pretrained')]: # which asks for the network
+    # which asks for the network
+    for k in ['seed','recipe',*s,*(f'{table}.{k}' for table,known in allowed_settings(s).items() for k in known if k!='pretrained')]:
         ends = [begins(dmlfast_train, {**args, '--set':f'{k}={v}'}) for v in ('None','-3','nan','word','1'+'0'*30,'(1,(2,3))','{}','true')]
         assert sum(map(bool, ends))>3, (k, ends) # hardly anything is right for a setting
 
@@ -362,9 +395,13 @@ def test_what_was_left_behind(table, folder, tmp_path, begins):
     "Commands that were refused with a traceback, or left a folder that was in the way of the next one"
     from dmlfast.cli.commands import dmlfast_train, dmlfast_tune
     net = {'--data':table, '--arch':'test_resnet', '--no-pretrained':None, '--workers':0, '--size':24, '--out':tmp_path/'x'}
-    for more,said in [({'--set':'batch.per_class=None'}, '`batch.per_class` is a whole number, 1 or more; got None'), ({'--set':'seed=None'}, '`seed` is a whole number'), ({'--arch-args':'bogus=1'}, "timm cannot make 'test_resnet' with"),
-            ({'--arch-args':'a=(1,(2,3))'}, "timm cannot make 'test_resnet' with"), ({'--set':'loss.reduction=avg'}, "reduction 'avg' is none of"), ({'--set':'loss.reduction=none'}, 'one finite number for a batch'),
-            ({'--lr':'inf'}, '--lr is too large'), ({'--lr':-1}, 'greater than 0'), ({'--set':'fit.lr=inf'}, '`fit.lr` is a number'), ({'--data':''}, '--data is empty')]:
+    for more,said in [({'--set':'batch.per_class=None'}, '`batch.per_class` is a whole number, 1 or more; got None'),
+        ({'--set':'seed=None'}, '`seed` is a whole number'), ({'--arch-args':'bogus=1'}, "timm cannot make 'test_resnet' with"),
+            ({'--arch-args':'a=(1,(2,3))'}, "timm cannot make 'test_resnet' with"),
+            ({'--set':'loss.reduction=avg'}, "reduction 'avg' is none of"),
+            ({'--set':'loss.reduction=none'}, 'one finite number for a batch'),
+            ({'--lr':'inf'}, '--lr is too large'), ({'--lr':-1}, 'greater than 0'), ({'--set':'fit.lr=inf'}, '`fit.lr` is a number'),
+            ({'--data':''}, '--data is empty')]:
         assert said in begins(dmlfast_train, {**net, **more}) and not (tmp_path/'x').exists(), more
     assert '`folds` is between 2 and the 24 training classes' in begins(dmlfast_tune, {**net, '--folds':99}) and not (tmp_path/'x').exists()
     (tmp_path/'x').mkdir()
@@ -381,7 +418,8 @@ def test_without_a_network(table, tmp_path, monkeypatch):
     monkeypatch.setattr(socket, 'getaddrinfo', _no_name)
     monkeypatch.setattr(models, 'try_to_load_from_cache', lambda *args, **kwargs: None)
     monkeypatch.setattr(models, 'get_hf_file_metadata', lambda *args: _no_name())
-    assert 'pass a file as `--weights`, or `--no-pretrained` to begin' in said(dmlfast_train, '--data', table, '--arch', 'test_resnet', '--size', 24, '--out', tmp_path/'x', status=1)
+    assert 'pass a file as `--weights`, or `--no-pretrained` to begin' in said(dmlfast_train, '--data', table, '--arch', 'test_resnet',
+        '--size', 24, '--out', tmp_path/'x', status=1)
     assert not (tmp_path/'x').exists()
 
 def test_a_demo_looks_at_its_folder_first(folder, tmp_path, begins):
@@ -462,7 +500,8 @@ def test_a_search_goes_on(table, tmp_path, monkeypatch):
     status,out,err = do(dmlfast_tune, '--out', tmp_path/'cut', '--resume', '--json')
     assert status==0, err
     res = json.loads(out)
-    assert len(res['trials'])==3 and res['trials'][0]['params']==json.loads(whole[1])['trials'][0]['params']=={'loss.gamma':.3, 'fit.lr':6e-3}
+    assert len(res['trials'])==3
+    assert res['trials'][0]['params']==json.loads(whole[1])['trials'][0]['params']=={'loss.gamma':.3, 'fit.lr':6e-3}
     assert {'best.toml','results.json','search.json','settings.toml','study.db','study.png'}=={o.name for o in (tmp_path/'cut').iterdir()}
     status,_,err = do(dmlfast_train, '--config', tmp_path/'cut'/'best.toml', '--epochs', 1, '--out', tmp_path/'run')
     assert status==0, err
@@ -472,9 +511,13 @@ def test_a_search_goes_on(table, tmp_path, monkeypatch):
 
 def test_an_experiment(table, tmp_path):
     from dmlfast.cli.commands import dmlfast_bench
-    (tmp_path/'toy.py').write_text('import os, torch\ndef train(settings, ds, valid, report):\n    y = ds.df.label[ds.df.split==valid].astype("category").cat.codes.to_numpy(copy=True)\n'
-        '    return torch.randn(len(y), 4, generator=torch.Generator().manual_seed(settings["seed"])), torch.tensor(y).long(), dict(pid=os.getpid())\n')
-    (tmp_path/'p.toml').write_text(f'seeds = 6\nmeasures = ["recall@1"]\nsettings = {{data = {{reader = "csv", path = "{table}"}}, fit = {{n_epoch = 1}}}}\n[methods.a]\ntrainer = "toy.py:train"\nspace = {{}}\n[methods.b]\ntrainer = "toy.py:train"\ntwin = "a"\nspace = {{}}\n')
+    (tmp_path/'toy.py').write_text('import os, torch\ndef train(settings, ds, valid, report):\n    y = '
+        'ds.df.label[ds.df.split==valid].astype("category").cat.codes.to_numpy(copy=True)\n'
+        '    return torch.randn(len(y), 4, generator=torch.Generator().manual_seed(settings["seed"])), torch.tensor(y).long(), '
+        'dict(pid=os.getpid())\n')
+    (tmp_path/'p.toml').write_text(f'seeds = 6\nmeasures = ["recall@1"]\nsettings = {{data = {{reader = "csv", path = "{table}"}}, fit = '
+        f'{{n_epoch = 1}}}}\n[methods.a]\ntrainer = "toy.py:train"\nspace = {{}}\n[methods.b]\ntrainer = "toy.py:train"\ntwin = '
+        f'"a"\nspace = {{}}\n')
     status,out,err = do(dmlfast_bench, tmp_path/'p.toml', '--out', tmp_path/'r.jsonl', '--dry-run')
     assert status==0 and 'a         0/0  0/6' in out and '12 trials and runs are left' in out and not (tmp_path/'r.jsonl').exists(), err
     p = shell(dmlfast_bench, tmp_path/'p.toml', '--out', tmp_path/'r.jsonl', '--workers', 2, '--json', cwd=tmp_path)
@@ -488,15 +531,18 @@ def test_an_experiment(table, tmp_path):
     (tmp_path/'r.jsonl').write_text(''.join(lines.splitlines(True)[:-1]))
     status,out,err = do(dmlfast_bench, tmp_path/'p.toml', '--out', tmp_path/'r.jsonl')
     rows = [json.loads(o) for o in (tmp_path/'r.jsonl').read_text().splitlines()]
-    assert status==0 and len(rows)==12 and rows[-1]['seen']['pid']!=os.getpid(), err # one worker is a process of its own too, which keeps its memory
+    # one worker is a process of its own too, which keeps its memory
+    assert status==0 and len(rows)==12 and rows[-1]['seen']['pid']!=os.getpid(), err
 
 def test_what_to_do_without_a_network_in_each_commands_words(monkeypatch, tmp_path, folder):
     from dmlfast.cli.commands import _as_options, dmlfast_bench, dmlfast_demo, dmlfast_train, run_demo
     from dmlfast.models.embedder import _no_weights
     msg = str(_no_weights('resnet18', OSError('no network')))
-    assert _as_options(dmlfast_train, msg).endswith('Without a network, pass a file as `--weights`, or `--no-pretrained` to begin with random ones.')
+    assert _as_options(dmlfast_train, msg).endswith('Without a network, pass a file as `--weights`, or `--no-pretrained` to begin with '
+        'random ones.')
     assert _as_options(dmlfast_demo, msg).endswith('Without a network, pass a file as `--weights`.')
-    assert _as_options(dmlfast_bench, msg).endswith('Without a network, pass a file as `model.weights`, or `model.pretrained = false` to begin with random ones.')
+    assert _as_options(dmlfast_bench, msg).endswith('Without a network, pass a file as `model.weights`, or `model.pretrained = false` to '
+        'begin with random ones.')
     monkeypatch.setattr('dmlfast.cli.commands._raw_pixels', lambda dl: pytest.fail('the first row was computed'))
     for o in (dict(arch='resnett'), dict(weights='x.pth'), dict(arch='test_resnet', weights=_weights(tmp_path), arch_args='chanels=3')):
         with pytest.raises(ValueError, match='timm|no file of weights'): run_demo(folder, bs=16, size=32, out=tmp_path/'res', **o)
@@ -504,6 +550,8 @@ def test_what_to_do_without_a_network_in_each_commands_words(monkeypatch, tmp_pa
 def test_a_device_that_is_not_there(table, tmp_path, make_learner):
     from dmlfast.cli.commands import dmlfast_eval, dmlfast_train
     for o in ('cuda:77','meta','mps:5'):
-        assert f"This machine has no device {o!r}; it has 'cpu'" in said(dmlfast_train, '--data', table, '--arch', 'test_resnet', '--no-pretrained', '--bs', 16, '--workers', 0, '--device', o, '--out', tmp_path/'x')
+        assert f"This machine has no device {o!r}; it has 'cpu'" in said(dmlfast_train, '--data', table, '--arch', 'test_resnet',
+            '--no-pretrained', '--bs', 16, '--workers', 0, '--device', o, '--out', tmp_path/'x')
     make_learner().export_embedder(tmp_path/'e')
-    assert "no device 'cuda:77'" in said(dmlfast_eval, tmp_path/'e', '--data', table, '--workers', 0, '--device', 'cuda:77') and not (tmp_path/'x').exists()
+    assert "no device 'cuda:77'" in said(dmlfast_eval, tmp_path/'e', '--data', table, '--workers', 0, '--device', 'cuda:77')
+    assert not (tmp_path/'x').exists()

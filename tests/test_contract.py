@@ -7,7 +7,8 @@ columns = ['epoch','train_loss','valid_loss','ssr_loss','recall@1','recall@2','r
 def test_a_named_data_set(glyph_dir, tmp_path):
     set_seed(0)
     dls   = glyphs(glyph_dir.parent, size=24).dataloaders(bs=128, per_class=16, num_workers=0)   # class-disjoint train and valid
-    learn = metric_learner(dls, 'test_resnet', DRTripletLoss(margin=0.28, gamma=0.49), emb_sz=128, cbs=SelfSupervisedRanking(), pretrained=False, path=tmp_path)
+    learn = metric_learner(dls, 'test_resnet', DRTripletLoss(margin=0.28, gamma=0.49), emb_sz=128, cbs=SelfSupervisedRanking(),
+        pretrained=False, path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2)
     assert list(learn.recorder.metric_names)==columns
     assert all(0<=o<=1 for o in learn.recorder.values[-1][3:])
@@ -23,7 +24,8 @@ def test_a_named_data_set(glyph_dir, tmp_path):
 def test_a_published_data_set(cub_dir, tmp_path):
     set_seed(0)
     dls   = cub200(cub_dir).dataloaders(bs=128, per_class=16, size=24, num_workers=0)
-    learn = metric_learner(dls, 'test_resnet', DRTripletLoss(margin=0.28, gamma=0.49), emb_sz=128, cbs=SelfSupervisedRanking(), pretrained=False, path=tmp_path)
+    learn = metric_learner(dls, 'test_resnet', DRTripletLoss(margin=0.28, gamma=0.49), emb_sz=128, cbs=SelfSupervisedRanking(),
+        pretrained=False, path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-2)
     assert list(learn.recorder.metric_names)==columns
     seen,unseen = ({int(f.parent.name[:3]) for f in o.dataset.items} for o in dls)

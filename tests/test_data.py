@@ -60,7 +60,8 @@ def test_training_classes_come_first():
     assert list(dls.vocab)==['b','d','a','c'] and dls.n_train_classes==2
 
 def test_faults_come_before_the_first_batch():
-    for kwargs,said in [*((dict(bs=b, per_class=k), f'both at least 1; got bs={b} and per_class={k}') for b,k in ((6,4), (0,4), (-4,4), (4,0), (-4,-4), (4.,4), (4,None))), (dict(bs='4', per_class=4), "got bs='4' and per_class=4"),
+    for kwargs,said in [*((dict(bs=b, per_class=k), f'both at least 1; got bs={b} and per_class={k}') for b,
+        k in ((6,4), (0,4), (-4,4), (4,0), (-4,-4), (4.,4), (4,None))), (dict(bs='4', per_class=4), "got bs='4' and per_class=4"),
                         (dict(bs=64, per_class=4), 'needs 16 classes and there are 3: take bs=12')]:
         with pytest.raises(ValueError, match=said): _dls([0,0,0,0,1,1,1,1,2,2,2,2,3], **kwargs)
     with pytest.raises(ValueError, match='All 4 items are of one class'): _dls([0,0,0,0,1,1], bs=4, per_class=4)
@@ -68,10 +69,14 @@ def test_faults_come_before_the_first_batch():
 
 def test_targets_that_are_no_class(few):
     "A balanced loader and a learner say the same of them"
-    def dls(*blocks, **kwargs): return DataBlock(blocks=(ImageBlock,*blocks), n_inp=1, splitter=RandomSplitter(seed=0), **kwargs).dataloaders
-    for make,said in ((dls(MultiCategoryBlock, get_y=lambda o: [o.parent.name]), r'a TensorMultiCategory of torch.float32, of shape'), (dls(), 'no target')):
-        with pytest.raises(ValueError, match=f'takes the class of each image.*{said}'): make(few.items(), bs=8, per_class=4, dl_type=BalancedDL, num_workers=0)
-        with pytest.raises(ValueError, match=f'takes the class of each image.*{said}'): metric_learner(make(few.items(), bs=8, num_workers=0), 'test_resnet', pretrained=False)
+    def dls(*blocks, **kwargs):
+        return DataBlock(blocks=(ImageBlock,*blocks), n_inp=1, splitter=RandomSplitter(seed=0), **kwargs).dataloaders
+    for make,said in ((dls(MultiCategoryBlock, get_y=lambda o: [o.parent.name]), r'a TensorMultiCategory of torch.float32, of shape'),
+        (dls(), 'no target')):
+        with pytest.raises(ValueError, match=f'takes the class of each image.*{said}'):
+            make(few.items(), bs=8, per_class=4, dl_type=BalancedDL, num_workers=0)
+        with pytest.raises(ValueError, match=f'takes the class of each image.*{said}'):
+            metric_learner(make(few.items(), bs=8, num_workers=0), 'test_resnet', pretrained=False)
 
 def test_labels_of_any_dataset():
     dl = BalancedDL(list(range(8)), bs=4, per_class=2, shuffle=True, labels=[0,0,1,1,2,2,3,3], num_workers=0)
@@ -109,10 +114,14 @@ def test_validation_items_are_mixed():
 
 def test_splits_that_are_none():
     for n in (0,-1,4,7,1.5,'2'):
-        with pytest.raises(ValueError, match=f'`n_valid` is a number of classes, 1 to 3 of the 4 there are; got {n!r}'): ClassSplitter(str, n_valid=n)(list('aabbccdd'))
+        with pytest.raises(ValueError, match=f'`n_valid` is a number of classes, 1 to 3 of the 4 there are; got {n!r}'):
+            ClassSplitter(str, n_valid=n)(list('aabbccdd'))
     for pct in (0,1,'.5',None,float('nan')):
-        with pytest.raises(ValueError, match='`valid_pct` is the share of the classes for validation, between 0 and 1; got '+re.escape(repr(pct))): ClassSplitter(str, valid_pct=pct)(list('aabbccdd'))
-    with pytest.raises(ValueError, match="The table has no column 'klass'; it has 'path', 'class'"): ClassSplitter('klass')(pd.DataFrame({'path':['a','b'], 'class':[1,2]}))
+        with pytest.raises(ValueError,
+            match='`valid_pct` is the share of the classes for validation, between 0 and 1; got '+re.escape(repr(pct))):
+            ClassSplitter(str, valid_pct=pct)(list('aabbccdd'))
+    with pytest.raises(ValueError, match="The table has no column 'klass'; it has 'path', 'class'"):
+        ClassSplitter('klass')(pd.DataFrame({'path':['a','b'], 'class':[1,2]}))
     with pytest.raises(ValueError, match="`label_func` is a function .*; got 'class' for a list"): ClassSplitter('class')(['a','b'])
     for none in (None, float('nan'), pd.NA):
         with pytest.raises(ValueError, match='2 of 5 items have no label; the first is item 1'):

@@ -50,7 +50,8 @@ def test_the_same_embeddings_in_a_process_without_fastai(photos, tmp_path):
         set_seed(0)
         dls = make(photos)
         arch,kwargs = ('test_vit',dict(img_size=32)) if name=='crop' else ('test_resnet',dict(in_chans=1) if name=='grey' else {})
-        learn = metric_learner(dls, arch, ProxyNCALoss(), emb_sz=8, pretrained=False, model_kwargs=kwargs, path=tmp_path, head='mlp' if name=='squish' else 'linear', pool='gem' if name=='pad' else None)
+        learn = metric_learner(dls, arch, ProxyNCALoss(), emb_sz=8, pretrained=False, model_kwargs=kwargs, path=tmp_path,
+            head='mlp' if name=='squish' else 'linear', pool='gem' if name=='pad' else None)
         for o in learn.model.buffers(): # as a training would leave them, in less time
             if o.is_floating_point(): o.uniform_(.5, 1.5)
         learn.export_embedder(tmp_path/name)
@@ -62,7 +63,8 @@ def test_the_same_embeddings_in_a_process_without_fastai(photos, tmp_path):
     assert out['wrong']==[]
     for name,o in out['res'].items(): assert torch.allclose(torch.tensor(o), want[name], atol=1e-5), name
 
-@pytest.mark.parametrize('tfm,batch,name', [(RandomCrop(32), None, 'RandomCrop'), (Resize(32, ResizeMethod.Pad), None, 'Resize'), ([Resize(32), CropPad(40, pad_mode='reflection')], None, 'CropPad'),
+@pytest.mark.parametrize('tfm,batch,name', [(RandomCrop(32), None, 'RandomCrop'), (Resize(32, ResizeMethod.Pad), None, 'Resize'),
+    ([Resize(32), CropPad(40, pad_mode='reflection')], None, 'CropPad'),
     (Resize(32), RandomErasing(), None), (Resize(32), aug_transforms(size=24), 'Flip'), ([Resize(32), lambda o: o], None, '')])
 def test_other_transforms_are_refused_by_name(photos, tfm, batch, name):
     dls = loaders(photos, tfm, batch)
@@ -74,7 +76,8 @@ def test_other_transforms_are_refused_by_name(photos, tfm, batch, name):
 @pytest.fixture(scope='module')
 def embedder():
     torch.manual_seed(0)
-    return ImageEmbedder(Embedder('test_resnet', 8, pretrained=False), Preprocess([('fit', (32,32), 2)], [.5]*3, [.2]*3), dict(data='noise'))
+    return ImageEmbedder(Embedder('test_resnet', 8, pretrained=False), Preprocess([('fit', (32,32), 2)], [.5]*3, [.2]*3),
+        dict(data='noise'))
 
 def test_what_an_image_may_be(embedder, photos, tmp_path):
     fn = photos/'a'/'0.png'
@@ -82,14 +85,17 @@ def test_what_an_image_may_be(embedder, photos, tmp_path):
     want = embedder.embed(fn)
     assert want.shape==(8,)
     for o in (str(fn), im, np.array(im), embedder.preprocess(im)): assert torch.equal(embedder.embed(o), want)
-    for o in ([fn,im], np.array([im,im]), torch.stack([embedder.preprocess(fn)]*2)): assert torch.allclose(embedder.embed(o), want.expand(2, -1), atol=1e-6)
+    for o in ([fn,im], np.array([im,im]), torch.stack([embedder.preprocess(fn)]*2)):
+        assert torch.allclose(embedder.embed(o), want.expand(2, -1), atol=1e-6)
     assert torch.allclose(embedder.embed([fn]*5, bs=2), want.expand(5, -1), atol=1e-6)
     data,x = fn.read_bytes(),embedder.preprocess(im)
     for o in (bytearray(data), memoryview(data), x.double()): assert torch.equal(embedder.embed(o), want)
     for o in (x.half(), x.bfloat16(), torch.stack([x.half()]*2), [x.half(),fn]): assert torch.allclose(embedder.embed(o), want, atol=.02)
     for bs in (0,-1,1.5,'2'):
         with pytest.raises(ValueError, match='`bs` is a number of images, 1 or more'): embedder.embed([fn], bs=bs)
-    for bad,says in (({'a':fn}, 'got a dict'), ({fn}, 'got a set'), (None, 'got a NoneType'), (np.zeros((4,4,2)), r'got \(4, 4, 2\)'), (torch.zeros(1,3,4,4).int(), 'got int32'), (np.full((4,4), 2.), r'values in \[0,1\]; got 2 to 2'), ([3], 'got a int'), ([], 'no images'), (3, 'got a int'), ('nowhere.jpg', "There is no image 'nowhere.jpg'")):
+    for bad,says in (({'a':fn}, 'got a dict'), ({fn}, 'got a set'), (None, 'got a NoneType'), (np.zeros((4,4,2)), r'got \(4, 4, 2\)'),
+        (torch.zeros(1,3,4,4).int(), 'got int32'), (np.full((4,4), 2.), r'values in \[0,1\]; got 2 to 2'), ([3], 'got a int'),
+        ([], 'no images'), (3, 'got a int'), ('nowhere.jpg', "There is no image 'nowhere.jpg'")):
         with pytest.raises(ValueError, match=says): embedder.embed(bad)
     cut = tmp_path/'cut.jpg'
     Image.fromarray(np.random.RandomState(0).randint(0, 255, (64,64,3), dtype=np.uint8)).save(cut)
@@ -110,11 +116,13 @@ def test_gallery(embedder, photos, tmp_path):
     with pytest.raises(ValueError, match='2 images, 1 labels and 2 names'): e.add(files[:2], ['x'])
     with pytest.raises(ValueError, match='2 images, 2 labels and 1 names'): e.add(files[:2], 'x', items='ab')
     assert len(e)==5 and all(o.score<=1 for f in files for o in e.search(f))
-    for o in ('tabby',['tabby'],Path('tabby')): assert ImageEmbedder(embedder.model, embedder.preprocess).add(files[0], 'cat', items=o).items==['tabby']
+    for o in ('tabby',['tabby'],Path('tabby')):
+        assert ImageEmbedder(embedder.model, embedder.preprocess).add(files[0], 'cat', items=o).items==['tabby']
     with pytest.raises(ValueError, match='embeddings of 8 numbers, and not of 3'): e.add_embs(torch.zeros(1,3), ['x'], [''])
     assert ImageEmbedder(embedder.model, embedder.preprocess).add(L(files[:2]), L('x','y')).labels==['x','y']
     assert ImageEmbedder(embedder.model, embedder.preprocess).add(files[:2], np.int64(7)).labels==['7','7']
-    for o in (torch.tensor([7,7]), list(torch.tensor([7,7])), np.array([7,7]), torch.tensor(7)): assert ImageEmbedder(embedder.model, embedder.preprocess).add(files[:2], o).labels==['7','7']
+    for o in (torch.tensor([7,7]), list(torch.tensor([7,7])), np.array([7,7]), torch.tensor(7)):
+        assert ImageEmbedder(embedder.model, embedder.preprocess).add(files[:2], o).labels==['7','7']
     less = ImageEmbedder(embedder.model, embedder.preprocess).add(files, ['x']*len(files))
     less.search(files[0])
     less.embs,less.labels,less.items = less.embs[1:],less.labels[1:],less.items[1:]
@@ -150,8 +158,11 @@ def test_nothing_else_is_overwritten(embedder, tmp_path, monkeypatch):
     assert {oct(o.stat().st_mode)[-3:] for o in folder.iterdir()}=={'644'}
 
 def test_what_cannot_be_written(embedder, photos, tmp_path):
-    with pytest.raises(ValueError, match='a Linear with a Preprocess'): ImageEmbedder(torch.nn.Linear(2,2), embedder.preprocess).save(tmp_path/'x')
-    with pytest.raises(ValueError, match="head.*no name"): ImageEmbedder(Embedder('test_resnet', 8, pretrained=False, head=lambda a,b: torch.nn.Linear(a,b)), embedder.preprocess).save(tmp_path/'x')
+    with pytest.raises(ValueError, match='a Linear with a Preprocess'):
+        ImageEmbedder(torch.nn.Linear(2,2), embedder.preprocess).save(tmp_path/'x')
+    with pytest.raises(ValueError, match="head.*no name"):
+        ImageEmbedder(Embedder('test_resnet', 8, pretrained=False, head=lambda a,b: torch.nn.Linear(a,b)),
+            embedder.preprocess).save(tmp_path/'x')
     with pytest.raises(ValueError, match='"?fit, squash, crop; got \'zoom\''): Preprocess([('zoom', (2,2), 2)])
     model = Embedder('test_resnet', 8, pretrained=False, act_layer=torch.nn.SiLU)
     with pytest.raises(ValueError, match="may not set: 'act_layer'"): ImageEmbedder(model, embedder.preprocess).save(tmp_path/'x')
@@ -167,14 +178,17 @@ def test_what_could_not_be_read_is_not_written(embedder, tmp_path):
     e,old = ImageEmbedder(model, embedder.preprocess),embedder.save(tmp_path/'old')
     was = sorted((o.name,o.read_bytes()) for o in old.iterdir())
     for folder in (tmp_path/'new', tmp_path/'a'/'b', old):
-        with pytest.raises(ValueError, match=f"could not be read again: The weights in {str(folder)!r} do not fit .*1 unexpected .body.more"): e.save(folder, overwrite=True)
+        with pytest.raises(ValueError,
+            match=f"could not be read again: The weights in {str(folder)!r} do not fit .*1 unexpected .body.more"):
+            e.save(folder, overwrite=True)
     assert [o.name for o in tmp_path.iterdir()]==['old'] and sorted((o.name,o.read_bytes()) for o in old.iterdir())==was
 
 def test_a_full_disk_is_said(embedder, tmp_path, monkeypatch):
     "With the name of the folder, and nothing of it is left"
     def full(*args): raise SafetensorError('Error while serializing: I/O error: File too large (os error 27)')
     monkeypatch.setattr('dmlfast.deploy.embedder.save_file', full)
-    with pytest.raises(OSError, match=f"cannot be written to '{tmp_path/'a'/'e'}': Error while serializing"): embedder.save(tmp_path/'a'/'e')
+    with pytest.raises(OSError, match=f"cannot be written to '{tmp_path/'a'/'e'}': Error while serializing"):
+        embedder.save(tmp_path/'a'/'e')
     assert not list(tmp_path.iterdir())
 
 def test_compiled_parts(photos, tmp_path):
@@ -192,7 +206,8 @@ def test_compiled_parts(photos, tmp_path):
     for o in ('plain','compiled'): assert torch.allclose(learn.load(o).embed(bar=False)[0], want, atol=1e-6)
     plain = metric_learner(dls, 'test_resnet', ProxyNCALoss(), emb_sz=8, pretrained=False, path=tmp_path).load('compiled')
     assert torch.allclose(plain.embed(bar=False)[0], want, atol=1e-6)
-    plain.model.load_state_dict({k.replace('body.', 'body._orig_mod.'):v for k,v in plain.model.state_dict().items()}) # as they were written before
+    # as they were written before
+    plain.model.load_state_dict({k.replace('body.', 'body._orig_mod.'):v for k,v in plain.model.state_dict().items()})
     whole = ImageEmbedder(torch.compile(res.model, backend='eager'), res.preprocess)
     assert torch.allclose(load_embedder(whole.save(tmp_path/'whole')).embed(file), res.embed(file), atol=1e-6)
 
@@ -208,9 +223,11 @@ class Bomb:
     def __reduce__(self): return os.system, ('touch exploded',)
 
 def test_where_weights_came_from_is_not_part_of_an_embedder(embedder, tmp_path):
-    model = Embedder('test_resnet', 8, pretrained=False, cache_dir=str(tmp_path/'cache'), pretrained_cfg_overlay=dict(file='w.pth'), block_args=dict(attn_layer='eca'))
+    model = Embedder('test_resnet', 8, pretrained=False, cache_dir=str(tmp_path/'cache'), pretrained_cfg_overlay=dict(file='w.pth'),
+        block_args=dict(attn_layer='eca'))
     again = load_embedder(ImageEmbedder(model, embedder.preprocess).save(tmp_path/'e'))
-    assert again.model.spec()['model_kwargs']==dict(block_args=dict(attn_layer='eca')) and again.model.state_dict().keys()==model.state_dict().keys()
+    assert again.model.spec()['model_kwargs']==dict(block_args=dict(attn_layer='eca'))
+    assert again.model.state_dict().keys()==model.state_dict().keys()
 
 def test_folders_that_are_not_as_they_were_written(embedder, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -256,13 +273,15 @@ def test_onnx(embedder, tmp_path):
     with pytest.raises(ValueError, match='give `size`'): ImageEmbedder(embedder.model, Preprocess()).to_onnx(tmp_path/'f.onnx')
     tiny = ImageEmbedder(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12,2)), Preprocess([('fit', (2,2), 2)]))
     with pytest.raises(ValueError, match='differs from this one by'): tiny.to_onnx(path, tol=-1)
-    assert onnxruntime.InferenceSession(str(path)).get_inputs()[0].shape[2:]==[32,32] and [o.name for o in tmp_path.iterdir()]==['e.onnx'] # the old one
+    # the old one
+    assert onnxruntime.InferenceSession(str(path)).get_inputs()[0].shape[2:]==[32,32] and [o.name for o in tmp_path.iterdir()]==['e.onnx']
 
 def test_names_in_a_gallery_begin_below_the_data(few, make_learner, tmp_path):
     "However the loaders were made: that the folder is given as `path` is no matter"
     block = DataBlock(blocks=(ImageBlock, ClassBlock), get_y=parent_label, splitter=ClassSplitter(parent_label))
     learn,names = make_learner(),[]
-    for i,dls in enumerate((few.dataloaders(bs=8, num_workers=0), block.dataloaders(few.items(), bs=8, num_workers=0), block.dataloaders(few.items(), bs=8, num_workers=0, path=few.path))):
+    for i,dls in enumerate((few.dataloaders(bs=8, num_workers=0), block.dataloaders(few.items(), bs=8, num_workers=0),
+        block.dataloaders(few.items(), bs=8, num_workers=0, path=few.path))):
         learn = metric_learner(dls, learn.model.arch, emb_sz=4, pretrained=False)
         files = learn.dls.train.items
         got = learn.export_embedder(tmp_path/str(i), gallery=dls.test_dl(files, with_labels=True)).items
@@ -281,7 +300,8 @@ def test_images_are_embedded_with_their_labels_and_names(embedder, photos):
     assert np.array_equal(np.asarray(emb.draw(3)), np.asarray(Image.open(files[3]).convert('RGB')))
     assert emb.facts==dict(data='noise', network='test_resnet', preprocess='Preprocess(fit 32×32)', measured_on=None)
     assert embedder.embedded(files[:2], labels=torch.tensor([7,3])).vocab==['3','7']
-    assert embedder.embedded(torch.stack([embedder.preprocess(o) for o in files]), num_workers=2).draw is None # what the network takes cannot be drawn
+    # what the network takes cannot be drawn
+    assert embedder.embedded(torch.stack([embedder.preprocess(o) for o in files]), num_workers=2).draw is None
 
 def test_what_cannot_be_measured(embedder, photos, tmp_path):
     files = sorted(photos.glob('a/*.png'))
@@ -289,8 +309,10 @@ def test_what_cannot_be_measured(embedder, photos, tmp_path):
     assert len(emb)==1 and emb.labels is None
     bad = tmp_path/'bad.png'
     bad.write_bytes(b'no image')
-    for f,says in ((lambda: embedder.embedded(files, labels=['a']), f'{len(files)} images and 1 labels do not go together'), (lambda: embedder.embedded([]), 'There are no images to embed'), (emb.evaluate, 'have no labels'),
-        (lambda: embedder.embedded(files, 'test'), 'A split is of a data set'), (lambda: embedder.embedded(MetricDataset.from_folder(photos), 'tset'), "has no split 'tset'; its splits are "),
+    for f,says in ((lambda: embedder.embedded(files, labels=['a']), f'{len(files)} images and 1 labels do not go together'),
+        (lambda: embedder.embedded([]), 'There are no images to embed'), (emb.evaluate, 'have no labels'),
+        (lambda: embedder.embedded(files, 'test'), 'A split is of a data set'),
+        (lambda: embedder.embedded(MetricDataset.from_folder(photos), 'tset'), "has no split 'tset'; its splits are "),
         (lambda: embedder.embedded([*files,bad,*files], num_workers=2, bs=2), "bad.png' cannot be read")):
         with pytest.raises(ValueError, match=says): f()
 
@@ -321,11 +343,13 @@ def test_an_embedder_says_what_trained_it(few, tmp_path):
     from dmlfast.study.runs import fit_settings, make_learner
     body = Embedder('test_resnet', 8, pretrained=False).body
     torch.save(body.state_dict(), tmp_path/'body.pth')
-    s = dict(data=dict(reader='folder', path=str(few.path)), model=dict(arch='test_resnet', weights=str(tmp_path/'body.pth'), emb_sz=8), batch=dict(bs=16, per_class=4, num_workers=0), loss=dict(name='triplet', margin=.3), fit=dict(n_epoch=1))
+    s = dict(data=dict(reader='folder', path=str(few.path)), model=dict(arch='test_resnet', weights=str(tmp_path/'body.pth'), emb_sz=8),
+        batch=dict(bs=16, per_class=4, num_workers=0), loss=dict(name='triplet', margin=.3), fit=dict(n_epoch=1))
     learn = make_learner(s, few)
     with learn.no_bar(), learn.no_logging(): fit_settings(learn, s)
     e = learn.export_embedder(tmp_path/'e')
-    assert e.facts=={'data':'few glyphs', 'train_classes':learn.dls.n_train_classes, 'loss':repr(learn.loss_func), 'epochs':1, 'settings':{k:o for k,o in s.items() if k!='data'} | dict(model=dict(s['model'], weights='body.pth'))}
+    assert e.facts=={'data':'few glyphs', 'train_classes':learn.dls.n_train_classes, 'loss':repr(learn.loss_func), 'epochs':1,
+        'settings':{k:o for k,o in s.items() if k!='data'} | dict(model=dict(s['model'], weights='body.pth'))}
     assert str(tmp_path) not in (tmp_path/'e'/'embedder.json').read_text()
     about = json.loads((tmp_path/'e'/'embedder.json').read_text())
     assert about['format']==2
@@ -335,10 +359,13 @@ def test_an_embedder_says_what_trained_it(few, tmp_path):
             return o.embedded(few, 'test', num_workers=0).report(tmp_path/name, code='', **kwargs).read_text(encoding='utf-8')
     html = page(e, 'r', ds=few)
     def row(k, v): return f'<tr><th scope="row">{k}</th><td>{v}</td></tr>'
-    for o in (row('network','test_resnet'), row('embedding','8 numbers'), row('trained on','few glyphs'), row('epochs',1), row('loss.margin',.3), row('model.weights','body.pth'), 'TripletLoss(margin=0.3', 'measured on few glyphs, test'): assert o in html, o
+    for o in (row('network','test_resnet'), row('embedding','8 numbers'), row('trained on','few glyphs'), row('epochs',1),
+        row('loss.margin',.3), row('model.weights','body.pth'), 'TripletLoss(margin=0.3', 'measured on few glyphs, test'):
+        assert o in html, o
     assert not [o for o in ('optimiser','callbacks','There is no fit','What is wrong','#training') if o in html]
     for facts in ({}, None):
         (tmp_path/'e'/'embedder.json').write_text(json.dumps(about | dict(facts=facts)))
         html = page(load_embedder(tmp_path/'e'), 'r', overwrite=True)
-        assert row('network','test_resnet') in html and 'loss' not in re.sub('<style.*?</style>', '', html, flags=re.S) and 'trained on' not in html and 'hash of the splits' not in html
+        assert row('network','test_resnet') in html and 'loss' not in re.sub('<style.*?</style>', '', html, flags=re.S)
+        assert 'trained on' not in html and 'hash of the splits' not in html
     with pytest.raises(FileExistsError, match='overwrite=True'): page(e, 'r')

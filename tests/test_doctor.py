@@ -42,9 +42,12 @@ class PullTogether(MetricLoss):
     "Mean distance of all pairs, whatever their class"
     def compute(self, embs, labels): return sqdist(embs).mean().to(embs.dtype)
 
-healthy = dict(triplet=TripletLoss, dr=DRTripletLoss, mined=lambda: DRTripletLoss(miner=SemiHardMiner()), mean=lambda: TripletLoss(margin=.278, gamma=.49, reduction='mean'),
-    hard=lambda: TripletLoss(miner=BatchHardMiner()), ms=MultiSimilarityLoss, dr_ms=DRMultiSimilarityLoss, margin=lambda: MarginLoss(n_classes=12), contrastive=ContrastiveLoss, nca=proxy,
-    dr_nca=lambda: proxy(DRProxyNCALoss), anchor=lambda: proxy(ProxyAnchorLoss), npair=NPairLoss, both=lambda: CombinedLoss([proxy(), DRTripletLoss()]))
+healthy = dict(triplet=TripletLoss, dr=DRTripletLoss, mined=lambda: DRTripletLoss(miner=SemiHardMiner()),
+    mean=lambda: TripletLoss(margin=.278, gamma=.49, reduction='mean'),
+    hard=lambda: TripletLoss(miner=BatchHardMiner()), ms=MultiSimilarityLoss, dr_ms=DRMultiSimilarityLoss,
+    margin=lambda: MarginLoss(n_classes=12), contrastive=ContrastiveLoss, nca=proxy,
+    dr_nca=lambda: proxy(DRProxyNCALoss), anchor=lambda: proxy(ProxyAnchorLoss), npair=NPairLoss,
+    both=lambda: CombinedLoss([proxy(), DRTripletLoss()]))
 
 @pytest.mark.parametrize('name', healthy)
 def test_a_healthy_run_gets_none(name, capsys):
@@ -75,10 +78,14 @@ def test_a_sick_run_gets_its_diagnosis(name, capsys):
     assert found[name] in capsys.readouterr().out
     assert ' '.join(learn.training_doctor.plot()._suptitle.get_text().split())==found[name]
 
-@pytest.mark.parametrize('loss,said', [(lambda: TripletLoss(margin=2.), 'raise its `margin`, which is 2.'), (lambda: TripletLoss(margin=3.), 'Lower the learning rate; if'),
-    (lambda: TripletLoss(margin=3., miner=BatchHardMiner()), 'easier triplets'), (lambda: TripletLoss(margin=5., squared=True), 'raise its `margin`'), (lambda: TripletLoss(margin=7., squared=True), 'Lower'),
-    (lambda: ContrastiveLoss(neg_margin=3.), 'raise its `neg_margin`, which is 3.'), (lambda: ContrastiveLoss(neg_margin=4.), 'Lower'), (ProxyNCALoss, 'Lower the learning rate; if'),
-    (lambda: DRTripletLoss(margin=3., gamma=6.), 'lower `gamma`'), (lambda: DRTripletLoss(margin=3., gamma=5.9), 'Lower the learning rate; if')])
+@pytest.mark.parametrize('loss,said', [(lambda: TripletLoss(margin=2.), 'raise its `margin`, which is 2.'),
+    (lambda: TripletLoss(margin=3.), 'Lower the learning rate; if'),
+    (lambda: TripletLoss(margin=3., miner=BatchHardMiner()), 'easier triplets'),
+    (lambda: TripletLoss(margin=5., squared=True), 'raise its `margin`'), (lambda: TripletLoss(margin=7., squared=True), 'Lower'),
+    (lambda: ContrastiveLoss(neg_margin=3.), 'raise its `neg_margin`, which is 3.'), (lambda: ContrastiveLoss(neg_margin=4.), 'Lower'),
+    (ProxyNCALoss, 'Lower the learning rate; if'),
+    (lambda: DRTripletLoss(margin=3., gamma=6.), 'lower `gamma`'),
+    (lambda: DRTripletLoss(margin=3., gamma=5.9), 'Lower the learning rate; if')])
 def test_the_remedy_of_a_collapse_fits_its_cause(loss, said):
     "Negatives 3.5 apart and positives 1, so that a margin is met up to 2.5; where distances are squared, 2.6 and 1, and up to 5.76"
     doctor = TrainingDoctor()
@@ -104,7 +111,8 @@ def test_ranking_that_takes_over_is_found(make_learner):
     assert names(ill)==['ssr'] and 'Lower its `gamma`' in ill.training_doctor.findings[0].text
     assert sum('ssr' in o for o in ill.training_doctor.steps)==sum(not math.isnan(o) for o in ill.self_supervised_ranking.ssr_losses)
     shown = [o.get_title() for o in ill.training_doctor.plot().axes if o.get_title()]
-    assert shown==['Similarity of training pairs','Directions in use','What is learned from','Loss','Embeddings before normalisation','Share of the gradient','Distance moved by the weights','Training against validation']
+    assert shown==['Similarity of training pairs','Directions in use','What is learned from','Loss','Embeddings before normalisation',
+        'Share of the gradient','Distance moved by the weights','Training against validation']
 
 def test_share_of_ranking_is_that_of_two_backward_passes(make_learner):
     "The gradients at the pooled features, each from a backward pass of its own"
@@ -112,7 +120,8 @@ def test_share_of_ranking_is_that_of_two_backward_passes(make_learner):
         order,run_valid = 4,False # before the ranking loss is added
         def before_batch(self): self.feats = {}
         def before_fit(self):
-            for k,m in dict(metric=self.model.head, ssr=self.model.ranking_head).items(): m.register_forward_pre_hook(lambda m,x,k=k: self.feats.__setitem__(k, x[0]))
+            for k,m in dict(metric=self.model.head, ssr=self.model.ranking_head).items():
+                m.register_forward_pre_hook(lambda m,x,k=k: self.feats.__setitem__(k, x[0]))
         def after_loss(self): self.metric = self.learn.loss
         def before_backward(self):
             ssr = self.learn.loss_grad-self.metric
@@ -126,7 +135,8 @@ def test_share_of_ranking_is_that_of_two_backward_passes(make_learner):
     other.fit(1, 1e-3)
     assert doctor.steps[0]['ssr']==pytest.approx(learn.look.share, rel=1e-3)
 
-@pytest.mark.parametrize('loss', [lambda: DRTripletLoss(miner=RandomMiner()), lambda: MarginLoss(gamma=.2), DRProxyNCALoss], ids=['random','margin','proxy'])
+@pytest.mark.parametrize('loss', [lambda: DRTripletLoss(miner=RandomMiner()), lambda: MarginLoss(gamma=.2), DRProxyNCALoss],
+    ids=['random','margin','proxy'])
 def test_the_run_is_the_same_without_it(make_learner, loss):
     def fit(*cbs):
         learn = make_learner(loss(), cbs=[SelfSupervisedRanking(m=4, p=.5), *cbs])
@@ -261,7 +271,8 @@ def body(few, tmp_path_factory):
     "File of a body that was trained a little on `few`"
     set_seed(0)
     tmp = tmp_path_factory.mktemp('body')
-    learn = metric_learner(few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0), 'test_resnet', TripletLoss(), emb_sz=16, pretrained=False, path=tmp)
+    learn = metric_learner(few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0), 'test_resnet', TripletLoss(), emb_sz=16,
+        pretrained=False, path=tmp)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2)
     torch.save(learn.model.body.state_dict(), tmp/'body.pth')
     return tmp/'body.pth'
@@ -279,7 +290,8 @@ def as_if(learn, recalls, features, start=None):
         if v is not None: learn.head_start.rows[k]['scores']['recall@1'] = v
     return {o.name:o.text for o in learn.training_doctor.findings}
 
-sicker = dict(norm=(dict(freeze_bn=False, lr=.5), "Keep the body's batch norm as it was trained: `freeze_bn=True`."), head=(dict(init='random', lr=.5), "Start the head from the data and not at random: `init='lda'`."),
+sicker = dict(norm=(dict(freeze_bn=False, lr=.5), "Keep the body's batch norm as it was trained: `freeze_bn=True`."),
+    head=(dict(init='random', lr=.5), "Start the head from the data and not at random: `init='lda'`."),
     rate=(dict(lr=.5), 'Use a lower learning rate, or let `fit_transfer` look for one. This fit reached 0.5.'))
 
 @pytest.mark.parametrize('name', sicker)
@@ -296,7 +308,8 @@ def test_what_ends_below_its_features_is_told_why(name, make_learner, body, caps
 def test_what_ends_above_its_features_is_not(make_learner, body):
     "Nor what is as good, or was below for a while; the epoch is the one since which all are below"
     learn = from_body(make_learner, body)
-    assert 'below' not in as_if(learn, [.8], .7) and 'below' not in as_if(learn, [.691], .7) and 'below' not in as_if(learn, [.5,.6,.695], .7)
+    assert 'below' not in as_if(learn, [.8], .7) and 'below' not in as_if(learn, [.691], .7)
+    assert 'below' not in as_if(learn, [.5,.6,.695], .7)
     assert 'below' not in as_if(learn, [math.nan]*3, .7)
     assert 'since epoch 0: recall@1 is 0.689 and theirs 0.700.' in as_if(learn, [.689], .7)['below']
     assert 'since epoch 2: recall@1 is 0.600' in as_if(learn, [.5,.695,.689,math.nan,.6], .7)['below']
@@ -368,14 +381,16 @@ def test_active_share_by_brute_force():
     state = torch.get_rng_state()
     d = torch.cdist(x, x)
     pos,neg = (y[:,None]==y)&~torch.eye(18, dtype=torch.bool),y[:,None]!=y
-    margin = active_share(MarginLoss(n_classes=1, margin=.2, beta=1.2, nu=.5, miner=lambda e,l: (*pos.nonzero(as_tuple=True),*neg.nonzero(as_tuple=True))), x, y)
+    margin = active_share(MarginLoss(n_classes=1, margin=.2, beta=1.2, nu=.5,
+        miner=lambda e,l: (*pos.nonzero(as_tuple=True),*neg.nonzero(as_tuple=True))), x, y)
     assert margin.item()==pytest.approx((((d>1.)&pos).sum()+((d<1.4)&neg).sum()).item()/(18*17), abs=1e-6)
     assert torch.equal(state, torch.get_rng_state())
     contrastive = active_share(ContrastiveLoss(pos_margin=.9, neg_margin=1.3), x, y)
     assert contrastive.item()==pytest.approx((((d>.9)&pos).sum()+((d<1.3)&neg).sum()).item()/(18*17), abs=1e-6)
     ms = MultiSimilarityLoss(eps=-5.) # nothing is that hard
     assert active_share(ms, x, y).item()==0 and active_share(MultiSimilarityLoss(eps=5.), x, y).item()==1
-    assert active_share(CombinedLoss([ProxyNCALoss(n_classes=6, emb_sz=4), TripletLoss(margin=.3)]), x, y)==active_share(TripletLoss(margin=.3), x, y)
+    assert active_share(CombinedLoss([ProxyNCALoss(n_classes=6, emb_sz=4), TripletLoss(margin=.3)]), x,
+        y)==active_share(TripletLoss(margin=.3), x, y)
 
 def test_dr_share_is_of_the_gradient():
     "With gradients by finite differences"

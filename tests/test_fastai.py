@@ -52,7 +52,8 @@ def test_save_and_load(learn):
     for p in learn.model.parameters(): p.data.zero_()
     learn.load('x')
     assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
-    assert any('proxies' in o for o in before) and any('ranking_head' in o for o in before)==any(isinstance(o, SelfSupervisedRanking) for o in learn.cbs)
+    assert any('proxies' in o for o in before)
+    assert any('ranking_head' in o for o in before)==any(isinstance(o, SelfSupervisedRanking) for o in learn.cbs)
 
 def test_export_and_predict(learn):
     item = learn.dls.valid.items[1]
@@ -95,7 +96,8 @@ def test_interpretation(make_learner):
 
 def test_interpretation_without_losses(learn):
     "A loss with weights for training classes only has none for others: said with what to do instead, and training images have them"
-    with pytest.raises(ValueError, match=r"`RetrievalInterpretation.from_learner\(learn\)` and `learn.show_results\(\)`"): Interpretation.from_learner(learn).plot_top_losses(2)
+    with pytest.raises(ValueError, match=r"`RetrievalInterpretation.from_learner\(learn\)` and `learn.show_results\(\)`"):
+        Interpretation.from_learner(learn).plot_top_losses(2)
     Interpretation.from_learner(learn, ds_idx=0).plot_top_losses(2)
     plt.close('all')
 
@@ -109,14 +111,16 @@ def test_a_classifier_has_fastais_pictures():
 def test_splits_by_name(learn):
     "Wherever a loader may be given"
     want,ys = learn.embed('test')
-    for args,kwargs in ((['test'],{}), ([],dict(dl='test')), ([],dict(dl='test', with_decoded=True, with_loss=True)), ([],dict(ds_idx='test', with_input=True))):
+    for args,kwargs in ((['test'],{}), ([],dict(dl='test')), ([],dict(dl='test', with_decoded=True, with_loss=True)),
+        ([],dict(ds_idx='test', with_input=True))):
         res = learn.get_preds(*args, **kwargs)
         embs,labels = res[kwargs.get('with_input', 0):][:2]
         assert type(embs) is TensorEmbedding and torch.allclose(embs, want, atol=1e-6) and labels.tolist()==ys.tolist()
     assert len(learn.tta(dl='test', n=1)[0])==len(want)==len(learn.tta('test', n=1)[0])
     for args,kwargs in ((['test'],{}), ([],dict(dl='test'))):
         scores = learn.validate(*args, **kwargs)
-        assert dict(zip(learn.recorder.metric_names[2:], scores))['recall@1']==pytest.approx(learn.evaluate('test', metrics=['recall@1'])['recall@1'], abs=1e-6)
+        assert dict(zip(learn.recorder.metric_names[2:], scores))['recall@1']==pytest.approx(
+            learn.evaluate('test', metrics=['recall@1'])['recall@1'], abs=1e-6)
     for args,kwargs in ((['test'],{}), ([],dict(dl='test'))):
         fig = learn.show_results(*args, max_n=2, k=2, **kwargs)
         assert {o.get_title() for o in fig.axes[::3]}<={learn.dls.vocab[int(y)] for y in ys}
@@ -125,14 +129,19 @@ def test_splits_by_name(learn):
         with pytest.raises(ValueError, match="no split 'tset'; its splits are train, val, test"): f('tset')
     res = learn.get_preds(with_preds=False, with_loss=True)
     assert res[0] is None and len(res[2])==len(learn.dls.valid.items)
-    with pytest.raises(ValueError, match='no labels, so what they find is neither right nor wrong'): learn.show_results(dl=learn.dls.test_dl(learn.dls.valid.items))
+    with pytest.raises(ValueError, match='no labels, so what they find is neither right nor wrong'):
+        learn.show_results(dl=learn.dls.test_dl(learn.dls.valid.items))
 
 def test_a_loaded_learner_without_a_data_set(few, tmp_path):
-    dblock = DataBlock(blocks=(ImageBlock, ClassBlock), get_items=lambda o: few.items('train'), get_y=parent_label, splitter=ClassSplitter(parent_label))
-    learn = metric_learner(dblock.dataloaders(tmp_path, bs=16, dl_type=BalancedDL, per_class=4, num_workers=0), 'test_resnet', pretrained=False, path=tmp_path)
+    dblock = DataBlock(blocks=(ImageBlock, ClassBlock), get_items=lambda o: few.items('train'), get_y=parent_label,
+        splitter=ClassSplitter(parent_label))
+    learn = metric_learner(dblock.dataloaders(tmp_path, bs=16, dl_type=BalancedDL, per_class=4, num_workers=0), 'test_resnet',
+        pretrained=False, path=tmp_path)
     learn.export()
     other = load_learner(tmp_path/'export.pkl')
-    with pytest.raises(ValueError, match=r"not made by a `MetricDataset`, so they know no split 'test': pass a loader, such as `dls.test_dl\(items, with_labels=True\)`"): other.evaluate('test')
+    with pytest.raises(ValueError, match=r"not made by a `MetricDataset`, so they know no split 'test': pass a loader, such as "
+        r"`dls.test_dl\(items, with_labels=True\)`"):
+        other.evaluate('test')
 
 def test_tta(learn):
     embs,ys = learn.tta(n=2)
@@ -143,7 +152,8 @@ def test_tta(learn):
 def test_callbacks_that_change_the_loop(make_learner, how):
     learn = getattr(make_learner(ProxyNCALoss(), cbs=SelfSupervisedRanking(n=2, m=4)), how)()
     learn.fine_tune(1, 1e-3)
-    learn.fit_flat_cos(1, slice(1e-4,1e-3), cbs=[GradientAccumulation(64), GradientClip(), EarlyStoppingCallback('recall@1'), CSVLogger('log.csv')])
+    learn.fit_flat_cos(1, slice(1e-4,1e-3), cbs=[GradientAccumulation(64), GradientClip(), EarlyStoppingCallback('recall@1'),
+        CSVLogger('log.csv')])
     log = pd.read_csv(learn.path/'log.csv')
     assert 'ssr_loss' in log.columns and np.isfinite(learn.recorder.values[-1][0])
 
@@ -160,7 +170,8 @@ def test_tensorboard_with_everything(make_learner, tmp_path):
     events.Reload()
     tags = events.Tags()
     assert {'train_loss','recall@1','ssr_loss'}<=set(tags['scalars']) and tags['images'] and tags['graph']
-    assert [o.value for o in events.Scalars('ssr_loss')]==pytest.approx([o[learn.recorder.metric_names.index('ssr_loss')-1] for o in learn.recorder.values])
+    assert [o.value for o in events.Scalars('ssr_loss')]==pytest.approx(
+        [o[learn.recorder.metric_names.index('ssr_loss')-1] for o in learn.recorder.values])
     vecs = next((tmp_path/'tb').rglob('tensors.tsv'))
     assert np.loadtxt(vecs).shape==(len(learn.dls.valid.items),16)
 

@@ -15,8 +15,10 @@ names = 'embedder.json','gallery.json'
 def whole(tmp_path_factory):
     "The folder of a small embedder with a gallery"
     torch.manual_seed(0)
-    e = ImageEmbedder(Embedder('test_resnet', 8, pretrained=False), Preprocess([('fit', (32,32), 2)], [.5]*3, [.2]*3), dict(data='noise', n=[1,2.5,None]))
-    return e.add([photo,photo.rotate(90),photo.rotate(180)], ['a','b','b'], ['x/1.png','x/2.png','x/3.png']).save(tmp_path_factory.mktemp('whole')/'e')
+    e = ImageEmbedder(Embedder('test_resnet', 8, pretrained=False), Preprocess([('fit', (32,32), 2)], [.5]*3, [.2]*3),
+        dict(data='noise', n=[1,2.5,None]))
+    return e.add([photo,photo.rotate(90),photo.rotate(180)], ['a','b','b'],
+        ['x/1.png','x/2.png','x/3.png']).save(tmp_path_factory.mktemp('whole')/'e')
 
 @pytest.fixture(scope='module')
 def folder(whole, tmp_path_factory):
@@ -60,11 +62,15 @@ def paths(o, at=()):
     return res
 
 gone,deep = '\0gone','\0deep'
-numbers = st.sampled_from([-1, 0, 1, 2, 3, 5, 32, 10**6, 2**31, 2**63, 10**30, 10**400, -10**9, 1e-300, .5, -2.5, 1e308, float('nan'), float('inf')])
-texts = st.sampled_from(['', '..', '../x', '/etc/passwd', 'C:\\x', 'a/b', '\ud800', 'é', 'x'*5000, '0'*64, 'test_vit', 'test_resnet.nothing', 'resnet18', 'hf-hub:a/b', 'local-dir:/', 'gem', 'max',
-    'mlp', 'identity', 'L', 'crop', 'weights.safetensors', 'gallery.json', 'checkpoint_path', 'img_size', 'in_chans', 'num_classes', 'features_only', 'block_args']) | st.text(max_size=5)
+numbers = st.sampled_from([-1, 0, 1, 2, 3, 5, 32, 10**6, 2**31, 2**63, 10**30, 10**400, -10**9, 1e-300, .5, -2.5, 1e308, float('nan'),
+    float('inf')])
+texts = st.sampled_from(['', '..', '../x', '/etc/passwd', 'C:\\x', 'a/b', '\ud800', 'é', 'x'*5000, '0'*64, 'test_vit',
+    'test_resnet.nothing', 'resnet18', 'hf-hub:a/b', 'local-dir:/', 'gem', 'max',
+    'mlp', 'identity', 'L', 'crop', 'weights.safetensors', 'gallery.json', 'checkpoint_path', 'img_size', 'in_chans', 'num_classes',
+    'features_only', 'block_args']) | st.text(max_size=5)
 plain = st.none() | st.booleans() | numbers | texts
-values = st.just(gone) | st.just(deep) | plain | st.recursive(plain, lambda o: st.lists(o, max_size=3) | st.dictionaries(texts, o, max_size=3), max_leaves=4)
+values = st.just(gone) | st.just(deep) | plain | st.recursive(plain, lambda o: st.lists(o, max_size=3)
+    | st.dictionaries(texts, o, max_size=3), max_leaves=4)
 
 def changed(doc, path, o, key):
     "`doc` with `o` where `path` leads, or under another `key` of the object there"
@@ -88,7 +94,9 @@ def test_one_field_is_changed(whole, folder, data):
     text = json.dumps(changed(doc, path, data.draw(values), data.draw(st.none() | texts)))
     text = text.replace(json.dumps(deep), '['*3000+']'*3000)
     (folder/name).write_text(text)
-    if name!='embedder.json': (folder/'embedder.json').write_text(json.dumps(put('sha256', {**docs['embedder.json']['sha256'], name:sha(folder/name)})(docs['embedder.json'])))
+    if name!='embedder.json':
+        (folder/'embedder.json').write_text(json.dumps(put('sha256',
+            {**docs['embedder.json']['sha256'], name:sha(folder/name)})(docs['embedder.json'])))
     try: e = load_embedder(folder)
     except (ValueError,FileNotFoundError) as err: _is_sentence(err)
     else:
@@ -110,13 +118,15 @@ tampered = {
     'nested by 100,000': (nested(100_000), "'embedder.json' in .* cannot be read"),
     'two MiB': (put('facts.data', 'x'*2**21), 'must have at most 1,048,576'),
     'no hashes': (put('sha256', {}), "lacks sha256 of 'weights.safetensors'"),
-    'no hash of the gallery': (lambda about: put('sha256', {k:v for k,v in about['sha256'].items() if 'gallery' not in k})(about), "lacks sha256 of 'gallery.json'"),
+    'no hash of the gallery': (lambda about: put('sha256', {k:v for k,v in about['sha256'].items() if 'gallery' not in k})(about),
+    "lacks sha256 of 'gallery.json'"),
     'hashes in a list': (put('sha256', ['weights.safetensors']), '`sha256` must be an object'),
     'a format in words': (put('format', '1'), "`format` must be a whole number of 1 or more; got '1'"),
     'true as a number': (put('model.emb_sz', True), '`model.emb_sz` must be a whole number from 1 to 65,536; got True'),
     'emb_sz of a billion': (put('model.emb_sz', 10**9), 'from 1 to 65,536; got 1000000000'),
     'emb_sz of 60,000': (put('model.emb_sz', 60_000), "far more parameters than .* in 'weights.safetensors'"),
-    'steps of 1e12 pixels': (put('preprocess.steps', [['fit',[10**6,10**6],2]]), r'`preprocess.steps` must be .* of up to 16,384 each and 16,777,216 pixels'),
+    'steps of 1e12 pixels': (put('preprocess.steps', [['fit',[10**6,10**6],2]]), r'`preprocess.steps` must be .* of up to 16,384 each and '
+    r'16,777,216 pixels'),
     'steps of 2e8 pixels': (put('preprocess.steps', [['fit',[16384,16384],2]]), '16,777,216 pixels'),
     'a step without a size': (put('preprocess.steps', [['fit',32,2]]), '`preprocess.steps` must be'),
     'a filter that Pillow lacks': (put('preprocess.steps', [['fit',[32,32],9]]), 'the number of a PIL filter, 0 to 5'),
@@ -125,13 +135,16 @@ tampered = {
     'a deviation of 0': (put('preprocess.std', [.2,0,.2]), '`preprocess.std` must be null, or 1 or 3 numbers from 0.000001'),
     'a deviation that float32 lacks': (put('preprocess.std', [1e-300]), 'from 0.000001 to 1,000'),
     'a mean that float64 lacks': (put('preprocess.mean', [10**400]), 'from -1,000 to 1,000'),
-    'grey images': (lambda about: put('preprocess.mode', 'L')(put('preprocess.mean', None)(put('preprocess.std', None)(about))), '`model` must be .* takes the images of `preprocess`: .*channels'),
+    'grey images': (lambda about: put('preprocess.mode', 'L')(put('preprocess.mean', None)(put('preprocess.std', None)(about))),
+    '`model` must be .* takes the images of `preprocess`: .*channels'),
     'another pooling': (put('model.pool', 'sum'), "`model.pool` must be null, 'avg', 'max', 'avgmax' or 'gem'; got 'sum'"),
     'a hidden argument': (put('model.model_kwargs', dict(cache_dir='/tmp')), "may not set: 'cache_dir'"),
     'an argument of the training': (put('model.frozen_stages', 1), "may not set: 'frozen_stages'"),
     'an argument timm lacks': (put('model.model_kwargs', dict(bogus=1)), "`model` must be what timm can build.*bogus"),
-    'a number that is none': (put('model.model_kwargs', dict(drop_rate=float('nan'))), '`model.model_kwargs` must be .*numbers of up to 16,384'),
-    'no arch': (lambda about: put('model', {k:v for k,v in about['model'].items() if k!='arch'})(about), 'lacks model.arch: it must be the name of a timm model'),
+    'a number that is none': (put('model.model_kwargs', dict(drop_rate=float('nan'))),
+    '`model.model_kwargs` must be .*numbers of up to 16,384'),
+    'no arch': (lambda about: put('model', {k:v for k,v in about['model'].items() if k!='arch'})(about),
+    'lacks model.arch: it must be the name of a timm model'),
     'another arch': (put('model.arch', 'test_resnet2'), "`model` must be .*timm has no model 'test_resnet2'"),
     'an arch of as many numbers': (put('model.arch', 'test_byobnet'), r'do not fit the model that is described there: \d+ missing'),
     'facts in a list': (put('facts', ['noise']), "`facts` must be an object; got \\['noise'\\]")}
@@ -149,8 +162,10 @@ def test_tensors_that_were_tampered_with(whole, folder):
         x.view(-1)[3] = v
         return x
     for says,files in {
-        "'weights.safetensors' in .*'head.weight' holds nan or infinite": dict(weights_safetensors={**w, 'head.weight':spoilt(w['head.weight'], torch.nan)}),
-        "'body.bn1.running_var' holds nan or infinite": dict(weights_safetensors={**w, 'body.bn1.running_var':spoilt(w['body.bn1.running_var'], torch.inf)}),
+        "'weights.safetensors' in .*'head.weight' holds nan or infinite": dict(
+        weights_safetensors={**w, 'head.weight':spoilt(w['head.weight'], torch.nan)}),
+        "'body.bn1.running_var' holds nan or infinite": dict(weights_safetensors={**w,
+        'body.bn1.running_var':spoilt(w['body.bn1.running_var'], torch.inf)}),
         r'do not fit .*1 misshapen \(head.weight \(9, 96\) for \(8, 96\)\)': dict(weights_safetensors={**w, 'head.weight':torch.zeros(9,96)}),
         r'1 missing \(head.weight\)': dict(weights_safetensors={k:v for k,v in w.items() if k!='head.weight'}),
         r'1 unexpected \(more\)': dict(weights_safetensors={**w, 'more':torch.zeros(1)}),
@@ -194,17 +209,21 @@ for folder in sys.argv[2:]:
 
 def test_what_costs_too_much_is_refused_before_it_costs(whole, tmp_path):
     "In a process of its own, whose memory is measured: within two seconds and 500 MiB"
-    changes = [put('model.arch', 'vit_giant_patch14_dinov2'), put('model.arch', 'vit_huge_patch14_clip_224'), put('model.arch', 'convnext_xxlarge'), put('model.emb_sz', 10**9), put('model.emb_sz', 65_536),
-        put('preprocess.steps', [['squash',[10**6,10**6],2]]), put('model.model_kwargs', dict(layers=[16384]*4)), put('model.model_kwargs', dict(stem_width=16384)), put('model.model_kwargs', dict(layers=[10**9]*4)),
+    changes = [put('model.arch', 'vit_giant_patch14_dinov2'), put('model.arch', 'vit_huge_patch14_clip_224'),
+        put('model.arch', 'convnext_xxlarge'), put('model.emb_sz', 10**9), put('model.emb_sz', 65_536),
+        put('preprocess.steps', [['squash',[10**6,10**6],2]]), put('model.model_kwargs', dict(layers=[16384]*4)),
+        put('model.model_kwargs', dict(stem_width=16384)), put('model.model_kwargs', dict(layers=[10**9]*4)),
         put('model', dict(arch='test_vit', emb_sz=8, normalize=True, pool=None, head='linear', model_kwargs=dict(img_size=16384)))]
     todo = [tamper(whole, Path(shutil.copytree(whole, tmp_path/f'{i}'/'e')), o) for i,o in enumerate(changes)]
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', script, str(whole), *map(str, todo)], capture_output=True, text=True, check=True).stdout.splitlines()
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', script, str(whole), *map(str, todo)], capture_output=True, text=True,
+        check=True).stdout.splitlines()
     assert len(res)==len(todo), res
     for o in res: assert float(o.split()[0])<2 and float(o.split()[1])<500, o
 
 def test_nothing_is_written_that_could_not_be_read(tmp_path):
     torch.manual_seed(0)
-    def make(steps=(('fit', (32,32), 2),), facts=None, **kwargs): return ImageEmbedder(Embedder('test_resnet', 8, pretrained=False, **kwargs), Preprocess(steps), facts)
+    def make(steps=(('fit', (32,32), 2),), facts=None, **kwargs):
+        return ImageEmbedder(Embedder('test_resnet', 8, pretrained=False, **kwargs), Preprocess(steps), facts)
     for says,e in {
         "'preprocess.steps|`preprocess.steps` must be": make([('fit', (10**6,10**6), 2)]),
         'cannot take the images that its preprocessing makes': make(in_chans=1),
@@ -220,7 +239,8 @@ def test_nothing_is_written_that_could_not_be_read(tmp_path):
     assert not list(tmp_path.iterdir())
     load_embedder(make(in_chans=4).save(tmp_path/'e')) # takes batches of tensors
 
-@pytest.mark.parametrize('arch,kwargs,pre', [('test_vit', dict(img_size=32), Preprocess([('squash', (32,32), 2)])), ('test_resnet', dict(in_chans=1), Preprocess(mode='L')), ('test_resnet', {}, Preprocess(mean=[.5]*3, std=[.2]*3, mode='L')),
+@pytest.mark.parametrize('arch,kwargs,pre', [('test_vit', dict(img_size=32), Preprocess([('squash', (32,32), 2)])),
+    ('test_resnet', dict(in_chans=1), Preprocess(mode='L')), ('test_resnet', {}, Preprocess(mean=[.5]*3, std=[.2]*3, mode='L')),
     ('bn_inception', {}, Preprocess([('fit', (64,48), 2)]))])
 def test_what_was_written_is_read(arch, kwargs, pre, tmp_path):
     import dmlfast.models.bninception
@@ -271,27 +291,34 @@ def test_weights_that_are_none(tmp_path):
     (tmp_path/'cut.safetensors').write_bytes((tmp_path/'cut.safetensors').read_bytes()[:-50])
     torch.save(body.state_dict(), tmp_path/'cut.pth')
     (tmp_path/'cut.pth').write_bytes((tmp_path/'cut.pth').read_bytes()[:5000])
-    for name,o in {'raw.pkl':pickle.dumps(dict(a=[1])), 'np.pth':pickle.dumps(np.ones(3)), 'words.pth':b'no weights\n', 'words.safetensors':b'no weights\n', 'empty.pth':b'', 'empty.safetensors':b'', 'photo.safetensors':jpeg.read_bytes(), 'zeros.pth':bytes(500)}.items():
+    for name,o in {'raw.pkl':pickle.dumps(dict(a=[1])), 'np.pth':pickle.dumps(np.ones(3)), 'words.pth':b'no weights\n',
+        'words.safetensors':b'no weights\n', 'empty.pth':b'', 'empty.safetensors':b'', 'photo.safetensors':jpeg.read_bytes(),
+        'zeros.pth':bytes(500)}.items():
         (tmp_path/name).write_bytes(o)
     files = sorted(tmp_path.iterdir())
     for fn in files:
         with pytest.raises(ValueError, match=re.escape(f"{str(fn)!r} is no file of weights: it must ")) as e: load_weights(body, fn)
-        assert '\n' not in str(e.value) and not re.search('weights_only|[Pp]ickle[^r]|trust|arbitrary|Error', str(e.value).replace(str(fn), '')), e.value
+        assert '\n' not in str(e.value) and not re.search('weights_only|[Pp]ickle[^r]|trust|arbitrary|Error',
+            str(e.value).replace(str(fn), '')), e.value
         assert e.value.__suppress_context__ or e.value.__context__ is None # nor in what Python prints above it
     assert len(files)==16
     with pytest.raises(ValueError, match='There is no file of weights'): load_weights(body, tmp_path)
 
 
 # ---- names and files ----
-@pytest.mark.parametrize('name,names,near', [('nope',['inshop','cub200','glyphs'],None), ('data.val_pct',['data.path','data.images','data.reader'],None), ('data.test_pc',['data.path','data.test_pct'],'data.test_pct'),
-    ('loss.gama',['loss.gamma','ssr.gamma'],'loss.gamma'), ('glyph',['inshop','glyphs'],'glyphs'), ('cars',['cub200','cars196'],'cars196'), ('gamma',['loss.gamma','fit.lr'],'loss.gamma'), ('Margn',['margin','gamma'],'margin')])
+@pytest.mark.parametrize('name,names,near', [('nope',['inshop','cub200','glyphs'],None),
+    ('data.val_pct',['data.path','data.images','data.reader'],None), ('data.test_pc',['data.path','data.test_pct'],'data.test_pct'),
+    ('loss.gama',['loss.gamma','ssr.gamma'],'loss.gamma'), ('glyph',['inshop','glyphs'],'glyphs'), ('cars',['cub200','cars196'],'cars196'),
+    ('gamma',['loss.gamma','fit.lr'],'loss.gamma'), ('Margn',['margin','gamma'],'margin')])
 def test_the_nearest_name_is_near(name, names, near):
     from dmlfast.files.registry import nearest
-    assert nearest(name, names, 'word')==f"There is no word {name!r}; " + (f"the nearest is {near!r}." if near else f"there are {', '.join(map(repr, names))}.")
+    assert nearest(name, names, 'word')==f"There is no word {name!r}; " + (f"the nearest is {near!r}." if near
+        else f"there are {', '.join(map(repr, names))}.")
 
 def test_a_long_name_leaves_room_for_the_reason():
     from dmlfast.files.registry import nearest, shortened
-    assert nearest('x'*300, ['margin'], 'word')==f"There is no word '{'x'*49}…{'x'*19}'; there are 'margin'." and shortened('a'*78)==repr('a'*78)
+    assert nearest('x'*300, ['margin'], 'word')==f"There is no word '{'x'*49}…{'x'*19}'; there are 'margin'."
+    assert shortened('a'*78)==repr('a'*78)
 
 def test_a_full_disk_is_said_of_a_file(tmp_path):
     "Whoever writes, and whatever its error: a full disk names the file, and what was there stays"
@@ -300,7 +327,8 @@ def test_a_full_disk_is_said_of_a_file(tmp_path):
     from dmlfast.files.writing import whole_file
     file = tmp_path/'w.bin'
     file.write_bytes(b'old')
-    for e in (OSError(errno.ENOSPC, 'No space left on device'), SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')):
+    for e in (OSError(errno.ENOSPC, 'No space left on device'), SafetensorError('Error while serializing: I/O error: No space left on '
+        'device (os error 28)')):
         with pytest.raises(OSError, match=re.escape(f"No space left on device: {str(file)!r}")) as got:
             with whole_file(file) as tmp:
                 tmp.write_bytes(b'n')

@@ -38,8 +38,10 @@ def palette(colours, ids):
 
 def _cases():
     "Name -> (file's ending, how it is written, pixels that a viewer shows)"
-    res = {f'exif{o}':('.png', lambda f,o=o: Image.fromarray(np.ascontiguousarray(stored_as[o](FLAG))).save(f, exif=exif(o)), FLAG) for o in range(2,9)}
-    res |= {f'exif{o}_tiff':('.tif', lambda f,o=o: Image.fromarray(np.ascontiguousarray(stored_as[o](FLAG))).save(f, exif=exif(o)), FLAG) for o in (6,7)}
+    res = {f'exif{o}':('.png', lambda f,o=o: Image.fromarray(np.ascontiguousarray(stored_as[o](FLAG))).save(f, exif=exif(o)), FLAG)
+        for o in range(2,9)}
+    res |= {f'exif{o}_tiff':('.tif', lambda f,o=o: Image.fromarray(np.ascontiguousarray(stored_as[o](FLAG))).save(f, exif=exif(o)), FLAG)
+        for o in (6,7)}
     res['rgb'] = '.png', Image.fromarray(FLAG).save, FLAG
     res['grey'] = '.png', Image.fromarray(LEVELS).save, grey(LEVELS)
     res['rgba'] = '.png', Image.fromarray(np.dstack([FLAG,SEEN])).save, on_white(FLAG, SEEN)
@@ -54,13 +56,15 @@ def _cases():
     res['i_tiff'] = '.tif', Image.fromarray(LEVELS.astype(np.int32)*1000-70000).save, grey(LEVELS)
     res['f_tiff'] = '.tif', Image.fromarray(LEVELS.astype(np.float32)/8-3).save, grey(LEVELS)
     res['pgm16'] = '.pgm', lambda f: f.write_bytes(b'P5 %d %d 65535\n' % (W,H) + (LEVELS.astype('>u2')*257).tobytes()), grey(LEVELS)
-    res['cmyk'] = '.tif', Image.frombytes('CMYK', (W,H), np.ascontiguousarray(np.dstack([255-FLAG,np.zeros_like(LEVELS)])).tobytes()).save, FLAG
+    res['cmyk'] = '.tif', Image.frombytes('CMYK', (W,H),
+        np.ascontiguousarray(np.dstack([255-FLAG,np.zeros_like(LEVELS)])).tobytes()).save, FLAG
     res['1bit'] = '.png', Image.fromarray(quadrants(0, 255, 255, 0)).convert('1').save, grey(quadrants(0, 255, 255, 0))
     first,last = (palette([RED,GREEN,BLUE,GREY], o) for o in (quadrants(0,1,2,3), quadrants(3,2,1,0)))
     res['gif'] = '.gif', lambda f: first.save(f, save_all=True, append_images=[last], duration=100, optimize=False), FLAG
     res['one'] = '.png', Image.fromarray(FLAG[:1,:1]).save, FLAG[:1,:1]
     long = quadrants(RED, GREEN, BLUE, GREY, 3, 2000)
-    res['wide'],res['high'] = ('.png', Image.fromarray(long).save, long),('.png', Image.fromarray(np.ascontiguousarray(np.rot90(long))).save, np.rot90(long))
+    res['wide'],res['high'] = ('.png', Image.fromarray(long).save, long),('.png',
+        Image.fromarray(np.ascontiguousarray(np.rot90(long))).save, np.rot90(long))
     return res
 
 cases = _cases()
@@ -81,7 +85,8 @@ def four(folder, tmp_path_factory):
         warnings.filterwarnings('ignore', 'Images of 32-bit')
         ds = MetricDataset.from_folder(folder, val_pct=.5)
         set_seed(0)
-        learn = metric_learner(ds.dataloaders(bs=4, per_class=2, size=32, num_workers=0, valid='test'), 'test_resnet', TripletLoss(), emb_sz=8, pretrained=False, path=tmp_path_factory.mktemp('x'), head='linear')
+        learn = metric_learner(ds.dataloaders(bs=4, per_class=2, size=32, num_workers=0, valid='test'), 'test_resnet', TripletLoss(),
+            emb_sz=8, pretrained=False, path=tmp_path_factory.mktemp('x'), head='linear')
         learn.logger = noop
         return {o.stem:o for o in ds.items()},ds,learn,learn.export_embedder(tmp_path_factory.mktemp('y')/'e')
 
@@ -103,7 +108,8 @@ def test_pixels_count(four):
     "The comparison above can fail: a turned flag, and what is hidden, have other embeddings"
     _,_,_,embedder = four
     want = embedder.embed(FLAG)
-    for o in (FLAG[::-1], FLAG[:,::-1], np.rot90(FLAG), on_white(FLAG, SEEN)): assert (embedder.embed(np.ascontiguousarray(o))-want).abs().max()>1e-3
+    for o in (FLAG[::-1], FLAG[:,::-1], np.rot90(FLAG), on_white(FLAG, SEEN)):
+        assert (embedder.embed(np.ascontiguousarray(o))-want).abs().max()>1e-3
 
 def test_what_an_embedder_was_exported_with_is_written_down(four, folder, tmp_path):
     files,ds,learn,embedder = four
@@ -127,7 +133,8 @@ def test_folders_of_the_first_format_do_as_they_did(four, tmp_path):
     files,ds,learn,embedder = four
     old = _first_format(embedder.save(tmp_path/'e'))
     bare = Preprocess(background=None)
-    for name,want in (('exif6', np.rot90(FLAG)), ('rgba', FLAG), ('palette_clear', FLAG), ('i16_png', grey(quadrants(7, 255, 255, 255))), ('grey', grey(LEVELS))):
+    for name,want in (('exif6', np.rot90(FLAG)), ('rgba', FLAG), ('palette_clear', FLAG), ('i16_png', grey(quadrants(7, 255, 255, 255))),
+        ('grey', grey(LEVELS))):
         assert np.array_equal(np.asarray(bare.resized(files[name])), want)
         assert torch.allclose(old.embed(files[name]), embedder.embed(np.ascontiguousarray(want)), atol=1e-6)
     assert torch.equal(load_embedder(old.save(tmp_path/'again')).embed(files['exif6']), old.embed(files['exif6']))
@@ -141,7 +148,8 @@ def test_folders_of_the_first_format_do_as_they_did(four, tmp_path):
 @pytest.mark.filterwarnings('ignore:Images of 32-bit')
 def test_fastais_own_images_stay_as_fastai_opens_them(folder, tmp_path):
     "Where the training opened bare pixels, so do `predict` and what is exported"
-    block = DataBlock(blocks=(ImageBlock, ClassBlock), get_items=get_image_files, get_y=parent_label, splitter=ClassSplitter(parent_label), item_tfms=Resize(32, ResizeMethod.Squish))
+    block = DataBlock(blocks=(ImageBlock, ClassBlock), get_items=get_image_files, get_y=parent_label, splitter=ClassSplitter(parent_label),
+        item_tfms=Resize(32, ResizeMethod.Squish))
     dls = block.dataloaders(folder, bs=4, dl_type=BalancedDL, per_class=2, num_workers=0)
     learn = metric_learner(dls, 'test_resnet', TripletLoss(), emb_sz=8, pretrained=False, path=tmp_path)
     learn.logger = noop
@@ -169,14 +177,18 @@ def test_what_can_be_opened(tmp_path):
     Image.fromarray(FLAG).save(fn := tmp_path/'x.png')
     first = np.moveaxis(FLAG, -1, 0)
     with open(fn, 'rb') as f:
-        for o in (fn, str(fn), fn.read_bytes(), bytearray(fn.read_bytes()), f, io.BytesIO(fn.read_bytes()), Image.open(fn), Image.fromarray(FLAG), FLAG, first, FLAG[:,::-1][:,::-1], FLAG.astype(np.uint16)*257, (FLAG.astype(np.uint16)*257).astype('>u2'), FLAG/255,
-            (first/255).astype(np.float16), FLAG.astype(np.float32)/255, np.dstack([FLAG,np.full((H,W), 255, np.uint8)]), torch.tensor(FLAG), torch.tensor(first), torch.tensor(first)/255, (torch.tensor(first)/255).requires_grad_(),
+        for o in (fn, str(fn), fn.read_bytes(), bytearray(fn.read_bytes()), f, io.BytesIO(fn.read_bytes()), Image.open(fn),
+            Image.fromarray(FLAG), FLAG, first, FLAG[:,::-1][:,::-1], FLAG.astype(np.uint16)*257,
+            (FLAG.astype(np.uint16)*257).astype('>u2'), FLAG/255,
+            (first/255).astype(np.float16), FLAG.astype(np.float32)/255, np.dstack([FLAG,np.full((H,W), 255, np.uint8)]),
+            torch.tensor(FLAG), torch.tensor(first), torch.tensor(first)/255, (torch.tensor(first)/255).requires_grad_(),
             TensorImage(torch.tensor(first)), torch.tensor(first.astype(np.uint16)*257)):
             assert np.array_equal(np.asarray(open_image(o)), FLAG)
     for o in (LEVELS, LEVELS[...,None], LEVELS[None], LEVELS/255, torch.tensor(LEVELS), torch.tensor(LEVELS)[None]):
         assert np.array_equal(np.asarray(open_image(o)), grey(LEVELS)) and np.array_equal(np.asarray(open_image(o, 'L')), LEVELS)
     assert np.array_equal(np.asarray(open_image(np.dstack([FLAG,SEEN]))), on_white(FLAG, SEEN))
-    for m,n in (('RGBA','PA'), ('LA','La'), ('RGBA','RGBa')): assert open_image(Image.new(m, (2,1)).convert(n)).getpixel((0,0))==(255,255,255)
+    for m,n in (('RGBA','PA'), ('LA','La'), ('RGBA','RGBa')):
+        assert open_image(Image.new(m, (2,1)).convert(n)).getpixel((0,0))==(255,255,255)
     for m in ('LAB','HSV','YCbCr','RGBX','CMYK','P','1'): assert all(open_image(Image.new(m, (2,1)), k).size==(2,1) for k in ('L','RGB'))
 
 def test_two_readings_of_an_array():
@@ -185,10 +197,14 @@ def test_two_readings_of_an_array():
     assert np.array_equal(np.asarray(open_image(a)), a)
     assert np.array_equal(np.asarray(open_image(torch.tensor(a))), np.moveaxis(a, 0, -1))
 
-@pytest.mark.parametrize('o,says', [(np.zeros((4,5,2), np.uint8), r'got \(4, 5, 2\)'), (np.zeros((2,4,5), np.uint8), r'got \(2, 4, 5\)'), (np.zeros(7), r'got \(7,\)'), (np.zeros((2,3,4,5)), r'\(2, 3, 4, 5\)'),
-    (np.zeros((0,5,3), np.uint8), 'not empty'), (np.zeros((4,5), np.int64), 'got int64'), (np.zeros((4,5), bool), 'got bool'), (np.full((4,5), 1.5), r'in \[0,1\]; got 1.5 to 1.5'), (np.full((4,5), np.nan), 'got nan'),
-    (torch.zeros(4, 5, 2), r'got \(4, 5, 2\)'), (torch.full((3,4,5), -1.), 'got -1'), (3, 'got a int'), (None, 'got a NoneType'), ([1,2], 'got a list'), (b'', 'in 0 bytes cannot be read'), (b'GIF89a', 'in 6 bytes cannot be read'),
-    (io.BytesIO(b'text'), 'in a BytesIO cannot be read: Pillow knows no such format'), ('nowhere.png', "There is no image 'nowhere.png'"), (os.sep, f"{os.sep}' cannot be read")])
+@pytest.mark.parametrize('o,says', [(np.zeros((4,5,2), np.uint8), r'got \(4, 5, 2\)'), (np.zeros((2,4,5), np.uint8), r'got \(2, 4, 5\)'),
+    (np.zeros(7), r'got \(7,\)'), (np.zeros((2,3,4,5)), r'\(2, 3, 4, 5\)'),
+    (np.zeros((0,5,3), np.uint8), 'not empty'), (np.zeros((4,5), np.int64), 'got int64'), (np.zeros((4,5), bool), 'got bool'),
+    (np.full((4,5), 1.5), r'in \[0,1\]; got 1.5 to 1.5'), (np.full((4,5), np.nan), 'got nan'),
+    (torch.zeros(4, 5, 2), r'got \(4, 5, 2\)'), (torch.full((3,4,5), -1.), 'got -1'), (3, 'got a int'), (None, 'got a NoneType'),
+    ([1,2], 'got a list'), (b'', 'in 0 bytes cannot be read'), (b'GIF89a', 'in 6 bytes cannot be read'),
+    (io.BytesIO(b'text'), 'in a BytesIO cannot be read: Pillow knows no such format'), ('nowhere.png', "There is no image 'nowhere.png'"),
+    (os.sep, f"{os.sep}' cannot be read")])
 def test_what_is_no_image(o, says):
     with pytest.raises(ValueError, match=says): open_image(o)
 
@@ -210,7 +226,8 @@ def test_every_broken_file_is_named(tmp_path):
 def test_pixels_are_counted_before_they_are_decoded(tmp_path, monkeypatch):
     "A claim of 200 megapixels in a few bytes, and bounds of one's own"
     head = b'IHDR'+struct.pack('>IIBBBBB', 20000, 10000, 8, 0, 0, 0, 0)
-    (bomb := tmp_path/'bomb.png').write_bytes(b'\x89PNG\r\n\x1a\n'+struct.pack('>I', 13)+head+struct.pack('>I', zlib.crc32(head))+struct.pack('>I', 0)+b'IDAT'+struct.pack('>I', zlib.crc32(b'IDAT')))
+    (bomb := tmp_path/'bomb.png').write_bytes(
+        b'\x89PNG\r\n\x1a\n'+struct.pack('>I', 13)+head+struct.pack('>I', zlib.crc32(head))+struct.pack('>I', 0)+b'IDAT'+struct.pack('>I', zlib.crc32(b'IDAT')))
     for f in (open_image, NamedImage.create, Preprocess().resized, Preprocess(background=None).resized):
         with pytest.raises(ValueError, match=r"bomb.png' cannot be read: .*200000000 pixels"): f(bomb)
     assert bad_images([bomb])==[bomb]
@@ -218,7 +235,8 @@ def test_pixels_are_counted_before_they_are_decoded(tmp_path, monkeypatch):
     assert open_image(fn, max_pixels=H*W).size==(W,H)
     monkeypatch.setattr(Image.Image, 'load', lambda *a: 1/0)
     for o in (fn, Image.open(fn)):
-        with pytest.raises(ValueError, match=f"x.png' cannot be read: it has 60×40 pixels, more than 2,399"): open_image(o, max_pixels=H*W-1)
+        with pytest.raises(ValueError, match=f"x.png' cannot be read: it has 60×40 pixels, more than 2,399"):
+            open_image(o, max_pixels=H*W-1)
 
 def test_ordinary_files_are_bit_for_bit_as_before(tmp_path):
     "RGB and grey of 8 bits, as Pillow decodes and converts them"
@@ -249,11 +267,13 @@ def test_an_opened_image_is_not_turned_again():
 def test_scaled_is_said_once():
     images._say_scaled.cache_clear()
     im = Image.fromarray(np.array([[0,1],[2,4]], dtype=np.int32))
-    with pytest.warns(UserWarning, match='no fixed range: each is scaled'): assert np.array_equal(np.asarray(open_image(im, 'L')), [[0,64],[128,255]])
+    with pytest.warns(UserWarning, match='no fixed range: each is scaled'):
+        assert np.array_equal(np.asarray(open_image(im, 'L')), [[0,64],[128,255]])
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         open_image(im)
-        assert np.array_equal(np.asarray(open_image(Image.fromarray(np.array([[np.nan,-1],[np.inf,1]], dtype=np.float32)), 'L')), [[0,0],[0,255]])
+        assert np.array_equal(np.asarray(open_image(Image.fromarray(np.array([[np.nan,-1],[np.inf,1]], dtype=np.float32)), 'L')),
+            [[0,0],[0,255]])
         assert np.array_equal(np.asarray(open_image(Image.fromarray(np.full((2,2), 9, dtype=np.int32)), 'L')), np.zeros((2,2)))
 
 def test_a_subclass_has_its_own_background(tmp_path):
@@ -272,19 +292,27 @@ def test_which_files_are_images_depends_on_no_system_table(tmp_path, monkeypatch
     "Endings that a table of types may lack, in capitals too; what is left out is counted"
     import fastai.data.transforms as tfms
     monkeypatch.setattr(tfms, 'image_extensions', {'.png'})
-    _tree(tmp_path, 'a/1.png', 'a/2.JPG', 'a/3.webp', 'b/1.jfif', 'b/2.jp2', 'b/3.tga', 'c/1.heic', 'c/2.heic', 'a/x.txt', 'a/y.json', 'a/noend', 'a/.hidden.png', 'b/.cache/1.png', 'b/.cache/index', '.DS_Store', 'a/Thumbs.db')
-    with pytest.warns(UserWarning, match=r"^Some files in '.*' are left out: 2 .heic, 2 hidden, 1 .json, 1 .txt, 1 without an ending\.") as w: ds = MetricDataset.from_folder(tmp_path)
+    _tree(tmp_path, 'a/1.png', 'a/2.JPG', 'a/3.webp', 'b/1.jfif', 'b/2.jp2', 'b/3.tga', 'c/1.heic', 'c/2.heic', 'a/x.txt', 'a/y.json',
+        'a/noend', 'a/.hidden.png', 'b/.cache/1.png', 'b/.cache/index', '.DS_Store', 'a/Thumbs.db')
+    with pytest.warns(UserWarning,
+        match=r"^Some files in '.*' are left out: 2 .heic, 2 hidden, 1 .json, 1 .txt, 1 without an ending\.") as w:
+        ds = MetricDataset.from_folder(tmp_path)
     assert [str(o) for o in ds.df.path]==['a/1.png','a/2.JPG','a/3.webp','b/1.jfif','b/2.jp2','b/3.tga'] and len(w)==1
     (tmp_path/'none').mkdir()
     _tree(tmp_path, 'none/x/1.heic')
-    with pytest.raises(ValueError, match=r"There are no images in .*Some files in .* are left out: 1 .heic\."): MetricDataset.from_folder(tmp_path/'none')
+    with pytest.raises(ValueError, match=r"There are no images in .*Some files in .* are left out: 1 .heic\."):
+        MetricDataset.from_folder(tmp_path/'none')
 
 def test_folders_of_the_same_name_are_said_to_be_one_class(tmp_path):
-    _tree(tmp_path, 'cats/persian/1.png', 'cats/siamese/1.png', 'cats/siamese/2.png', 'dogs/persian/1.png', 'dogs/boxer/1.png', 'dogs/boxer/2.png')
-    with pytest.warns(UserWarning, match=r"1 of 3 classes are merged from several folders: 'persian' \(cats/persian, dogs/persian\)\. Rename") as w: ds = MetricDataset.from_folder(tmp_path)
+    _tree(tmp_path, 'cats/persian/1.png', 'cats/siamese/1.png', 'cats/siamese/2.png', 'dogs/persian/1.png', 'dogs/boxer/1.png',
+        'dogs/boxer/2.png')
+    with pytest.warns(UserWarning, match=r"1 of 3 classes are merged from several folders: 'persian' \(cats/persian, dogs/persian\)\. "
+        r"Rename") as w:
+        ds = MetricDataset.from_folder(tmp_path)
     assert ds.df.label.tolist().count('persian')==2 and len(w)==1
 
-@pytest.mark.parametrize('kw', [dict(test_pct=20), dict(val_pct=20), dict(test_pct=-.1), dict(val_pct=1), dict(val_pct=-3), dict(test_pct=float('nan')), dict(test_pct=1.), dict(test_pct='.2'), dict(val_pct=None)])
+@pytest.mark.parametrize('kw', [dict(test_pct=20), dict(val_pct=20), dict(test_pct=-.1), dict(val_pct=1), dict(val_pct=-3),
+    dict(test_pct=float('nan')), dict(test_pct=1.), dict(test_pct='.2'), dict(val_pct=None)])
 def test_shares_that_are_none(kw):
     "Refused before the folder is looked at"
     (k,v), = kw.items()
@@ -302,4 +330,5 @@ def test_no_classes_for_test(tmp_path):
 
 @pytest.mark.parametrize('size', [-3, 1.5, '24'])
 def test_a_size_that_is_none(few, size):
-    with pytest.raises(ValueError, match=f'`size` is a number of pixels to a side, 1 or more; got {size!r}'): few.dataloaders(bs=8, size=size, num_workers=0)
+    with pytest.raises(ValueError, match=f'`size` is a number of pixels to a side, 1 or more; got {size!r}'):
+        few.dataloaders(bs=8, size=size, num_workers=0)

@@ -184,7 +184,8 @@ def test_triplets_of_a_loss_of_ones_own():
         miner = SemiHardMiner()
         def asks(self): return Margin('width', .4, squared=True)
     assert _triplet_settings(Asks(gamma=.1))==dict(miner=Asks.miner, margin=.4, gamma=.1, squared=True)
-    for loss,gamma in ((Own(),.3), (Own(gamma=.6),.6), (CombinedLoss([Own(), ContrastiveLoss(gamma=.2)]),.2), (torch.nn.Linear(1, 1),.3), (len,.3)):
+    for loss,gamma in ((Own(),.3), (Own(gamma=.6),.6), (CombinedLoss([Own(), ContrastiveLoss(gamma=.2)]),.2), (torch.nn.Linear(1, 1),.3),
+        (len,.3)):
         o = _triplet_settings(loss)
         assert (type(o['miner']),o['margin'],o['gamma'],o['squared'])==(BatchHardMiner,.2,gamma,False)
 

@@ -22,7 +22,9 @@ class StepRatios(Callback):
         self.old = self.model.loss_func.centres.detach().clone()
         self.grad = self.model.loss_func.centres.grad.clone()
     def after_batch(self):
-        if self.training: self.ratios = getattr(self, 'ratios', []) + [((self.old-self.model.loss_func.centres).norm()/self.grad.norm()/self.opt.hypers[-1]['lr']).item()]
+        if self.training:
+            self.ratios = getattr(self, 'ratios', []) + [
+                ((self.old-self.model.loss_func.centres).norm()/self.grad.norm()/self.opt.hypers[-1]['lr']).item()]
 
 def _run(learn, how):
     if how=='fit': learn.fit(2, slice(1e-4, 1e-3))
@@ -34,7 +36,8 @@ def _run(learn, how):
 @pytest.mark.parametrize('how', ['fit','fit_one_cycle','fine_tune','lr_find'])
 def test_lr_mult_survives(make_learner, how, opt):
     "In every step the centres go a hundred times as far as plain gradient descent at their group's rate would take them"
-    funcs = dict(sgd=partial(SGD, mom=0.), torch=partial(OptimWrapper, opt=torch.optim.SGD), lookahead=lambda p, lr: Lookahead(SGD(p, lr, mom=0.), k=10**6))
+    funcs = dict(sgd=partial(SGD, mom=0.), torch=partial(OptimWrapper, opt=torch.optim.SGD),
+        lookahead=lambda p, lr: Lookahead(SGD(p, lr, mom=0.), k=10**6))
     learn = make_learner(Centres(), opt_func=funcs[opt], moms=(0.,0.,0.), cbs=StepRatios())
     if opt=='torch' and how!='fit': pytest.skip('PyTorch SGD has no momentum to schedule')
     _run(learn, how)
@@ -57,7 +60,8 @@ def test_groups_and_freezing(make_learner):
 
 def test_trackers_and_loggers(make_learner, tmp_path):
     learn = make_learner()
-    learn.fit_one_cycle(3, 3e-3, cbs=[SaveModelCallback(monitor='recall@1'), EarlyStoppingCallback(monitor='map@r', patience=9), CSVLogger(fname=tmp_path/'log.csv')])
+    learn.fit_one_cycle(3, 3e-3, cbs=[SaveModelCallback(monitor='recall@1'), EarlyStoppingCallback(monitor='map@r', patience=9),
+        CSVLogger(fname=tmp_path/'log.csv')])
     log = pd.read_csv(tmp_path/'log.csv')
     assert list(log.columns[3:-1])==['recall@1','recall@2','recall@4','recall@8','map@r']
     assert np.allclose(learn.evaluate()['recall@1'], log['recall@1'].max())
@@ -156,7 +160,8 @@ def test_several_losses_and_a_function(make_learner):
     learn.fit(1, 1e-3)
     assert np.isfinite(learn.recorder.values[-1][0])
 
-@pytest.mark.parametrize('loss', [ProxyNCALoss, DRMultiSimilarityLoss, MarginLoss, ContrastiveLoss, NPairLoss, ProxyAnchorLoss, partial(TripletLoss, miner=SemiHardMiner())])
+@pytest.mark.parametrize('loss', [ProxyNCALoss, DRMultiSimilarityLoss, MarginLoss, ContrastiveLoss, NPairLoss, ProxyAnchorLoss,
+    partial(TripletLoss, miner=SemiHardMiner())])
 def test_every_loss_trains(make_learner, loss):
     learn = make_learner(loss())
     learn.fit(1, 1e-3)
@@ -166,13 +171,16 @@ def test_every_loss_trains(make_learner, loss):
 
 def test_a_tracker_of_what_cannot_exist_is_refused(make_learner):
     learn = make_learner(ProxyNCALoss())
-    with pytest.raises(ValueError, match="SaveModelCallback monitors 'valid_loss', which ProxyNCALoss does not have on unseen classes: monitor='recall@1'"):
+    with pytest.raises(ValueError, match="SaveModelCallback monitors 'valid_loss', which ProxyNCALoss does not have on unseen classes: "
+        "monitor='recall@1'"):
         learn.fit_one_cycle(1, 1e-3, cbs=SaveModelCallback())
     learn.fit_one_cycle(1, 1e-3, cbs=SaveModelCallback(monitor='recall@1'))
     with pytest.raises(ValueError, match="monitors 'recall_1', and the columns are train_loss, valid_loss, recall@1, recall@2"):
         learn.fit(1, 1e-3, cbs=SaveModelCallback(monitor='recall_1'))
 
-@pytest.mark.parametrize('loss', [TripletLoss, ContrastiveLoss, MarginLoss, NPairLoss, MultiSimilarityLoss, lambda: CombinedLoss([TripletLoss(),ContrastiveLoss()]), ProxyNCALoss, ProxyAnchorLoss, lambda: CombinedLoss([TripletLoss(),ProxyNCALoss()])])
+@pytest.mark.parametrize('loss', [TripletLoss, ContrastiveLoss, MarginLoss, NPairLoss,
+    MultiSimilarityLoss, lambda: CombinedLoss([TripletLoss(),ContrastiveLoss()]), ProxyNCALoss,
+    ProxyAnchorLoss, lambda: CombinedLoss([TripletLoss(),ProxyNCALoss()])])
 def test_batches_without_pairs_are_not_silent(make_learner, loss, recwarn):
     "Once in a fit, and not where proxies stand for classes, nor where batches have pairs"
     loss = loss()
@@ -188,7 +196,8 @@ def test_batches_without_pairs_are_not_silent(make_learner, loss, recwarn):
     assert len(one := run(bs=16, per_class=1))==1-proxies
     assert len(all_ := run(bs=4, per_class=4))==1-proxies
     if not proxies:
-        assert f'The first batch, of 16, has no two images of one class, so that {type(loss).__name__} has nothing to compare' in one[0] and '`per_class=4`' in one[0]
+        assert f'The first batch, of 16, has no two images of one class, so that {type(loss).__name__} has nothing to compare' in one[0]
+        assert '`per_class=4`' in one[0]
         assert 'of 4, has images of one class only' in all_[0] and 'make `bs` a larger' in all_[0]
 
 def _stop(self): raise CancelFitException
@@ -242,7 +251,8 @@ def test_predict(make_learner):
     with learn.no_bar(): embs,_ = learn.embed()
     for item in (fn, str(fn)): assert torch.allclose(learn.predict(item)[0], embs[2], atol=1e-5)
     import PIL.Image
-    for item in (PIL.Image.open(fn), PILImage.create(fn), np.array(PILImage.create(fn))): assert torch.allclose(learn.predict(item)[0], embs[2], atol=1e-5)
+    for item in (PIL.Image.open(fn), PILImage.create(fn), np.array(PILImage.create(fn))):
+        assert torch.allclose(learn.predict(item)[0], embs[2], atol=1e-5)
     emb,near = learn.predict(fn, k=3, gallery='val')
     assert near[0].item==str(fn) and near[0].label==fn_label(learn, fn) and len(near)==3
     assert [o.score for o in near]==pytest.approx((embs@emb).sort(descending=True)[0][:3].tolist(), abs=1e-5)
@@ -255,7 +265,8 @@ def test_items_of_any_kind(few, kind, tmp_path):
     "fastai keeps what it was given"
     paths = [str(o) for o in few.items('train', 'val')]
     items = pd.Series(paths, index=range(100, 100+len(paths))) if kind is pd.Series else kind(paths)
-    block = DataBlock(blocks=(ImageBlock, ClassBlock), get_y=lambda o: Path(o).parent.name, splitter=ClassSplitter(lambda o: Path(o).parent.name))
+    block = DataBlock(blocks=(ImageBlock, ClassBlock), get_y=lambda o: Path(o).parent.name,
+        splitter=ClassSplitter(lambda o: Path(o).parent.name))
     dls = block.dataloaders(items, bs=8, num_workers=0)
     assert isinstance(items_of(dls.valid), list) and set(items_of(dls.valid))<set(paths)
     learn = metric_learner(dls, 'test_resnet', emb_sz=4, pretrained=False, path=tmp_path)
@@ -274,18 +285,25 @@ def test_predict_sees_new_weights(make_learner):
 
 def test_wrong_arguments_are_named(few):
     dls = few.dataloaders(bs=8, per_class=4, num_workers=0)
-    with pytest.raises(ValueError, match="no model 'resnet_10t'; the nearest names are 'resnet10t'"): metric_learner(dls, 'resnet_10t', pretrained=False)
-    with pytest.raises(ValueError, match="no model 'resnet5O'; the nearest names are .*'resnet50'"): metric_learner(dls, 'resnet5O', pretrained=False)
+    with pytest.raises(ValueError, match="no model 'resnet_10t'; the nearest names are 'resnet10t'"):
+        metric_learner(dls, 'resnet_10t', pretrained=False)
+    with pytest.raises(ValueError, match="no model 'resnet5O'; the nearest names are .*'resnet50'"):
+        metric_learner(dls, 'resnet5O', pretrained=False)
     for wrong,right in dict(pooling='pool', loss='loss_func', embsz='emb_sz', pretrain='pretrained').items():
-        with pytest.raises(TypeError, match=f"no argument of `metric_learner` '{wrong}'; the nearest is '{right}'"): metric_learner(dls, 'test_resnet', **{wrong:1})
-    with pytest.raises(TypeError, match="no argument of `metric_learner` 'xyzzy'; there are 'dls', 'arch', 'loss_func', "): metric_learner(dls, 'test_resnet', xyzzy=1)
+        with pytest.raises(TypeError, match=f"no argument of `metric_learner` '{wrong}'; the nearest is '{right}'"):
+            metric_learner(dls, 'test_resnet', **{wrong:1})
+    with pytest.raises(TypeError, match="no argument of `metric_learner` 'xyzzy'; there are 'dls', 'arch', 'loss_func', "):
+        metric_learner(dls, 'test_resnet', xyzzy=1)
     with pytest.raises(ValueError, match="1 or more; got 0"): metric_learner(dls, 'test_resnet', emb_sz=0, pretrained=False)
     with pytest.raises(ValueError, match="`arch` is the name of a timm model"): metric_learner(dls, 18, pretrained=False)
-    with pytest.raises(ValueError, match=r"such as DRTripletLoss\(\), and not its class"): metric_learner(dls, 'test_resnet', DRTripletLoss, pretrained=False)
+    with pytest.raises(ValueError, match=r"such as DRTripletLoss\(\), and not its class"):
+        metric_learner(dls, 'test_resnet', DRTripletLoss, pretrained=False)
     with pytest.raises(ValueError, match="got 'triplet'"): metric_learner(dls, 'test_resnet', 'triplet', pretrained=False)
-    with pytest.raises(ValueError, match=r'takes data loaders, such as `ds.dataloaders\(\)`; got a MetricDataset'): metric_learner(few, 'test_resnet')
+    with pytest.raises(ValueError, match=r'takes data loaders, such as `ds.dataloaders\(\)`; got a MetricDataset'):
+        metric_learner(few, 'test_resnet')
     learn = metric_learner(dls, 'test_resnet', TripletLoss(miner=SemiHardMiner), pretrained=False)
-    with pytest.raises(ValueError, match=r"a miner is a callable such as SemiHardMiner\(\)"): learn.loss_func(torch.randn(4,8), torch.tensor([0,0,1,1]))
+    with pytest.raises(ValueError, match=r"a miner is a callable such as SemiHardMiner\(\)"):
+        learn.loss_func(torch.randn(4,8), torch.tensor([0,0,1,1]))
     with pytest.raises(ValueError, match="Items come from a loader"): learn.evaluate(few)
     with pytest.raises(ValueError, match="no file of weights"): metric_learner(dls, 'test_resnet', weights='nowhere.safetensors')
 
@@ -330,7 +348,8 @@ def test_constant_boundaries_stay(make_learner):
 
 def test_a_module_is_as_it_is(make_learner):
     net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
-    with pytest.raises(ValueError, match="'pool', 'freeze_bn': such arguments are for models by name, and this Sequential"): make_learner(arch=net, pool='gem', freeze_bn=True)
+    with pytest.raises(ValueError, match="'pool', 'freeze_bn': such arguments are for models by name, and this Sequential"):
+        make_learner(arch=net, pool='gem', freeze_bn=True)
     learn = make_learner(arch=net, emb_sz=4, recipe='dr_ms')
     assert learn.model.model is net and learn.wd==5e-4
     learn.fit(1, 1e-3)
@@ -338,7 +357,8 @@ def test_a_module_is_as_it_is(make_learner):
     assert make_learner(ProxyNCALoss(), arch=Own(*net), emb_sz=None).loss_func.emb_sz==4 # what it knows of itself is known
     assert len(net)==3 and len(learn.embed(bar=False)[0][0])==4 # the loss is not one more layer
     for kwargs in (dict(weights='w.pth'), dict(model_kwargs=dict(a=1))):
-        with pytest.raises(ValueError, match=f'{next(iter(kwargs))!r}: such arguments are for models by name'): make_learner(arch=net, **kwargs)
+        with pytest.raises(ValueError, match=f'{next(iter(kwargs))!r}: such arguments are for models by name'):
+            make_learner(arch=net, **kwargs)
     embedder = Embedder('test_resnet', 8, pretrained=False)
     assert make_learner(arch=embedder, emb_sz=8).model is embedder
     with pytest.raises(ValueError, match="'emb_sz': such arguments"): make_learner(arch=embedder, emb_sz=4)
@@ -370,11 +390,14 @@ def test_a_loss_in_two_learners_is_said(make_learner, recwarn):
     with pytest.warns(UserWarning, match='This ArcFaceLoss was given to another learner'): make_learner(theirs)
 
 def test_validation_on_training_classes_is_said(few):
-    block = DataBlock(blocks=(ImageBlock, CategoryBlock), get_items=lambda o: few.items('train'), get_y=parent_label, splitter=RandomSplitter(seed=0))
-    with pytest.warns(UserWarning, match='do not say which classes are for training only'): metric_learner(block.dataloaders('.', bs=32, num_workers=0), 'test_resnet', pretrained=False)
+    block = DataBlock(blocks=(ImageBlock, CategoryBlock), get_items=lambda o: few.items('train'), get_y=parent_label,
+        splitter=RandomSplitter(seed=0))
+    with pytest.warns(UserWarning, match='do not say which classes are for training only'):
+        metric_learner(block.dataloaders('.', bs=32, num_workers=0), 'test_resnet', pretrained=False)
 
 def test_names_of_metrics_in_two_places(make_learner):
-    with pytest.raises(ValueError, match='Names of metrics are given twice.*: mrr belong'): make_learner(metrics=['mrr'], cbs=RetrievalMetrics())
+    with pytest.raises(ValueError, match='Names of metrics are given twice.*: mrr belong'):
+        make_learner(metrics=['mrr'], cbs=RetrievalMetrics())
 
 def test_validation_of_training_items_sees_each_once(make_learner):
     learn = make_learner()
@@ -394,13 +417,15 @@ def test_scores_that_are_not_of_every_epoch(make_learner):
     learn = make_learner(cbs=RetrievalMetrics(['recall@1'], every=2))
     learn.fit(4, 1e-3)
     assert learn.validate()[1]==learn.recorder.values[-1][-1]
-    with pytest.raises(ValueError, match="patience of 1, and 'recall@1' is new only every 2 epochs"): learn.fit(2, 1e-3, cbs=EarlyStoppingCallback('recall@1', patience=1))
+    with pytest.raises(ValueError, match="patience of 1, and 'recall@1' is new only every 2 epochs"):
+        learn.fit(2, 1e-3, cbs=EarlyStoppingCallback('recall@1', patience=1))
     learn.fit(2, 1e-3, cbs=[EarlyStoppingCallback('recall@1', patience=2), SaveModelCallback('recall@1')])
 
 def test_nothing_to_retrieve(few, tmp_path):
     "Validation classes of one image each leave no score to monitor: refused before the fit, and without a tracker the columns are nan"
     lone = few.df[few.df.split=='val'].drop_duplicates('label')
-    with pytest.warns(UserWarning, match='4 of 38 classes of images have one image only'): ds = MetricDataset(pd.concat([few.df[few.df.split!='val'],lone]), few.path, size=None, flip=False)
+    with pytest.warns(UserWarning, match='4 of 38 classes of images have one image only'):
+        ds = MetricDataset(pd.concat([few.df[few.df.split!='val'],lone]), few.path, size=None, flip=False)
     dls = ds.dataloaders(bs=32, per_class=4, num_workers=0)
     learn = metric_learner(dls, 'test_resnet', pretrained=False, path=tmp_path)
     for cb in (SaveModelCallback('recall@1'),EarlyStoppingCallback('map@r')):
@@ -411,10 +436,12 @@ def test_nothing_to_retrieve(few, tmp_path):
 def test_nothing_to_monitor(make_learner, few, tmp_path):
     dls = few.dataloaders(bs=32, per_class=4, num_workers=0, valid=None)
     learn = metric_learner(dls, 'test_resnet', pretrained=False, path=tmp_path)
-    with pytest.raises(ValueError, match="monitors 'recall@1', and there are no validation items"): learn.fit(1, cbs=SaveModelCallback('recall@1'))
+    with pytest.raises(ValueError, match="monitors 'recall@1', and there are no validation items"):
+        learn.fit(1, cbs=SaveModelCallback('recall@1'))
     learn.fit(1, cbs=SaveModelCallback(every_epoch=True))
     assert (tmp_path/'models'/'model_0.pth').exists()
-    with pytest.raises(ValueError, match="monitors 'recall@l', and the columns are"): learn.fit(1, cbs=SaveModelCallback('recall@l', every_epoch=True))
+    with pytest.raises(ValueError, match="monitors 'recall@l', and the columns are"):
+        learn.fit(1, cbs=SaveModelCallback('recall@l', every_epoch=True))
 
 class Spoil(Callback):
     "Make a weight of the head not finite"
@@ -484,8 +511,10 @@ def test_a_table_as_items(few, tmp_path):
     block = DataBlock(blocks=(ImageBlock, ClassBlock), get_x=ColReader('path'), get_y=ColReader('label'), splitter=ClassSplitter('label'))
     learn = metric_learner(block.dataloaders(df, bs=32, dl_type=BalancedDL, num_workers=0), 'test_resnet', pretrained=False, path=tmp_path)
     hits = learn.predict(df.iloc[0], k=2)[1]
-    assert {Path(o.item).name for o in hits} <= {Path(o).name for o in df.path} and [o.label for o in hits]==[Path(o.item).parent.name for o in hits]
-    assert set(learn.export_embedder(tmp_path/'e', gallery=learn.dls.valid).items)=={str(Path(o).relative_to(few.path)) for o in learn.dls.valid_ds.items.path}
+    assert {Path(o.item).name for o in hits} <= {Path(o).name for o in df.path}
+    assert [o.label for o in hits]==[Path(o.item).parent.name for o in hits]
+    assert set(learn.export_embedder(tmp_path/'e', gallery=learn.dls.valid).items)=={str(Path(o).relative_to(few.path))
+        for o in learn.dls.valid_ds.items.path}
 
 def test_predict_knows_new_loaders(make_learner, few):
     learn = make_learner()
@@ -510,9 +539,11 @@ def test_recipes_have_the_numbers():
         a,b = r[k].loss(),r['dr_'+k].loss()
         assert a.gamma==0
         b.gamma = 0.
-        assert repr(a).partition('(')[2]==repr(b).partition('(')[2] and r[k].data==r['dr_'+k].data and r[k].learner==r['dr_'+k].learner and r[k].fit==r['dr_'+k].fit
+        assert repr(a).partition('(')[2]==repr(b).partition('(')[2] and r[k].data==r['dr_'+k].data and r[k].learner==r['dr_'+k].learner
+        assert r[k].fit==r['dr_'+k].fit
     for k in ('margin','ssr_margin'):
-        assert (r[k].arch,r[k].emb_sz,r[k].data,r[k].learner['wd'],r[k].fit['n_epoch'])==('resnet50',128,dict(bs=120,per_class=4,size=224),4e-4,15)
+        assert (r[k].arch,r[k].emb_sz,r[k].data,r[k].learner['wd'],
+            r[k].fit['n_epoch'])==('resnet50',128,dict(bs=120,per_class=4,size=224),4e-4,15)
         assert r[k].learner['lr'].stop*r[k].loss().lr_mult==pytest.approx(5e-4) and r[k].learner['lr']==slice(1e-4,1e-3)
     assert not r['margin'].cbs and len(r['ssr_margin'].cbs)==1
     text = str(r)+r._repr_html_()
@@ -544,7 +575,8 @@ def test_recipe_and_overrides(make_learner):
     assert type(learn.loss_func) is MultiSimilarityLoss and learn.model.body.pretrained_cfg['architecture']=='bn_inception'
     assert (learn.model.emb_sz,learn.model.freeze_bn,learn.lr,learn.wd)==(64,True,3e-5,5e-4)
     assert learn.loss_func is not metric_learner(learn.dls, 'test_resnet', recipe='dr_ms', **kwargs).loss_func
-    learn = metric_learner(learn.dls, 'test_resnet', emb_sz=8, freeze_bn=False, recipe='margin', lr=.1, wd=.2, opt_func=SGD, head='bnneck', **kwargs)
+    learn = metric_learner(learn.dls, 'test_resnet', emb_sz=8, freeze_bn=False, recipe='margin', lr=.1, wd=.2, opt_func=SGD, head='bnneck',
+        **kwargs)
     assert (learn.model.arch,learn.model.emb_sz,learn.model.freeze_bn,learn.lr,learn.wd,learn.opt_func)==('test_resnet',8,False,.1,.2,SGD)
     assert isinstance(learn.loss_func, MarginLoss) and len(learn.model.head)==2
     mine = Recipe(arch='test_resnet', emb_sz=4, fit=dict(n_epoch=1))
@@ -577,7 +609,8 @@ def test_fit_recipe(make_learner):
     learn.rates.lrs = []
     learn.fit_recipe(1, sched=lambda lr: SchedNo(lr*2, lr*2))
     assert np.allclose(learn.rates.lrs, [2e-4,2e-3])
-    with pytest.raises(ValueError, match="Schedules are 'flat', 'exp', 'step', 'one_cycle' or a function; got 'cosine'"): learn.fit_recipe(1, sched='cosine')
+    with pytest.raises(ValueError, match="Schedules are 'flat', 'exp', 'step', 'one_cycle' or a function; got 'cosine'"):
+        learn.fit_recipe(1, sched='cosine')
     with pytest.raises(ValueError, match='no recipe that says for how many epochs'): make_learner().fit_recipe()
 
 def test_patience_is_not_for_test_classes(few, make_learner):
@@ -597,7 +630,8 @@ def test_recipe_is_exported(make_learner, tmp_path):
     learn.fit_recipe(1)
     learn.export()
     other = load_learner(tmp_path/'export.pkl')
-    assert other.recipe.data==recipes['dr_triplet'].data and not any(m.training for m in other.model.train().body.modules() if isinstance(m, nn.BatchNorm2d))
+    assert other.recipe.data==recipes['dr_triplet'].data
+    assert not any(m.training for m in other.model.train().body.modules() if isinstance(m, nn.BatchNorm2d))
 
 @pytest.mark.parametrize('opt', [Adam, partial(OptimWrapper, opt=torch.optim.SGD)])
 def test_what_a_splitter_leaves_out_is_trained(make_learner, opt, recwarn):
@@ -613,7 +647,8 @@ def test_what_a_splitter_leaves_out_is_trained(make_learner, opt, recwarn):
         said = [str(o.message) for o in recwarn if 'leave out' in str(o.message)]
         assert len(said)==1 and 'leave out pool.log_p, loss_func.proxies: the last group trains them too' in said[0]
         moved = {k for k,p in learn.model.named_parameters() if not torch.equal(p, before[k])}
-        assert len(learn.opt.param_lists[-1])==4 and {'head.weight','loss_func.proxies'}<=moved and any(k.startswith('body.') for k in moved)==(splitter is both)
+        assert len(learn.opt.param_lists[-1])==4 and {'head.weight','loss_func.proxies'}<=moved
+        assert any(k.startswith('body.') for k in moved)==(splitter is both)
     net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 8), nn.Linear(8, 4)) # of a foreign model the loss is what its owner cannot see
     learn = make_learner(ProxyNCALoss(), arch=net, emb_sz=4, splitter=lambda m: [list(m.model[3].parameters())], opt_func=opt)
     learn.create_opt()
@@ -622,15 +657,19 @@ def test_what_a_splitter_leaves_out_is_trained(make_learner, opt, recwarn):
     make_learner(ProxyNCALoss(), pool='gem', frozen_stages=2, opt_func=opt, cbs=SelfSupervisedRanking(n=2, m=4)).create_opt()
     assert not [o for o in recwarn if 'leave out' in str(o.message)]
 
-@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), FocalLossFlat(), MSELossFlat(), LabelSmoothingCrossEntropy(), nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(), F.cross_entropy, partial(F.mse_loss, reduction='sum'), CombinedLoss([TripletLoss(),nn.CrossEntropyLoss()])])
+@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), FocalLossFlat(), MSELossFlat(), LabelSmoothingCrossEntropy(),
+    nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(), F.cross_entropy, partial(F.mse_loss, reduction='sum'),
+    CombinedLoss([TripletLoss(),nn.CrossEntropyLoss()])])
 def test_a_loss_of_scores_is_refused(few_dls, loss):
-    with pytest.raises(ValueError, match='no loss of embeddings.*`ProxyNCALoss'): metric_learner(few_dls, 'test_resnet', loss, pretrained=False)
+    with pytest.raises(ValueError, match='no loss of embeddings.*`ProxyNCALoss'):
+        metric_learner(few_dls, 'test_resnet', loss, pretrained=False)
 
 def test_callbacks_as_classes(make_learner):
     "As instances are: checked before the fit, and only what was added is taken away again"
     learn = make_learner(ProxyNCALoss(), cbs=[RetrievalMetrics,TrainingDoctor])
     assert len(learn.cbs.filter(risinstance(RetrievalMetrics)))==1
-    for cb,said in ((SaveModelCallback, "monitors 'valid_loss', which ProxyNCALoss does not have"), (MixUp, 'MixUp mixes images'), (RetrievalMetrics, "There are two columns 'recall@1'")):
+    for cb,said in ((SaveModelCallback, "monitors 'valid_loss', which ProxyNCALoss does not have"), (MixUp, 'MixUp mixes images'),
+        (RetrievalMetrics, "There are two columns 'recall@1'")):
         for o in (cb, [cb]):
             with pytest.raises(ValueError, match=said): learn.fit(1, cbs=o)
     seen = []
@@ -638,15 +677,19 @@ def test_callbacks_as_classes(make_learner):
         def after_validate(self): seen.append(self)
     learn.add_cb(Seen)
     learn.fit(1, 1e-3, cbs=Seen)
-    assert list(learn.recorder.metric_names).count('recall@1')==1 and len(set(map(id, seen)))==2 and len(learn.cbs.filter(risinstance(Seen)))==1
+    assert list(learn.recorder.metric_names).count('recall@1')==1 and len(set(map(id, seen)))==2
+    assert len(learn.cbs.filter(risinstance(Seen)))==1
     learn.validate(cbs=Seen)
     assert len(learn.cbs.filter(risinstance(Seen)))==1
 
 def test_names_of_metrics_are_checked_before_images_are_seen(make_learner, few, monkeypatch):
-    for kw,said in ((dict(metrics=['recal@1']), "'recal@1' is not a metric, and the nearest name is 'recall@1'"), (dict(metrics=5), '5 is not a metric: there are recall'), (dict(ks=None), 'ks must be'), (dict(metrics=['pr_curve']), "'pr_curve' is a curve"), (dict(every=0), '`every` is a number of epochs, 1 or more; got 0'),
+    for kw,said in ((dict(metrics=['recal@1']), "'recal@1' is not a metric, and the nearest name is 'recall@1'"),
+        (dict(metrics=5), '5 is not a metric: there are recall'), (dict(ks=None), 'ks must be'),
+        (dict(metrics=['pr_curve']), "'pr_curve' is a curve"), (dict(every=0), '`every` is a number of epochs, 1 or more; got 0'),
                     (dict(every=2.5), 'got 2.5'), (dict(ks=(0,)), 'ks must be')):
         with pytest.raises(ValueError, match=said): RetrievalMetrics(**kw)
-    assert RetrievalMetrics(['recall','mrr'], ks=(1,10)).names==['recall@1','recall@10','mrr'] and RetrievalMetrics().names==['recall@1','recall@2','recall@4','recall@8','map@r']
+    assert RetrievalMetrics(['recall','mrr'], ks=(1,10)).names==['recall@1','recall@10','mrr']
+    assert RetrievalMetrics().names==['recall@1','recall@2','recall@4','recall@8','map@r']
     assert not {'pr_curve','recall'} & {*RetrievalMetrics('all').names}
     with pytest.raises(ValueError, match='recal@1'): make_learner(metrics='recal@1')
     drawn = MetricDataset(few.df, few.path, size=None, flip=False, random_gallery=2).dataloaders(bs=32, per_class=4, num_workers=0)
@@ -656,16 +699,19 @@ def test_names_of_metrics_are_checked_before_images_are_seen(make_learner, few, 
     for f in (learn.evaluate, learn.gain):
         with pytest.raises(ValueError, match='recal@1'): f(metrics=['recal@1'])
 
-@pytest.mark.parametrize('block,get_y,said', [(MultiCategoryBlock, lambda o: ['x',o.parent.name], r'a TensorMultiCategory of torch.float32, of shape \(\d+,\),'), ([ClassBlock,ClassBlock], [parent_label]*2, '2 targets'),
+@pytest.mark.parametrize('block,get_y,said', [(MultiCategoryBlock, lambda o: ['x',o.parent.name], r'a TensorMultiCategory of '
+    r'torch.float32, of shape \(\d+,\),'), ([ClassBlock,ClassBlock], [parent_label]*2, '2 targets'),
     (RegressionBlock, lambda o: 1.5, 'a Tensor of torch.float32'), (TransformBlock, parent_label, 'a str as their target')])
 def test_a_target_is_one_class(few, block, get_y, said):
     block = DataBlock(blocks=[ImageBlock,*L(block)], n_inp=1, get_y=get_y, splitter=ClassSplitter(parent_label))
-    with pytest.raises(ValueError, match=f'takes the class of each image.*{said}'): metric_learner(block.dataloaders(few.items(), bs=8, num_workers=0), 'test_resnet', pretrained=False)
+    with pytest.raises(ValueError, match=f'takes the class of each image.*{said}'):
+        metric_learner(block.dataloaders(few.items(), bs=8, num_workers=0), 'test_resnet', pretrained=False)
 
 def test_items_that_are_records(few):
     "Each is called as the file that is opened of it"
     items = [dict(file=o, label=o.parent.name) for o in few.items()]
-    block = DataBlock(blocks=(ImageBlock, ClassBlock), get_x=lambda o: o['file'], get_y=lambda o: o['label'], splitter=ClassSplitter(lambda o: o['label']))
+    block = DataBlock(blocks=(ImageBlock, ClassBlock), get_x=lambda o: o['file'], get_y=lambda o: o['label'],
+        splitter=ClassSplitter(lambda o: o['label']))
     learn = metric_learner(block.dataloaders(items, bs=8, num_workers=0), 'test_resnet', pretrained=False, emb_sz=4)
     with learn.no_bar():
         assert [Path(h.item) for h in learn.predict(items[0], k=2)[1]][0]==items[0]['file']
@@ -675,7 +721,8 @@ def test_what_is_no_image_is_said(make_learner):
     learn = make_learner()
     file = learn.dls.train.items[0]
     with learn.no_bar():
-        for o in (bytearray(file.read_bytes()), memoryview(file.read_bytes())): assert torch.equal(learn.predict(o, k=1)[0], learn.predict(file, k=1)[0])
+        for o in (bytearray(file.read_bytes()), memoryview(file.read_bytes())):
+            assert torch.equal(learn.predict(o, k=1)[0], learn.predict(file, k=1)[0])
         for o in (None, 3, [file], {}):
             with pytest.raises(ValueError, match=f"An image is a path, bytes, .*; got a {type(o).__name__}"): learn.predict(o)
 
@@ -727,8 +774,10 @@ class Similar(Around):
     "A loss of embeddings that computes with one of scores"
     def forward(self, x, y): return self.loss(x@x.T, (y[:,None]==y).float())
 
-@pytest.mark.parametrize('loss,said', [(nn.CrossEntropyLoss(), 'CrossEntropyLoss is no loss of embeddings'), (Around(nn.CrossEntropyLoss()), 'CrossEntropyLoss is no loss of embeddings'),
-    (Around(Around(nn.BCEWithLogitsLoss())), 'BCEWithLogitsLoss is no loss'), (TripletLoss, 'and not its class'), (3, 'got 3'), (lambda embs: embs.mean(), 'is called with embeddings and labels, and <lambda> is not made')])
+@pytest.mark.parametrize('loss,said', [(nn.CrossEntropyLoss(), 'CrossEntropyLoss is no loss of embeddings'),
+    (Around(nn.CrossEntropyLoss()), 'CrossEntropyLoss is no loss of embeddings'),
+    (Around(Around(nn.BCEWithLogitsLoss())), 'BCEWithLogitsLoss is no loss'), (TripletLoss, 'and not its class'), (3, 'got 3'),
+    (lambda embs: embs.mean(), 'is called with embeddings and labels, and <lambda> is not made')])
 def test_a_wrong_loss_is_refused_whenever_it_comes(make_learner, loss, said):
     learn = make_learner()
     was = learn.loss_func
@@ -741,7 +790,8 @@ def test_losses_that_compute_with_others(make_learner):
 
 @pytest.mark.parametrize('loss', [TripletLoss(reduction='none'), lambda x, y: x.pow(2).sum(1)])
 def test_a_loss_is_one_number(make_learner, loss):
-    with pytest.raises(ValueError, match=r'gives a tensor of shape \(32,\), and what is trained on is one number: take its mean'): make_learner(loss).fit(1, 1e-3)
+    with pytest.raises(ValueError, match=r'gives a tensor of shape \(32,\), and what is trained on is one number: take its mean'):
+        make_learner(loss).fit(1, 1e-3)
 
 def test_what_is_no_callback(make_learner):
     learn = make_learner()
@@ -762,7 +812,8 @@ def test_a_cancelled_pass_leaves_each_number_in_its_column(make_learner, tmp_pat
     learn = make_learner()
     learn.recorder.train_metrics = train_metrics
     best = 'valid_map@r' if train_metrics else 'map@r'
-    learn.fit(1, 1e-3, cbs=[ShortEpochCallback(.5, short_valid=False), TrialScore(lambda i,v: got.append(v), best), History(tmp_path/'h.csv'), CSVLogger(tmp_path/'log.csv'), SaveModelCallback(best)])
+    learn.fit(1, 1e-3, cbs=[ShortEpochCallback(.5, short_valid=False), TrialScore(lambda i,v: got.append(v), best),
+        History(tmp_path/'h.csv'), CSVLogger(tmp_path/'log.csv'), SaveModelCallback(best)])
     right = learn.evaluate()['map@r']
     assert np.isclose(got, right).all() and len(learn.recorder.log)==len(learn.recorder.metric_names)
     for f in ('h.csv','log.csv'):
@@ -779,8 +830,11 @@ def test_a_cancelled_pass_leaves_each_number_in_its_column(make_learner, tmp_pat
 
 # numbers of a fit
 
-@pytest.mark.parametrize('kw,said', [(dict(n_epoch=-1), 'whole number of epochs.*got -1'), (dict(n_epoch=1.5), 'got 1.5'), (dict(n_epoch='2'), "got '2'"), (dict(n_epoch=True), 'got True'), (dict(lr='1e-3'), "learning rate.*got '1e-3'"),
-    (dict(lr=[1e-3,-1]), 'learning rate.*got -1'), (dict(lr=np.array([1e-3,np.nan])), 'learning rate.*got nan'), (dict(lr=(1e-3,None)), 'got None'), (dict(wd=-1), 'Weight decay is.*got -1'), (dict(wd=float('inf')), 'Weight decay'), (dict(wd=slice(1e-3,-1)), 'Weight decay')])
+@pytest.mark.parametrize('kw,said', [(dict(n_epoch=-1), 'whole number of epochs.*got -1'), (dict(n_epoch=1.5), 'got 1.5'),
+    (dict(n_epoch='2'), "got '2'"), (dict(n_epoch=True), 'got True'), (dict(lr='1e-3'), "learning rate.*got '1e-3'"),
+    (dict(lr=[1e-3,-1]), 'learning rate.*got -1'), (dict(lr=np.array([1e-3,np.nan])), 'learning rate.*got nan'),
+    (dict(lr=(1e-3,None)), 'got None'), (dict(wd=-1), 'Weight decay is.*got -1'), (dict(wd=float('inf')), 'Weight decay'),
+    (dict(wd=slice(1e-3,-1)), 'Weight decay')])
 def test_numbers_that_a_fit_cannot_have(make_learner, kw, said):
     learn = make_learner()
     with pytest.raises(ValueError, match=said): learn.fit(**{'n_epoch':1, **kw})

@@ -7,7 +7,8 @@ from dmlfast.all import *
 def learn(few, tmp_path_factory):
     "A learner whose statistics are not those of the images, with random crops in training"
     set_seed(0)
-    learn = metric_learner(few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0, size=24), 'test_resnet', emb_sz=16, pretrained=False, path=tmp_path_factory.mktemp('loaders'))
+    learn = metric_learner(few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0, size=24), 'test_resnet', emb_sz=16, pretrained=False,
+        path=tmp_path_factory.mktemp('loaders'))
     learn.remove_cbs(ProgressCallback)
     learn.logger = noop
     return learn
@@ -26,7 +27,8 @@ def test_other_loaders_are_normalised_wherever_they_come_in(learn, few, other):
     assert not norms(other.valid) and not torch.allclose(right, collect(learn.model, other.valid)[0]) # which is what the door is for
     order = [str(o) for o in few.items('test')]
     def same(embs): return torch.allclose(embs[torch.tensor([list(map(str, other.valid.items)).index(o) for o in order])], right, atol=1e-6)
-    assert same(learn.embed(other.valid)[0]) and same(learn.get_preds(dl=other.valid)[0]) and same(RetrievalInterpretation.from_learner(learn, other.valid).embs)
+    assert same(learn.embed(other.valid)[0]) and same(learn.get_preds(dl=other.valid)[0])
+    assert same(RetrievalInterpretation.from_learner(learn, other.valid).embs)
     assert np.allclose(learn.evaluate(other.valid)['map@r'], learn.evaluate('test')['map@r'])
     assert np.allclose(learn.validate(dl=other.valid)[1], learn.evaluate('test')['recall@1'])
     hits = [learn.predict(few.items('test')[0], k=3, gallery=o)[1] for o in ('test',other.valid)]
@@ -130,7 +132,8 @@ def test_every_loader_is_normalised_or_refused(make_learner, few, how, part):
     foreign = few.dataloaders(bs=32, per_class=4, num_workers=0)
     metric_learner(foreign, 'resnet10t', pretrained=False)
     was = list(learn.dls.loaders)
-    for f in (lambda: setattr(learn, 'dls', DataLoaders(*(foreign[i] if i==part else was[i] for i in (0,1)))), lambda: (learn.dls.loaders.__setitem__(part, foreign[part]), learn.fit(1))):
+    for f in (lambda: setattr(learn, 'dls', DataLoaders(*(foreign[i] if i==part else was[i] for i in (0,1)))), lambda: (
+        learn.dls.loaders.__setitem__(part, foreign[part]), learn.fit(1))):
         with pytest.raises(ValueError, match='normalise images for another model'): f()
     assert learn.dls.loaders[1-part] is was[1-part]
 
@@ -138,5 +141,6 @@ def test_a_loader_without_transforms(make_learner, few, learn):
     ds = [(TensorImage(torch.rand(3,24,24)), TensorCategory(i//2)) for i in range(8)]
     bare = DataLoader(ds, bs=4)
     for f in (learn.evaluate, learn.embed, lambda o: learn.get_preds(dl=o), lambda o: setattr(learn, 'dls', DataLoaders(learn.dls.train, o)), lambda o: metric_learner(DataLoaders(o, o), 'test_resnet', pretrained=False)):
-        with pytest.raises(ValueError, match='A DataLoader without transforms of batches cannot normalise images.*`normalize=False`'): f(bare)
+        with pytest.raises(ValueError, match='A DataLoader without transforms of batches cannot normalise images.*`normalize=False`'):
+            f(bare)
     assert make_learner(normalize=False).embed(bare)[0].shape==(8,16)

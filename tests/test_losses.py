@@ -430,7 +430,8 @@ def test_near_proxies(name, gamma, where, gap):
 def test_a_collapse_of_pairs():
     "All rows within 1e-4 of each other: what is left of the gradient are differences"
     f,y,_ = proxy_batch('all', 1e-4)
-    for loss in (NPairLoss(l2=0.), NPairLoss(l2=0., gamma=.3), MultiSimilarityLoss(), DRTripletLoss(margin=5)): assert grad_error(loss, f, y)<1e-4
+    for loss in (NPairLoss(l2=0.), NPairLoss(l2=0., gamma=.3), MultiSimilarityLoss(), DRTripletLoss(margin=5)):
+        assert grad_error(loss, f, y)<1e-4
 
 @pytest.mark.parametrize('x', [-30.,-5.,0.,5.,60.])
 def test_small_sums_are_not_swallowed(x):
@@ -525,7 +526,8 @@ def test_embeddings_of_another_length():
 
 def classes(base): return {k:o for k,o in vars(package).items() if isinstance(o, type) and issubclass(o, base) and not k.startswith('_')}
 
-WRAPS = dict(OtherLoss=lambda: OtherLoss(pml.ContrastiveLoss()), CombinedLoss=lambda: CombinedLoss([TripletLoss(), ProxyNCALoss(), MarginLoss()]))
+WRAPS = dict(OtherLoss=lambda: OtherLoss(pml.ContrastiveLoss()),
+    CombinedLoss=lambda: CombinedLoss([TripletLoss(), ProxyNCALoss(), MarginLoss()]))
 EVERY = {k:WRAPS.get(k, o) for k,o in classes(MetricLoss).items()
          if o.compute is not MetricLoss.compute and getattr(o,'compare',None) is not ProxyLoss.compare}
 
@@ -570,10 +572,13 @@ def test_a_proxy_of_zeros(name, gamma):
 @pytest.mark.parametrize('name', EVERY)
 def test_what_is_no_batch(name):
     f,y = batch(6, 16, 2, dtype=torch.float32)
-    for embs,labels,says in [(f.numpy(),y,'embeddings must be a tensor, not ndarray'), (f.tolist(),y,'embeddings must be a tensor, not list'),
+    for embs,labels,says in [(f.numpy(),y,'embeddings must be a tensor, not ndarray'),
+        (f.tolist(),y,'embeddings must be a tensor, not list'),
             (f,y.numpy(),'labels must be a tensor, not ndarray'), (f,y.tolist(),'labels must be a tensor, not list'),
-            (f[0],y,'embeddings must be'), (f[:,:0],y,'embeddings must be'), (f.long(),y,'embeddings must be'), (f,y[:5],'labels must be'), (f,y[:,None],'labels must be'),
-            (f,y.float(),'labels must be integers'), (f,y>0,'labels must be integers'), (f,y.to(torch.complex64),'labels must be integers')]:
+            (f[0],y,'embeddings must be'), (f[:,:0],y,'embeddings must be'), (f.long(),y,'embeddings must be'), (f,y[:5],'labels must be'),
+            (f,y[:,None],'labels must be'),
+            (f,y.float(),'labels must be integers'), (f,y>0,'labels must be integers'),
+            (f,y.to(torch.complex64),'labels must be integers')]:
         with pytest.raises(ValueError, match=says): EVERY[name]().setup(5, 16)(embs, labels)
 
 WRONG = {'finite':[], 'from 0':[-.1], 'positive':[0,-1], 'count':[0,-3,2.5], 'limit':[0,-1]}
@@ -591,7 +596,8 @@ def test_arguments_out_of_range(name):
     if any(o.name=='reduction' for o in args):
         with pytest.raises(ValueError, match=f"^{name}: reduction 'avg' is none of"): cls(reduction='avg')
 
-@pytest.mark.parametrize('call', [lambda: MultiSimilarityLoss(alpha=0), lambda: DRMultiSimilarityLoss(2., -1), lambda: ProxyNCALoss(scale=0.),
+@pytest.mark.parametrize('call',
+    [lambda: MultiSimilarityLoss(alpha=0), lambda: DRMultiSimilarityLoss(2., -1), lambda: ProxyNCALoss(scale=0.),
     lambda: DRProxyNCALoss(-3, 8), lambda: ProxyAnchorLoss(5, 2.5), lambda: ProxyAnchorLoss(alpha=-32), lambda: ProxyNCALoss(lr_mult=-1),
     lambda: NPairLoss(-.02), lambda: MarginLoss(n_classes=0), lambda: MarginLoss(nu=-1.), lambda: SemiHardMiner(0), lambda: DistanceWeightedMiner(0.)])
 def test_some_ranges(call):
@@ -714,13 +720,17 @@ def by_hand(f, y, loss):
     elif isinstance(loss, MarginLoss):
         beta = loss.betas.detach().expand(5) if len(loss.betas)==1 else loss.betas.detach()
         terms = [loss.margin+d(a,p)-beta[y[a]] for a,p,_ in trip]+[loss.margin-d(a,k)-loss.gamma*cos(a,p,k)+beta[y[a]] for a,p,k in trip]
-    else: terms = [d(a,p)-loss.pos_margin for a,p in pos]+[loss.neg_margin-d(a,k)-loss.gamma*(cos(a,far[a],k) if a in far else 0) for a,k in neg]
+    else:
+        terms = [d(a,p)-loss.pos_margin for a,p in pos]+[loss.neg_margin-d(a,k)-loss.gamma*(cos(a,far[a],k) if a in far else 0) for a,
+            k in neg]
     return sum(bool(o>0) for o in terms)/len(terms)
 
 def every_pair(embs, labels): return all_pairs(labels)
 
-@pytest.mark.parametrize('loss', [TripletLoss(.3), TripletLoss(.3, gamma=.5), TripletLoss(.3, gamma=.5, squared=True), TripletLoss(.3, miner=every_pair), TripletLoss(.3, gamma=.5, squared=True, miner=every_pair),
-    ContrastiveLoss(.7, 1.3), ContrastiveLoss(.7, 1.3, gamma=.4), ContrastiveLoss(.7, 1.3, gamma=.4, miner=every_pair), MarginLoss(5, miner=None, nu=.3), MarginLoss(1, gamma=.4, miner=None)], ids=repr)
+@pytest.mark.parametrize('loss', [TripletLoss(.3), TripletLoss(.3, gamma=.5), TripletLoss(.3, gamma=.5, squared=True),
+    TripletLoss(.3, miner=every_pair), TripletLoss(.3, gamma=.5, squared=True, miner=every_pair),
+    ContrastiveLoss(.7, 1.3), ContrastiveLoss(.7, 1.3, gamma=.4), ContrastiveLoss(.7, 1.3, gamma=.4, miner=every_pair),
+    MarginLoss(5, miner=None, nu=.3), MarginLoss(1, gamma=.4, miner=None)], ids=repr)
 def test_active_by_hand(loss):
     "All triplets or pairs of 13 rows, one of them alone in its class"
     f,y = batch(13, 6, 4)
@@ -729,7 +739,8 @@ def test_active_by_hand(loss):
     want = by_hand(f, y, loss.double() if isinstance(loss, MarginLoss) else loss)
     assert 0<want<1 and loss.active(f, y).item()==pytest.approx(want, abs=1e-6)
 
-@pytest.mark.parametrize('loss', [TripletLoss(miner=BatchHardMiner()), ContrastiveLoss(miner=BatchHardMiner()), MarginLoss(1, miner=BatchHardMiner())], ids=repr)
+@pytest.mark.parametrize('loss', [TripletLoss(miner=BatchHardMiner()), ContrastiveLoss(miner=BatchHardMiner()),
+    MarginLoss(1, miner=BatchHardMiner())], ids=repr)
 def test_active_is_of_what_the_miner_chose(loss):
     "Two tight classes far apart, and two that lie on each other: of the hard triplets, those of the latter are active"
     f,y = torch.tensor([[0.,0],[0,1e-3],[9,0],[9,1e-3], [0,9],[0,9.001],[0,9.0005],[0,9.0015]]),torch.tensor([0,0,1,1,2,2,3,3])
@@ -745,7 +756,8 @@ def test_active_of_multi_similarity_has_a_gradient():
         pos,neg = label_masks(y, f64)
         sim = (f@f.T).requires_grad_()
         P,N = loss.masks(f, y, sim.detach(), pos, neg)
-        value = sum((log1p_sum_exp(-loss.alpha*(sim-loss.lam), P).sum()/loss.alpha, log1p_sum_exp(loss.beta*(sim-loss.lam), N).sum()/loss.beta))
+        value = sum((log1p_sum_exp(-loss.alpha*(sim-loss.lam), P).sum()/loss.alpha,
+            log1p_sum_exp(loss.beta*(sim-loss.lam), N).sum()/loss.beta))
         torch.testing.assert_close(value/len(y), loss(f, y))
         grad = torch.autograd.grad(value, sim)[0]
         assert loss.active(f, y).item()==pytest.approx((grad!=0).sum().item()/(12*11)) and 0<loss.active(f, y)<1
@@ -770,18 +782,22 @@ def test_what_a_sum_says():
     foreign = OtherLoss(lambda e,y: e.mean())
     assert not foreign.compares and OtherLoss(pml.ContrastiveLoss()).compares and not OtherLoss(pml.ProxyAnchorLoss(5, 16)).compares
     both = CombinedLoss([MultiSimilarityLoss(), ContrastiveLoss(neg_margin=.7), TripletLoss(margin=.4, squared=True)])
-    assert both.compares and both.repeatable and not CombinedLoss([TripletLoss(), foreign]).repeatable and not CombinedLoss([TripletLoss(), foreign]).compares
+    assert both.compares and both.repeatable and not CombinedLoss([TripletLoss(), foreign]).repeatable
+    assert not CombinedLoss([TripletLoss(), foreign]).compares
     assert both.asks()==Margin('neg_margin', .7, of='negatives') and asking(both)==(both.losses[1],both.asks())
     assert asking(both, 'gap')==(both.losses[2],Margin('margin', .4, squared=True)) and asking(both, 'boundary')==(None,None)
     assert asking(CombinedLoss([both, MarginLoss(1)]), 'boundary')[1]==Margin('margin', .2, of='boundary')
-    assert both.active(F12, Y12)==both.losses[0].active(F12, Y12) and CombinedLoss([ProxyNCALoss(), both]).active(F12, Y12)==both.active(F12, Y12)
+    assert both.active(F12, Y12)==both.losses[0].active(F12, Y12)
+    assert CombinedLoss([ProxyNCALoss(), both]).active(F12, Y12)==both.active(F12, Y12)
     for o in (None, lambda e,y: 0, pml.ContrastiveLoss(), ProxyNCALoss()): assert asking(o)==(None,None)
 
 # Names
 
 def test_all_are_registered():
-    assert {o for _,o in register_loss.items()}>={o for k,o in EVERY.items() if k not in WRAPS} and {type(o) for o in MINERS}=={o for _,o in register_miner.items()}
-    assert register_loss['ms'] is MultiSimilarityLoss and register_loss['drms'] is register_loss['dr_multi-similarity'] is DRMultiSimilarityLoss
+    assert {o for _,o in register_loss.items()}>={o for k,o in EVERY.items() if k not in WRAPS}
+    assert {type(o) for o in MINERS}=={o for _,o in register_miner.items()}
+    assert register_loss['ms'] is MultiSimilarityLoss
+    assert register_loss['drms'] is register_loss['dr_multi-similarity'] is DRMultiSimilarityLoss
     assert MultiSimilarityLoss.short=='ms' and DRMultiSimilarityLoss.short=='drms' and TripletLoss.short is None
 
 @pytest.fixture
@@ -809,13 +825,17 @@ def registered():
 def test_a_loss_of_ones_own_is_found_by_name(registered):
     from dmlfast.study.runs import check_settings, loss_class, make_loss, miner_class, with_settings
     sharp,own,first = registered
-    assert loss_class('sharp') is sharp and loss_class('ms') is MultiSimilarityLoss and loss_class('OWN') is loss_class('own_loss') is own and miner_class('first') is first
+    assert loss_class('sharp') is sharp and loss_class('ms') is MultiSimilarityLoss and loss_class('OWN') is loss_class('own_loss') is own
+    assert miner_class('first') is first
     made = make_loss(dict(name='own', scale=2, miner=dict(name='first', n=3)))
     assert type(made) is own and made.scale==2 and made.miner.n==3
     check_settings(dict(loss=dict(name='own', scale=2., gamma=.1, miner=dict(name='first', n=3))))
-    for loss,said in ((dict(name='onw'),"the nearest is 'OwnLoss'"), (dict(name='own', scales=2.),"the nearest is 'loss.scale'"), (dict(name='own', scale='big'),'`loss.scale` is'), (dict(name='own', scale=-1.),'scale must be'),
+    for loss,said in ((dict(name='onw'),"the nearest is 'OwnLoss'"), (dict(name='own', scales=2.),"the nearest is 'loss.scale'"),
+        (dict(name='own', scale='big'),'`loss.scale` is'), (dict(name='own', scale=-1.),'scale must be'),
             (dict(name='own', miner=dict(name='frist')),"the nearest is 'FirstMiner'")):
         with pytest.raises(ValueError, match=said): check_settings(dict(loss=loss))
     old = dict(loss=dict(name='own', scale=2., miner=dict(name='first', n=3)))
-    assert with_settings(old, dict(loss=dict(name='OwnLoss', miner=dict(name='FirstMiner'))))['loss']==dict(name='OwnLoss', scale=2., miner=dict(name='FirstMiner', n=3)) # another way to write it
+    # another way to write it
+    assert with_settings(old, dict(loss=dict(name='OwnLoss', miner=dict(name='FirstMiner'))))['loss']==dict(name='OwnLoss', scale=2.,
+        miner=dict(name='FirstMiner', n=3))
     assert with_settings(old, dict(loss=dict(name='sharp')))['loss']==dict(name='sharp')

@@ -148,9 +148,12 @@ def test_sizes_that_patches_do_not_fit(arch, kwargs, size, said):
 
 def test_wrong_names_are_named():
     def make(**kwargs): return Embedder('test_resnet', pretrained=False, **kwargs)
-    for kwargs,said in ((dict(pool='gen'), "'avgmax' or 'gem'; got 'gen'"), (dict(head='bn'), "'bnneck' and 'identity'; got 'bn'"), (dict(init='he'), "'orthogonal', 'kaiming' or 'random'; got 'he'"),
-        (dict(freeze_bn='all'), "`freeze_bn` is True, False or 'affine'; got 'all'"), (dict(frozen_stages=6), "has 5 stages, so `frozen_stages` cannot be 6"),
-        (dict(frozen_stages=-1), "cannot be -1"), (dict(head='identity', emb_sz=5), "embeddings of 96 numbers, as many as features, and not 5"), (dict(emb_sz=0), "1 or more; got 0"), (dict(weights=3), '`weights` is the path of a file; got 3')):
+    for kwargs,said in ((dict(pool='gen'), "'avgmax' or 'gem'; got 'gen'"), (dict(head='bn'), "'bnneck' and 'identity'; got 'bn'"),
+        (dict(init='he'), "'orthogonal', 'kaiming' or 'random'; got 'he'"),
+        (dict(freeze_bn='all'), "`freeze_bn` is True, False or 'affine'; got 'all'"),
+        (dict(frozen_stages=6), "has 5 stages, so `frozen_stages` cannot be 6"),
+        (dict(frozen_stages=-1), "cannot be -1"), (dict(head='identity', emb_sz=5), "embeddings of 96 numbers, as many as features, and "
+        "not 5"), (dict(emb_sz=0), "1 or more; got 0"), (dict(weights=3), '`weights` is the path of a file; got 3')):
         with pytest.raises(ValueError, match=said): make(**kwargs)
 
 def _stats(m): return [o.running_mean.clone() for o in m.body.modules() if isinstance(o, nn.BatchNorm2d)]

@@ -58,7 +58,8 @@ def test_it_says_how_the_run_was_made(run, page, few):
     learn,_ = run
     rows = {o[0]:o[1:] for o in page.cells if o}
     assert rows['loss']==[repr(learn.loss_func)] and rows['network']==['test_resnet'] and rows['greatest learning rate']==['0.001']
-    assert '32 items, 4 of a class, seed 0' in rows['batches'] and 'TrainingDoctor(every=1)' in rows['callbacks'][0] and rows['epochs']==['2'] and rows['steps']==[str(2*len(learn.dls.train))]
+    assert '32 items, 4 of a class, seed 0' in rows['batches'] and 'TrainingDoctor(every=1)' in rows['callbacks'][0]
+    assert rows['epochs']==['2'] and rows['steps']==[str(2*len(learn.dls.train))]
     assert rows['hash of the splits']==[split_hash(learn.dls)] and rows['torch']==[torch.__version__]
     for split,o in few.summary().iterrows(): assert rows[split]==[str(o.images),str(o.classes)]
     assert re.fullmatch(r'[\d.]+ s', rows['time of the fit'][0]) and re.fullmatch(r'[\d.]+ s', rows['time of this report'][0])
@@ -99,7 +100,8 @@ def test_findings_are_on_the_page(run, tmp_path, no_pictures):
 def test_a_colleague_can_read_it(run, page, tmp_path):
     "What metrics and panels mean, which items search, and no words that only who trained it knows"
     assert 'Each item searches for items of its class among all the others.' in page.text
-    assert all(o in page.text for o in ('share of queries with an item of their class','mean of classes','class of its nearest','How to read the doctor','Over how many directions'))
+    assert all(o in page.text for o in ('share of queries with an item of their class','mean of classes','class of its nearest',
+        'How to read the doctor','Over how many directions'))
     assert not [o for o in ('model_kwargs','macro','nan','None,') if o in page.text.replace('miner=None','').replace("miner=None)",'')]
     titles = [o.get_title() for o in run[0].training_doctor.plot().axes if o.get_title()]
     assert titles and all(o in page.text for o in titles)
@@ -107,7 +109,8 @@ def test_a_colleague_can_read_it(run, page, tmp_path):
 def test_queries_and_galleries(few, tmp_path, no_pictures):
     roles = np.where(np.arange(len(few.df))%3==0, 'query', 'gallery')
     ds = MetricDataset(few.df.assign(role=roles), few.path, 'few with roles', size=None, flip=False, ks=(1,10,20))
-    learn = metric_learner(ds.dataloaders(bs=32, per_class=4, seed=0, num_workers=0), 'test_resnet', emb_sz=8, pretrained=False, path=tmp_path)
+    learn = metric_learner(ds.dataloaders(bs=32, per_class=4, seed=0, num_workers=0), 'test_resnet', emb_sz=8, pretrained=False,
+        path=tmp_path)
     with learn.no_bar():
         p,res = Page(learn.report(tmp_path/'r', 'test', n_queries=1)),learn.evaluate('test')
     rows,q = {o[0]:o for o in p.cells if o},(ds.df[ds.df.split=='test'].role=='query').sum()
@@ -147,13 +150,15 @@ def test_an_untrained_learner_and_strange_names(make_learner, tmp_path):
     assert 'alert(1)' in p.text and '<script>alert' not in p.html
     assert 'fig-curves' not in p.ims and 'fig-neighbours' in p.ims
 
-@pytest.mark.parametrize('args,stdin,command', [(['-c','{}'],'','-c'), (['-'],'{}',''), (['{file}','a b'],'',"run.py 'a b'"), (['-m','run','x'],'','-m run x')])
+@pytest.mark.parametrize('args,stdin,command', [(['-c','{}'],'','-c'), (['-'],'{}',''), (['{file}','a b'],'',"run.py 'a b'"),
+    (['-m','run','x'],'','-m run x')])
 def test_the_command_repeats_the_run(tmp_path, args, stdin, command):
     "Code given with `-c` is in the command; what came from a console is in no command"
     code = 'from dmlfast.look.page import _repeat; print(_repeat()[0])'
     file = tmp_path/'run.py'
     file.write_text(code)
-    res = subprocess.run([sys.executable,*(o.replace('{file}', str(file)).replace('{}', code) for o in args)], input=stdin.replace('{}', code), capture_output=True, text=True,
+    res = subprocess.run([sys.executable,*(o.replace('{file}', str(file)).replace('{}', code) for o in args)],
+        input=stdin.replace('{}', code), capture_output=True, text=True,
         cwd=tmp_path, env=os.environ|{'PYTHONPATH':os.pathsep.join([str(Path(__file__).parent.parent),os.environ.get('PYTHONPATH', '')])})
     said = res.stdout.strip()
     assert res.returncode==0 and (command in said and said.startswith('python') if command else said==''), res.stderr
@@ -179,7 +184,8 @@ def test_items_that_are_no_images(tmp_path):
     assert re.search('time of the last epoch', p.text)
 
 def test_the_hash_is_of_items_labels_and_splits(few):
-    def dls(df, name='x', bs=32, **kwargs): return MetricDataset(df, few.path, name, size=None, flip=False).dataloaders(bs=bs, num_workers=0, **kwargs)
+    def dls(df, name='x', bs=32, **kwargs):
+        return MetricDataset(df, few.path, name, size=None, flip=False).dataloaders(bs=bs, num_workers=0, **kwargs)
     h = split_hash(dls(few.df))
     assert re.fullmatch('[0-9a-f]{64}', h)
     assert h==split_hash(dls(few.df.sample(frac=1, random_state=1), 'another name', 16, seed=3))
@@ -236,7 +242,8 @@ def test_it_begins_with_what_training_was_worth(gained, few):
         ends = gain.interval(k)
         assert o==[f'{gain.b[k]:.4f}',f'{gain.a[k]:.4f}',f'{gain[k]:+.4f}',*([f'{e:+.4f}' for e in ends] if ends else ['',''])]
     said = json.loads(re.search('<script[^>]*>(.*?)</script>', p.html, re.S)[1])
-    assert said['gain']['sentence']==gain.sentence and said['gain']['features']['map@r']==pytest.approx(gain.b['map@r']) and 'recall@1' in said['metrics']
+    assert said['gain']['sentence']==gain.sentence and said['gain']['features']['map@r']==pytest.approx(gain.b['map@r'])
+    assert 'recall@1' in said['metrics']
     assert '#gain' in p.refs and 'gain' in p.ids
 
 def test_the_features_are_above_the_epochs(gained):
@@ -246,16 +253,19 @@ def test_the_features_are_above_the_epochs(gained):
     at = next(i for i,o in enumerate(p.cells) if o[:1]==['epoch'])
     n,rows = len(p.cells[at]),[' '.join(o) for o in p.cells[at+1:at+5]]
     scores = learn.head_start.rows
-    for row,name in zip(p.cells[at+1:at+3], ('features','start')): assert row==[name]+[f'{scores[name]["scores"][k]:.4f}' for k in p.cells[at][3:]] and n==len(row)+2
+    for row,name in zip(p.cells[at+1:at+3], ('features','start')):
+        assert row==[name]+[f'{scores[name]["scores"][k]:.4f}' for k in p.cells[at][3:]] and n==len(row)+2
     assert [o[0] for o in p.cells[at+3:at+5]]==['0','1']
-    assert learn.head_start.said.startswith('The head starts from LDA') and [learn.head_start.said]==next(o[1:] for o in p.cells if o[:1]==['start of the head'])
+    assert learn.head_start.said.startswith('The head starts from LDA')
+    assert [learn.head_start.said]==next(o[1:] for o in p.cells if o[:1]==['start of the head'])
 
 def test_what_fit_transfer_decided(gained):
     learn,file,_ = gained
     p,t = Page(file),learn.transfer
     rows = {o[0]:o[1] for o in p.cells if len(o)==2}
     assert rows['head alone']==f"2 epochs on the features of the body as it was: map@r {t['head']['before']:.4f} → {t['head']['after']:.4f}, {'kept' if t['head']['kept'] else 'not kept'}"
-    assert rows['how far the body may move'].startswith('frozen 0.2500, gentle 0.3750 (map@r') and rows['chosen']=='gentle: a low rate, batch norm as it is, lr=0.003'
+    assert rows['how far the body may move'].startswith('frozen 0.2500, gentle 0.3750 (map@r')
+    assert rows['chosen']=='gentle: a low rate, batch norm as it is, lr=0.003'
     assert rows['between start and end']==', '.join(f'{a}: {v:.4f}' for a,v in t['between'].items())+f"; kept: {t['kept']:g}"
     assert 'fig-between' in p.ims
 
@@ -271,13 +281,15 @@ def test_training_that_did_harm(few, body, tmp_path, no_pictures):
     "In red, with the doctor's finding, where names of arguments are code"
     set_seed(0)
     dls = few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0)
-    learn = metric_learner(dls, 'test_resnet', TripletLoss(), emb_sz=24, weights=body, freeze_bn=False, path=tmp_path, cbs=[TrainingDoctor(), Interpolate(at=(1,), say=False)])
+    learn = metric_learner(dls, 'test_resnet', TripletLoss(), emb_sz=24, weights=body, freeze_bn=False, path=tmp_path,
+        cbs=[TrainingDoctor(), Interpolate(at=(1,), say=False)])
     with learn.no_bar(), learn.no_logging():
         untrained = learn.report(tmp_path/'u')
         learn.fit(1, .5)
         harmed = learn.report(tmp_path/'h')
     p = Page(harmed)
-    assert re.search('<p class="finding">From the features to what was trained, .*<code>freeze_bn=True</code>', p.html) and '<p class="finding">Below the features it started with since epoch 0' in p.html
+    assert re.search('<p class="finding">From the features to what was trained, .*<code>freeze_bn=True</code>', p.html)
+    assert '<p class="finding">Below the features it started with since epoch 0' in p.html
     assert 'too few to tell' not in p.text or 'something else' in p.text
     assert next(o for o in p.cells if o[:1]==['between start and end'])[1]==f'1: {learn.interpolate.curve[1]:.4f}; kept: 1'
     p = Page(untrained) # the start of the head against the features, and nothing of training
@@ -285,7 +297,8 @@ def test_training_that_did_harm(few, body, tmp_path, no_pictures):
 
 def test_without_features_the_page_is_as_before(run, page, body, gained, few, tmp_path, no_pictures):
     "Random weights, a model that was given, an exported embedder, a learner that was loaded"
-    assert 'gain' not in page.ids and not [o for o in page.cells if o[:1] in (['features'],['start'],['between start and end'])] and 'below the features' not in page.text
+    assert 'gain' not in page.ids and not [o for o in page.cells if o[:1] in (['features'],['start'],['between start and end'])]
+    assert 'below the features' not in page.text
     learn = gained[0]
     with learn.no_bar():
         learn.export_embedder(tmp_path/'e')
@@ -296,7 +309,9 @@ def test_without_features_the_page_is_as_before(run, page, body, gained, few, tm
             assert 'gain' not in p.ids and 'Metrics' in p.text
             assert {o[1:] for o in p.refs if o.startswith('#')}<=set(p.ids)
             rows = {o[0] for o in p.cells if len(o)==2}
-            assert ('training' in p.ids)==('findings' in p.ids)==({'optimiser','callbacks'}<=rows)==(o is given) and rows>={'network','loss','torch'} # a page says what is known
+            # a page says what is known
+            assert ('training' in p.ids)==('findings' in p.ids)==({'optimiser','callbacks'}<=rows)==(o is given)
+            assert rows>={'network','loss','torch'}
     learn = gained[0]
     origin,learn.head_start.origin,learn.between = learn.head_start.origin,None,None # as of a learner that was loaded
     transfer = learn.__dict__.pop('transfer')
@@ -311,7 +326,8 @@ needs_browser = pytest.mark.skipif(chromium is None, reason='there is no Chromiu
 
 def browse(file, tmp, width=1280, *args):
     "What the browser makes of a page, and what its console says"
-    cmd = [chromium,'--headless','--no-sandbox','--disable-gpu',f'--user-data-dir={tmp}','--enable-logging=stderr','--v=0',f'--window-size={width},1500',*args,file.as_uri()]
+    cmd = [chromium,'--headless','--no-sandbox','--disable-gpu',f'--user-data-dir={tmp}','--enable-logging=stderr','--v=0',
+        f'--window-size={width},1500',*args,file.as_uri()]
     res = subprocess.run(cmd, capture_output=True, text=True, timeout=120)
     assert res.returncode==0, res.stderr[-2000:]
     return res.stdout,[o for o in res.stderr.splitlines() if 'CONSOLE' in o]
@@ -329,7 +345,8 @@ def test_the_console_is_empty(run, gained, tmp_path):
 def test_an_error_would_be_seen(run, tmp_path):
     "The page forbids scripts and what is elsewhere, and a browser that obeys says so"
     bad = tmp_path/'bad.html'
-    bad.write_text(run[1].read_text(encoding='utf-8').replace('</main>', '<script>console.error(1)</script><img src="https://example.invalid/x.png"></main>'), encoding='utf-8')
+    bad.write_text(run[1].read_text(encoding='utf-8').replace('</main>', '<script>console.error(1)</script><img '
+        'src="https://example.invalid/x.png"></main>'), encoding='utf-8')
     _,said = browse(bad, tmp_path/'profile', 1280, '--dump-dom')
     assert len(said)>=2 and 'Content Security Policy' in ' '.join(said)
 

@@ -485,8 +485,10 @@ def test_macro_and_per_class():
     np.testing.assert_allclose(r.macro('map'), (v[:6].mean()+v[6:].mean())/2)
     assert r.per_class('map')=={3:pytest.approx(v[:6].mean()), 5:pytest.approx(v[6:].mean())}
     with pytest.raises(KeyError, match="'mrr' was not measured: there are map"): r.per_class('mrr')
-    with pytest.raises(ValueError, match="'pr_curve' is the mean curve of all queries"): evaluate_retrieval(rand(8), y, metrics=['map','pr_curve']).per_class('pr_curve')
-    with pytest.raises(ValueError, match="'nmi' is a score of the clusters of the whole set"): evaluate_retrieval(rand(8), y, metrics=['map','nmi']).per_class('nmi')
+    with pytest.raises(ValueError, match="'pr_curve' is the mean curve of all queries"):
+        evaluate_retrieval(rand(8), y, metrics=['map','pr_curve']).per_class('pr_curve')
+    with pytest.raises(ValueError, match="'nmi' is a score of the clusters of the whole set"):
+        evaluate_retrieval(rand(8), y, metrics=['map','nmi']).per_class('nmi')
 
 def test_difference_is_paired():
     x,y = noisy()
@@ -550,7 +552,8 @@ def test_random_gallery_refusals():
     x,y = noisy(12, 4)
     with pytest.raises(ValueError, match='no gallery'): evaluate_random_gallery(x, y, metrics=['map','nmi'])
     for n in (0,-1,1.5):
-        with pytest.raises(ValueError, match=f'repeats is how often a gallery is drawn, 1 or more, not {n}'): evaluate_random_gallery(x, y, repeats=n)
+        with pytest.raises(ValueError, match=f'repeats is how often a gallery is drawn, 1 or more, not {n}'):
+            evaluate_random_gallery(x, y, repeats=n)
     with pytest.raises(ValueError, match='one item only'): evaluate_random_gallery(x, np.arange(48))
     r = evaluate_random_gallery(x, y, repeats=2, ignore=np.arange(48)//2)
     assert 0<r.n_left_out<72

@@ -25,17 +25,22 @@ def _with(changes, base=small):
 
 def test_round_trip(tmp_path):
     from dmlfast.study.runs import load_settings, save_settings
-    s = _with({'data':dict(reader='csv', path=Path('some')/'täble.csv', columns=dict(label='species')), 'batch.valid':'none', 'loss.miner':dict(name='distance_weighted', upper=math.inf),
-        'ssr':dict(m=4, views=dict(n=3, strength=.1), loss=dict(alpha=.01)), 'fit.sched':'step', 'fit.steps':[1,2], 'fit.factor':.5, 'model.timm':dict(pad_type='same'), 'recipe':'margin'})
+    s = _with({'data':dict(reader='csv', path=Path('some')/'täble.csv', columns=dict(label='species')), 'batch.valid':'none',
+        'loss.miner':dict(name='distance_weighted', upper=math.inf),
+        'ssr':dict(m=4, views=dict(n=3, strength=.1), loss=dict(alpha=.01)), 'fit.sched':'step', 'fit.steps':[1,2], 'fit.factor':.5,
+        'model.timm':dict(pad_type='same'), 'recipe':'margin'})
     save_settings(s, tmp_path/'a.toml')
     back = load_settings(tmp_path/'a.toml')
     assert back==_with({'data.path':'some/täble.csv'}, s)
     save_settings(back, tmp_path/'b.toml')
     assert (tmp_path/'a.toml').read_bytes()==(tmp_path/'b.toml').read_bytes()
-    with pytest.raises(ValueError, match='inf means the same'): save_settings(_with({'loss.miner':dict(name='distance_weighted', upper=None)}), tmp_path/'c.toml')
+    with pytest.raises(ValueError, match='inf means the same'):
+        save_settings(_with({'loss.miner':dict(name='distance_weighted', upper=None)}), tmp_path/'c.toml')
 
-@pytest.mark.parametrize('path,near', [('data.val_pc','data.val_pct'), ('batch.per_clas','batch.per_class'), ('model.archi','model.arch'), ('loss.gama','loss.gamma'), ('loss.miner.marg','loss.miner.margin'),
-    ('ssr.gama','ssr.gamma'), ('ssr.views.stength','ssr.views.strength'), ('ssr.loss.alfa','ssr.loss.alpha'), ('fit.n_epochs','fit.n_epoch'), ('seeds','seed')])
+@pytest.mark.parametrize('path,near', [('data.val_pc','data.val_pct'), ('batch.per_clas','batch.per_class'), ('model.archi','model.arch'),
+    ('loss.gama','loss.gamma'), ('loss.miner.marg','loss.miner.margin'),
+    ('ssr.gama','ssr.gamma'), ('ssr.views.stength','ssr.views.strength'), ('ssr.loss.alfa','ssr.loss.alpha'),
+    ('fit.n_epochs','fit.n_epoch'), ('seeds','seed')])
 def test_every_unknown_name(path, near):
     from dmlfast.study.runs import check_settings
     full = _with({'loss.miner':dict(name='semi_hard'), 'ssr':dict(views={}, loss={}), 'data':dict(reader='folder', path='x')})
@@ -43,12 +48,18 @@ def test_every_unknown_name(path, near):
     with pytest.raises(ValueError, match=f'nearest is {near!r}'): check_settings(_with({path:1}, full))
 
 @pytest.mark.parametrize('changes,said', [
-    ({'batch.bs':'64'}, 'whole number'), ({'batch.bs':64.}, 'whole number'), ({'batch.bs':True}, 'whole number'), ({'loss.gamma':'x'}, 'is a number'), ({'loss.gamma':math.nan}, 'is a number'),
-    ({'model.pretrained':'no'}, 'true or false'), ({'loss.miner':'semi_hard'}, 'is a table'), ({'loss.miner':dict(margin=.1)}, 'needs the `name`'), ({'loss':dict(margin=.1)}, 'nearest is'),
-    ({'fit.lr':0.}, 'greater than 0'), ({'fit.n_epoch':-1}, '0 or more'), ({'batch.per_class':0}, '1 or more'), ({'batch.bs':33}, 'multiple of'), ({'seed':-1}, '0 or more'), ({'seed':1.5}, 'whole number'),
-    ({'fit.sched':'stp'}, "nearest is 'step'"), ({'fit.steps':[2]}, "for the schedule 'step'"), ({'fit.sched':'step', 'fit.steps':[2,1]}, 'greater than the one before'), ({'fit.factor':.5}, 'for the schedules'),
-    ({'fit.precision':'fp8'}, 'fp16'), ({'fit.patience':2, 'batch.valid':'none'}, 'measures on nothing'), ({'fit.monitor':'recall@1', 'batch.valid':'test'}, 'would choose an epoch'),
-    ({'batch.device':'gpu'}, 'cpu'), ({'ssr':dict(p=2.)}, '0 to 1'), ({'ssr':dict(n=3, views=dict(n=3))}, 'set one of them'), ({'recipe':'dr_tripplet'}, 'dr_triplet'), ({'ssr':dict(gamma=[1])}, 'is a number')])
+    ({'batch.bs':'64'}, 'whole number'), ({'batch.bs':64.}, 'whole number'), ({'batch.bs':True}, 'whole number'),
+    ({'loss.gamma':'x'}, 'is a number'), ({'loss.gamma':math.nan}, 'is a number'),
+    ({'model.pretrained':'no'}, 'true or false'), ({'loss.miner':'semi_hard'}, 'is a table'),
+    ({'loss.miner':dict(margin=.1)}, 'needs the `name`'), ({'loss':dict(margin=.1)}, 'nearest is'),
+    ({'fit.lr':0.}, 'greater than 0'), ({'fit.n_epoch':-1}, '0 or more'), ({'batch.per_class':0}, '1 or more'),
+    ({'batch.bs':33}, 'multiple of'), ({'seed':-1}, '0 or more'), ({'seed':1.5}, 'whole number'),
+    ({'fit.sched':'stp'}, "nearest is 'step'"), ({'fit.steps':[2]}, "for the schedule 'step'"),
+    ({'fit.sched':'step', 'fit.steps':[2,1]}, 'greater than the one before'), ({'fit.factor':.5}, 'for the schedules'),
+    ({'fit.precision':'fp8'}, 'fp16'), ({'fit.patience':2, 'batch.valid':'none'}, 'measures on nothing'),
+    ({'fit.monitor':'recall@1', 'batch.valid':'test'}, 'would choose an epoch'),
+    ({'batch.device':'gpu'}, 'cpu'), ({'ssr':dict(p=2.)}, '0 to 1'), ({'ssr':dict(n=3, views=dict(n=3))}, 'set one of them'),
+    ({'recipe':'dr_tripplet'}, 'dr_triplet'), ({'ssr':dict(gamma=[1])}, 'is a number')])
 def test_what_makes_no_sense(changes, said):
     from dmlfast.study.runs import check_settings
     base = {k:v for k,v in small.items() if k!='loss'} if changes=={'loss':dict(margin=.1)} else small
@@ -97,26 +108,30 @@ def test_interrupted_and_resumed(few, tmp_path):
     (tmp_path/'cut'/'results.json').unlink() # as if it had been killed while it measured
     assert train_settings(s, tmp_path/'cut', few, resume=True, plain=True)['scores']==whole['scores']
     rows = list(csv.DictReader((tmp_path/'whole'/'history.csv').open()))
-    assert math.isclose(max(float(o['map@r']) for o in rows), whole['scores']['val']['metrics']['map@r']['mean'], rel_tol=1e-5) # the best epoch is what is left
+    # the best epoch is what is left
+    assert math.isclose(max(float(o['map@r']) for o in rows), whole['scores']['val']['metrics']['map@r']['mean'], rel_tol=1e-5)
 
 def test_a_run_that_stops_early_has_its_last_epoch(few, tmp_path):
     from dmlfast.study.runs import train_settings
     class Worse(Callback):
         order = 46
         def after_validate(self): self.learn.retrieval_metrics.scores['recall@1'] = -self.epoch
-    res = train_settings(_with({'fit.n_epoch':9, 'fit.patience':1, 'fit.monitor':'recall@1'}), tmp_path/'run', few, plain=True, cbs=[Worse()])
+    res = train_settings(_with({'fit.n_epoch':9, 'fit.patience':1, 'fit.monitor':'recall@1'}), tmp_path/'run', few, plain=True,
+        cbs=[Worse()])
     assert res['epochs']==2 and [o['epoch'] for o in csv.DictReader((tmp_path/'run'/'history.csv').open())]==['0','1']
 
 def test_what_stops_a_run_is_the_recipes_unless_said():
     from dmlfast.study.runs import _trackers
     def _patience(**s): return [o.patience for o in _trackers(s) if hasattr(o, 'patience')]
     assert _patience(recipe='dr_triplet', fit=dict(monitor='recall@1'))==[10] # the reproduction's
-    assert _patience(recipe='dr_triplet', fit=dict(monitor='recall@1', patience=3))==[3] and _patience(recipe='dr_triplet', fit=dict(monitor='recall@1', patience=0))==[]
+    assert _patience(recipe='dr_triplet', fit=dict(monitor='recall@1', patience=3))==[3]
+    assert _patience(recipe='dr_triplet', fit=dict(monitor='recall@1', patience=0))==[]
     assert _patience(fit=dict(monitor='recall@1'))==[] and _patience(recipe='dr_triplet')==[]
 
 def test_views_are_drawn_with_the_seed_of_the_ranking():
     from dmlfast.study.checks import make_ranking
-    assert [make_ranking(dict(seed=5, **o), 1).views.seed for o in ({}, dict(views={}), dict(views=dict(seed=7)))]==[5,5,7] and make_ranking(dict(views={}), 1).views.seed==1
+    assert [make_ranking(dict(seed=5, **o), 1).views.seed for o in ({}, dict(views={}), dict(views=dict(seed=7)))]==[5,5,7]
+    assert make_ranking(dict(views={}), 1).views.seed==1
 
 def test_interrupted_in_the_first_epoch(few, tmp_path):
     from dmlfast.study.runs import train_settings
@@ -141,7 +156,8 @@ def test_nothing_of_anyone_else_is_touched(few, tmp_path):
 
 def test_nothing_is_written_for_a_run_that_cannot_be(few, tmp_path):
     from dmlfast.study.runs import train_settings
-    for changes in ({'model.arch':'resnett'}, {'batch.bs':4096}, {'fit.monitor':'recal@1'}, {'fit.n_epoch':None}, {'model.weights':'no.pth'}):
+    for changes in ({'model.arch':'resnett'}, {'batch.bs':4096}, {'fit.monitor':'recal@1'}, {'fit.n_epoch':None},
+        {'model.weights':'no.pth'}):
         with pytest.raises(ValueError): train_settings(_with(changes), tmp_path/'run', few)
         assert not (tmp_path/'run').exists()
 
@@ -163,7 +179,8 @@ def test_an_exported_embedder_is_measured_as_the_learner_was(few, tmp_path):
     assert np.abs(got.boot('map@r')-want.boot('map@r')).max()<.01 # the classes are in the same order
     with pytest.raises(ValueError, match="roles has no split 'tset'; its splits are train, val, test"): finder.embedded(ds, 'tset')
 
-@pytest.mark.parametrize('name,near', [('tripel','TripletLoss'), ('DRTripletLos','DRTripletLoss'), ('dr-triple','DRTripletLoss'), ('proxy_nca2','ProxyNCALoss'), ('multi_simlarity','MultiSimilarityLoss')])
+@pytest.mark.parametrize('name,near', [('tripel','TripletLoss'), ('DRTripletLos','DRTripletLoss'), ('dr-triple','DRTripletLoss'),
+    ('proxy_nca2','ProxyNCALoss'), ('multi_simlarity','MultiSimilarityLoss')])
 def test_the_nearest_loss(name, near):
     from dmlfast.study.runs import loss_class
     with pytest.raises(ValueError, match=f"no loss {name!r}; the nearest is {near!r}"): loss_class(name)
@@ -176,7 +193,8 @@ def test_batches_fit_few_classes(few):
     ds = few.__class__(df[df.label.isin(keep)], few.path, 'three classes', size=None, flip=False)
     s = _with({'batch':dict(per_class=4, num_workers=0, valid='none')})
     del s['batch']['bs']
-    with pytest.warns(UserWarning, match='Batches have 12 images, since there are 3 training classes, with 4 images of each'): learn = make_learner(s, ds)
+    with pytest.warns(UserWarning, match='Batches have 12 images, since there are 3 training classes, with 4 images of each'):
+        learn = make_learner(s, ds)
     assert learn.dls.train.bs==12
     assert few.dataloaders(per_class=5, num_workers=0, size=24).train.bs==60 # whole classes: 12 of them
 
@@ -184,7 +202,8 @@ def test_odd_values_of_every_loss():
     "What a loss or a miner cannot work with is refused before a fit, whatever stumbles over it"
     from dmlfast.losses import register_loss, register_miner
     from dmlfast.study.checks import allowed_settings, check_settings
-    tables = [('loss', dict(name=o)) for o in register_loss]+[('loss.miner', dict(name='triplet', miner=dict(name=o))) for o in register_miner]
+    tables = [('loss', dict(name=o)) for o in register_loss]+[('loss.miner', dict(name='triplet', miner=dict(name=o)))
+        for o in register_miner]
     assert len(tables)>15
     for table,loss in tables:
         check_settings(dict(loss=loss))
@@ -216,7 +235,8 @@ def test_a_setting_of_your_own(few, tmp_path, monkeypatch):
     ): learn.add_cb(Clip(most))
 
     for value in (-1., 'x'):
-        with pytest.raises(ValueError, match='`fit.clip_grad` is a number, greater than 0; got'): check_settings(_with({'fit.clip_grad':value}))
+        with pytest.raises(ValueError, match='`fit.clip_grad` is a number, greater than 0; got'):
+            check_settings(_with({'fit.clip_grad':value}))
     with pytest.raises(ValueError, match="nearest is 'fit.clip_grad'"): check_settings(_with({'fit.clip_gard':1.}))
     with contextlib.redirect_stdout(io.StringIO()) as out: assert run_command(dmlfast_train, ['--help'])==0
     assert '--clip (float)' in out.getvalue() and 'Longest gradient of a step; any if not given' in out.getvalue()
@@ -243,7 +263,8 @@ def test_a_setting_is_declared_once(monkeypatch):
     with pytest.raises(ValueError, match='its own arguments'): schema.register_setting('loss')(rate)
     schema.register_setting('', arg='out')(rate)
     from dmlfast.cli.commands import dmlfast_train, parse_command
-    with pytest.raises(ValueError, match="`rate` cannot have the argument 'out', which dmlfast-train has already"): parse_command(dmlfast_train, [])
+    with pytest.raises(ValueError, match="`rate` cannot have the argument 'out', which dmlfast-train has already"):
+        parse_command(dmlfast_train, [])
 
 def test_the_schema_is_what_is_called():
     "Fields of a table are arguments of the function that gets them, and the help says what each is"
@@ -276,6 +297,7 @@ def test_a_reader_of_your_own(few, tmp_path):
         assert ds.size==24 and ds.df.label.nunique()==math.ceil(few.df.label.nunique()/3)
         assert run_settings(data='some_characters', path=str(tmp_path))['data']==dict(reader='some_characters', path=str(tmp_path))
         with pytest.raises(ValueError, match="nearest is 'data.every'"): check_settings(dict(data=dict(reader='some_characters', evry=3)))
-        with pytest.raises(ValueError, match='`data.every` is a whole number'): check_settings(dict(data=dict(reader='some_characters', every='x')))
+        with pytest.raises(ValueError, match='`data.every` is a whole number'):
+            check_settings(dict(data=dict(reader='some_characters', every='x')))
     finally: register_reader.remove('some_characters')
     with pytest.raises(ValueError, match="no reader 'some_characters'"): check_settings(dict(data=dict(reader='some_characters')))

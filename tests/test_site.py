@@ -35,7 +35,8 @@ def test_every_public_name_has_a_card_and_a_line(site):
                 home = importlib.import_module(f'dmlfast.{room}').__dict__[name].__module__
                 assert home!=f'dmlfast.{room}', f'{room}.{name} has no card'
                 continue
-            for o,link in ((head,f'#dmlfast.{room}.{name}"'), (every,f'{where}#dmlfast.{room}.{name}"')): assert link in o, f'{room}.{name} is not listed'
+            for o,link in ((head,f'#dmlfast.{room}.{name}"'), (every,f'{where}#dmlfast.{room}.{name}"')):
+                assert link in o, f'{room}.{name} is not listed'
 
 def test_cards_say_what_the_code_says(site):
     words = ' '.join(' '.join(Text((site/'api'/'losses'/'base.html').read_text(encoding='utf-8')).words).split())
@@ -57,9 +58,13 @@ def test_a_dead_link_is_found(site, tmp_path):
     shutil.copytree(site, tmp_path/'site')
     assert dead_links(tmp_path/'site', root)==[]
     page = tmp_path/'site'/'index.html'
-    bad = {'nowhere.html':'no such page', 'api/losses/base.html#nothing':'no such anchor', '#nothing':'no such anchor', 'https://dmlfast.github.io/dmlfast/api/nowhere.html':'no such page',
-        'https://github.com/dmlfast/dmlfast/blob/main/dmlfast/losses/base.py#L99999':'no such line', 'https://github.com/dmlfast/dmlfast/blob/main/nowhere.py':'no such file'}
-    good = ['https://github.com/dmlfast/dmlfast/blob/main/dmlfast/losses/base.py#L1', 'https://dmlfast.github.io/dmlfast/api/losses/triplet.html#tripletloss', 'https://example.invalid/', 'api/losses/triplet.html#tripletloss']
+    bad = {'nowhere.html':'no such page', 'api/losses/base.html#nothing':'no such anchor', '#nothing':'no such anchor',
+        'https://dmlfast.github.io/dmlfast/api/nowhere.html':'no such page',
+        'https://github.com/dmlfast/dmlfast/blob/main/dmlfast/losses/base.py#L99999':'no such line',
+        'https://github.com/dmlfast/dmlfast/blob/main/nowhere.py':'no such file'}
+    good = ['https://github.com/dmlfast/dmlfast/blob/main/dmlfast/losses/base.py#L1',
+        'https://dmlfast.github.io/dmlfast/api/losses/triplet.html#tripletloss', 'https://example.invalid/',
+        'api/losses/triplet.html#tripletloss']
     page.write_text(page.read_text(encoding='utf-8').replace('</article>', ''.join(f'<a href="{o}">x</a>' for o in [*bad,*good])
         + '<pre>[x](https://example.invalid/)</pre>[<a>x</a>](https://example.invalid/twice)</article>', 1), encoding='utf-8')
     bad['https://example.invalid/twice'] = 'stayed text'
@@ -72,7 +77,8 @@ def test_it_loads_nothing_from_elsewhere(site):
     for f in site.rglob('*.html'):
         html = f.read_text(encoding='utf-8')
         assert not re.findall(r'<(?:script|img|link|iframe|source)\b[^>]*(?:src|href)="(?:https?:)?//(?!dmlfast\.github\.io)', html), f
-    for f in (site/'_static').rglob('*.css'): assert not re.search(r'(@import|url\()\s*["\']?(https?:)?//', f.read_text(encoding='utf-8')), f
+    for f in (site/'_static').rglob('*.css'):
+        assert not re.search(r'(@import|url\()\s*["\']?(https?:)?//', f.read_text(encoding='utf-8')), f
 
 # in a browser
 
@@ -113,7 +119,8 @@ def test_a_reader_finds_recall(page, url):
     assert len(links)>=len(rooms)+len(list((root/'nbs'/'explanations').glob('*.ipynb')))
     for link in links:
         page.click(f'[...document.querySelectorAll(".sidebar-tree a.internal")].find(o => o.href==={link!r})')
-        assert page.eval('location.href.split("#")[0]')==link.split('#')[0] and page.eval('document.querySelector("article h1").textContent.length>2')
+        assert page.eval('location.href.split("#")[0]')==link.split('#')[0]
+        assert page.eval('document.querySelector("article h1").textContent.length>2')
     page.eval('document.querySelector(".sidebar-search").value = "recall"')
     page._loaded = False
     page.eval('document.querySelector(".sidebar-search-container").submit()')
@@ -132,7 +139,8 @@ def test_a_fault_would_be_seen(page, url):
     page.eval('fetch("nowhere.png").then(o => o.status)')
     page.eval('setTimeout(() => missing(), 0)')
     page.eval('new Promise(o => setTimeout(o, 300))')
-    assert any("'broken'" in o for o in page.faults) and any(o.startswith('404') and 'nowhere.png' in o for o in page.faults) and any('missing is not defined' in o for o in page.faults)
+    assert any("'broken'" in o for o in page.faults) and any(o.startswith('404') and 'nowhere.png' in o for o in page.faults)
+    assert any('missing is not defined' in o for o in page.faults)
 
 @needs_browser
 def test_formulas_are_drawn(page, url):

@@ -109,7 +109,8 @@ def test_a_trial_too_many_is_not_begun(few, tmp_path, monkeypatch):
         return left
     monkeypatch.setattr(tune, '_is_one_left', _look)
     study = _search(few, lambda e, x: 1/0, n=1, storage=tmp_path/'s.db', callbacks=[lambda *a: said.append(a)])
-    assert [o.value for o in study.trials if o.state.name=='COMPLETE']==[.5] and [o.state.name for o in study.trials]==['COMPLETE','FAIL'] and not said
+    assert [o.value for o in study.trials if o.state.name=='COMPLETE']==[.5] and [o.state.name for o in study.trials]==['COMPLETE','FAIL']
+    assert not said
 
 def test_transactions_of_sqlite_do_not_overlap(few, tmp_path):
     "Else two processes read that a trial waits, and both take it"
@@ -158,7 +159,8 @@ def test_what_is_said_of_trials_has_no_gaps(few, tmp_path, capsys):
     for value,state in ((.25,'COMPLETE'),(None,'FAIL'),(None,'PRUNED'),(.5,'COMPLETE')):
         study.tell(study.ask(distributions({'fit.lr':(1e-3,1e-2)})), value, state=TrialState[state])
         if state!='FAIL': _after_trial(dict(loss=dict(name='triplet')), tmp_path, 3)(study, study.trials[-1])
-    assert [o.split(',')[0] for o in capsys.readouterr().out.splitlines()]==['trial 1 of 3: complete','trial 2 of 3: pruned','trial 3 of 3: complete']
+    assert [o.split(',')[0] for o in capsys.readouterr().out.splitlines()]==['trial 1 of 3: complete','trial 2 of 3: pruned',
+        'trial 3 of 3: complete']
     assert [(o['number'],o['score']) for o in _study_results(study)['trials']]==[(0,.25),(1,None),(2,.5)]
 
 def test_a_trial_that_diverged_scores_nothing(few):
@@ -174,7 +176,8 @@ def test_a_real_search_fits_with_what_it_tries(few, monkeypatch):
     "The rate of a trial is the rate of its fit; where it is too high for the weights to stay finite, the trial scores nothing"
     from dmlfast.train.learner import MetricLearner
     from dmlfast.study.tuning import tune_settings
-    s = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=8), loss=dict(name='triplet'), fit=dict(lr=1e-3, sched='flat'))
+    s = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=8),
+        loss=dict(name='triplet'), fit=dict(lr=1e-3, sched='flat'))
     rates,real = [],MetricLearner.fit_recipe
     monkeypatch.setattr(MetricLearner, 'fit_recipe', lambda self, *args, **kwargs: (rates.append(args[1]), real(self, *args, **kwargs)))
     study = tune_settings(s, {'fit.lr':[1e-3,1e36]}, few, folds=1, n_trials=4, n_epoch=2)
@@ -184,11 +187,13 @@ def test_a_real_search_fits_with_what_it_tries(few, monkeypatch):
 
 def test_another_search_under_the_same_name(few, tmp_path):
     _search(few, n=1, storage=tmp_path/'s.db')
-    for kwargs,said in ((dict(n_epoch=2), 'n_epoch was 3 and is 2'), (dict(space={'x':(0.,2.)}), 'space'), (dict(folds=2), 'folds'), (dict(about=dict(settings=1)), 'settings')):
+    for kwargs,said in ((dict(n_epoch=2), 'n_epoch was 3 and is 2'), (dict(space={'x':(0.,2.)}), 'space'), (dict(folds=2), 'folds'),
+        (dict(about=dict(settings=1)), 'settings')):
         with pytest.raises(ValueError, match=said): _search(few, n=2, storage=tmp_path/'s.db', **kwargs)
     assert len(_search(few, n=1, storage=tmp_path/'s.db', name='other', n_epoch=2).trials)==1
 
-@pytest.mark.parametrize('space', [{}, [], {'x':()}, {'x':(1,)}, {'x':(1.,0.)}, {'x':(0.,1.,'log')}, {'x':(0.,1.,'lin')}, {'x':[]}, {'x':(0.,math.inf)}, {'x':dict(low=1.)}, {'x':(False,True)}, {'x':'a'}])
+@pytest.mark.parametrize('space', [{}, [], {'x':()}, {'x':(1,)}, {'x':(1.,0.)}, {'x':(0.,1.,'log')}, {'x':(0.,1.,'lin')}, {'x':[]},
+    {'x':(0.,math.inf)}, {'x':dict(low=1.)}, {'x':(False,True)}, {'x':'a'}])
 def test_what_is_no_space(space, few):
     with pytest.raises(ValueError): _search(few, space=space)
 
@@ -209,27 +214,35 @@ def test_a_column_that_is_not_there(few, tmp_path):
     "Names of metrics are checked before there is a study, and other columns before the first epoch"
     from dmlfast.study.runs import make_learner
     from dmlfast.study.tuning import TrialScore, tune_settings
-    s = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=8), loss=dict(name='triplet'))
-    for metric,said in (('recal@1',"nearest name is 'recall@1'"), ('pr_curve','is a curve'), ('recall','one metric'), (['map@r'],'one metric')):
-        with pytest.raises(ValueError, match=said): tune_settings(s, {'fit.lr':[1e-3]}, few, n_trials=1, storage=tmp_path/'s.db', metric=metric)
+    s = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=8),
+        loss=dict(name='triplet'))
+    for metric,said in (('recal@1',"nearest name is 'recall@1'"), ('pr_curve','is a curve'), ('recall','one metric'),
+        (['map@r'],'one metric')):
+        with pytest.raises(ValueError, match=said):
+            tune_settings(s, {'fit.lr':[1e-3]}, few, n_trials=1, storage=tmp_path/'s.db', metric=metric)
     assert not [*tmp_path.iterdir()]
     learn,steps = make_learner(s, few),[]
     learn.one_batch = lambda *a: steps.append(a)
-    with pytest.raises(ValueError, match="The score is 'f1', and the columns are train_loss, valid_loss, recall@1"): learn.fit(1, 1e-3, cbs=TrialScore(print, 'f1'))
+    with pytest.raises(ValueError, match="The score is 'f1', and the columns are train_loss, valid_loss, recall@1"):
+        learn.fit(1, 1e-3, cbs=TrialScore(print, 'f1'))
     assert not steps
 
 def test_paths_among_the_choices(few, tmp_path):
     "A database holds them as words, and another process finds them in it"
-    for n in (2,4): study = _search(few, lambda e, x: float(len(x)), n=n, n_epoch=1, space={'x':[Path('a'),Path('bb')]}, first=[dict(x='bb')], storage=tmp_path/'s.db')
+    for n in (2,4):
+        study = _search(few, lambda e, x: float(len(x)), n=n, n_epoch=1, space={'x':[Path('a'),Path('bb')]}, first=[dict(x='bb')],
+            storage=tmp_path/'s.db')
     assert study.best_params==dict(x='bb') and study.trials[0].params==dict(x='bb') and len(_xs(study))==4
     with pytest.raises(ValueError, match="`x` is <built-in"): _search(few, space={'x':[print]})
 
 def test_test_classes_stay_out(few):
     "Whatever the settings say, a search measures on `val`; patience and best epochs are not for trials"
     from dmlfast.study.tuning import tune_settings
-    s = dict(batch=dict(bs=32, per_class=4, num_workers=0, valid='test'), model=dict(arch='test_resnet', pretrained=False, emb_sz=8), loss=dict(name='triplet'), fit=dict(lr=1e-3))
+    s = dict(batch=dict(bs=32, per_class=4, num_workers=0, valid='test'), model=dict(arch='test_resnet', pretrained=False, emb_sz=8),
+        loss=dict(name='triplet'), fit=dict(lr=1e-3))
     looked,items = [],type(few).items
-    study = tune_settings(s, {'loss.margin':(.1,.3)}, few, n_trials=1, n_epoch=1, callbacks=[lambda study, trial: looked.append(trial.value)])
+    study = tune_settings(s, {'loss.margin':(.1,.3)}, few, n_trials=1, n_epoch=1,
+        callbacks=[lambda study, trial: looked.append(trial.value)])
     assert len(looked)==1 and 0<looked[0]<1
 
 def test_the_first_trial_has_what_a_learner_would_have():
@@ -249,7 +262,8 @@ def test_few_validation_classes_are_not_chosen_by(few, capsys):
     from dmlfast.study.tuning import best_settings, n_folds, tune_settings
     assert few.df.label[few.df.split=='val'].nunique()<20 and n_folds(few)==3
     assert 'To choose by fewer than 20 is guesswork' in capsys.readouterr().out
-    s = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=8), loss=dict(name='triplet'))
+    s = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=8),
+        loss=dict(name='triplet'))
     study = tune_settings(s, {'fit.lr':[1e-3]}, few, folds=1, n_trials=1, n_epoch=1)
     assert study.user_attrs['search']['folds']==1 and 'guesswork' not in capsys.readouterr().out # who says how many is not told of others
     study = tune_settings(s, {'fit.lr':[1e-3]}, few, n_trials=1, n_epoch=1)

@@ -72,7 +72,8 @@ def _param(name, o):
     "Parameter of a command for a setting; a flag for true or false, or for what begins with no_"
     kinds = get_args(o.kind) if type(None) in get_args(o.kind) else (o.kind,)
     if kinds[0] is bool and str not in kinds: kind,default = Annotated[store_true, o.help],False
-    elif kinds[0] in (list,list[int]): kind,default = Annotated[int if get_args(kinds[0]) else str, o.help, dict(nargs='*', action='extend')],None
+    elif kinds[0] in (list,list[int]):
+        kind,default = Annotated[int if get_args(kinds[0]) else str, o.help, dict(nargs='*', action='extend')],None
     else: kind,default = Annotated[kinds[0] if kinds[0] in (int,float) else str, o.help],None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
@@ -83,7 +84,8 @@ def with_setting_args(
     own = f.own_signature
     new = setting_args(f.tunes)
     for k in own.parameters.keys() & new.keys():
-        raise ValueError(f"`{new[k].path}` cannot have the argument {k!r}, which {f.__name__.replace('_', '-')} has already: give it another with `arg`.")
+        raise ValueError(f"`{new[k].path}` cannot have the argument {k!r}, which {f.__name__.replace('_', '-')} has already: give it "
+            "another with `arg`.")
     f.__signature__ = own.replace(parameters=[*own.parameters.values(), *(_param(k, o) for k,o in new.items())])
     return f
 
@@ -114,7 +116,8 @@ def data_table(
     if data is None and path is None: return old
     names = [o for o in register_reader if o not in ('folder','csv')]
     named = data in names or data is None and 'reader' in old
-    if path is not None and not named: raise ValueError("--path is the folder of the download of a data set by name, such as --data cub200 --path downloads.")
+    if path is not None and not named:
+        raise ValueError("--path is the folder of the download of a data set by name, such as --data cub200 --path downloads.")
     if named: new = dict(reader=data or old['reader']) | ({} if path is None else dict(path=path))
     elif Path(data).exists(): new = dict(reader='folder' if Path(data).is_dir() else 'csv', path=data)
     else: raise ValueError(nearest(data, names, 'data set, folder or table'))
@@ -145,8 +148,10 @@ def _check_needed(given, args, settings):
     "Raise `ValueError` for arguments of what is not there"
     for k,o in given.items():
         if o.needs and get_setting(settings, o.needs) is None:
-            raise ValueError(f"--{k.replace('_', '-')} says more of what is not named: it needs --{[p for p in o.needs.split('.') if p!='name'][-1]}.")
-    if args.get('no_pretrained') and args.get('weights'): raise ValueError("--no-pretrained begins with random weights, and --weights with those of a file: take one of them.")
+            raise ValueError(f"--{k.replace('_', '-')} says more of what is not named: it needs "
+                f"--{[p for p in o.needs.split('.') if p!='name'][-1]}.")
+    if args.get('no_pretrained') and args.get('weights'):
+        raise ValueError("--no-pretrained begins with random weights, and --weights with those of a file: take one of them.")
 
 @delegates(run_args)
 def run_settings(

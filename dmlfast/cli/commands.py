@@ -55,7 +55,8 @@ def _options(p): return [o for a in p._actions for o in a.option_strings if o no
 def _as_options(func, msg):
     "A sentence about arguments of functions, about those of a command where it has them"
     known = _options(_parser(func))
-    plan = {'weights=':'`model.weights`', 'pretrained=False':'`model.pretrained = false`'} if 'plan' in inspect.signature(func).parameters else {}
+    plan = {'weights=':'`model.weights`',
+        'pretrained=False':'`model.pretrained = false`'} if 'plan' in inspect.signature(func).parameters else {}
     def _f(m):
         option = f"{'--no-' if m[2]=='=False' else '--'}{m[1]}"
         return f'`{option}`' if option in known else plan.get(m[0].strip('`'), m[0])
@@ -80,7 +81,8 @@ def parse_command(
     for o in argv:
         if o.startswith('--') and o.partition('=')[0] not in known:
             near = difflib.get_close_matches(o.partition('=')[0], known, n=1, cutoff=.5)
-            raise Refused(f"There is no argument {o!r}" + (f"; the nearest is {near[0]!r}." if near else f". `{_name(func)} --help` lists the arguments."))
+            raise Refused(f"There is no argument {o!r}" + (f"; the nearest is {near[0]!r}." if near else f". `{_name(func)} --help` lists "
+                "the arguments."))
     once = [o for a in p._actions if not isinstance(a, argparse._ExtendAction) for o in a.option_strings]
     for o in once:
         if sum(v.partition('=')[0]==o for v in argv)>1: raise Refused(f"{o} is given twice.")
@@ -172,7 +174,8 @@ def demo_data(
         tfms = aug_transforms(do_flip=False, max_rotate=10, max_zoom=1.1, max_warp=0.15, max_lighting=0.1, p_affine=0.9, pad_mode='border')
         return glyphs(size=_or(size, 32)).dataloaders(_or(bs, 128), _or(per_class, 8), 'test', seed=seed, batch_tfms=tfms, num_workers=1)
     ds = MetricDataset.from_folder(data, bad='skip' if skip_bad else 'raise')
-    return ds.dataloaders(bs, _or(per_class, 4), 'val' if ds.df.label[ds.df.split=='val'].nunique()>=20 else 'test', seed=seed, size=_or(size, 128), num_workers=2)
+    return ds.dataloaders(bs, _or(per_class, 4), 'val' if ds.df.label[ds.df.split=='val'].nunique()>=20 else 'test', seed=seed,
+        size=_or(size, 128), num_workers=2)
 
 # %% ../../nbs/api/cli/01_commands.ipynb #ed84dd73
 def run_demo(
@@ -247,7 +250,8 @@ def _save_figure(fig, file):
 def dmlfast_demo(**kwargs):
     "Train an embedding, and show what it learned on classes it has never seen"
     with _refusing(): rows = run_demo(**kwargs)
-    print(f"\nOn classes it has never seen:\n\n{_table(rows)}\n" + (f"\n{rows['sentence']}\n" if 'sentence' in rows else '') + f"\nQueries with their nearest neighbours: {Path(kwargs.get('out', 'dmlfast-demo'))/'neighbours.png'}")
+    print(f"\nOn classes it has never seen:\n\n{_table(rows)}\n" + (f"\n{rows['sentence']}\n" if 'sentence' in rows else '')
+        + f"\nQueries with their nearest neighbours: {Path(kwargs.get('out', 'dmlfast-demo'))/'neighbours.png'}")
     return rows
 
 # %% ../../nbs/api/cli/01_commands.ipynb #dfeb78ee
@@ -298,7 +302,8 @@ def _resume_with(command, out): return f"`{command} --out {shlex.quote(str(out))
 def _left_by_training(out):
     "What an interrupted run left, in a sentence"
     if not (Path(out)/'settings.toml').is_file(): return 'Interrupted before anything was written.'
-    if not (Path(out)/'checkpoint'/'checkpoint.pt').is_file(): return f"Interrupted in the first epoch. {_resume_with('dmlfast-train', out)} begins it again."
+    if not (Path(out)/'checkpoint'/'checkpoint.pt').is_file():
+        return f"Interrupted in the first epoch. {_resume_with('dmlfast-train', out)} begins it again."
     return f"Interrupted after {_epochs_done(out)} epochs. The checkpoint is {str(Path(out)/'checkpoint'/'checkpoint.pt')!r}; {_resume_with('dmlfast-train', out)} goes on with it."
 
 def _tensorboard(folder):
@@ -330,13 +335,16 @@ def dmlfast_train(
             settings = _with_epochs(settings)
             cbs = [_tensorboard(tensorboard)] if tensorboard else []
         try:
-            with _refusing(lambda: can_resume(out)): res = train_settings(settings, out, resume=resume, overwrite=overwrite, report=report, plain=not sys.stdout.isatty(), cbs=cbs)
+            with _refusing(lambda: can_resume(out)):
+                res = train_settings(settings, out, resume=resume, overwrite=overwrite, report=report, plain=not sys.stdout.isatty(),
+                    cbs=cbs)
         except KeyboardInterrupt: raise Interrupted(_left_by_training(out)) from None
     if Json: print(json.dumps({'out':str(out), **res}))
     else:
         for split,o in res['scores'].items():
             some = any(m['low'] is not None for m in o['metrics'].values())
-            print(f"\nOn the {o['n_classes']} classes of {split!r}, {'with 95 % intervals' if some else 'which are too few for intervals, and to choose settings by'}:\n{_metrics_table(o)}")
+            print(f"\nOn the {o['n_classes']} classes of {split!r}, "
+                f"{'with 95 % intervals' if some else 'which are too few for intervals, and to choose settings by'}:\n{_metrics_table(o)}")
         for o in res.get('gain', {}).values(): print(f"\n{_features_row(o)}\n{o['sentence']}")
         print(f"\nAll of it is in {str(out)!r}; the embedder is {str(Path(out)/'embedder')!r}.")
     return res
@@ -347,7 +355,9 @@ def _embedder_of(run):
     run = Path(run)
     if (run/'embedder.json').is_file(): return run,None
     if (run/'embedder'/'embedder.json').is_file(): return run/'embedder',run/'settings.toml'
-    if (run/'settings.toml').is_file(): raise ValueError(f"{str(run)!r} holds an interrupted run, whose embedder is written at its end: {_resume_with('dmlfast-train', run)}.")
+    if (run/'settings.toml').is_file():
+        raise ValueError(f"{str(run)!r} holds an interrupted run, whose embedder is written at its end: "
+            f"{_resume_with('dmlfast-train', run)}.")
     raise ValueError(f"{str(run)!r} is neither a run of dmlfast-train nor an exported embedder.")
 
 def _eval_data(file, data, path, data_args, split, batch):
@@ -431,7 +441,9 @@ def dmlfast_eval(
             metric_names(metrics or 'all', (1,))
             if out: _check_eval_folder(out, overwrite)
             ds,split = _eval_data(file, data, path, data_args, split, dict(per_class=1, bs=bs, num_workers=workers, device=device))
-            def _embedded(o): return o.embedded(ds, None if split=='all' else split, bs=bs, num_workers=workers, progress=progress_bar if sys.stdout.isatty() else iter)
+            def _embedded(o):
+                return o.embedded(ds, None if split=='all' else split, bs=bs, num_workers=workers,
+                    progress=progress_bar if sys.stdout.isatty() else iter)
             embedder = load_embedder(folder, as_device(device))
             emb = _embedded(embedder)
             res = emb.evaluate(metrics or 'all', ci=ci, n_boot=n_boot, seed=seed)
@@ -483,14 +495,17 @@ def _check_tune_folder(out, resume, overwrite):
     ours = (out/'search.json').is_file()
     if resume and overwrite: raise ValueError("--resume goes on with a search and --overwrite begins it anew: take one of them.")
     if resume and not ours: raise ValueError(f"There is nothing to resume in {str(out)!r}.")
-    if check_folder(out, ours, 'search') and not (resume or overwrite): raise ValueError(f"{str(out)!r} holds a search: --resume goes on with it, --overwrite begins it anew.")
+    if check_folder(out, ours, 'search') and not (resume or overwrite):
+        raise ValueError(f"{str(out)!r} holds a search: --resume goes on with it, --overwrite begins it anew.")
 
 def _search_args(out, given, resume):
     "What to search for and how; raises `ValueError` where this is not what the search in the folder was"
     old = json.loads((Path(out)/'search.json').read_text(encoding='utf-8')) if resume else _tune_defaults
-    if old.get('space') and resume: old['space'] = {k:o if isinstance(o, dict) or o[0]!='range' else tuple(o[1:]) for k,o in old['space'].items()}
+    if old.get('space') and resume:
+        old['space'] = {k:o if isinstance(o, dict) or o[0]!='range' else tuple(o[1:]) for k,o in old['space'].items()}
     for k,v in given.items():
-        if resume and v is not None and k!='trials' and v!=old[k]: raise ValueError(f"--resume goes on with a search as it was, and --{k} was {old[k]} and is {v} here.")
+        if resume and v is not None and k!='trials' and v!=old[k]:
+            raise ValueError(f"--resume goes on with a search as it was, and --{k} was {old[k]} and is {v} here.")
     return {k:old[k] if given[k] is None else given[k] for k in old}
 
 def _as_json(space): return space and {k:['range',*o] if isinstance(o, tuple) else o for k,o in space.items()}
@@ -503,14 +518,17 @@ def _after_trial(settings, out, n):
     def _say(study, trial):
         score = '-' if trial.value is None else f'{trial.value:.4f}'
         k = sum(o.datetime_complete<=trial.datetime_complete for o in _done(study)) # numbers of trials have gaps where processes died
-        print(f"trial {k} of {n}: {trial.state.name.lower()}, {score}   " + ', '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k,v in trial.params.items()))
-        if any(o.state.name=='COMPLETE' for o in study.trials): save_settings(absolute_paths(best_settings(settings, study)), Path(out)/'best.toml')
+        print(f"trial {k} of {n}: {trial.state.name.lower()}, {score}   "
+            + ', '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k,v in trial.params.items()))
+        if any(o.state.name=='COMPLETE' for o in study.trials):
+            save_settings(absolute_paths(best_settings(settings, study)), Path(out)/'best.toml')
     return _say
 
 def _study_results(study):
     "What a search found, as plain numbers and strings"
     from dmlfast.study.tuning import _done
-    trials = [dict(number=i, state=o.state.name, score=o.value if o.state.name=='COMPLETE' else None, params=o.params) for i,o in enumerate(_done(study))]
+    trials = [dict(number=i, state=o.state.name, score=o.value if o.state.name=='COMPLETE' else None, params=o.params) for i,
+        o in enumerate(_done(study))]
     return dict(best=study.best_params, score=study.best_value, trials=trials)
 
 @command
@@ -542,24 +560,30 @@ def dmlfast_tune(
             where = search['space'] = search['space'] or run_space(settings)
             check_space(settings, where)
             if search['folds'] is None: search['folds'] = n_folds(read_data(settings.get('data', {})))
-            if search['trials']<1 or search['epochs']<1 or search['folds']<1: raise ValueError("--trials, --epochs and --folds are 1 or more.")
+            if search['trials']<1 or search['epochs']<1 or search['folds']<1:
+                raise ValueError("--trials, --epochs and --folds are 1 or more.")
         def _worth(): return (out/'best.toml').is_file()
         def _search():
             if overwrite: remove_files(out, _tune_files)
             out.mkdir(parents=True, exist_ok=True)
             if not resume: save_settings(absolute_paths(settings), out/'settings.toml')
             write_whole(out/'search.json', json.dumps({**search, 'space':_as_json(where)}, indent=1))
-            return tune_settings(settings, where, n_trials=search['trials'], n_epoch=search['epochs'], folds=search['folds'], metric=search['metric'],
-                storage=search['storage'] or out/'study.db', name=search['name'], seed=settings.get('seed', 0), callbacks=[_after_trial(settings, out, search['trials'])])
+            return tune_settings(settings, where, n_trials=search['trials'], n_epoch=search['epochs'], folds=search['folds'],
+                metric=search['metric'],
+                storage=search['storage'] or out/'study.db', name=search['name'], seed=settings.get('seed', 0),
+                callbacks=[_after_trial(settings, out, search['trials'])])
         try:
             with _refusing(_worth), clear_up(out, _tune_files, _worth): study = _search()
-        except KeyboardInterrupt: raise Interrupted(f"Interrupted. The finished trials are kept; {_resume_with('dmlfast-tune', out)} goes on.") from None
+        except KeyboardInterrupt:
+            raise Interrupted(f"Interrupted. The finished trials are kept; {_resume_with('dmlfast-tune', out)} goes on.") from None
         res = _study_results(study)
         save_settings(absolute_paths(best_settings(settings, study)), out/'best.toml')
         _save_figure(plot_study(study), out/'study.png')
         write_whole(out/'results.json', json.dumps(res, indent=1))
     if Json: print(json.dumps({'out':str(out), **res}))
-    else: print(f"\nBest score {res['score']:.4f}. `dmlfast-train --config {shlex.quote(str(out/'best.toml'))}` trains with these settings; {str(out/'study.png')!r} shows the search.")
+    else:
+        print(f"\nBest score {res['score']:.4f}. `dmlfast-train --config {shlex.quote(str(out/'best.toml'))}` trains with these settings; "
+            f"{str(out/'study.png')!r} shows the search.")
     return res
 
 # %% ../../nbs/api/cli/01_commands.ipynb #6fa579dc
@@ -576,7 +600,8 @@ def _plan_text(exp, hours, workers):
     looks = [f"{k}: {', '.join(f'{name} {_where(v)}' for name,v in o.items())}" for k,o in spaces.items() if o]
     shared = f', {_long(hours/workers)} with {workers} workers' if workers>1 and hours==hours else ''
     left = f"{exp.n_left()} trials and runs are left: {_long(hours)}{shared}." if exp.jobs() else 'All of it is done.'
-    return '\n\n'.join([repr(exp.ds), repr(exp), *(['The first trial of a search is with the defaults. Where they look:\n'+'\n'.join(looks)] if looks else []), left])
+    return '\n\n'.join([repr(exp.ds), repr(exp), *([
+        'The first trial of a search is with the defaults. Where they look:\n'+'\n'.join(looks)] if looks else []), left])
 
 def _bench_worker(plan, out, until, workers):
     "What each of several processes does"
@@ -605,12 +630,14 @@ def _share(plan, out, until, workers):
     import os, subprocess
     keep = dict(MALLOC_MMAP_THRESHOLD_=str(2**33), MALLOC_TRIM_THRESHOLD_=str(2**34)) # glibc else gives each large tensor's memory back, and asks for it anew: 1.4 times the time of a step on a CPU
     code = 'import sys; from dmlfast.cli.commands import _bench_worker; _bench_worker(*sys.argv[1:])'
-    ps = [subprocess.Popen([sys.executable, '-c', code, str(plan), str(out), '' if until is None else str(until), str(workers)], stdout=subprocess.PIPE, text=True, env={**keep, **os.environ}) for _ in range(workers)]
+    ps = [subprocess.Popen([sys.executable, '-c', code, str(plan), str(out), '' if until is None else str(until), str(workers)],
+        stdout=subprocess.PIPE, text=True, env={**keep, **os.environ}) for _ in range(workers)]
     try: said = [p.communicate()[0].strip() or f'one ended with status {p.returncode} and no word' for p in ps]
     finally:
         for p in ps:
             if p.poll() is None: p.terminate()
-    if failed := [o for p,o in zip(ps, said) if p.returncode]: raise RuntimeError(f"{len(failed)} of {workers} workers failed: {' '.join(dict.fromkeys(failed))}")
+    if failed := [o for p,o in zip(ps, said) if p.returncode]:
+        raise RuntimeError(f"{len(failed)} of {workers} workers failed: {' '.join(dict.fromkeys(failed))}")
 
 @command
 def dmlfast_bench(
@@ -634,7 +661,8 @@ def dmlfast_bench(
         print(_plan_text(exp, left, workers), end='\n\n')
         try:
             if not dry_run and exp.jobs(): _share(plan, exp.out, until, workers)
-        except KeyboardInterrupt: raise Interrupted(f"Interrupted. What is finished is in {str(exp.out)!r}; the same command goes on.") from None
+        except KeyboardInterrupt:
+            raise Interrupted(f"Interrupted. What is finished is in {str(exp.out)!r}; the same command goes on.") from None
         res = dict(out=str(exp.out), left=len(exp.jobs()), runs=exp.rows('run'))
     if Json: print(json.dumps(res, ensure_ascii=False))
     elif exp.rows('run') and not dry_run:

@@ -53,7 +53,8 @@ def _valid_classes(classes, valid_pct, n_valid, valid, seed):
             raise ValueError(f"`valid` names {some_of(unknown)}, which no item has; there are {len(classes)} classes: {some_of(classes)}.")
         return set(listify(valid))
     if n_valid is None:
-        if not (isinstance(valid_pct, Real) and 0<valid_pct<1): raise ValueError(f"`valid_pct` is the share of the classes for validation, between 0 and 1; got {valid_pct!r}.")
+        if not (isinstance(valid_pct, Real) and 0<valid_pct<1):
+            raise ValueError(f"`valid_pct` is the share of the classes for validation, between 0 and 1; got {valid_pct!r}.")
         n_valid = min(max(round(len(classes)*valid_pct), 1), len(classes)-1)
     elif not (isinstance(n_valid, Integral) and 0<n_valid<len(classes)):
         raise ValueError(f"`n_valid` is a number of classes, 1 to {len(classes)-1} of the {len(classes)} there are; got {n_valid!r}.")
@@ -75,7 +76,8 @@ def _labels_by(label_func, items):
         if label_func in items: return list(items[label_func])
         raise ValueError(f"The table has no column {label_func!r}; it has {some_of(items.columns, 9)}.")
     if callable(label_func): return [label_func(o) for o in items]
-    raise ValueError(f"`label_func` is a function from an item to its label, such as `parent_label`, and a column's name only where the items are a `DataFrame`; got {label_func!r} for a {type(items).__name__}.")
+    raise ValueError("`label_func` is a function from an item to its label, such as `parent_label`, and a column's name only where the "
+        f"items are a `DataFrame`; got {label_func!r} for a {type(items).__name__}.")
 
 def ClassSplitter(
     label_func, # Function from an item to its label, as `get_y`; the name of a column where the items are a `DataFrame`, which is faster
@@ -166,7 +168,8 @@ class BalancedSampler:
 def check_size(self:BalancedSampler):
     "Raise `ValueError` where a batch cannot have so many items"
     if not all(isinstance(o, Integral) and o>=1 for o in (self.bs,self.per_class)) or self.bs%self.per_class:
-        raise ValueError(f"`bs` must be a multiple of `per_class`, and both at least 1; got bs={self.bs!r} and per_class={self.per_class!r}.")
+        raise ValueError(f"`bs` must be a multiple of `per_class`, and both at least 1; got bs={self.bs!r} and "
+            f"per_class={self.per_class!r}.")
 
 @patch
 def check(self:BalancedSampler):
@@ -223,9 +226,13 @@ def check_target(
     if not hasattr(ds, 'tls') or not len(ds): return
     ys = ds.tls[ds.n_inp:]
     y = ys[0][0] if ys else None
-    if (len(ys)==1 or ys and several) and (isinstance(y, (int,np.integer)) or isinstance(y, Tensor) and y.ndim==0 and not y.is_floating_point()): return
-    raise ValueError("A loss of embeddings takes the class of each image, as `ClassBlock` makes it of a label, and the items of these data loaders have "
-        + ("no target." if not ys else f"{len(ys)} targets: leave out all but one." if len(ys)>1 else f"a {type(y).__name__}{f' of {y.dtype}, of shape {tuple(y.shape)},' if isinstance(y, Tensor) else ''} as their target."))
+    if (len(ys)==1 or ys and several) and (isinstance(y, (int,np.integer)) or isinstance(y, Tensor) and y.ndim==0
+        and not y.is_floating_point()):
+        return
+    raise ValueError("A loss of embeddings takes the class of each image, as `ClassBlock` makes it of a label, and the items of these "
+        "data loaders have "
+        + ("no target." if not ys else f"{len(ys)} targets: leave out all but one." if len(ys)>1 else "a "
+        f"{type(y).__name__}{f' of {y.dtype}, of shape {tuple(y.shape)},' if isinstance(y, Tensor) else ''} as their target."))
 
 def labels_of(
     ds, # fastai's `Datasets`

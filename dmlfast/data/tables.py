@@ -187,7 +187,8 @@ def data_folder(
     path, # Its path; `'.'` is the current one
 )->Path:
     "The folder that is meant; raises `ValueError` where there is none"
-    if not isinstance(path, (str,os.PathLike)) or path=='': raise ValueError(f"The images' folder is a path, such as 'photos', or '.' for the current one; got {path!r}.")
+    if not isinstance(path, (str,os.PathLike)) or path=='':
+        raise ValueError(f"The images' folder is a path, such as 'photos', or '.' for the current one; got {path!r}.")
     if not (path := Path(path)).is_dir(): raise ValueError(f"There is no folder {str(path)!r}.")
     return path
 

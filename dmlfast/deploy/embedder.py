@@ -113,7 +113,8 @@ class ImageEmbedder:
         return f"ImageEmbedder({getattr(self.model, 'arch', type(self.model).__name__)}, {self.preprocess!r}, {len(self)} items of {len(set(self.labels))} classes in the gallery)"
 
 # %% ../../nbs/api/deploy/00_embedder.ipynb #1d5ff145
-def _is_one(images): return isinstance(images, (str,Path,bytes,bytearray,memoryview,Image.Image)) or hasattr(images, 'read') or isinstance(images, (np.ndarray,Tensor)) and images.ndim<4
+def _is_one(images):
+    return isinstance(images, (str,Path,bytes,bytearray,memoryview,Image.Image)) or hasattr(images, 'read') or isinstance(images, (np.ndarray,Tensor)) and images.ndim<4
 
 def _is_input(o): return isinstance(o, Tensor) and o.ndim==3 and o.is_floating_point()
 
@@ -143,7 +144,8 @@ def embed(self:ImageEmbedder,
     "Embeddings of images; raises `ValueError` for what is no image"
     if _is_one(images): return self.embed([images])[0]
     if isinstance(images, dict) or not (hasattr(images, '__len__') and hasattr(images, '__getitem__')):
-        raise ValueError(f"An image is a path, bytes, a file, a PIL image, an array or a tensor, and several are a list of these; got a {type(images).__name__}.")
+        raise ValueError("An image is a path, bytes, a file, a PIL image, an array or a tensor, and several are a list of these; got a "
+            f"{type(images).__name__}.")
     if not isinstance(bs, numbers.Integral) or bs<1: raise ValueError(f"`bs` is a number of images, 1 or more; got {bs!r}.")
     if not len(images): raise ValueError("There are no images to embed.")
     def _prepare(o): return o.float() if _is_input(o) else self.preprocess(o)
@@ -172,8 +174,10 @@ def add_embs(self:ImageEmbedder,
     items, # A name for each
 )->ImageEmbedder: # Itself
     "Put embeddings into the gallery; raises `ValueError` where the numbers do not agree"
-    if not len(embs)==len(labels)==len(items): raise ValueError(f"{len(embs)} images, {len(labels)} labels and {len(items)} names do not go together.")
-    if self.embs is not None and embs.shape[1]!=self.embs.shape[1]: raise ValueError(f"The gallery holds embeddings of {self.embs.shape[1]} numbers, and not of {embs.shape[1]}.")
+    if not len(embs)==len(labels)==len(items):
+        raise ValueError(f"{len(embs)} images, {len(labels)} labels and {len(items)} names do not go together.")
+    if self.embs is not None and embs.shape[1]!=self.embs.shape[1]:
+        raise ValueError(f"The gallery holds embeddings of {self.embs.shape[1]} numbers, and not of {embs.shape[1]}.")
     self.embs = embs.float() if self.embs is None else torch.cat([self.embs, embs.float()])
     self.labels,self.items = self.labels+[str(o.item() if hasattr(o, 'item') else o) for o in labels],self.items+[str(o) for o in items]
     return self
@@ -195,7 +199,9 @@ def search(self:ImageEmbedder,
 def _split_of(ds, split):
     "Images of a split of a data set, and what is known of them"
     images = ds.items(*([split] if split else []))
-    if not len(images): raise ValueError(f"{ds.name} has no split {split!r}; its splits are {', '.join(ds.summary().index)}." if split else f"{ds.name} has no images.")
+    if not len(images):
+        raise ValueError(f"{ds.name} has no split {split!r}; its splits are {', '.join(ds.summary().index)}." if split
+            else f"{ds.name} has no images.")
     label_of = dict(zip(ds.items(), ds.df.label))
     return images,[label_of[o] for o in images],in_order(ds.df.label),ds.protocol(images),f"{ds.name}, {split or 'all'}"
 
@@ -212,9 +218,11 @@ def embedded(self:ImageEmbedder,
     images,vocab,known,on = [data] if _is_one(data) else data,None,{},None
     if hasattr(data, 'protocol'): images,labels,vocab,known,on = _split_of(data, split)
     elif split is not None: raise ValueError("A split is of a data set, and these are images: give `labels` by name.")
-    if labels is not None and len(labels)!=len(images): raise ValueError(f"{len(images)} images and {len(labels)} labels do not go together.")
+    if labels is not None and len(labels)!=len(images):
+        raise ValueError(f"{len(images)} images and {len(labels)} labels do not go together.")
     embs = self.embed(images, bs, min(16, os.cpu_count() or 1) if num_workers is None else num_workers, progress)
-    facts = dict(self.facts, network=getattr(self.model, 'arch', type(self.model).__name__), preprocess=repr(self.preprocess), measured_on=on)
+    facts = dict(self.facts, network=getattr(self.model, 'arch', type(self.model).__name__), preprocess=repr(self.preprocess),
+        measured_on=on)
     pre = {k:getattr(self.preprocess, k) for k in ('mode','background') if hasattr(self.preprocess, k)}
     image = None if any(map(_is_input, images)) else lambda i: open_image(images[i], **pre)
     return Embedded(embs, items=_names(images), image=image, facts=facts, **({} if labels is None else numbered(labels, vocab)), **known)
@@ -232,11 +240,13 @@ def to_onnx(self:ImageEmbedder,
     steps = getattr(self.preprocess, 'steps', [])
     if size is None and not steps: raise ValueError("The preprocessing does not say how large an image is: give `size`.")
     h,w = (size,size) if isinstance(size, int) else size or steps[-1][1][::-1]
-    x = torch.randn(2, 1 if getattr(self.preprocess, 'mode', 'RGB')=='L' else 3, h, w, generator=torch.Generator().manual_seed(0)).to(self.device)
+    x = torch.randn(2, 1 if getattr(self.preprocess, 'mode', 'RGB')=='L' else 3, h, w,
+        generator=torch.Generator().manual_seed(0)).to(self.device)
     more = torch.cat([x,x[:1]])
     with torch.no_grad(): want = self.model(more).cpu()
     with whole_file(path) as tmp:
-        torch.onnx.export(unwrapped(self.model), (x,), str(tmp), input_names=['images'], output_names=['embeddings'], dynamic_shapes=({0:torch.export.Dim('n')},), external_data=False, verbose=False)
+        torch.onnx.export(unwrapped(self.model), (x,), str(tmp), input_names=['images'], output_names=['embeddings'],
+            dynamic_shapes=({0:torch.export.Dim('n')},), external_data=False, verbose=False)
         got = torch.from_numpy(onnxruntime.InferenceSession(str(tmp), providers=['CPUExecutionProvider']).run(None, {'images':more.cpu().numpy()})[0])
         diff = (got-want).abs().max().item()
         if not diff<=tol: raise ValueError(f"{str(path)!r} is not written: the network as ONNX differs from this one by {diff:.1e}.")

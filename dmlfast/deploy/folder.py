@@ -57,23 +57,30 @@ _rules = { # for each field what it may be, and how that is said
         f'an object of at most 256 values: text, true, false, null and numbers of up to {_max_side:,}'),
     'preprocess': _object,
     'preprocess.steps': (lambda o: isinstance(o, list) and len(o)<=16 and all(map(_is_step, o)),
-        f"at most 16 of [{', '.join(map(repr, Preprocess.kinds))}; [width, height] of up to {_max_side:,} each and {_max_px:,} pixels; the number of a PIL filter, 0 to 5]"),
+        f"at most 16 of [{', '.join(map(repr, Preprocess.kinds))}; [width, height] of up to {_max_side:,} each and {_max_px:,} pixels; "
+        "the number of a PIL filter, 0 to 5]"),
     'preprocess.mean': (lambda o: _is_channels(o, -1e3, 1e3), 'null, or 1 or 3 numbers from -1,000 to 1,000'),
     'preprocess.std': (lambda o: _is_channels(o, 1e-6, 1e3), 'null, or 1 or 3 numbers from 0.000001 to 1,000'),
     'preprocess.mode': (lambda o: o in ('RGB','L'), "'RGB' or 'L'"),
     'preprocess.background': (lambda o: o is None or isinstance(o, str) and len(o)<=40, 'null, or the name of a colour'),
     'facts': (lambda o: o is None or isinstance(o, dict), 'an object'),
     'versions': (lambda o: isinstance(o, dict) and all(isinstance(v, str) for v in o.values()), 'an object of text'),
-    'sha256': (lambda o: isinstance(o, dict) and all(map(_is_hash, o.items())), 'an object with 64 hexadecimal digits for the name of each file, which is in no other folder')}
+    'sha256': (lambda o: isinstance(o, dict) and all(map(_is_hash, o.items())), 'an object with 64 hexadecimal digits for the name of '
+    'each file, which is in no other folder')}
 _optional = 'facts','versions','preprocess.background'
 
 # %% ../../nbs/api/deploy/01_folder.ipynb #1b77c72f
-def _refuse(folder, name, field, want, got): raise ValueError(f"{name!r} in {str(folder)!r}: `{field}` must be {want}; got {reprlib.repr(got)}.")
+def _refuse(folder, name, field, want, got):
+    raise ValueError(f"{name!r} in {str(folder)!r}: `{field}` must be {want}; got {reprlib.repr(got)}.")
 
 def _check_about(about, folder, skip=_optional):
     "Raise `ValueError` where a field of a description is not there, or is not what it may be"
-    if not isinstance(about, dict): raise ValueError(f"'embedder.json' in {str(folder)!r} does not describe an embedder: it must hold an object; got {reprlib.repr(about)}.")
-    if not _is_plain(about): raise ValueError(f"'embedder.json' in {str(folder)!r} does not describe an embedder: it is nested more than {_max_deep} levels deep.")
+    if not isinstance(about, dict):
+        raise ValueError(f"'embedder.json' in {str(folder)!r} does not describe an embedder: it must hold an object; got "
+            f"{reprlib.repr(about)}.")
+    if not _is_plain(about):
+        raise ValueError(f"'embedder.json' in {str(folder)!r} does not describe an embedder: it is nested more than {_max_deep} levels "
+            "deep.")
     for field,(ok,want) in _rules.items():
         part,_,key = field.rpartition('.')
         at = about[part] if part else about
@@ -81,7 +88,8 @@ def _check_about(about, folder, skip=_optional):
             if field in skip: continue
             raise ValueError(f"'embedder.json' in {str(folder)!r} lacks {field}: it must be {want}.")
         if field=='format' and _whole(at[key], _format+1, 2**31):
-            raise ValueError(f"{str(folder)!r} was written by a newer version of the library (format {at[key]}; this one reads up to {_format}).")
+            raise ValueError(f"{str(folder)!r} was written by a newer version of the library (format {at[key]}; this one reads up to "
+                f"{_format}).")
         if not ok(at[key]): _refuse(folder, 'embedder.json', field, want, at[key])
     mean,std = (about['preprocess'][o] for o in ('mean','std'))
     if (mean is None)!=(std is None): _refuse(folder, 'embedder.json', 'preprocess.std', 'given if and only if preprocess.mean is', std)
@@ -102,7 +110,8 @@ def _probe(model, preprocess):
     "Embed an empty image, of the shape that the preprocessing makes"
     kwargs,steps = model.named['model_kwargs'],preprocess['steps']
     c,size = kwargs.get('in_chans', 3),steps[-1][1][::-1] if steps else to_2tuple(kwargs.get('img_size', model.cfg['input_size'][1:]))
-    if c in (1,3): c = max(dict(L=1, RGB=3)[preprocess['mode']], len(preprocess['mean'] or [])) # other networks take batches of tensors alone
+    # other networks take batches of tensors alone
+    if c in (1,3): c = max(dict(L=1, RGB=3)[preprocess['mode']], len(preprocess['mean'] or []))
     model.eval()(torch.zeros(1, c, *size, device=next(model.parameters()).device))
 
 def _check_finite(tensors, what):
@@ -121,7 +130,8 @@ def check_folder(
     "Raise `FileExistsError` where something else would be lost"
     folder = Path(folder).resolve()
     if not folder.exists() or folder.is_dir() and not any(folder.iterdir()): return folder
-    if not (folder/'embedder.json').is_file(): raise FileExistsError(f"{str(folder)!r} is there already and is no embedder's folder: it is not overwritten.")
+    if not (folder/'embedder.json').is_file():
+        raise FileExistsError(f"{str(folder)!r} is there already and is no embedder's folder: it is not overwritten.")
     if not overwrite: raise FileExistsError(f"{str(folder)!r} is there already: `overwrite=True` replaces it.")
     return folder
 
@@ -137,10 +147,14 @@ def _take_place(new, folder):
 
 def _description(embedder, spec):
     "What `embedder.json` will hold, but for the hashes, as JSON gives it back"
-    res = dict(format=_format, model=spec, preprocess=embedder.preprocess.spec(), facts=embedder.facts, versions={o:version(o) for o in ('dmlfast','timm','torch')})
+    res = dict(format=_format, model=spec, preprocess=embedder.preprocess.spec(), facts=embedder.facts,
+        versions={o:version(o) for o in ('dmlfast','timm','torch')})
     try: text = json.dumps(res, indent=1, ensure_ascii=False).encode()
-    except (TypeError,ValueError,RecursionError) as e: raise ValueError(f"This embedder's description cannot be written as JSON: {e}.") from e
-    if len(text)>_max_about//2: raise ValueError(f"This embedder's description has {len(text):,} bytes, and at most {_max_about//2:,} can be written: hold fewer facts.")
+    except (TypeError,ValueError,RecursionError) as e:
+        raise ValueError(f"This embedder's description cannot be written as JSON: {e}.") from e
+    if len(text)>_max_about//2:
+        raise ValueError(f"This embedder's description has {len(text):,} bytes, and at most {_max_about//2:,} can be written: hold fewer "
+            "facts.")
     return json.loads(text)
 
 def _check_whole(embedder, preprocess):
@@ -148,7 +162,8 @@ def _check_whole(embedder, preprocess):
     model = unwrapped(embedder.model)
     _check_finite(model.embedder_state(), 'The model cannot be written')
     n = model.emb_sz
-    if len(embedder) and embedder.embs.shape[1]!=n: raise ValueError(f"The gallery holds embeddings of {embedder.embs.shape[1]} numbers, and the model makes {n}.")
+    if len(embedder) and embedder.embs.shape[1]!=n:
+        raise ValueError(f"The gallery holds embeddings of {embedder.embs.shape[1]} numbers, and the model makes {n}.")
     if len(embedder): _check_finite(dict(gallery=embedder.embs), 'The embedder cannot be written')
     try: _probe(model, preprocess)
     except Exception as e: raise ValueError(f"The model cannot take the images that its preprocessing makes: {_last_line(e)}") from e
@@ -162,7 +177,8 @@ def save(self:ImageEmbedder,
     folder = check_folder(folder, overwrite)
     model = unwrapped(self.model)
     if not isinstance(model, Embedder) or not isinstance(self.preprocess, Preprocess):
-        raise ValueError(f"Only an `Embedder` with a `Preprocess` can be written as a folder, and this is a {type(model).__name__} with a {type(self.preprocess).__name__}.")
+        raise ValueError(f"Only an `Embedder` with a `Preprocess` can be written as a folder, and this is a {type(model).__name__} with a "
+            f"{type(self.preprocess).__name__}.")
     _check_spec(spec := model.spec(), folder)
     about = _description(self, spec)
     _check_about(about, folder, ('sha256',))
@@ -172,7 +188,8 @@ def save(self:ImageEmbedder,
         tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}-'))
         try:
             try: self.write(tmp, about)
-            except (OSError,SafetensorError) as e: raise OSError(f"The embedder cannot be written to {str(folder)!r}: {_last_line(e)}") from e
+            except (OSError,SafetensorError) as e:
+                raise OSError(f"The embedder cannot be written to {str(folder)!r}: {_last_line(e)}") from e
             _prove(tmp, folder)
             tmp.chmod(0o755)
             _take_place(tmp, folder)
@@ -194,7 +211,8 @@ def write(self:ImageEmbedder,
     save_file({k:v.detach().cpu().contiguous() for k,v in unwrapped(self.model).embedder_state().items()}, folder/'weights.safetensors')
     if len(self):
         save_file({'embs':self.embs.contiguous()}, folder/'gallery.safetensors')
-        (folder/'gallery.json').write_text(json.dumps(dict(labels=self.labels, items=self.items), ensure_ascii=False), encoding='utf-8', errors='surrogateescape')
+        (folder/'gallery.json').write_text(json.dumps(dict(labels=self.labels, items=self.items), ensure_ascii=False), encoding='utf-8',
+            errors='surrogateescape')
     about['sha256'] = {o.name:_sha(o) for o in sorted(folder.iterdir())}
     (folder/'embedder.json').write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding='utf-8')
     for o in folder.iterdir(): o.chmod(0o644) # safetensors lets the owner alone read
@@ -209,7 +227,9 @@ def _about(folder):
     "The checked description in `folder`"
     fn = folder/'embedder.json'
     if not fn.is_file(): raise FileNotFoundError(f"{str(folder)!r} holds no embedder: there is no 'embedder.json' in it.")
-    if fn.stat().st_size>_max_about: raise ValueError(f"'embedder.json' in {str(folder)!r} does not describe an embedder: it has {fn.stat().st_size:,} bytes, and must have at most {_max_about:,}.")
+    if fn.stat().st_size>_max_about:
+        raise ValueError(f"'embedder.json' in {str(folder)!r} does not describe an embedder: it has {fn.stat().st_size:,} bytes, and must "
+            f"have at most {_max_about:,}.")
     about = _json(folder, 'embedder.json')
     _check_about(about, folder)
     _check_files(about['sha256'], folder)
@@ -221,7 +241,9 @@ def _check_files(sha256, folder):
     want = ['weights.safetensors',*parts] if any(o in sha256 or (folder/o).exists() for o in parts) else ['weights.safetensors']
     for name in dict.fromkeys([*want,*sha256]):
         if not (folder/name).is_file(): raise FileNotFoundError(f"{str(folder)!r} is incomplete: there is no {name!r}.")
-        if name not in sha256: raise ValueError(f"'embedder.json' in {str(folder)!r} lacks sha256 of {name!r}: every file that is read must have its hash there.")
+        if name not in sha256:
+            raise ValueError(f"'embedder.json' in {str(folder)!r} lacks sha256 of {name!r}: every file that is read must have its hash "
+                "there.")
         if _sha(folder/name)!=sha256[name]: raise ValueError(f"{name!r} in {str(folder)!r} was changed or cut off since it was written.")
 
 # %% ../../nbs/api/deploy/01_folder.ipynb #b11fa3de
@@ -229,8 +251,10 @@ def _header(folder, name):
     "Shape and type of each tensor in `name`, none of which is read"
     try:
         with safe_open(folder/name, 'pt') as f: parts = {k:f.get_slice(k) for k in f.keys()}
-        return {k:SimpleNamespace(shape=torch.Size(o.get_shape()), is_float=o.get_dtype() in ('F64','F32','F16','BF16')) for k,o in parts.items()}
-    except (SafetensorError,OSError) as e: raise ValueError(f"{name!r} in {str(folder)!r} cannot be read: it must be in the format safetensors ({_last_line(e)}).") from e
+        return {k:SimpleNamespace(shape=torch.Size(o.get_shape()), is_float=o.get_dtype() in ('F64','F32','F16','BF16')) for k,
+            o in parts.items()}
+    except (SafetensorError,OSError) as e:
+        raise ValueError(f"{name!r} in {str(folder)!r} cannot be read: it must be in the format safetensors ({_last_line(e)}).") from e
 
 @contextlib.contextmanager
 def _at_most(n, count, says):
@@ -248,13 +272,16 @@ def _at_most(n, count, says):
 def _building(folder):
     "Whatever timm says of arguments that are wrong is a `ValueError`"
     try: yield
-    except Exception as e: raise ValueError(f"'embedder.json' in {str(folder)!r}: `model` must be what timm can build and what takes the images of `preprocess`: {_last_line(e)}") from e
+    except Exception as e:
+        raise ValueError(f"'embedder.json' in {str(folder)!r}: `model` must be what timm can build and what takes the images of "
+            f"`preprocess`: {_last_line(e)}") from e
 
 # %% ../../nbs/api/deploy/01_folder.ipynb #4cb726e4
 def _build(about, header, device):
     "The model of a description, as long as it does not grow beyond the weights"
     spec,n = about['model'],sum(math.prod(o.shape) for o in header.values())
-    with torch.device(device), _at_most(2*n+2**20, 2*len(header)+1000, f"it has far more parameters than the {n:,} numbers in 'weights.safetensors'."):
+    with torch.device(device), _at_most(2*n+2**20, 2*len(header)+1000, f"it has far more parameters than the {n:,} numbers in "
+        "'weights.safetensors'."):
         res = Embedder(**{k:v for k,v in spec.items() if k!='model_kwargs'}, pretrained=False, **spec['model_kwargs'])
     _probe(res, about['preprocess'])
     return res
@@ -263,8 +290,10 @@ def _check_fit(model, header, folder):
     "Raise `ValueError` where a model's tensors are not those of `header`"
     says,have = f"The weights in {str(folder)!r} do not fit the model that is described there",model.embedder_state()
     if any((wrong := misfits(have, header)).values()): raise ValueError(f"{says}: {misfits_said(wrong)}.")
-    if bad := [k for k,v in have.items() if k in header and v.is_floating_point()!=header[k].is_float]: raise ValueError(f"{says}: {bad[0]} must be of {have[bad[0]].dtype}.")
-    if sum(o.numel() for o in model.buffers())>sum(math.prod(o.shape) for o in header.values())+2**26: raise ValueError(f"{says}: it needs far more memory than they do.")
+    if bad := [k for k,v in have.items() if k in header and v.is_floating_point()!=header[k].is_float]:
+        raise ValueError(f"{says}: {bad[0]} must be of {have[bad[0]].dtype}.")
+    if sum(o.numel() for o in model.buffers())>sum(math.prod(o.shape) for o in header.values())+2**26:
+        raise ValueError(f"{says}: it needs far more memory than they do.")
 
 def _model(about, folder):
     "The model of a description, which takes memory when a sketch of it without any fits the weights"
@@ -280,7 +309,8 @@ def _model(about, folder):
 def _tensors(folder, name):
     "The tensors in a file, all of which are finite"
     try: res = load_file(folder/name)
-    except (SafetensorError,OSError,RuntimeError) as e: raise ValueError(f"{name!r} in {str(folder)!r} cannot be read: {_last_line(e)}") from e
+    except (SafetensorError,OSError,RuntimeError) as e:
+        raise ValueError(f"{name!r} in {str(folder)!r} cannot be read: {_last_line(e)}") from e
     _check_finite(res, f"{name!r} in {str(folder)!r}")
     return res
 
@@ -289,7 +319,8 @@ def _gallery(folder, emb_sz):
     g,header = _json(folder, 'gallery.json', 'surrogateescape'),_header(folder, 'gallery.safetensors')
     at = header.get('embs')
     if len(header)!=1 or at is None or not at.is_float or len(at.shape)!=2 or at.shape[1]!=emb_sz or not at.shape[0]:
-        _refuse(folder, 'gallery.safetensors', 'embs', f'its only tensor, of floats in at least one row of {emb_sz} numbers', {k:tuple(o.shape) for k,o in header.items()})
+        _refuse(folder, 'gallery.safetensors', 'embs', f'its only tensor, of floats in at least one row of {emb_sz} numbers',
+            {k:tuple(o.shape) for k,o in header.items()})
     for k in ('labels','items'):
         got = g.get(k) if isinstance(g, dict) else g
         if not isinstance(got, list) or len(got)!=at.shape[0] or not all(isinstance(o, str) for o in got):
@@ -305,10 +336,12 @@ def load_embedder(
     folder = Path(folder)
     about = _about(folder)
     try: preprocess = Preprocess(**{'background':None, **about['preprocess']})
-    except (TypeError,ValueError) as e: raise ValueError(f"'embedder.json' in {str(folder)!r}: `preprocess` must be the arguments of `Preprocess`: {_last_line(e)}") from e
+    except (TypeError,ValueError) as e:
+        raise ValueError(f"'embedder.json' in {str(folder)!r}: `preprocess` must be the arguments of `Preprocess`: {_last_line(e)}") from e
     model = _model(about, folder)
     try: model.load_state_dict(_tensors(folder, 'weights.safetensors'))
-    except RuntimeError as e: raise ValueError(f"The weights in {str(folder)!r} do not fit the model that is described there: {_last_line(e)}") from e
+    except RuntimeError as e:
+        raise ValueError(f"The weights in {str(folder)!r} do not fit the model that is described there: {_last_line(e)}") from e
     res = ImageEmbedder(model.to(device), preprocess, about.get('facts'))
     if 'gallery.json' in about['sha256']: res.add_embs(*_gallery(folder, about['model']['emb_sz']))
     return res

@@ -19,7 +19,8 @@ def nearest(
     "The sentence that names the nearest of some names, and all of them where none is near"
     said = names if isinstance(names, dict) else {str(o).lower():o for o in names}
     likeness,near = max(((_likeness(str(name).lower(), o), o) for o in said), default=(0,None))
-    return f"There is no {what} {shortened(name)}; " + (f"the nearest is {said[near]!r}." if likeness>.6 else f"there are {', '.join(map(repr, dict.fromkeys(said.values())))}.")
+    return f"There is no {what} {shortened(name)}; " + (f"the nearest is {said[near]!r}." if likeness>.6
+        else f"there are {', '.join(map(repr, dict.fromkeys(said.values())))}.")
 
 def _likeness(a, b):
     "How alike two names are, 0 to 1; in the same table, as of `'loss.margn'`, what makes them differ counts"

@@ -86,7 +86,8 @@ def _flat(o, at=''):
 def _facts_said(facts):
     "Rows about what made embeddings, as far as it is known"
     facts = {k:v for k,v in facts.items() if k!='measured_on'}
-    return _flat({_words.get(k, k):facts[k] for k in (*(o for o in _words if o in facts),*(o for o in facts if o not in _words)) if k!='settings'}) | _flat(facts.get('settings') or {}, '')
+    return _flat({_words.get(k, k):facts[k] for k in (*(o for o in _words if o in facts),*(o for o in facts if o not in _words))
+        if k!='settings'}) | _flat(facts.get('settings') or {}, '')
 
 # %% ../../nbs/api/look/01_page.ipynb #29a19db1
 def _fmt(x): return str(x) if not isinstance(x, float) else '' if np.isnan(x) else f'{x:.4f}'
@@ -215,12 +216,15 @@ def _figures(interp, n, images, confused):
     "Figures of what was found, by name"
     fig,axs = plt.subplots(1, 3, figsize=(10,3.4), layout='constrained')
     interp.plot_recall(axs[0]), interp.plot_pr(axs[1]), interp.plot_similarities(axs[2])
-    yield 'curves_retrieval',fig,('Left: the share of queries with their class among their k nearest. Middle: of the items that are listed until a share of the right ones is found (recall), how many are right (precision). '
+    yield 'curves_retrieval',fig,('Left: the share of queries with their class among their k nearest. Middle: of the items that are '
+        'listed until a share of the right ones is found (recall), how many are right (precision). '
         'Right: the similarities of pairs of one class and of two; the less they overlap, the better.')
     if images:
         yield 'neighbours',interp.plot_neighbours(max_n=n),'Queries drawn at random and their nearest neighbours, nearest first. A tick and a green frame: right; a cross and a red frame: wrong. Below, the cosine similarity.'
-        if interp.result.used.any(): yield 'worst',interp.plot_top_losses(max_n=n),'The queries with the least average precision (AP), worst first.'
-        if len(confused): yield 'confused',interp.plot_most_confused(),'The classes that are confused most often, and the most confident of these mistakes.'
+        if interp.result.used.any():
+            yield 'worst',interp.plot_top_losses(max_n=n),'The queries with the least average precision (AP), worst first.'
+        if len(confused):
+            yield 'confused',interp.plot_most_confused(),'The classes that are confused most often, and the most confident of these mistakes.'
 
 # %% ../../nbs/api/look/01_page.ipynb #a1904885
 def _tile(r, name):
@@ -231,9 +235,11 @@ def _metrics(r):
     "Head, rows and notes of the table of metrics"
     head,rows,_ = r._table()
     n,reps = len(r.labels),r.settings.get('repeats', 1)
-    notes = [f'{n//reps:,} queries'+(f', each in {reps} galleries' if reps>1 else '')+(f'; {r.n_left_out:,} are left out, for nothing is relevant to them' if r.n_left_out else '')+'.']
+    notes = [f'{n//reps:,} queries'+(f', each in {reps} galleries' if reps>1 else '')+(f'; {r.n_left_out:,} are left out, for nothing is '
+        'relevant to them' if r.n_left_out else '')+'.']
     notes += [f'2.5 % and 97.5 % are the ends of a 95 % interval, from {r.n_boot:,} samples of the {r.ci}.'] if any(map(r.interval, r.keys())) else []
-    return ['metric','mean of queries','mean of classes',*head[3:]],rows,notes+[o[0].upper()+o[1:]+'.' for o in dict.fromkeys(filter(None, map(r.why_no_interval, r.keys())))]
+    return ['metric','mean of queries','mean of classes',*head[3:]],rows,notes+[o[0].upper()+o[1:]+'.'
+        for o in dict.fromkeys(filter(None, map(r.why_no_interval, r.keys())))]
 
 def _what(interp):
     "How was it measured?"
@@ -275,34 +281,46 @@ def write_page(
     **known # What else is known, by the names in `_unknown`
 )->Path: # The file
     "Write a page about embeddings and what is known of them"
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(_template).render(_context(interp, {**_unknown, **known}, code, n_queries, began))
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(_template).render(
+        _context(interp, {**_unknown, **known}, code, n_queries, began))
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, page)
     return file
 
 def _sections(o):
     "Ids and names of the sections that a page has"
-    return [(k,name) for k,name,there in (('findings','What is wrong',o['findings'] is not None), ('gain','Gain',o['gain'] or o['decisions']), ('metrics','Metrics',True), ('neighbours','Neighbours',True), ('confusions','Confusions',True),
-        ('training','Training',o['epochs'] is not None), ('settings','Settings',True), ('data','Data',o['data']), ('repeat','Do it again',True), ('versions','Versions',True)) if there]
+    return [(k,name) for k,name,there in (('findings','What is wrong',o['findings'] is not None),
+        ('gain','Gain',o['gain'] or o['decisions']), ('metrics','Metrics',True), ('neighbours','Neighbours',True),
+        ('confusions','Confusions',True),
+        ('training','Training',o['epochs'] is not None), ('settings','Settings',True), ('data','Data',o['data']),
+        ('repeat','Do it again',True), ('versions','Versions',True)) if there]
 
 def _context(interp, known, code, n, began):
     "What the template is filled with"
     r,images,confused,gain = interp.result,_drawable(interp),interp.most_confused(),known['gain']
     command,own = ('',code) if code is not None else _repeat()
-    figures = {k:_figure(k, f, text, k in ('neighbours','worst','confused')) for figs in (_figures(interp, n, images, confused),known['figures']) for k,f,text in figs}
+    figures = {k:_figure(k, f, text, k in ('neighbours','worst','confused'))
+        for figs in (_figures(interp, n, images, confused),known['figures']) for k,f,text in figs}
     head,rows = known['epochs'] or ((),())
-    return known|dict(when=datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'), n_items=f'{len(interp):,}', n_classes=f'{len(interp.labels.unique()):,}', sections=_sections(known),
-        says=gain and known['says'] and (_way(gain),gain.sentence), gain=gain and _gain_rows(gain), gain_note=gain and _gain_note(gain), what=_what(interp), meanings=metric_meanings(r.keys()), metrics=_metrics(r), figures=figures, images=images,
-        tiles=[_tile(r, o) for o in dict.fromkeys((f'recall@{interp.ks[0]}',f'recall@{max([k for k in interp.ks if k<=10] or interp.ks[:1])}','map@r'))]+[('overlap of similarities',f'{interp.similarities()["overlap"]:.2f}','0: classes apart, 1: no difference')],
-        confused=(['class of the query','class of its nearest','times','of'],confused[['query','found','count','of']].values.tolist()), epochs=known['epochs'] and (head,[[_fmt(o) for o in row] for row in rows]),
-        settings=known['settings']|{'time of this report':f'{time.perf_counter()-began:.1f} s'}, command=command, code=own, versions=run_versions(), result=r.to_dict()|({'gain':gain.to_dict()} if gain else {}))
+    return known|dict(when=datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'), n_items=f'{len(interp):,}',
+        n_classes=f'{len(interp.labels.unique()):,}', sections=_sections(known),
+        says=gain and known['says'] and (_way(gain),gain.sentence), gain=gain and _gain_rows(gain), gain_note=gain and _gain_note(gain),
+        what=_what(interp), meanings=metric_meanings(r.keys()), metrics=_metrics(r), figures=figures, images=images,
+        tiles=[_tile(r, o) for o in dict.fromkeys((f'recall@{interp.ks[0]}',
+        f'recall@{max([k for k in interp.ks if k<=10] or interp.ks[:1])}','map@r'))]+[('overlap of similarities',
+        f'{interp.similarities()["overlap"]:.2f}','0: classes apart, 1: no difference')],
+        confused=(['class of the query','class of its nearest','times','of'],confused[['query','found','count','of']].values.tolist()),
+        epochs=known['epochs'] and (head,[[_fmt(o) for o in row] for row in rows]),
+        settings=known['settings']|{'time of this report':f'{time.perf_counter()-began:.1f} s'}, command=command, code=own,
+        versions=run_versions(), result=r.to_dict()|({'gain':gain.to_dict()} if gain else {}))
 
 # %% ../../nbs/api/look/01_page.ipynb #0042c596
 def data_known(
     dls, # `DataLoaders`, or a `MetricDataset`
 )->dict: # Parts of a page
     "What a page says about data"
-    return dict(data=split_table(dls), hashes={'data set':getattr(getattr(dls, 'source', dls), 'name', '(not named)'),'hash of the splits':split_hash(dls)})
+    return dict(data=split_table(dls), hashes={'data set':getattr(getattr(dls, 'source', dls), 'name', '(not named)'),
+        'hash of the splits':split_hash(dls)})
 
 @patch
 def report(self:Embedded,
@@ -317,5 +335,6 @@ def report(self:Embedded,
     "Write a page about embeddings and what is known of them; raises `FileExistsError` rather than overwrite one, and `ValueError` where the items have no labels"
     began,file,on = time.perf_counter(),page_file(folder, overwrite),self.facts.get('measured_on')
     interp = self if isinstance(self, RetrievalInterpretation) else RetrievalInterpretation.of(self)
-    return write_page(interp, file, began, code, n_queries, title=title or f"{self.facts.get('network', 'An embedding')} on {on or 'its items'}", **(dict(split=on) if on else {}), gain=gain, says=gain is not None,
+    return write_page(interp, file, began, code, n_queries, title=title or f"{self.facts.get('network', 'An embedding')} on "
+        f"{on or 'its items'}", **(dict(split=on) if on else {}), gain=gain, says=gain is not None,
         settings=_facts_said(self.facts|dict(embedding=f'{self.embs.shape[1]} numbers')), **(data_known(ds) if ds is not None else {}))

@@ -29,7 +29,9 @@ def _device(learn):
     p = next(learn.model.parameters())
     return torch.cuda.get_device_name(p.device) if p.is_cuda else f'{p.device} ({platform.machine()})'
 
-def _said(o): return o if isinstance(o, str) else getattr(o, '__name__', None) or (f'{_said(o.func)}({", ".join(f"{k}={v!r}" for k,v in o.keywords.items())})' if hasattr(o, 'keywords') else repr(o))
+def _said(o):
+    return o if isinstance(o, str) else getattr(o, '__name__', None) or (
+        f'{_said(o.func)}({", ".join(f"{k}={v!r}" for k,v in o.keywords.items())})' if hasattr(o, 'keywords') else repr(o))
 
 def _tfms(dl): return ', '.join(type(o).__name__ for k in ('after_item','after_batch') for o in getattr(getattr(dl, k, None), 'fs', ()))
 
@@ -42,16 +44,20 @@ def _settings(learn):
     hypers = learn.opt.hypers[-1] if learn.opt is not None else {}
     lrs = getattr(learn.recorder, 'lrs', [])
     said = {'start of the head':o} if (o := getattr(_start(learn), 'said', '')) else {}
-    return spec|said|dict(parameters=f'{n:,}, of which {trained:,} are trained', loss=repr(learn.loss_func), optimiser=_said(learn.opt_func),
-        **({'epochs':str(len(_epochs(learn)[1])), 'steps':f'{len(lrs):,}', 'greatest learning rate':f'{max(lrs):.3g}'} if lrs else {}), **{k:f'{hypers[a]:.3g}' for k,a in {'weight decay':'wd','momentum':'mom'}.items() if isinstance(hypers.get(a), (int,float))},
-        batches=f'{dl.bs} items' + (f', {dl.per_class} of a class, seed {dl.seed}' if hasattr(dl, 'per_class') else ''), transforms=_tfms(dl) or 'none',
+    return spec|said|dict(parameters=f'{n:,}, of which {trained:,} are trained', loss=repr(learn.loss_func),
+        optimiser=_said(learn.opt_func),
+        **({'epochs':str(len(_epochs(learn)[1])), 'steps':f'{len(lrs):,}', 'greatest learning rate':f'{max(lrs):.3g}'} if lrs else {}),
+        **{k:f'{hypers[a]:.3g}' for k,a in {'weight decay':'wd','momentum':'mom'}.items() if isinstance(hypers.get(a), (int,float))},
+        batches=f'{dl.bs} items' + (f', {dl.per_class} of a class, seed {dl.seed}' if hasattr(dl, 'per_class') else ''),
+        transforms=_tfms(dl) or 'none',
         callbacks=', '.join(_callback(o) for o in learn.cbs.sorted('order')), device=_device(learn))
 
 def _network(model):
     "Rows about an `Embedder`"
     frozen = dict(freeze_bn='yes' if model.freeze_bn is True else _said(model.freeze_bn)) if model.freeze_bn else {}
     named = {k:', '.join(f'{a}={v!r}' for a,v in o.items()) if isinstance(o, dict) else _said(o) for k,o in model.named.items() if o}
-    return dict(network=model.arch, embedding=f'{model.emb_sz} numbers'+', of length 1'*model.normalize) | {_rows.get(k, k):v for k,v in (named|frozen).items()}
+    return dict(network=model.arch,
+        embedding=f'{model.emb_sz} numbers'+', of length 1'*model.normalize) | {_rows.get(k, k):v for k,v in (named|frozen).items()}
 
 _rows = dict(pool='pooling', model_kwargs='options of the network', freeze_bn='batch norm frozen')
 
@@ -73,7 +79,8 @@ def _between(learn):
 def _decisions(learn):
     "What `fit_transfer` decided, and what `Interpolate` kept"
     t,res,between = getattr(learn, 'transfer', {}),{},_between(learn)
-    if o := t.get('head'): res['head alone'] = f"{o['epochs']} epochs on the features of the body as it was: map@r {o['before']:.4f} → {o['after']:.4f}, {'kept' if o['kept'] else 'not kept'}"
+    if o := t.get('head'):
+        res['head alone'] = f"{o['epochs']} epochs on the features of the body as it was: map@r {o['before']:.4f} → {o['after']:.4f}, {'kept' if o['kept'] else 'not kept'}"
     if o := t.get('how_far'):
         res['how far the body may move'] = ', '.join(f'{k} {v:.4f}' for k,v in o.items())+' (map@r, trained on half of the training classes and measured on the other half)'
     if 'regime' in t: res['chosen'] = f"{t['regime']}: {regime_said(t['regime'])}" + ''.join(f', {k}={v}' for k,v in t['given'].items())
@@ -116,7 +123,8 @@ def plot_curves(
     rec = learn.recorder
     fig,(a,b,c) = plt.subplots(1, 3, figsize=(10.5,3.2), layout='constrained')
     _axes(a, title='Losses', xlabel='steps', ylabel='loss')
-    a.plot(range(1, len(rec.lrs)+1), [float(o) for o in rec.losses[-len(rec.lrs):]], color=_blue, label='training, smoothed') # by `Recorder`
+    # by `Recorder`
+    a.plot(range(1, len(rec.lrs)+1), [float(o) for o in rec.losses[-len(rec.lrs):]], color=_blue, label='training, smoothed')
     valid = [(i,r[2]) for i,r in zip(rec.iters, rows) if np.isfinite(r[2])]
     if valid: a.plot(*zip(*valid), color=_orange, ls='--', marker='o', ms=3, label='validation')
     a.legend(frameon=False, fontsize=8)
@@ -133,18 +141,24 @@ def plot_curves(
 # %% ../../nbs/api/look/02_report.ipynb #9fed6b06
 def _fit_figures(learn):
     "Figures of the last fit, by name"
-    if _epochs(learn)[1]: yield 'curves',plot_curves(learn),'The last fit: losses, metrics on the validation classes, which are not in training, and the learning rate.'
-    if o := _between(learn): yield 'between',_plot_between(learn, *o),'The weights between the start and the end of the fit, measured on the validation classes. The ring is what was kept.'
-    if (doctor := _doctor(learn)) and doctor.steps: yield 'doctor',doctor.plot(),'What the training doctor saw in the training batches of the last fit.'
+    if _epochs(learn)[1]:
+        yield 'curves',plot_curves(learn),'The last fit: losses, metrics on the validation classes, which are not in training, and the learning rate.'
+    if o := _between(learn):
+        yield 'between',_plot_between(learn, *o),'The weights between the start and the end of the fit, measured on the validation classes. The ring is what was kept.'
+    if (doctor := _doctor(learn)) and doctor.steps:
+        yield 'doctor',doctor.plot(),'What the training doctor saw in the training batches of the last fit.'
 
 def _doctor(learn): return next((o for o in learn.cbs if isinstance(o, TrainingDoctor)), None)
 
 def _well(learn):
     "What there is to say if nothing was found"
     doctor = _doctor(learn)
-    if doctor is None or not doctor.steps: return 'unknown','No TrainingDoctor looked at this run: with cbs=TrainingDoctor() this is where it says what is wrong.'
-    if not doctor.enough: return 'unknown',f'The training doctor looked at {len(doctor.steps)} steps only, too few to tell whether something {"else " if doctor.findings else ""}is wrong.'
-    if not doctor.findings: return 'well',f'Nothing was found: the training doctor looked at {len(doctor.steps)} of {doctor.steps[-1]["step"]} steps for {"" if doctor.theirs is None else "an end below the features, "}a collapse of the embeddings, batches that teach nothing, regularisers that take over, weights that do not move and overfitting.'
+    if doctor is None or not doctor.steps:
+        return 'unknown','No TrainingDoctor looked at this run: with cbs=TrainingDoctor() this is where it says what is wrong.'
+    if not doctor.enough:
+        return 'unknown',f'The training doctor looked at {len(doctor.steps)} steps only, too few to tell whether something {"else " if doctor.findings else ""}is wrong.'
+    if not doctor.findings:
+        return 'well',f'Nothing was found: the training doctor looked at {len(doctor.steps)} of {doctor.steps[-1]["step"]} steps for {"" if doctor.theirs is None else "an end below the features, "}a collapse of the embeddings, batches that teach nothing, regularisers that take over, weights that do not move and overfitting.'
 
 def _seconds(learn):
     "How long the fit took, as far as it is known"
@@ -165,13 +179,17 @@ def report(self:MetricLearner,
     began,file = time.perf_counter(),page_file(folder, overwrite)
     interp = RetrievalInterpretation.from_learner(self, dl)
     name = f'{getattr(self.model, "arch", type(self.model).__name__)} on {getattr(getattr(self.dls, "source", None), "name", "images")}'
-    return write_page(interp, file, began, code, n_queries, title=title or name, split=_split_name(self, dl), gain=_gain(self, interp, dl), says=getattr(self, 'fitted', False), **_known(self))
+    return write_page(interp, file, began, code, n_queries, title=title or name, split=_split_name(self, dl), gain=_gain(self, interp, dl),
+        says=getattr(self, 'fitted', False), **_known(self))
 
 def _known(learn):
     "What a learner knows of its run, as parts of a page"
     doctor,(head,rows) = _doctor(learn),_epochs(learn)
     seen = doctor and doctor.steps
-    return dict(decisions=_decisions(learn), findings=[o.text for o in doctor.findings] if seen else [], well=_well(learn), panels={t:why for t,*_,why in doctor.panels} if seen else {},
-        epochs=(head,_first_rows(learn, head)+rows if rows else []), figures=_fit_figures(learn), settings=_settings(learn)|_seconds(learn), **data_known(learn.dls))
+    return dict(decisions=_decisions(learn), findings=[o.text for o in doctor.findings] if seen else [], well=_well(learn),
+        panels={t:why for t,*_,why in doctor.panels} if seen else {},
+        epochs=(head,_first_rows(learn, head)+rows if rows else []), figures=_fit_figures(learn),
+        settings=_settings(learn)|_seconds(learn), **data_known(learn.dls))
 
-def _split_name(learn, dl): return f'the split {dl!r}' if isinstance(dl, str) else 'a loader that was given' if dl is not None else 'the validation set'
+def _split_name(learn, dl):
+    return f'the split {dl!r}' if isinstance(dl, str) else 'a loader that was given' if dl is not None else 'the validation set'

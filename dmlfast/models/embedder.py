@@ -259,7 +259,8 @@ def unwrapped(
     model:nn.Module, # A model, or what wraps one
 )->nn.Module: # The model itself
     "The model inside `torch.compile`, `DataParallel` and `DistributedDataParallel`"
-    while (inner := getattr(model, '_orig_mod', None) or (model.module if isinstance(model, _parallel) else None)) is not None: model = inner
+    while (inner := getattr(model, '_orig_mod', None) or (model.module if isinstance(model, _parallel) else None)) is not None:
+        model = inner
     return model
 
 _parallel = nn.DataParallel,nn.parallel.DistributedDataParallel
@@ -444,7 +445,8 @@ def embedder_splitter(
     "Parameters of the body, and all others, for discriminative learning rates and freezing; raises `ValueError` where there is no body"
     model = unwrapped(model)
     if not hasattr(model, 'body'):
-        raise ValueError(f"A {type(model).__name__} has no `body` to tell from the rest: of what wraps an `Embedder`, only `torch.compile`, `DataParallel` and `DistributedDataParallel` are looked into. Pass another `splitter`.")
+        raise ValueError(f"A {type(model).__name__} has no `body` to tell from the rest: of what wraps an `Embedder`, only "
+            "`torch.compile`, `DataParallel` and `DistributedDataParallel` are looked into. Pass another `splitter`.")
     frozen = {id(p) for p in (model.frozen_params() if hasattr(model, 'frozen_params') else ())}
     body = set(map(id, model.body.parameters()))
     return [[p for p in model.body.parameters() if id(p) not in frozen],

@@ -295,7 +295,8 @@ def evaluate_random_gallery(
 )->RetrievalResult: # With the values of all repeats
     "Retrieval metrics where the gallery is one random item of each class and the others are the queries"
     metrics = metric_names(metrics, kwargs.get('ks', (1,2,4,8)), drawn=True)
-    if not isinstance(repeats, Integral) or repeats<1: raise ValueError(f'repeats is how often a gallery is drawn, 1 or more, not {repeats!r}')
+    if not isinstance(repeats, Integral) or repeats<1:
+        raise ValueError(f'repeats is how often a gallery is drawn, 1 or more, not {repeats!r}')
     x,rng,res,items = as_embeddings(embs),np.random.default_rng(seed),[],[]
     y = as_labels(labels, len(x)).cpu()
     for _ in range(repeats):

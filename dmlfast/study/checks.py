@@ -75,7 +75,8 @@ def _made(o, f):
     "An object from a table with its `name` and arguments"
     cls = f(o['name'])
     known = settings_of(cls)
-    return built(cls, {k:float(v) if k in known and known[k].kind is float and type(v) is int else v for k,v in o.items() if k!='name'}, o['name'])
+    return built(cls, {k:float(v) if k in known and known[k].kind is float and type(v) is int else v for k,v in o.items() if k!='name'},
+        o['name'])
 
 # %% ../../nbs/api/study/01_checks.ipynb #e297e44a
 def make_loss(
@@ -93,7 +94,8 @@ def make_ranking(
     if 'views' in ssr and 'n' in ssr:
         if 'n' in ssr['views']: raise ValueError("`ssr.n` and `ssr.views.n` are the same: set one of them.")
         ssr = {**ssr, 'views':{**ssr['views'], 'n':ssr['n']}}
-    made = {k:built(f, ssr[k], f'`ssr.{k}`') for k,f in dict(views=partial(GradedViews, seed=ssr.get('seed', seed)), loss=RankingLoss).items() if k in ssr}
+    made = {k:built(f, ssr[k], f'`ssr.{k}`') for k,f in dict(views=partial(GradedViews, seed=ssr.get('seed', seed)),
+        loss=RankingLoss).items() if k in ssr}
     return built(SelfSupervisedRanking, {'seed':seed, **ssr, **made}, '`ssr`')
 
 # %% ../../nbs/api/study/01_checks.ipynb #92a17029
@@ -127,7 +129,8 @@ def allowed_settings(
     res['data'] = table_settings('data', register_reader[reader_name(settings.get('data', {}))], but=('df','check_files'))
     res['ssr'] = table_settings('ssr', SelfSupervisedRanking)
     if 'name' in loss: res['loss'] = table_settings('loss', loss_class(loss['name']), but=('n_classes','emb_sz'))
-    if isinstance(m := loss.get('miner'), dict): res['loss.miner'] = table_settings('loss.miner', miner_class(m['name'])) if 'name' in m else {}
+    if isinstance(m := loss.get('miner'), dict):
+        res['loss.miner'] = table_settings('loss.miner', miner_class(m['name'])) if 'name' in m else {}
     for k,f in dict(views=GradedViews, loss=RankingLoss).items():
         if isinstance(ssr.get(k), dict): res[f'ssr.{k}'] = table_settings(f'ssr.{k}', f)
     return res
@@ -155,8 +158,10 @@ def _check_fit(settings):
     "Raise `ValueError` where the settings of a fit make no sense together"
     fit,sched = settings.get('fit', {}),sched_name(settings)
     if fit.get('transfer'): _check_transfer(settings)
-    if fit.get('steps') is not None and sched!='step': raise ValueError(f"`fit.steps` are for the schedule 'step', and this one is {sched!r}.")
-    if fit.get('factor') is not None and sched not in ('step','exp'): raise ValueError(f"`fit.factor` is for the schedules 'step' and 'exp', and this one is {sched!r}.")
+    if fit.get('steps') is not None and sched!='step':
+        raise ValueError(f"`fit.steps` are for the schedule 'step', and this one is {sched!r}.")
+    if fit.get('factor') is not None and sched not in ('step','exp'):
+        raise ValueError(f"`fit.factor` is for the schedules 'step' and 'exp', and this one is {sched!r}.")
     steps = list(fit.get('steps') or [1])
     if steps!=sorted(set(steps)): raise ValueError(f"`fit.steps` are numbers of epochs, each greater than the one before; got {steps}.")
 
@@ -173,17 +178,22 @@ def _check_transfer(settings):
     if not is_trained(settings): raise ValueError("`fit.transfer` is for a trained body, and this one begins with random weights.")
     if settings.get('recipe'): raise ValueError("`fit.transfer` and `recipe` both say how to train: take one of them.")
     for o in ('sched','steps','factor','patience','monitor','interpolate'):
-        if settings['fit'].get(o): raise ValueError(f"`fit.transfer` chooses the epoch and the schedule itself, so that `fit.{o}` would not be looked at: take one of them.")
+        if settings['fit'].get(o):
+            raise ValueError(f"`fit.transfer` chooses the epoch and the schedule itself, so that `fit.{o}` would not be looked at: take "
+                "one of them.")
 
 def _check_sense(settings):
     "Raise `ValueError` where settings contradict each other"
     _check_fit(settings)
     batch = {'per_class':4, 'valid':'val', **recipe_of(settings).data, **settings.get('batch', {})}
-    if batch.get('bs') and batch['bs']%batch['per_class']: raise ValueError(f"`batch.bs` must be a multiple of `batch.per_class`; got {batch['bs']} and {batch['per_class']}.")
+    if batch.get('bs') and batch['bs']%batch['per_class']:
+        raise ValueError(f"`batch.bs` must be a multiple of `batch.per_class`; got {batch['bs']} and {batch['per_class']}.")
     for o in ('patience','monitor','interpolate'):
         if not settings.get('fit', {}).get(o): continue
-        if batch['valid'] in (None,'none'): raise ValueError(f"`fit.{o}` needs a score after each epoch, and `batch.valid` measures on nothing.")
-        if batch['valid']!='val': raise ValueError(f"`fit.{o}` would choose an epoch on {batch['valid']!r}, the classes that the result is for: measure on 'val'.")
+        if batch['valid'] in (None,'none'):
+            raise ValueError(f"`fit.{o}` needs a score after each epoch, and `batch.valid` measures on nothing.")
+        if batch['valid']!='val':
+            raise ValueError(f"`fit.{o}` would choose an epoch on {batch['valid']!r}, the classes that the result is for: measure on 'val'.")
     if batch.get('device'):
         try: torch.device(str(batch['device']))
         except RuntimeError: raise ValueError(f"`batch.device` is such as 'cpu' or 'cuda:0'; got {batch['device']!r}.") from None
@@ -197,7 +207,8 @@ def _try_loss(loss):
         x,y = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0))),torch.tensor([0,0,1,1])
         try: res = loss.setup(2, 8)(x, y)
         except Exception as e: raise ValueError(f"{loss!r} cannot be computed: {e}") from e
-    if res.ndim or not res.isfinite(): raise ValueError(f"Training needs a loss that is one finite number for a batch, and {loss!r} is {res.tolist()} for one.")
+    if res.ndim or not res.isfinite():
+        raise ValueError(f"Training needs a loss that is one finite number for a batch, and {loss!r} is {res.tolist()} for one.")
 
 def check_settings(
     settings:dict, # Tables
@@ -207,7 +218,8 @@ def check_settings(
     _check_table('', settings, table_settings(''))
     recipe_of(settings)
     if settings.get('loss') and 'name' not in settings['loss']: raise ValueError("The table `loss` needs the `name` of the loss.")
-    if isinstance(m := get_setting(settings, 'loss.miner'), dict) and 'name' not in m: raise ValueError("The table `loss.miner` needs the `name` of the miner.")
+    if isinstance(m := get_setting(settings, 'loss.miner'), dict) and 'name' not in m:
+        raise ValueError("The table `loss.miner` needs the `name` of the miner.")
     for table,known in allowed_settings(settings).items(): _check_table(table, get_setting(settings, table, {}), known)
     _check_sense(settings)
     return settings
@@ -237,9 +249,12 @@ def plain_settings(
     none:bool=False, # Keep None?
 ):
     "What a file can hold: TOML no None, which is the same as not being there; raises `ValueError` for what is in no settings of a file"
-    if isinstance(o, dict) and all(isinstance(k, str) for k in o): return {k:plain_settings(v, f'{where}.{k}' if where else k, none) for k,v in o.items() if none or v is not None}
+    if isinstance(o, dict) and all(isinstance(k, str) for k in o):
+        return {k:plain_settings(v, f'{where}.{k}' if where else k, none) for k,v in o.items() if none or v is not None}
     if isinstance(o, (list,tuple)): return [plain_settings(v, where, none) for v in o]
-    if not (o is None or isinstance(o, (str,int,float,Path))): raise ValueError(f"`{where}` is {o!r}, which cannot be written down: settings are numbers, words, true or false, and lists and tables of these.")
+    if not (o is None or isinstance(o, (str,int,float,Path))):
+        raise ValueError(f"`{where}` is {o!r}, which cannot be written down: settings are numbers, words, true or false, and lists and "
+            "tables of these.")
     return str(o) if isinstance(o, Path) else o
 
 def check_nones(

@@ -70,7 +70,8 @@ def _read_plan(file, above=()):
 def _measures(plan):
     "By what runs are scored; raises `ValueError` for what is no metric with one number"
     o = plan.get('measures', ['recall','map@r'])
-    if not (res := metric_names(o if isinstance(o, str) else listify(o), curve=False)): raise ValueError("`measures` are one or more metrics, such as 'map@r'; got none.")
+    if not (res := metric_names(o if isinstance(o, str) else listify(o), curve=False)):
+        raise ValueError("`measures` are one or more metrics, such as 'map@r'; got none.")
     return res
 
 def _check_search(search):
@@ -78,12 +79,14 @@ def _check_search(search):
     for k in search:
         if k not in _search: raise ValueError(nearest(f'search.{k}', [f'search.{o}' for o in _search], 'word'))
     for k in ('n_trials','n_epoch'): _count(f'search.{k}', search.get(k, 1))
-    if not isinstance(o := search.get('seed', 0), int) or isinstance(o, bool) or o<0: raise ValueError(f"`search.seed` is a whole number, 0 or more; got {o!r}.")
+    if not isinstance(o := search.get('seed', 0), int) or isinstance(o, bool) or o<0:
+        raise ValueError(f"`search.seed` is a whole number, 0 or more; got {o!r}.")
 
 def _check_name(name):
     "Raise `ValueError` for the name of a method that is no name of a file: locks and kept models are called so"
     if not isinstance(name, str) or not name or name[0]=='.' or not name.isprintable() or len(name.encode())>200 or set(name) & set('/\\:*?"<>|'):
-        raise ValueError(f"Method {shortened(name)}: files are called by the names of methods. Such a name does not begin with a dot, is short, and has none of / \\ : * ? \" < > | in it.")
+        raise ValueError(f"Method {shortened(name)}: files are called by the names of methods. Such a name does not begin with a dot, is "
+            "short, and has none of / \\ : * ? \" < > | in it.")
 
 def _check_method(name, m, methods):
     "Raise `ValueError` for a word of a method that is not known, or that contradicts another"
@@ -93,12 +96,18 @@ def _check_method(name, m, methods):
     for k in m:
         if k in (*_words,*_tables): continue
         where = [f'{table}.{k}' for table,kinds in allowed_settings({}).items() if k in kinds]
-        raise ValueError(f"Method {name!r}: " + (f"{k!r} is a setting of a table: is {where[0]!r} meant?" if where else nearest(k, (*_tables,*_words), 'word')))
+        raise ValueError(f"Method {name!r}: " + (f"{k!r} is a setting of a table: is {where[0]!r} meant?" if where
+            else nearest(k, (*_tables,*_words), 'word')))
     for k in ('twin','like'):
-        if k in m and m[k] not in methods: raise ValueError(f"Method {name!r}: `{k}` is {m[k]!r}, which is not there or left out; the methods are {', '.join(map(repr, methods))}.")
+        if k in m and m[k] not in methods:
+            raise ValueError(f"Method {name!r}: `{k}` is {m[k]!r}, which is not there or left out; the methods are "
+                f"{', '.join(map(repr, methods))}.")
         if m.get(k)==name: raise ValueError(f"Method {name!r}: `{k}` is the method itself.")
-    if 'like' in m and 'like' in methods[m['like']]: raise ValueError(f"Method {name!r} is like {m['like']!r}, which is like another one: name that one.")
-    if 'like' in m and 'space' in m: raise ValueError(f"Method {name!r} takes the settings chosen for {m['like']!r} and has no search, so its `space` would not be looked at.")
+    if 'like' in m and 'like' in methods[m['like']]:
+        raise ValueError(f"Method {name!r} is like {m['like']!r}, which is like another one: name that one.")
+    if 'like' in m and 'space' in m:
+        raise ValueError(f"Method {name!r} takes the settings chosen for {m['like']!r} and has no search, so its `space` would not be "
+            "looked at.")
     if 'settings' in m and 'trainer' not in m: raise ValueError(f"Method {name!r}: `settings` are for a `trainer` of its own.")
     if 'seeds' in m: _seeds(m['seeds'])
 
@@ -113,9 +122,12 @@ def _check_plan(plan):
     _measures(plan)
     methods = plan.get('methods', {})
     if not methods: raise ValueError("The experiment has no `methods`.")
-    if 'features' in methods: raise ValueError("No method can be called 'features', which is the row of the features that methods with a trained body begin with: give it another name.")
+    if 'features' in methods:
+        raise ValueError("No method can be called 'features', which is the row of the features that methods with a trained body begin "
+            "with: give it another name.")
     for name,m in methods.items(): _check_method(name, m, methods)
-    if any('trainer' not in m for m in methods.values()): _check_metric(plan.get('search', {}).get('metric', 'map@r')) # a trainer reports what it likes
+    # a trainer reports what it likes
+    if any('trainer' not in m for m in methods.values()): _check_metric(plan.get('search', {}).get('metric', 'map@r'))
 
 def _written(name, m):
     "What a method says, as results are written down and read again; raises `ValueError` for what cannot be"
@@ -136,7 +148,8 @@ class Experiment:
         _check_plan(plan)
         self.plan = {**plan, 'settings':plain_settings(plan.get('settings', {}), none=True)}
         self.out,self._ds = Path(out),ds
-        self.name,self.methods = self.plan.get('name', self.out.stem),_Methods({k:_written(f'Method {k!r}', m) for k,m in plan['methods'].items()})
+        self.name,self.methods = self.plan.get('name', self.out.stem),_Methods({k:_written(f'Method {k!r}', m) for k,
+            m in plan['methods'].items()})
         self.search = {**_search, **self.plan.get('search', {})}
         self.measures = _measures(plan)
         for o in self.methods: self.check_method(o)
@@ -185,7 +198,8 @@ def check_method(self:Experiment,
             s = check_settings(self.settings(method))
             if n_epochs(s) is None: raise ValueError("nothing says for how many epochs to fit.")
             for o in ('patience','monitor'):
-                if get_setting(self.settings(method), f'fit.{o}'): raise ValueError(f"`fit.{o}` has nothing to go by: a run trains on all training classes, to its end.")
+                if get_setting(self.settings(method), f'fit.{o}'):
+                    raise ValueError(f"`fit.{o}` has nothing to go by: a run trains on all training classes, to its end.")
             if n_epochs(s) and not s.get('loss') and not s.get('recipe'): raise ValueError("nothing says with which `loss` to train.")
             if space: check_space(self.settings(method), space)
         elif space: distributions(space)
@@ -199,11 +213,13 @@ def check_data(self:Experiment):
     need,df = ['test'] + ['val']*any(self.space(o) for o in self.methods),self.ds.df
     for o in need:
         if (n := df.label[df.split==o].nunique())<2:
-            raise ValueError(f"{self.ds.name} has {n or 'no'} {'class' if n==1 else 'classes'} in its split {o!r}, and it takes two or more: methods are searched for on 'val' and scored on 'test'. "
+            raise ValueError(f"{self.ds.name} has {n or 'no'} {'class' if n==1 else 'classes'} in its split {o!r}, and it takes two or "
+                "more: methods are searched for on 'val' and scored on 'test'. "
                 "Mostly `val_pct` and `test_pct` in the table `data` say how many.")
     for o in self.rows():
         if o['method'] in ('features',*self.methods) and not self.facts()['data_hash'].startswith(o.get('data_hash', o.get('data', ''))):
-            raise ValueError(f"{str(self.out)!r} holds results of {o['method']!r} on other images, labels or splits than these of {self.ds.name}: give the results another file.")
+            raise ValueError(f"{str(self.out)!r} holds results of {o['method']!r} on other images, labels or splits than these of "
+                f"{self.ds.name}: give the results another file.")
 
 @patch
 def check_models(self:Experiment):
@@ -236,7 +252,8 @@ def _lines(self:Experiment):
     now = (o := self.out.stat()).st_ino,o.st_size,o.st_mtime_ns # before it is read: what is added in the meantime is seen the next time
     if getattr(self, '_read', (None,))[0]!=now:
         found = []
-        for o in self.out.read_text(encoding='utf-8', errors='replace').split('\n'): # the line that a killed process did not finish may end within a letter
+        # the line that a killed process did not finish may end within a letter
+        for o in self.out.read_text(encoding='utf-8', errors='replace').split('\n'):
             try: row = json.loads(o)
             except json.JSONDecodeError: continue
             if isinstance(row, dict) and {'kind','method'}<=set(row): found.append(row)
@@ -260,7 +277,8 @@ def write(self:Experiment,
     self.out.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f'{self.out}.lock'):
         old = self.out.read_bytes()[-1:] if self.out.exists() else b'\n'
-        with self.out.open('a', encoding='utf-8') as f: f.write('\n'*(old not in (b'',b'\n')) + json.dumps(row, ensure_ascii=False, default=_as_number) + '\n')
+        with self.out.open('a', encoding='utf-8') as f:
+            f.write('\n'*(old not in (b'',b'\n')) + json.dumps(row, ensure_ascii=False, default=_as_number) + '\n')
     return row
 
 @patch
@@ -268,25 +286,34 @@ def hash_of(self:Experiment,
     method:str, # Name of a method
 )->str: # 8 hexadecimal digits
     "What tells whether a line was written by the method as the plan has it now: its settings and where it looks for them"
-    what = dict(settings={k:o for k,o in self.settings(method).items() if k!='data'}, space=self.space(method), search={k:self.search[k] for k in ('n_epoch','metric')})
+    what = dict(settings={k:o for k,o in self.settings(method).items() if k!='data'}, space=self.space(method),
+        search={k:self.search[k] for k in ('n_epoch','metric')})
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 @patch
 def check_rows(self:Experiment):
     "Raise `ValueError` where the file is of something else, or holds results of a method that was another one then; lines of older versions, which do not say, are taken as they are"
-    if self.out.is_dir(): raise ValueError(f"Results are lines in a file, and {str(self.out)!r} is a folder: name a file in it, such as {str(self.out/'results.jsonl')!r}.")
-    if not self._lines() and self.out.exists() and (head := self.out.read_bytes()[:9].strip()) and head!=b'{"kind": '[:len(head)]: # a killed process may leave the beginning of a line
-        raise ValueError(f"{str(self.out)!r} holds something else than results of an experiment, and nothing is added to it: give the results another file.")
+    if self.out.is_dir():
+        raise ValueError(f"Results are lines in a file, and {str(self.out)!r} is a folder: name a file in it, such as "
+            f"{str(self.out/'results.jsonl')!r}.")
+    # a killed process may leave the beginning of a line
+    if not self._lines() and self.out.exists() and (head := self.out.read_bytes()[:9].strip()) and head!=b'{"kind": '[:len(head)]:
+        raise ValueError(f"{str(self.out)!r} holds something else than results of an experiment, and nothing is added to it: give the "
+            "results another file.")
     for k in self.methods:
         if self.rows('run', k) and self.chosen(k) is None:
-            raise ValueError(f"{str(self.out)!r} holds runs of {k!r} after {len(self.rows('trial', k))} trials, and the plan asks for {self.search['n_trials']}, which may choose otherwise: give the results another file.")
+            raise ValueError(f"{str(self.out)!r} holds runs of {k!r} after {len(self.rows('trial', k))} trials, and the plan asks for "
+                f"{self.search['n_trials']}, which may choose otherwise: give the results another file.")
         if (n := len(self.rows('trial', k)))>self.search['n_trials'] and self.space(k):
-            raise ValueError(f"{str(self.out)!r} holds {n} trials of {k!r}, and the plan asks for {self.search['n_trials']}: give the results another file.")
+            raise ValueError(f"{str(self.out)!r} holds {n} trials of {k!r}, and the plan asks for {self.search['n_trials']}: give the "
+                "results another file.")
         if lack := [m for o in self.runs(k) for m in self.measures if m not in o['scores']]:
-            raise ValueError(f"{str(self.out)!r} holds runs of {k!r} that were not scored by {lack[0]!r}: leave it out of `measures`, or give the results another file.")
+            raise ValueError(f"{str(self.out)!r} holds runs of {k!r} that were not scored by {lack[0]!r}: leave it out of `measures`, or "
+                "give the results another file.")
     for o in self.rows():
         if o['method'] in self.methods and o.get('plan', self.hash_of(o['method']))!=self.hash_of(o['method']):
-            raise ValueError(f"{str(self.out)!r} holds results of a method {o['method']!r} with other settings than it has in the plan now: give it another name, or the results another file.")
+            raise ValueError(f"{str(self.out)!r} holds results of a method {o['method']!r} with other settings than it has in the plan "
+                "now: give it another name, or the results another file.")
 
 @patch
 def chosen(self:Experiment,
@@ -304,7 +331,8 @@ def chosen(self:Experiment,
     if not done: raise ValueError(f"None of the {len(trials)} trials of {method!r} came to its end, so that nothing can be chosen.")
     return with_settings(self.settings(method), max(done, key=lambda o: o['value'])['params'])
 
-def _frame(rows): return pd.DataFrame(rows).set_index('method').rename_axis(index=None, columns='method') if rows else pd.DataFrame() # one line of names
+# one line of names
+def _frame(rows): return pd.DataFrame(rows).set_index('method').rename_axis(index=None, columns='method') if rows else pd.DataFrame()
 
 @patch
 def todo(self:Experiment)->pd.DataFrame: # One row a method, and before them one for the features if there are any to score
@@ -312,7 +340,8 @@ def todo(self:Experiment)->pd.DataFrame: # One row a method, and before them one
     def _row(name):
         n_trials = self.search['n_trials'] if self.space(name) else 0
         done = {o['seed'] for o in self.rows('run', name)}
-        return dict(method=name, trials=f"{len(self.rows('trial', name))}/{n_trials}", runs=f'{sum(o in done for o in self.seeds(name))}/{len(self.seeds(name))}')
+        return dict(method=name, trials=f"{len(self.rows('trial', name))}/{n_trials}",
+            runs=f'{sum(o in done for o in self.seeds(name))}/{len(self.seeds(name))}')
     done,left = len(self.features()),sum(o=='features' for o,_ in self.jobs())
     return _frame([dict(method='features', trials='0/0', runs=f'{done}/{done+left}')]*bool(done+left) + [_row(o) for o in self.methods])
 
@@ -392,14 +421,17 @@ def run_trial(self:Experiment,
     try: self.trainer(method)(with_settings(settings, {'fit.n_epoch':self.search['n_epoch'], **params}), self.ds, 'val', _report, **ours)
     except optuna.TrialPruned: state = 'PRUNED'
     except Diverged: scores.append(0.)
-    if not scores: raise ValueError(f"The trainer of {method!r} reported no score in a trial: it calls `report(epoch, score)` after each epoch.")
-    return self.write(dict(kind='trial', method=method, plan=self.hash_of(method), data_hash=self.facts()['data_hash'], number=trial.number, params=params, state=state, value=scores[-1],
+    if not scores:
+        raise ValueError(f"The trainer of {method!r} reported no score in a trial: it calls `report(epoch, score)` after each epoch.")
+    return self.write(dict(kind='trial', method=method, plan=self.hash_of(method), data_hash=self.facts()['data_hash'],
+        number=trial.number, params=params, state=state, value=scores[-1],
         scores=scores, seconds=round(time.time()-began, 1), cpu_seconds=round(time.process_time()-start, 1)))
 
 # %% ../../nbs/api/study/04_experiments.ipynb #e5f0baea
 def _commit():
     "Commit of the source, where it is a repository"
-    def _git(*words): return subprocess.run(['git',*words], cwd=Path(dmlfast.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    def _git(*words):
+        return subprocess.run(['git',*words], cwd=Path(dmlfast.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
     try: return _git('ls-files', '--error-unmatch', '__init__.py') and _git('rev-parse', '--short', 'HEAD') # an environment may lie in a repository of others
     except (OSError,subprocess.CalledProcessError): return ''
 
@@ -415,10 +447,13 @@ def _tested(self:Experiment, method, embs, labels, **facts):
     "What a trainer gave for the test classes, with what is known of their items; None for a run that diverged"
     if embs is None: return
     items,df = self.ds.items('test'),self.ds.df[self.ds.df.split=='test']
-    if len(embs)!=len(items) or len(labels)!=len(items): raise ValueError(f"The trainer of {method!r} gave {len(embs)} embeddings and {len(labels)} labels for {len(items)} test images.")
+    if len(embs)!=len(items) or len(labels)!=len(items):
+        raise ValueError(f"The trainer of {method!r} gave {len(embs)} embeddings and {len(labels)} labels for {len(items)} test images.")
     named = numbered(df.label)
-    if len({*zip(map(int, labels), named['labels'])})!=min(len({*map(int, labels)}), len(named['vocab'])): named = dict(labels=labels) # classes of its own, which have no names
-    return Embedded(embs, items=list(df.path), facts=dict(method=method, **facts, **self.facts(), measured_on=f'{self.ds.name}, test'), **named, **self.ds.protocol(items))
+    # classes of its own, which have no names
+    if len({*zip(map(int, labels), named['labels'])})!=min(len({*map(int, labels)}), len(named['vocab'])): named = dict(labels=labels)
+    return Embedded(embs, items=list(df.path), facts=dict(method=method, **facts, **self.facts(), measured_on=f'{self.ds.name}, test'),
+        **named, **self.ds.protocol(items))
 
 @patch
 def _score(self:Experiment, emb):
@@ -428,7 +463,8 @@ def _score(self:Experiment, emb):
     return {k:round(float(res[k]), 6) for k in self.measures}
 
 @patch
-def _kept(self:Experiment, what, name): return self.out.parent/f'{self.out.stem}-{what}'/name # methods are names of files, see `_check_name`
+# methods are names of files, see `_check_name`
+def _kept(self:Experiment, what, name): return self.out.parent/f'{self.out.stem}-{what}'/name
 
 @patch
 def embedded(self:Experiment,
@@ -438,7 +474,9 @@ def embedded(self:Experiment,
     "The test embeddings of a run, to be measured by whatever was not thought of; raises `ValueError` where they were not kept"
     self.methods[method]
     file = self._kept('embeddings', f'{method}-{seed}.safetensors')
-    if not file.is_file(): raise ValueError(f"There are no embeddings {str(file)!r}: a plan with `keep_embeddings = true` keeps them, and methods have runs with the seeds {', '.join(map(str, self.seeds(method)))}.")
+    if not file.is_file():
+        raise ValueError(f"There are no embeddings {str(file)!r}: a plan with `keep_embeddings = true` keeps them, and methods have runs "
+            f"with the seeds {', '.join(map(str, self.seeds(method)))}.")
     res = Embedded.load(file)
     res.draw = lambda i: open_image(Path(self.ds.path)/res.items[i])
     return res
@@ -460,7 +498,8 @@ def run_seed(self:Experiment,
     if emb is not None and self.plan.get('keep_embeddings'):
         (file := self._kept('embeddings', f'{method}-{seed}.safetensors')).parent.mkdir(parents=True, exist_ok=True)
         emb.save(file)
-    return self.write(dict(kind='run', method=method, **about, scores=self._score(emb), seen=seen, seconds=round(seconds, 1), cpu_seconds=round(cpu, 1),
+    return self.write(dict(kind='run', method=method, **about, scores=self._score(emb), seen=seen, seconds=round(seconds, 1),
+        cpu_seconds=round(cpu, 1),
         when=datetime.now(timezone.utc).isoformat(timespec='seconds'), **self.facts()))
 
 # %% ../../nbs/api/study/04_experiments.ipynb #a54c9050
@@ -496,13 +535,18 @@ def run_features(self:Experiment,
 )->dict: # What was written down
     "Score the frozen features that a method begins with on the test classes; raises `ValueError` where it has none"
     body = next((b for b,names in self.bodies().values() if method in names), None)
-    if body is None: raise ValueError(f"Method {method!r} begins with random weights or has a trainer of its own, so that there are no features to score.")
+    if body is None:
+        raise ValueError(f"Method {method!r} begins with random weights or has a trainer of its own, so that there are no features to "
+            "score.")
     settings = {k:o for k,o in self.settings(method).items() if k not in ('loss','ssr')}
     start,began = time.process_time(),time.time()
     learn = make_learner(with_settings(settings, {'batch.valid':'none'}), self.ds)
-    with learn.no_bar(), learn.no_logging(): res = learn.baseline(learn.dls.test_dl(self.ds.items('test'), with_labels=True), self.measures, n_boot=1)
-    return self.write(dict(kind='features', method='features', body=body, scores={k:round(float(res[k]), 6) for k in self.measures}, n_features=learn.model.n_features,
-        seconds=round(time.time()-began, 1), cpu_seconds=round(time.process_time()-start, 1), when=datetime.now(timezone.utc).isoformat(timespec='seconds'), **self.facts()))
+    with learn.no_bar(), learn.no_logging():
+        res = learn.baseline(learn.dls.test_dl(self.ds.items('test'), with_labels=True), self.measures, n_boot=1)
+    return self.write(dict(kind='features', method='features', body=body, scores={k:round(float(res[k]), 6) for k in self.measures},
+        n_features=learn.model.n_features,
+        seconds=round(time.time()-began, 1), cpu_seconds=round(time.process_time()-start, 1),
+        when=datetime.now(timezone.utc).isoformat(timespec='seconds'), **self.facts()))
 
 @patch
 def theirs(self:Experiment,
@@ -513,12 +557,14 @@ def theirs(self:Experiment,
     self.values(method, measure) # which raises for a measure or a method that is not there
     first = next((k for k,(_,names) in self.bodies().items() if method in names), None)
     if (row := self.features().get(first)) is None:
-        raise ValueError(f"{str(self.out)!r} has no scores of the features that {method!r} begins with: `run_features({method!r})` adds them, where its body is trained.")
+        raise ValueError(f"{str(self.out)!r} has no scores of the features that {method!r} begins with: `run_features({method!r})` adds "
+            "them, where its body is trained.")
     return row['scores'][measure]
 
 # %% ../../nbs/api/study/04_experiments.ipynb #2b83fae3
 @patch
-def jobs(self:Experiment)->list: # Pairs of method and seed, of which None is a trial; and before them pairs of `'features'` and the first method that begins with them
+# Pairs of method and seed, of which None is a trial; and before them pairs of `'features'` and the first method that begins with them
+def jobs(self:Experiment)->list:
     "What is left to do, in the order of the plan"
     res = []
     for name in self.methods:
@@ -601,7 +647,8 @@ def _timed_rate(self:Experiment):
     "Seconds for one image, from a few steps of the first method that is this library's; nan if there is none"
     ours = [o for o in self.methods if 'trainer' not in self.methods[o]]
     if not ours: return math.nan
-    learn = make_learner(with_settings(self.settings(ours[0]), {'batch.num_workers':0, 'batch.valid':'none'}), self.ds, cbs=RetrievalMetrics(['map@r']))
+    learn = make_learner(with_settings(self.settings(ours[0]), {'batch.num_workers':0, 'batch.valid':'none'}), self.ds,
+        cbs=RetrievalMetrics(['map@r']))
     learn.model.to(learn.dls.device)
     def _time(k):
         began = time.time()
@@ -643,7 +690,8 @@ def values(self:Experiment,
     measure:str, # Name of a measure
 )->dict: # Seed to score
     "Scores of the runs of a method, by seed"
-    if measure not in self.measures: raise ValueError(f"This experiment does not measure {measure!r}; its `measures` are {', '.join(self.measures)}.")
+    if measure not in self.measures:
+        raise ValueError(f"This experiment does not measure {measure!r}; its `measures` are {', '.join(self.measures)}.")
     return {o['seed']:o['scores'][measure] for o in self.runs(method)}
 
 @patch
@@ -674,7 +722,8 @@ def table(self:Experiment,
     def _first(k, o):
         scores = {m:_said(*mean_interval([100*o['scores'][m]])) for m in self.measures}
         return {'method':k, **scores, 'seeds':'', 'seconds a run':round(o['cpu_seconds'])}
-    return _frame([_first(*o) for o in self._baselines(self._named(methods)).items()] + [_row(o) for o in self._named(methods) if self.runs(o)])
+    return _frame([_first(*o) for o in self._baselines(self._named(methods)).items()]
+        + [_row(o) for o in self._named(methods) if self.runs(o)])
 
 @patch
 def _beside(self:Experiment, method, other, measure):
@@ -720,7 +769,8 @@ def choices(self:Experiment)->pd.DataFrame: # One row a method; none where no se
         trials = self.rows('trial', o)
         best = max((t for t in trials if t['state']=='COMPLETE'), key=lambda t: t['value'])
         return {'method':o, 'chosen':', '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k,v in best['params'].items()),
-            f"{self.search['metric']} in validation":round(100*best['value'], 2), 'trials':len(trials), 'pruned':sum(t['state']=='PRUNED' for t in trials)}
+            f"{self.search['metric']} in validation":round(100*best['value'], 2), 'trials':len(trials),
+            'pruned':sum(t['state']=='PRUNED' for t in trials)}
     return _frame([_row(o) for o in self.methods if any(t['state']=='COMPLETE' for t in self.rows('trial', o))])
 
 @patch
@@ -756,7 +806,8 @@ def plot(self:Experiment,
     theirs = [(k, [100*o['scores'][measure]], _grey) for k,o in self._baselines(names).items()]
     ax = ax or _new_axes(len(theirs)+len(names))
     for _,(x,),_ in theirs: ax.axvline(x, color=_grey, lw=1, ls=':', zorder=0)
-    _draw_runs(ax, theirs + [(o, 100*np.array(list(self.values(o, measure).values())), _orange if 'twin' in self.methods[o] else _blue) for o in names], 0, 100)
+    _draw_runs(ax, theirs + [(o, 100*np.array(list(self.values(o, measure).values())), _orange if 'twin' in self.methods[o] else _blue)
+        for o in names], 0, 100)
     ax.set(xlabel=f'{measure} on unseen classes, per cent', title=self.name)
     return ax
 
@@ -767,7 +818,9 @@ def plot_differences(self:Experiment,
     ax:plt.Axes=None, # Where to; a new figure if not given
 )->plt.Axes:
     "Draw each method minus another one, a point for each seed, and mean and 95 % interval beside them; raises `ValueError` where no pair has two seeds in common"
-    if not (pairs := self.compared(pairs)): raise ValueError("There is nothing to draw: no two methods that are compared, a method with its `twin` if none are named, have two seeds in common.")
+    if not (pairs := self.compared(pairs)):
+        raise ValueError("There is nothing to draw: no two methods that are compared, a method with its `twin` if none are named, have "
+            "two seeds in common.")
     ax = ax or _new_axes(len(pairs))
     _draw_runs(ax, [(f'{a} − {b}', self.difference(a, b, measure), _orange) for a,b in pairs])
     ax.axvline(0, color=_grey, lw=1, zorder=0)
@@ -784,7 +837,8 @@ def plot_sweep(self:Experiment,
     "Draw the runs of a method and of those that are like it against the setting in which they differ, with mean and 95 % interval; raises `ValueError` where there are none"
     x = {o:get_setting(self.chosen(o) or {}, path) for o,m in self.methods.items() if like in (o,m.get('like')) and self.runs(o)}
     x = dict(sorted(((o,v) for o,v in x.items() if v is not None), key=lambda o: o[1]))
-    if not x: raise ValueError(f"There is nothing to draw yet: no run of {like!r}, or of a method that is like it, has the setting {path!r}.")
+    if not x:
+        raise ValueError(f"There is nothing to draw yet: no run of {like!r}, or of a method that is like it, has the setting {path!r}.")
     ax = ax or plt.subplots(figsize=(6,3.5), layout='tight')[1]
     runs = [100*np.array(list(self.values(o, measure).values())) for o in x]
     m,lo,hi = np.array([mean_interval(o) for o in runs]).T

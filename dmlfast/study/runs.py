@@ -103,7 +103,8 @@ def make_learner(
     dls = _loaders(s, read_data(s.get('data', {})) if ds is None else ds, seed)
     cbs = L(cbs) + ([make_ranking(s['ssr'], seed)] if 'ssr' in s else []) + ([ChannelsLast()] if fit.get('channels_last', True) else [])
     kwargs = {k:v for k,v in dict(lr=_lr(fit), wd=fit.get('wd')).items() if v is not None}
-    learn = metric_learner(dls, loss_func=make_loss(s.get('loss')), model_kwargs=model.pop('timm', None), recipe=s.get('recipe'), cbs=cbs, **model, **kwargs)
+    learn = metric_learner(dls, loss_func=make_loss(s.get('loss')), model_kwargs=model.pop('timm', None), recipe=s.get('recipe'), cbs=cbs,
+        **model, **kwargs)
     if fit.get('lr') is None and fit.get('body_lr') is not None: learn.body_share = fit['body_lr']
     for o in declared_settings().values():
         if o.apply and (v := get_setting(s, o.path)) is not None: o.apply(learn, v)
@@ -134,13 +135,15 @@ def fit_settings(
     trackers = _trackers(settings)
     if fit.get('head_epochs'): learn.fit_head(fit['head_epochs'], fit.get('lr'))
     between = [Interpolate()] if fit.get('interpolate') else []
-    if n_epoch: learn.fit_recipe(n_epoch, _lr(fit), _sched(settings, n_epoch), 0 if trackers else fit.get('patience'), L(cbs)+trackers+between)
+    if n_epoch:
+        learn.fit_recipe(n_epoch, _lr(fit), _sched(settings, n_epoch), 0 if trackers else fit.get('patience'), L(cbs)+trackers+between)
     return learn
 
 def _transfer_args(settings):
     "What `fit_transfer` and `plan_transfer` are told of how to train"
     fit = settings.get('fit', {})
-    return {k:fit[k] for k in ('lr','body_lr','head_epochs') if fit.get(k) is not None} | dict(freeze_bn=settings.get('model', {}).get('freeze_bn'))
+    return {k:fit[k] for k in ('lr','body_lr','head_epochs')
+        if fit.get(k) is not None} | dict(freeze_bn=settings.get('model', {}).get('freeze_bn'))
 
 # %% ../../nbs/api/study/02_runs.ipynb #5c9090a4
 _run_files = 'settings.toml','transfer.json','history.csv','checkpoint','best.pth','embedder','results.json','report'
@@ -179,7 +182,9 @@ class History(Callback):
         rows = [[i,*o] for i,o in enumerate(self.recorder.values)]
         csv.writer(text := io.StringIO()).writerows([['epoch',*names],*rows])
         try: write_whole(self.file, text.getvalue())
-        except OSError as e: warn(f"The rows up to epoch {self.epoch} were not written to {str(self.file)!r} ({e}); after the next epoch all are written again.")
+        except OSError as e:
+            warn(f"The rows up to epoch {self.epoch} were not written to {str(self.file)!r} ({e}); after the next epoch all are written "
+                "again.")
 
 # %% ../../nbs/api/study/02_runs.ipynb #645b511c
 def _begin(learn, settings, out, resume, overwrite):
@@ -211,7 +216,8 @@ def about_run(
 )->dict: # Plain numbers and strings
     "What a run was made with: versions, and a hash of which image has which label in which split"
     keep = 'dmlfast','Python','fastai','torch','timm','system'
-    return dict(versions={k:v for k,v in run_versions().items() if k in keep}, data=getattr(getattr(dls, 'source', dls), 'name', ''), data_hash=split_hash(dls))
+    return dict(versions={k:v for k,v in run_versions().items() if k in keep}, data=getattr(getattr(dls, 'source', dls), 'name', ''),
+        data_hash=split_hash(dls))
 
 def train_settings(
     settings:dict, # Tables
@@ -227,7 +233,8 @@ def train_settings(
     out = Path(out)
     check_run_folder(out, resume, overwrite)
     if resume and (out/'results.json').is_file(): return json.loads((out/'results.json').read_text(encoding='utf-8'))
-    if n_epochs(check_settings(settings)) is None: raise ValueError("Nothing says for how many epochs to fit: set `fit.n_epoch`, or a `recipe`.")
+    if n_epochs(check_settings(settings)) is None:
+        raise ValueError("Nothing says for how many epochs to fit: set `fit.n_epoch`, or a `recipe`.")
     check_nones(settings)
     learn = make_learner(settings, ds, L(cbs)+TrainingDoctor())
     if plain: plain_table(learn)
@@ -241,7 +248,9 @@ def _run(learn, settings, out, report):
     learn.path,learn.model_dir = out,'.'
     fit_settings(learn, settings, cbs=History(out/'history.csv'), plan=_plan(learn, settings, out), best=(out/'best').absolute())
     learn.export_embedder(out/'embedder', overwrite=True)
-    res = dict(**_scores(learn), **(dict(transfer=learn.transfer) if hasattr(learn, 'transfer') else dict(between=learn.between) if learn.between else {}), epochs=len(learn.recorder.__dict__.get('values', [])), seconds=round(learn.training_doctor.seconds, 1), findings=[o.text for o in learn.training_doctor.findings], **about_run(learn.dls))
+    res = dict(**_scores(learn), **(dict(transfer=learn.transfer) if hasattr(learn, 'transfer') else dict(between=learn.between)
+        if learn.between else {}), epochs=len(learn.recorder.__dict__.get('values', [])), seconds=round(learn.training_doctor.seconds, 1),
+        findings=[o.text for o in learn.training_doctor.findings], **about_run(learn.dls))
     if report: learn.report(out/'report', overwrite=True)
     write_whole(out/'results.json', json.dumps(res, indent=1, ensure_ascii=False))
     return res
@@ -256,5 +265,6 @@ def features_of(
     "The embedder that a run began with, as far as its settings say; raises `RuntimeError` where the weights cannot be had"
     if not is_trained(settings) or isinstance(embedder.model.named['pool'], str) and embedder.model.named['pool']=='gem': return
     m = settings.get('model', {})
-    model = Embedder(embedder.model.arch, weights=m.get('weights'), head='identity', pool=embedder.model.named['pool'], **(embedder.model.named['model_kwargs'] or {}))
+    model = Embedder(embedder.model.arch, weights=m.get('weights'), head='identity', pool=embedder.model.named['pool'],
+        **(embedder.model.named['model_kwargs'] or {}))
     return ImageEmbedder(model.to(embedder.device), embedder.preprocess)

@@ -72,7 +72,8 @@ class Setting:
 
     def said(self)->str: # Such as `'a number, greater than 0'`
         "Type and range in words"
-        numbers = [f'{self.least:g} or more' if self.least is not None else '', f'greater than {self.above:g}' if self.above is not None else '',
+        numbers = [f'{self.least:g} or more' if self.least is not None else '',
+            f'greater than {self.above:g}' if self.above is not None else '',
             f'{self.most:g} or less' if self.most not in (None,math.inf) else '']
         words = ' or '.join(map(repr, self.words))
         return ', '.join(filter(None, [kind_said(self.kind), *numbers, words]))
@@ -228,7 +229,8 @@ def settings_of(
     "Settings that are the arguments of a function, read from its signature and its comments"
     f = f.__init__ if isinstance(f, type) else f
     docs = docments(f)
-    ps = {k:o for k,o in inspect.signature(f).parameters.items() if o.kind not in (o.VAR_KEYWORD,o.VAR_POSITIONAL) and k not in ('self','cls',*but)}
+    ps = {k:o for k,o in inspect.signature(f).parameters.items() if o.kind not in (o.VAR_KEYWORD,o.VAR_POSITIONAL)
+        and k not in ('self','cls',*but)}
     return {k:Setting(f'{table}.{k}' if table else k, _kind_of(o), docs.get(k) or '') for k,o in ps.items()}
 
 def table_settings(
@@ -257,7 +259,8 @@ def register_setting(
         new = Setting(path, _kind_of(p)|None, docments(f).get(p.name) or '', **{**kwargs, 'arg':arg, 'apply':f})
         for o in declared_settings().values():
             if path==o.path and path in _declared(): raise ValueError(f"There is a setting {path!r} already.")
-            if arg and arg==o.arg and path!=o.path: raise ValueError(f"`{o.path}` has the argument {arg!r} already: give `{path}` another with `arg`.")
+            if arg and arg==o.arg and path!=o.path:
+                raise ValueError(f"`{o.path}` has the argument {arg!r} already: give `{path}` another with `arg`.")
         _registered[path] = new
         return f
     return _f

@@ -44,8 +44,10 @@ def _range(name, o):
     if isinstance(o, dict):
         if not {'low','high'}<=set(o)<={'low','high','log'}: raise ValueError(f"The range of {name!r} is {{low, high, log}}; got {o!r}.")
         o = (o['low'],o['high'],*(['log'] if o.get('log') else []))
-    ok = isinstance(o, tuple) and len(o) in (2,3) and all(isinstance(v, (int,float)) and not isinstance(v, bool) and math.isfinite(v) for v in o[:2]) and o[0]<o[1] and o[2:] in ((),('log',))
-    if not ok or (len(o)==3 and o[0]<=0): raise ValueError(f"Where to look for {name!r} is (low, high), (low, high, 'log') with low above 0, or a list of choices; got {o!r}.")
+    ok = isinstance(o, tuple) and len(o) in (2,3) and all(isinstance(v, (int,float)) and not isinstance(v, bool) and math.isfinite(v)
+        for v in o[:2]) and o[0]<o[1] and o[2:] in ((),('log',))
+    if not ok or (len(o)==3 and o[0]<=0):
+        raise ValueError(f"Where to look for {name!r} is (low, high), (low, high, 'log') with low above 0, or a list of choices; got {o!r}.")
     return o[0],o[1],len(o)==3
 
 def _plain_space(space):
@@ -88,7 +90,8 @@ class TrialScore(Callback):
 
     def before_fit(self):
         self.names = [str(o) for o in self.learn.recorder.metric_names]
-        if self.metric not in self.names: raise ValueError(f"The score is {self.metric!r}, and the columns are {', '.join(self.names[1:-1])}.")
+        if self.metric not in self.names:
+            raise ValueError(f"The score is {self.metric!r}, and the columns are {', '.join(self.names[1:-1])}.")
 
     def after_epoch(self):
         self.value = float(self.learn.recorder.log[self.names.index(self.metric)])
@@ -112,7 +115,9 @@ def _objective(trial, build, folds, space, n_epoch, metric, fit):
     report,done = _pruner(trial),[]
     for i,ds in enumerate(folds):
         learn = build(ds, **params)
-        if learn.measures_on_test(): raise ValueError("The learner's validation classes are test classes: settings must not be chosen on them. Make its data loaders with valid='val'.")
+        if learn.measures_on_test():
+            raise ValueError("The learner's validation classes are test classes: settings must not be chosen on them. Make its data "
+                "loaders with valid='val'.")
         score = TrialScore(lambda epoch, value: report(i*n_epoch+epoch, (sum(done)+value)/(i+1)), metric)
         try:
             with learn.no_bar(), learn.no_logging(): fit(learn, n_epoch, score)
@@ -133,15 +138,19 @@ def _storage(storage, tries=5):
     "A database that notices when the process of a trial has died, and has the trial done again"
     if storage is None: return None
     optuna,url = _optuna(),_url(storage)
-    if '://' not in str(storage) and not Path(storage).absolute().parent.is_dir(): raise ValueError(f"There is no folder {str(Path(storage).parent)!r} for the study.")
+    if '://' not in str(storage) and not Path(storage).absolute().parent.is_dir():
+        raise ValueError(f"There is no folder {str(Path(storage).parent)!r} for the study.")
     wait = dict(connect_args=dict(timeout=60)) if url.startswith('sqlite') else {} # seconds that a process waits for another one's writing
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
         retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=1)
-        try: res = optuna.storages.RDBStorage(url, engine_kwargs=wait, heartbeat_interval=15, grace_period=60, heartbeat_stale_trial_callback=retry)
+        try:
+            res = optuna.storages.RDBStorage(url, engine_kwargs=wait, heartbeat_interval=15, grace_period=60,
+                heartbeat_stale_trial_callback=retry)
         except ImportError: raise
         except Exception as e:
-            if tries>1 and any(o in str(e) for o in ('already exists','UNIQUE')): return _storage(storage, tries-1) # another process is making its tables
+            # another process is making its tables
+            if tries>1 and any(o in str(e) for o in ('already exists','UNIQUE')): return _storage(storage, tries-1)
             raise ValueError(f"The storage {str(storage)!r} cannot be opened: {str(e).splitlines()[0]}") from e
     return _one_writer(res) if wait else res
 
@@ -166,7 +175,9 @@ def _same_search(study, about):
     old = study.user_attrs.get('search')
     if old is None: return study.set_user_attr('search', about)
     for k in {**old, **about}:
-        if old.get(k)!=about.get(k): raise ValueError(f"The study {study.study_name!r} is another search: its {k} was {old.get(k)} and is {about.get(k)} here. Give this one another name.")
+        if old.get(k)!=about.get(k):
+            raise ValueError(f"The study {study.study_name!r} is another search: its {k} was {old.get(k)} and is {about.get(k)} here. "
+                "Give this one another name.")
 
 def _done(study):
     "Trials that came to a result"
@@ -206,7 +217,8 @@ def _is_one_left(study, n_trials):
 
 def _check_metric(metric):
     "Raise `ValueError` for what is no metric that a column of this name shows"
-    if not isinstance(metric, str) or metric_names(metric, curve=False)!=[metric]: raise ValueError(f"The score of a search is one metric, such as 'map@r' or 'recall@1'; got {metric!r}.")
+    if not isinstance(metric, str) or metric_names(metric, curve=False)!=[metric]:
+        raise ValueError(f"The score of a search is one metric, such as 'map@r' or 'recall@1'; got {metric!r}.")
 
 def _count(name, value):
     if not isinstance(value, int) or isinstance(value, bool) or value<1: raise ValueError(f"`{name}` is 1 or more; got {value!r}.")
@@ -265,7 +277,8 @@ def plot_study(
     fig,axs = plt.subplots(1, len(names)+1, figsize=figsize or (3*len(names)+3, 2.8), layout='tight', squeeze=False, sharey=True)
     values = [o.value for o in done]
     axs[0,0].plot([o.number for o in done], values, 'o', color=_blue)
-    axs[0,0].step([o.number for o in done], [max(values[:i+1]) for i in range(len(values))], where='post', color=_orange, label='best so far')
+    axs[0,0].step([o.number for o in done], [max(values[:i+1]) for i in range(len(values))], where='post', color=_orange,
+        label='best so far')
     axs[0,0].set(xlabel='trial', ylabel='score')
     axs[0,0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axs[0,0].legend()
@@ -295,7 +308,8 @@ def settings_space(
     if name := get_setting(settings, 'loss.name'): space |= {f'loss.{k}':o for k,o in loss_class(name).space.items()}
     return space | ({'ssr.gamma':(.1,1.6,'log')} if 'ssr' in settings else {})
 
-_transfer = {'fit.lr':(1e-5,1e-2,'log'), 'fit.body_lr':(.03,1.,'log'), 'model.freeze_bn':[True,False], 'model.emb_sz':[128,64,256,512], 'model.init':['lda','pca','random']}
+_transfer = {'fit.lr':(1e-5,1e-2,'log'), 'fit.body_lr':(.03,1.,'log'), 'model.freeze_bn':[True,False], 'model.emb_sz':[128,64,256,512],
+    'model.init':['lda','pca','random']}
 _starts = {'fit.lr':1e-4, 'fit.body_lr':1/3, 'model.freeze_bn':True, 'model.emb_sz':128, 'model.init':'lda'} # as `metric_learner` begins
 
 def transfers(
@@ -373,7 +387,8 @@ def n_folds(
     "How to judge settings: on the split `'val'`, or where it has fewer than 20 classes on folds of all training classes"
     n,known = (ds.df.label[ds.df.split.isin(o)].nunique() for o in (('val',),('train','val')))
     if n>=20 or known<6: return 1
-    say(f"The split 'val' of {ds.name} has {n} classes. To choose by fewer than 20 is guesswork, so settings are judged on 3 class-disjoint folds of the {known} training classes.")
+    say(f"The split 'val' of {ds.name} has {n} classes. To choose by fewer than 20 is guesswork, so settings are judged on 3 "
+        f"class-disjoint folds of the {known} training classes.")
     return 3
 
 def best_settings(

@@ -15,4 +15,6 @@ from .export import *
 from .gain import *
 from .transfer import *
 from .doctor import *
-__all__ = [*compat.__all__, *progress.__all__, *rates.__all__, *columns.__all__, *ssr.__all__, *recipe.__all__, *features.__all__, *baseline.__all__, *learner.__all__, *predictions.__all__, *checkpoint.__all__, *export.__all__, *gain.__all__, *transfer.__all__, *doctor.__all__]
+__all__ = [*compat.__all__, *progress.__all__, *rates.__all__, *columns.__all__, *ssr.__all__, *recipe.__all__, *features.__all__,
+    *baseline.__all__, *learner.__all__, *predictions.__all__, *checkpoint.__all__, *export.__all__, *gain.__all__, *transfer.__all__,
+    *doctor.__all__]

@@ -83,7 +83,8 @@ def start_head(
     items=None, # What the features are of, for the message where they are not finite
 )->str: # What was done, in a sentence
     "Fill the last linear layer of a head in closed form"
-    if not (check_features(X, items) and check_features(H := head_inputs(head, X), items)): return "The features of all training images are the same, so the head keeps its random start."
+    if not (check_features(X, items) and check_features(H := head_inputs(head, X), items)):
+        return "The features of all training images are the same, so the head keeps its random start."
     k,n = last_linear(head)[1].out_features,f'{len(X):,} training images'
     cov = WithinClass(H, labels) if init=='lda' else None
     if cov is not None and cov.possible:

@@ -105,7 +105,8 @@ def _rates(learn):
 def _facts(learn):
     "What a fit was called with, in words"
     dl,opt,ranking = learn.dls.train,getattr(learn, 'opt_func', None),getattr(learn, 'self_supervised_ranking', None)
-    res = {'learning rate':_rates(learn), 'weight decay':learn.opt.hypers[-1].get('wd'), 'loss':learn.loss_func, 'batch size':getattr(dl, 'bs', None), 'images of a class in a batch':getattr(dl, 'per_class', None),
+    res = {'learning rate':_rates(learn), 'weight decay':learn.opt.hypers[-1].get('wd'), 'loss':learn.loss_func,
+        'batch size':getattr(dl, 'bs', None), 'images of a class in a batch':getattr(dl, 'per_class', None),
         'training images':getattr(dl, 'n', None), 'optimiser':getattr(opt, '__name__', opt), 'ranking':ranking}
     return {k:v if isinstance(v, str) else _code(v) for k,v in res.items()}
 
@@ -125,7 +126,8 @@ def before_fit(self:Checkpoint):
     state = self.learn.__dict__.get('_resumed', {}).get(key)
     if state is None: self.begin()
     elif self.i_fit==state['i_fit'] and state['n_epoch']!=self.n_epoch:
-        raise ValueError(f"The interrupted fit was one of {state['n_epoch']} epochs, and this one is of {self.n_epoch}: call it as it was called.")
+        raise ValueError(f"The interrupted fit was one of {state['n_epoch']} epochs, and this one is of {self.n_epoch}: call it as it was "
+            "called.")
     runs[key] = self.i_fit # only now, so that a call which was refused is refused again
     if state is not None: self.go_on(state)
 
@@ -133,7 +135,8 @@ def before_fit(self:Checkpoint):
 def begin(self:Checkpoint):
     "Raise `FileExistsError` rather than overwrite another run, and `OSError` where nothing can be written"
     if self.file.exists() and not self.overwrite and not self.i_fit:
-        raise FileExistsError(f"{str(self.folder)!r} holds the checkpoint of a run: `learn.resume({str(self.folder)!r})` before the fit goes on with it, "
+        raise FileExistsError(f"{str(self.folder)!r} holds the checkpoint of a run: `learn.resume({str(self.folder)!r})` before the fit "
+            "goes on with it, "
                               f"and `Checkpoint({str(self.folder)!r}, overwrite=True)` begins anew.")
     try:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -146,9 +149,11 @@ def begin(self:Checkpoint):
 def state(self:Checkpoint):
     "All that the rest of the run depends on"
     learn = self.learn
-    return _plain(dict(version=1, i_fit=self.i_fit, epoch=self.epoch+1, n_epoch=self.n_epoch, every=self.every, facts=self.facts, vocab=_classes(learn.dls),
+    return _plain(dict(version=1, i_fit=self.i_fit, epoch=self.epoch+1, n_epoch=self.n_epoch, every=self.every, facts=self.facts,
+        vocab=_classes(learn.dls),
         model=learn.model.state_dict(), opt=learn.opt.state_dict(), train_iter=learn.train_iter,
-        grads=[p.grad for p in learn.model.parameters()] if any(getattr(o, "count", 0) for o in learn.cbs if isinstance(o, GradientAccumulation)) else None,
+        grads=[p.grad for p in learn.model.parameters()]
+        if any(getattr(o, "count", 0) for o in learn.cbs if isinstance(o, GradientAccumulation)) else None,
         scaler=learn.scaler.state_dict() if getattr(learn, 'scaler', None) else None,
         recorder=recorder_state(self.recorder),
         logs=self.logs, loaders=[_loader_state(o) for o in learn.dls.loaders],
@@ -166,8 +171,10 @@ def resume(self:MetricLearner,
     if not cb.file.exists(): raise FileNotFoundError(f"There is no checkpoint in {str(folder)!r}.")
     try: state = torch.load(cb.file, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f"{str(cb.file)!r} is not a checkpoint: {type(e).__name__}.") from e
-    if not isinstance(state, dict) or state.get('version')!=1: raise ValueError(f"{str(cb.file)!r} is not a checkpoint of this version of the library.")
-    if state['vocab']!=_classes(self.dls): raise ValueError(f"The run in {str(folder)!r} was on other classes: {_differ(state['vocab'], _classes(self.dls))}.")
+    if not isinstance(state, dict) or state.get('version')!=1:
+        raise ValueError(f"{str(cb.file)!r} is not a checkpoint of this version of the library.")
+    if state['vocab']!=_classes(self.dls):
+        raise ValueError(f"The run in {str(folder)!r} was on other classes: {_differ(state['vocab'], _classes(self.dls))}.")
     _load_weights(self.model, state['model'], folder, lambda k: hasattr(self.model, k.split('.')[0]))
     self.__dict__.setdefault('_resumed', {})[cb.folder.resolve()] = state
     self.__dict__.setdefault('_runs', {}).pop(cb.folder.resolve(), None)
@@ -181,9 +188,11 @@ def _differ(a, b):
 def _load_weights(model, sd, folder, there=lambda name: True):
     "Load `sd` into `model`; what a callback will add at the fit is not `there` yet"
     have = model.state_dict()
-    if left := [k for k in sd if k not in have and there(k)]: raise ValueError(f"The run in {str(folder)!r} had another model: {left[0]!r} is not here.")
+    if left := [k for k in sd if k not in have and there(k)]:
+        raise ValueError(f"The run in {str(folder)!r} had another model: {left[0]!r} is not here.")
     if bad := [k for k,v in have.items() if k not in sd or sd[k].shape!=v.shape]:
-        raise ValueError(f"The run in {str(folder)!r} had another model: {bad[0]!r} is {'not in it' if bad[0] not in sd else tuple(sd[bad[0]].shape)}, and {tuple(have[bad[0]].shape)} here.")
+        raise ValueError(f"The run in {str(folder)!r} had another model: {bad[0]!r} is "
+            f"{'not in it' if bad[0] not in sd else tuple(sd[bad[0]].shape)}, and {tuple(have[bad[0]].shape)} here.")
     model.load_state_dict({k:v for k,v in sd.items() if k in have})
 
 # %% ../../nbs/api/train/10_checkpoint.ipynb #67c23be2
@@ -199,7 +208,8 @@ def go_on(self:Checkpoint,
     self.restore(state)
     then = state.get('facts', {})
     if other := [f"{k} {then[k]} then and {v} now" for k,v in self.facts.items() if k in then and then[k]!=v]:
-        warn(f"This is not the call that was interrupted in {str(self.folder)!r}: {'; '.join(other)}. It goes on from there, with the checkpoint's weights and optimiser (a constant rate and weight decay included) "
+        warn(f"This is not the call that was interrupted in {str(self.folder)!r}: {'; '.join(other)}. It goes on from there, with the "
+            "checkpoint's weights and optimiser (a constant rate and weight decay included) "
              "and all else as called now, and not to where the run would have ended.")
 
 @patch

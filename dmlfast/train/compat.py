@@ -114,7 +114,8 @@ def lr_find(self:BridgedLearner,
     try: return Learner.lr_find(self, start_lr, end_lr, num_it, **kwargs)
     except IndexError as e:
         if not self.fitted: raise # it comes from the training, and not from what looks at its losses
-        raise ValueError(f"The search for a rate ended after {len(self.recorder.losses)} of {num_it} steps, too soon to tell: `stop_div=False` goes on where a loss "
+        raise ValueError(f"The search for a rate ended after {len(self.recorder.losses)} of {num_it} steps, too soon to tell: "
+            "`stop_div=False` goes on where a loss "
             "that begins near 0 rises, and a smaller `end_lr` where embeddings are no longer finite.") from e
 
 # %% ../../nbs/api/train/00_compat.ipynb #b598d417
@@ -151,11 +152,14 @@ def get_preds(self:BridgedLearner, ds_idx=1, dl=None, with_input=False, with_dec
     return tuple(res)
 
 @dispatch
-def plot_top_losses(x:TensorImage, y:TensorCategory, samples, outs, raws:TensorEmbedding, losses, nrows=None, ncols=None, figsize=None, **kwargs):
+def plot_top_losses(x:TensorImage, y:TensorCategory, samples, outs, raws:TensorEmbedding, losses, nrows=None, ncols=None, figsize=None,
+    **kwargs):
     "Draw images under their label and loss; raises `ValueError` where they have none"
     if losses.isnan().all():
-        raise ValueError("These images have no loss, since it has weights for training classes only: `RetrievalInterpretation.from_learner(learn)` "
-            "and `learn.show_results()` show what the embedding confuses, and `Interpretation.from_learner(learn, ds_idx=0)` has losses of training images.")
+        raise ValueError("These images have no loss, since it has weights for training classes only: "
+            "`RetrievalInterpretation.from_learner(learn)` "
+            "and `learn.show_results()` show what the embedding confuses, and `Interpretation.from_learner(learn, ds_idx=0)` has losses "
+            "of training images.")
     axs = get_grid(len(samples), nrows=nrows, ncols=ncols, figsize=figsize, title='Actual/Loss')
     for ax,s,o in zip(axs, samples, losses):
         s[0].show(ctx=ax, **kwargs)

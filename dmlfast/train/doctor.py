@@ -93,7 +93,8 @@ class TrainingDoctor(Callback):
         every:int=None, # Look at one of so many steps, 1 or more; 20 if not given, fewer in a short fit
         say:bool=True, # Print what is wrong after the fit?
     ):
-        if every is not None and not (isinstance(every, int) and every>=1): raise ValueError(f"`every` is a number of steps, 1 or more; got {every!r}.")
+        if every is not None and not (isinstance(every, int) and every>=1):
+            raise ValueError(f"`every` is a number of steps, 1 or more; got {every!r}.")
         store_attr()
         self.steps,self.epochs,self.hooks,self.start,self.seconds = [],[],[],{},0.
 
@@ -111,7 +112,8 @@ def before_fit(self:TrainingDoctor):
     self.start = {k:p.detach().clone() for k,p in self.watched().items()}
     model = unwrapped(self.learn.model)
     if isinstance(head := getattr(model, 'head', None), torch.nn.Module):
-        self.hooks += [head.register_forward_pre_hook(lambda m,x: self.watch('metric', x[0])), head.register_forward_hook(lambda m,i,o: self.lengths(o))]
+        self.hooks += [head.register_forward_pre_hook(lambda m,x: self.watch('metric', x[0])),
+            head.register_forward_hook(lambda m,i,o: self.lengths(o))]
     if isinstance(head := getattr(model, 'ranking_head', None), torch.nn.Module):
         self.hooks.append(head.register_forward_pre_hook(lambda m,x: self.watch('ssr', x[0])))
 
@@ -131,7 +133,8 @@ def proxies(self:TrainingDoctor)->dict:
 def watched(self:TrainingDoctor)->dict:
     "Weights whose way is measured: the proxies, and those of the head's layers where they are trained"
     head = getattr(unwrapped(self.learn.model), 'head', None)
-    return self.proxies() | ({f'head.{k}':p for k,p in head.named_parameters() if p.ndim==2 and p.requires_grad} if isinstance(head, torch.nn.Module) else {})
+    return self.proxies() | ({f'head.{k}':p for k,p in head.named_parameters() if p.ndim==2 and p.requires_grad}
+        if isinstance(head, torch.nn.Module) else {})
 
 @patch
 def way(self:TrainingDoctor,
@@ -182,8 +185,10 @@ def after_loss(self:TrainingDoctor):
         pos,neg = _similarities(u, labels)
         d2 = sqdist(embs).to(embs.dtype)
         d_pos,d_neg = ((d2.sqrt()*o).sum()/o.sum().clamp(min=1) for o in label_masks(labels, embs.dtype))
-        self.now |= dict(loss=self.learn.loss.detach().mean(), pos=pos, neg=neg, d_pos=d_pos, d_neg=d_neg, rank=effective_rank(u), most=min(embs.shape[1], len(labels.unique())))
-        if isinstance(loss, MetricLoss) and loss.repeatable: self.now |= dict(active=active_share(loss, embs, labels), dr=dr_share(loss, embs, labels))
+        self.now |= dict(loss=self.learn.loss.detach().mean(), pos=pos, neg=neg, d_pos=d_pos, d_neg=d_neg, rank=effective_rank(u),
+            most=min(embs.shape[1], len(labels.unique())))
+        if isinstance(loss, MetricLoss) and loss.repeatable:
+            self.now |= dict(active=active_share(loss, embs, labels), dr=dr_share(loss, embs, labels))
 
 @patch
 def after_batch(self:TrainingDoctor):
@@ -293,11 +298,14 @@ def _collapse(self):
     loss,margin = _gap(self)
     if _lengths(self): remedy = 'Lower the learning rate.'
     elif has>asked: remedy = f'The loss asks for no more: raise its `{name}`, which is {asked:g}.'
-    elif loss and loss.gamma>=2*margin.value: remedy = (f'Where all of them are equally far apart the direction cosine is 0.5, and `gamma` times this, {loss.gamma/2:g}, '
+    elif loss and loss.gamma>=2*margin.value:
+        remedy = (f'Where all of them are equally far apart the direction cosine is 0.5, and `gamma` times this, {loss.gamma/2:g}, '
         f'takes all of the margin of {margin.value:g}, so that nothing is asked of them there: lower `gamma`, or raise the margin.')
-    elif getattr(loss, 'miner', None): remedy = 'Lower the learning rate, and learn from easier triplets: all of them, or those of `SemiHardMiner`, rather than the hardest.'
+    elif getattr(loss, 'miner', None):
+        remedy = 'Lower the learning rate, and learn from easier triplets: all of them, or those of `SemiHardMiner`, rather than the hardest.'
     else: remedy = 'Lower the learning rate; if that does not help, see that the loss pushes classes apart.'
-    return (f'The embeddings collapse: those of different classes have a similarity of {self.recent("neg"):.2f} on average, and {self.recent("rank"):.1f} directions are used '
+    return (f'The embeddings collapse: those of different classes have a similarity of {self.recent("neg"):.2f} on average, and '
+        f'{self.recent("rank"):.1f} directions are used '
         f'of the {self.recent("most"):.0f} that could be. {remedy}')
 
 def _inactive(self):
@@ -310,16 +318,20 @@ def _lengths(self):
     values = [o['length'] for o in self.steps if 'length' in o]
     if len(values)<6: return
     r = self.recent('length')/max(values[0], 1e-30)
-    if r>10: return f'Before they are normalised, embeddings are {r:.0f} times as long as at the beginning, which divides their gradient by as much. Lower the learning rate, or raise the weight decay.'
-    if r<.1: return f'Before they are normalised, embeddings have shrunk to {r:.1%} of their length, which makes their gradient as much larger. Lower the learning rate, or the weight decay of the head.'
+    if r>10:
+        return f'Before they are normalised, embeddings are {r:.0f} times as long as at the beginning, which divides their gradient by as much. Lower the learning rate, or raise the weight decay.'
+    if r<.1:
+        return f'Before they are normalised, embeddings have shrunk to {r:.1%} of their length, which makes their gradient as much larger. Lower the learning rate, or the weight decay of the head.'
 
 def _dr(self):
     x = self.recent('dr')
-    if x>.9: return f'Direction regularisation makes {math.floor(100*x)} % of the gradient, and little is left for the loss itself. Lower `gamma`.'
+    if x>.9:
+        return f'Direction regularisation makes {math.floor(100*x)} % of the gradient, and little is left for the loss itself. Lower `gamma`.'
 
 def _ssr(self):
     x = self.recent('ssr')
-    if x>.9: return f'Self-supervised ranking makes {math.floor(100*x)} % of the gradient that reaches the backbone, and little is left for the metric loss. Lower its `gamma`.'
+    if x>.9:
+        return f'Self-supervised ranking makes {math.floor(100*x)} % of the gradient that reaches the backbone, and little is left for the metric loss. Lower its `gamma`.'
 
 def _proxies(self):
     x = self.recent('moved')
@@ -329,7 +341,8 @@ def _proxies(self):
 def _stuck(self):
     (loss,margin),gap,value = _gap(self),self.recent('d_neg')-self.recent('d_pos'),self.recent('loss')
     if loss and not _collapsed(self) and gap<.1*margin.value and (loss.gamma or value>.9*margin.value):
-        return (f'The loss stands at {value:.3g}, with a margin of {margin.value:g}: negatives are no farther away than positives ({self.recent("d_neg"):.3g} and {self.recent("d_pos"):.3g} on average), so nothing has been learned. '
+        return (f'The loss stands at {value:.3g}, with a margin of {margin.value:g}: negatives are no farther away than positives '
+            f'({self.recent("d_neg"):.3g} and {self.recent("d_pos"):.3g} on average), so nothing has been learned. '
             'Look for a learning rate with `lr_find`, learn from all triplets before the hardest ones, and look at the labels.')
 
 def _still(self):
@@ -340,7 +353,8 @@ def _still(self):
 def _margin(self):
     (loss,margin),active = _gap(self),self.recent('active')
     if loss and loss.normalize_embs and not getattr(loss, 'miner', None) and not _collapsed(self) and margin.value>(2 if margin.squared else 1) and active>.9:
-        return (f'The margin of {margin.value:g} cannot be met: {math.floor(100*active)} % of the triplets violate it, for embeddings of length 1 that have nothing in common are {"2 (squared)" if margin.squared else "1.4"} apart. '
+        return (f'The margin of {margin.value:g} cannot be met: {math.floor(100*active)} % of the triplets violate it, for embeddings of '
+            f'length 1 that have nothing in common are {"2 (squared)" if margin.squared else "1.4"} apart. '
             'Lower it: 0.05 to 0.5 is usual.')
 
 def _runaway(self):
@@ -349,10 +363,13 @@ def _runaway(self):
     best,last = max(es, key=lambda o: o['recall']),es[-1]
     apart = best['gap']+max(.05, min(.1, .25*best['gap']))
     if last['epoch']-best['epoch']>=2 and last['recall']<.95*best['recall']-.01 and last['gap']>apart:
-        return (f'recall@1 fell from {best["recall"]:.3f} in epoch {best["epoch"]} to {last["recall"]:.3f}, while the training classes still move apart: they are learned by heart. '
-            "Keep the best epoch (`SaveModelCallback(monitor='recall@1')`), and use more augmentation, more weight decay or a lower learning rate.")
+        return (f'recall@1 fell from {best["recall"]:.3f} in epoch {best["epoch"]} to {last["recall"]:.3f}, while the training classes '
+            'still move apart: they are learned by heart. '
+            "Keep the best epoch (`SaveModelCallback(monitor='recall@1')`), and use more augmentation, more weight decay or a lower "
+            "learning rate.")
 
-TrainingDoctor.diagnoses = dict(below=_below, collapse=_collapse, inactive=_inactive, lengths=_lengths, dr=_dr, ssr=_ssr, proxies=_proxies, stuck=_stuck, still=_still, margin=_margin, runaway=_runaway)
+TrainingDoctor.diagnoses = dict(below=_below, collapse=_collapse, inactive=_inactive, lengths=_lengths, dr=_dr, ssr=_ssr, proxies=_proxies,
+    stuck=_stuck, still=_still, margin=_margin, runaway=_runaway)
 
 @patch(as_prop=True)
 def findings(self:TrainingDoctor)->list: # `Finding`s, none where all is well
@@ -360,15 +377,23 @@ def findings(self:TrainingDoctor)->list: # `Finding`s, none where all is well
     return [Finding(k, text) for k,f in self.diagnoses.items() if (text := f(self))]
 
 # %% ../../nbs/api/train/14_doctor.ipynb #e043b550
-_panels = (('Similarity of training pairs', 'cosine similarity', dict(pos='same class', neg='different classes'), 'How alike two embeddings of a batch are, 1 for equal ones. The lines should move apart; both near 1 is a collapse.'),
-    ('Directions in use', 'effective rank', dict(rank='in use', most='classes in the batch, or dimensions'), 'Over how many directions the embeddings of a batch spread. Near 1, all lie on a line.'),
-    ('What is learned from', 'share', dict(active='triplets or pairs', rows='embeddings with a gradient'), 'How much of a batch the loss still has something to say about. Near 0, the batches have become too easy.'),
-    ('Loss', 'loss', dict(loss=''), 'The loss of the batch, not smoothed. Where only active terms count, it may stand still while the embedding improves.'),
-    ('Embeddings before normalisation', 'mean length', dict(length=''), 'Their length before they are scaled to 1. The longer, the smaller the steps of the head.'),
-    ('Share of the gradient', 'share', dict(dr='direction regularisation', ssr='self-supervised ranking'), 'How much of the gradient comes from a regulariser. Near 1, it has taken over.'),
-    ('Distance moved by the weights', 'relative distance', dict(moved='proxies', head='head of the network'), 'How far weights are from where they began, relative to their length. Near 0, they do not learn.'))
+_panels = (('Similarity of training pairs', 'cosine similarity', dict(pos='same class', neg='different classes'),
+    'How alike two embeddings of a batch are, 1 for equal ones. The lines should move apart; both near 1 is a collapse.'),
+    ('Directions in use', 'effective rank', dict(rank='in use', most='classes in the batch, or dimensions'),
+    'Over how many directions the embeddings of a batch spread. Near 1, all lie on a line.'),
+    ('What is learned from', 'share', dict(active='triplets or pairs', rows='embeddings with a gradient'),
+    'How much of a batch the loss still has something to say about. Near 0, the batches have become too easy.'),
+    ('Loss', 'loss', dict(loss=''), 'The loss of the batch, not smoothed. Where only active terms count, it may stand still while the '
+    'embedding improves.'),
+    ('Embeddings before normalisation', 'mean length', dict(length=''), 'Their length before they are scaled to 1. The longer, the '
+    'smaller the steps of the head.'),
+    ('Share of the gradient', 'share', dict(dr='direction regularisation', ssr='self-supervised ranking'),
+    'How much of the gradient comes from a regulariser. Near 1, it has taken over.'),
+    ('Distance moved by the weights', 'relative distance', dict(moved='proxies', head='head of the network'),
+    'How far weights are from where they began, relative to their length. Near 0, they do not learn.'))
 _against = ('Training against validation', 'similarity, recall', dict(gap='training: same minus different', recall='validation: recall@1'),
-    'How much more alike pairs of one class are than others in training, and recall on unseen classes. If the first rises while the second falls, the training classes are learned by heart.')
+    'How much more alike pairs of one class are than others in training, and recall on unseen classes. If the first rises while the '
+    'second falls, the training classes are learned by heart.')
 _level = ' The grey line is the recall of the features it started with: below it, training does harm.'
 _styles = dict(color=_blue, lw=1.8),dict(color=_orange, lw=1.8, ls='--')
 
@@ -401,6 +426,7 @@ def plot(self:TrainingDoctor)->plt.Figure:
     fig,axs = plt.subplots(rows, 3, figsize=(10, 2.7*rows+.5), layout='constrained', squeeze=False)
     for ax,o in zip(axs.flat, panels): _draw_series(ax, *o[:5], self.theirs if o[4]=='epochs' else None)
     for ax in axs.flat[len(panels):]: ax.set_axis_off()
-    text = [textwrap.fill(o.text, 125) for o in self.findings] or ['Nothing wrong was found.' if self.enough else 'Too few steps were looked at to say whether something is wrong.']
+    text = [textwrap.fill(o.text, 125) for o in self.findings] or ['Nothing wrong was found.' if self.enough
+        else 'Too few steps were looked at to say whether something is wrong.']
     fig.suptitle('\n'.join(text), fontsize=10, x=.01, ha='left', color=_orange if self.findings else 'black')
     return fig

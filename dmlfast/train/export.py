@@ -44,11 +44,14 @@ def preprocess_of(
     "What `dls` do to a validation image; raises `ValueError` for a transform that cannot be put into words"
     dl = dls.valid
     cls = type(dl.dataset[0][0]) if len(dl.dataset) else dl.dataset.tls[0].types[-1]
-    if not issubclass(cls, PILBase): raise ValueError(f"The items of these data loaders are of type {cls.__name__}, and only images can be exported.")
+    if not issubclass(cls, PILBase):
+        raise ValueError(f"The items of these data loaders are of type {cls.__name__}, and only images can be exported.")
     items,batches = ([(t,f(t)) for t in pipe.fs] for pipe,f in ((dl.after_item,_steps_of),(dl.after_batch,_stats_of)))
     if bad := [type(t).__name__ for t,o in items+batches if o is None]:
-        raise ValueError(f"{', '.join(bad)}: what such a transform does to an image that is not trained on cannot be exported. Resize, RandomResizedCrop, CropPad and Normalize can.")
-    return Preprocess(sum((o for _,o in items), []), **merge(*(o for _,o in batches)), mode=cls._open_args['mode'], background=getattr(cls, 'background', None))
+        raise ValueError(f"{', '.join(bad)}: what such a transform does to an image that is not trained on cannot be exported. Resize, "
+            "RandomResizedCrop, CropPad and Normalize can.")
+    return Preprocess(sum((o for _,o in items), []), **merge(*(o for _,o in batches)), mode=cls._open_args['mode'],
+        background=getattr(cls, 'background', None))
 
 # %% ../../nbs/api/train/11_export.ipynb #276455cd
 def _plain(o):
@@ -61,8 +64,10 @@ def _plain(o):
 def _facts(learn):
     "What is known of a training, for whoever finds the folder"
     n = len(getattr(getattr(learn, 'recorder', None), 'values', [])) if getattr(learn, 'fitted', False) else 0
-    res = dict(data=getattr(getattr(learn.dls, 'source', None), 'name', None), train_classes=getattr(learn.dls, 'n_train_classes', None), loss=repr(learn.loss_func), epochs=n or None,
-        recipe=next((k for k,o in recipes.items() if o is getattr(learn, 'recipe', None)), None), settings=_plain({k:o for k,o in getattr(learn, 'settings', {}).items() if k!='data'}) or None)
+    res = dict(data=getattr(getattr(learn.dls, 'source', None), 'name', None), train_classes=getattr(learn.dls, 'n_train_classes', None),
+        loss=repr(learn.loss_func), epochs=n or None,
+        recipe=next((k for k,o in recipes.items() if o is getattr(learn, 'recipe', None)), None),
+        settings=_plain({k:o for k,o in getattr(learn, 'settings', {}).items() if k!='data'}) or None)
     return {k:o for k,o in res.items() if o is not None}
 
 def _short_names(items, path):
@@ -80,7 +85,8 @@ def export_embedder(self:MetricLearner,
     "Write weights, preprocessing and gallery, without the training; raises `ValueError` for what cannot be described"
     check_folder(folder, overwrite)
     model = unwrapped(self.model)
-    if not hasattr(model, 'spec'): raise ValueError(f"Only the models that `metric_learner` makes by name can be built again elsewhere, and this one was given as it is.")
+    if not hasattr(model, 'spec'):
+        raise ValueError(f"Only the models that `metric_learner` makes by name can be built again elsewhere, and this one was given as it is.")
     self.start_head()
     res = ImageEmbedder(model, preprocess_of(self.dls), _facts(self))
     if gallery is not None:

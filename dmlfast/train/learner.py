@@ -78,7 +78,8 @@ class MetricLearner(GroupedLearner):
 
     def _backward(self):
         if self.loss_grad.numel()!=1:
-            raise ValueError(f"{self.loss_func!r} gives a tensor of shape {tuple(self.loss_grad.shape)}, and what is trained on is one number: take its mean, or `reduction='mean'`.")
+            raise ValueError(f"{self.loss_func!r} gives a tensor of shape {tuple(self.loss_grad.shape)}, and what is trained on is one "
+                "number: take its mean, or `reduction='mean'`.")
         super()._backward()
 
     def export(self,
@@ -103,7 +104,8 @@ def start_head(self:MetricLearner,
 def _all_alone(ds):
     "Is each item of a data set the only one of its class? Labels are read until two are the same"
     seen = set()
-    return all(not (y in seen or seen.add(y)) for y in map(int, ds.tls[ds.n_inp])) if len(getattr(ds, 'tls', ()))>getattr(ds, 'n_inp', 0) else False
+    return all(not (y in seen or seen.add(y))
+        for y in map(int, ds.tls[ds.n_inp])) if len(getattr(ds, 'tls', ()))>getattr(ds, 'n_inp', 0) else False
 
 @patch
 def check_tracker(self:MetricLearner,
@@ -113,14 +115,19 @@ def check_tracker(self:MetricLearner,
     "Raise `ValueError` where `o` monitors what will not be there, or has no patience to wait for it"
     if getattr(o, 'every_epoch', False) and o.monitor in columns: return # it saves whatever the scores are
     if not getattr(self.recorder, 'train_metrics', False):
-        if o.monitor not in columns: raise ValueError(f"{type(o).__name__} monitors {o.monitor!r}, and the columns are {', '.join(columns)}.")
-        if o.monitor!='train_loss' and not sum(map(len, self.dls.loaders[1:])): raise ValueError(f"{type(o).__name__} monitors {o.monitor!r}, and there are no validation items to measure it on.")
+        if o.monitor not in columns:
+            raise ValueError(f"{type(o).__name__} monitors {o.monitor!r}, and the columns are {', '.join(columns)}.")
+        if o.monitor!='train_loss' and not sum(map(len, self.dls.loaders[1:])):
+            raise ValueError(f"{type(o).__name__} monitors {o.monitor!r}, and there are no validation items to measure it on.")
     if getattr(o, 'patience', math.inf)<columns.get(o.monitor, 1)>1:
-        raise ValueError(f"{type(o).__name__} has a patience of {o.patience}, and {o.monitor!r} is new only every {columns[o.monitor]} epochs: it takes a patience of as many or more.")
+        raise ValueError(f"{type(o).__name__} has a patience of {o.patience}, and {o.monitor!r} is new only every {columns[o.monitor]} "
+            "epochs: it takes a patience of as many or more.")
     if o.monitor=='valid_loss' and self.loss_func.seen_only and getattr(self.dls, 'n_train_classes', None) is not None:
-        raise ValueError(f"{type(o).__name__} monitors 'valid_loss', which {type(self.loss_func).__name__} does not have on unseen classes: monitor='recall@1' is what you want.")
+        raise ValueError(f"{type(o).__name__} monitors 'valid_loss', which {type(self.loss_func).__name__} does not have on unseen "
+            "classes: monitor='recall@1' is what you want.")
     if any(o.monitor in c.names for c in self.cbs if isinstance(c, RetrievalMetrics)) and _all_alone(self.dls.valid_ds):
-        raise ValueError(f"{type(o).__name__} monitors {o.monitor!r}, and each of the {len(self.dls.valid_ds)} validation items is the only one of its class, so that there is nothing to find: hold out classes with two items or more.")
+        raise ValueError(f"{type(o).__name__} monitors {o.monitor!r}, and each of the {len(self.dls.valid_ds)} validation items is the "
+            "only one of its class, so that there is nothing to find: hold out classes with two items or more.")
 
 @patch
 def check_cbs(self:MetricLearner,
@@ -130,12 +137,15 @@ def check_cbs(self:MetricLearner,
     columns = dict.fromkeys(['train_loss','valid_loss',*L(self.metrics).attrgot('name')], 1)
     for o in cbs:
         for c in getattr(o, 'columns', ()):
-            if c.name in columns: raise ValueError(f"There are two columns {c.name!r}, one of them of a {type(o).__name__}: `learn.remove_cb({type(o).__name__})` takes such callbacks away.")
+            if c.name in columns:
+                raise ValueError(f"There are two columns {c.name!r}, one of them of a {type(o).__name__}: "
+                    f"`learn.remove_cb({type(o).__name__})` takes such callbacks away.")
             columns[c.name] = getattr(o, 'every', 1)
     for o in cbs:
         if hasattr(o, 'check_fit'): o.check_fit(self)
         if isinstance(o, TrackerCallback): self.check_tracker(o, columns)
-        if isinstance(o, MixHandler): raise ValueError(f"{type(o).__name__} mixes images of two classes, and a loss of embeddings needs each image to be of one.")
+        if isinstance(o, MixHandler):
+            raise ValueError(f"{type(o).__name__} mixes images of two classes, and a loss of embeddings needs each image to be of one.")
         if o.__dict__.get('projector'): show_embeddings(o, self.model)
 
 # %% ../../nbs/api/train/08_learner.ipynb #eceb4a50
@@ -146,8 +156,10 @@ def check_pairs(self:MetricLearner,
     "Warn of a batch in which the loss has nothing to compare"
     n,c = len(labels),len(labels.unique())
     if 1<c<n or not getattr(self.loss_func, 'compares', False): return
-    has,do = ('no two images of one class','make them with `per_class=4`, say (and `dl_type=BalancedDL` in a `DataBlock`)') if c==n else ('images of one class only','make `bs` a larger multiple of `per_class`')
-    warnings.warn(f"The first batch, of {n}, has {has}, so that {type(self.loss_func).__name__} has nothing to compare: from such batches nothing is learned; {do}.")
+    has,do = ('no two images of one class','make them with `per_class=4`, say (and `dl_type=BalancedDL` in a `DataBlock`)') if c==n else (
+        'images of one class only','make `bs` a larger multiple of `per_class`')
+    warnings.warn(f"The first batch, of {n}, has {has}, so that {type(self.loss_func).__name__} has nothing to compare: from such batches "
+        f"nothing is learned; {do}.")
 
 # %% ../../nbs/api/train/08_learner.ipynb #fb8beb46
 def _norm_of(dl):
@@ -159,7 +171,8 @@ def _same(a, b): return all(torch.allclose(x.flatten().cpu(), y.flatten().cpu())
 def _check_tfms(dl):
     "Raise `ValueError` for a loader that cannot be given a normalisation"
     if not hasattr(getattr(dl, 'after_batch', None), 'fs'):
-        raise ValueError(f"A {type(dl).__name__} without transforms of batches cannot normalise images as the model needs them: make it by `dls.test_dl(items, with_labels=True)` or of a `DataBlock`, "
+        raise ValueError(f"A {type(dl).__name__} without transforms of batches cannot normalise images as the model needs them: make it "
+            "by `dls.test_dl(items, with_labels=True)` or of a `DataBlock`, "
             "or make the learner with `normalize=False` where they are normalised already.")
 
 def _normalize(dls, cfg, trained=True):
@@ -171,7 +184,8 @@ def _normalize(dls, cfg, trained=True):
         for o in dls.loaders: _check_tfms(o)
         dls.add_tfms([norm], 'after_batch')
     elif trained and hasattr(has, 'of_model') and not _same(has, norm):
-        raise ValueError("These data loaders normalise images for the first model that they were given to, and this one has other statistics: make data loaders of its own for it, or pass `normalize=False`.")
+        raise ValueError("These data loaders normalise images for the first model that they were given to, and this one has other "
+            "statistics: make data loaders of its own for it, or pass `normalize=False`.")
 
 # %% ../../nbs/api/train/08_learner.ipynb #6856c089
 @patch
@@ -219,7 +233,8 @@ def _model(arch, weights, pretrained, normalize, recipe, given, model_kwargs):
     given.update({k:v for k,v in dict(weights=weights, model_kwargs=model_kwargs).items() if v is not None})
     if given.get('emb_sz')==getattr(arch, 'emb_sz', given.get('emb_sz')): given.pop('emb_sz', None)
     if wrong := list(given):
-        raise ValueError(f"{', '.join(map(repr, wrong))}: such arguments are for models by name, and this {type(arch).__name__} is as it is.")
+        raise ValueError(f"{', '.join(map(repr, wrong))}: such arguments are for models by name, and this {type(arch).__name__} is as it "
+            "is.")
     return _Whole(arch) if isinstance(arch, nn.Sequential) else arch
 
 # %% ../../nbs/api/train/08_learner.ipynb #8409cd65
@@ -238,7 +253,9 @@ def _metric_loss(loss):
 def _check_call(loss):
     "Raise `ValueError` for a loss that does not take embeddings and labels"
     try: inspect.signature(getattr(loss, 'forward', loss)).bind(None, None)
-    except TypeError as e: raise ValueError(f"A loss is called with embeddings and labels, and {getattr(loss, '__name__', type(loss).__name__)} is not made for these two ({e}).") from None
+    except TypeError as e:
+        raise ValueError(f"A loss is called with embeddings and labels, and {getattr(loss, '__name__', type(loss).__name__)} is not made "
+            f"for these two ({e}).") from None
     except ValueError: pass # a function of C does not say
 
 def _outcome(f, *args):
@@ -259,15 +276,18 @@ def _check_other(loss):
     f = getattr(loss, 'func', loss) # what fastai's `BaseLoss` or a `partial` calls
     made = getattr(f if inspect.isroutine(f) else getattr(type(f), 'forward', f), '__module__', None) or ''
     if not made.startswith(('torch.nn.','fastai.losses','timm.loss')): return
-    raise ValueError(f"{getattr(f, '__name__', type(f).__name__)} is no loss of embeddings: it compares a score for each class, or values, with a target. "
-        "`ProxyNCALoss()` is the cross entropy of embeddings, with a learned proxy for each class, and `DRTripletLoss()` compares them with each other.")
+    raise ValueError(f"{getattr(f, '__name__', type(f).__name__)} is no loss of embeddings: it compares a score for each class, or "
+        "values, with a target. "
+        "`ProxyNCALoss()` is the cross entropy of embeddings, with a learned proxy for each class, and `DRTripletLoss()` compares them "
+        "with each other.")
 
 # %% ../../nbs/api/train/08_learner.ipynb #f40118e1
 def _n_classes(dls):
     "Number of training classes"
     if (n := getattr(dls, 'n_train_classes', None)) is not None: return n
     if (vocab := getattr(dls, 'vocab', None)) and len(dls.loaders)>1 and len(dls.valid):
-        warnings.warn("These data loaders do not say which classes are for training only: where validation images are of classes that are trained on, what is measured is not retrieval of unseen classes. `ClassBlock` with `ClassSplitter` divides by class.")
+        warnings.warn("These data loaders do not say which classes are for training only: where validation images are of classes that are "
+            "trained on, what is measured is not retrieval of unseen classes. `ClassBlock` with `ClassSplitter` divides by class.")
     return len(vocab or ())
 
 # %% ../../nbs/api/train/08_learner.ipynb #11dc696e
@@ -311,7 +331,8 @@ def take_loss(self:MetricLearner,
     old,model = self.loss_func,unwrapped(self.model)
     _used.difference_update(_with_weights(old) if old else ())
     if used := [o for o in _with_weights(loss) if o in _used]:
-        warnings.warn(f"This {type(used[0]).__name__} was given to another learner: it begins with the weights that it has, and both train them. Make a new one for each.")
+        warnings.warn(f"This {type(used[0]).__name__} was given to another learner: it begins with the weights that it has, and both "
+            "train them. Make a new one for each.")
     self.loss_as_given = _copy(loss)
     model.loss_func = self.__dict__['loss_func'] = loss.setup(_n_classes(self.dls), getattr(model, 'emb_sz', self.out_sz or 128))
     _used.update(_with_weights(loss))
@@ -346,7 +367,8 @@ def metric_learner(
 )->MetricLearner:
     "A `Learner` that trains embeddings of `dls` with a timm backbone and a metric-learning loss"
     _check_names(kwargs)
-    if not isinstance(dls, DataLoaders): raise ValueError(f"A learner takes data loaders, such as `ds.dataloaders()`; got a {type(dls).__name__}.")
+    if not isinstance(dls, DataLoaders):
+        raise ValueError(f"A learner takes data loaders, such as `ds.dataloaders()`; got a {type(dls).__name__}.")
     check_target(dls.train.dataset)
     r = recipe if isinstance(recipe, Recipe) else recipes[recipe] if recipe else Recipe()
     loss_func = _metric_loss(r.loss() if loss_func is None else loss_func)
@@ -360,12 +382,15 @@ def metric_learner(
     if not any(isinstance(o, SetEpoch) for o in cbs): cbs = cbs + SetEpoch()
     cbs = cbs + [o for o in (make() for make in r.cbs) if not any(isinstance(c, type(o)) for c in cbs)]
     mine = any(isinstance(o, RetrievalMetrics) for o in cbs)
-    if mine and names: raise ValueError(f"Names of metrics are given twice, as `metrics` and in `RetrievalMetrics`: {', '.join(names)} belong to the latter.")
+    if mine and names:
+        raise ValueError(f"Names of metrics are given twice, as `metrics` and in `RetrievalMetrics`: {', '.join(names)} belong to the "
+            "latter.")
     if not mine: cbs = cbs + RetrievalMetrics(names, getattr(getattr(dls, 'source', None), 'ks', (1,2,4,8)))
     if (trained or getattr(model, 'pending', None)) and not any(isinstance(o, HeadStart) for o in cbs): cbs = cbs + HeadStart()
     lr,share = _first_rate(model, trained)
     if lr is not None and not ({'lr'} & {*kwargs, *r.learner}): kwargs['lr'] = lr
     if splitter is None: splitter = embedder_splitter if hasattr(model, 'body') else trainable_params
-    learn = MetricLearner(dls, model, loss_func, metrics=None if names else mets, splitter=splitter, cbs=cbs, emb_sz=emb_sz or r.emb_sz, **{**r.learner, **kwargs})
+    learn = MetricLearner(dls, model, loss_func, metrics=None if names else mets, splitter=splitter, cbs=cbs, emb_sz=emb_sz or r.emb_sz,
+        **{**r.learner, **kwargs})
     learn.recipe,learn.body_share = r,ifnone(r.body_share, share)
     return learn

@@ -44,10 +44,14 @@ def split_dl(self:MetricLearner,
 )->TfmdDL: # Each item once, in order
     "The loader that is meant; raises `ValueError` where the data loaders know no such split"
     if dl is None: dl = self.dls.valid
-    elif not isinstance(dl, (str,DataLoader)): raise ValueError(f"Items come from a loader, such as `dls.test_dl(items, with_labels=True)`, or a split's name; got a {type(dl).__name__}.")
+    elif not isinstance(dl, (str,DataLoader)):
+        raise ValueError("Items come from a loader, such as `dls.test_dl(items, with_labels=True)`, or a split's name; got a "
+            f"{type(dl).__name__}.")
     elif isinstance(dl, str):
         source = getattr(self.dls, 'source', None)
-        if source is None: raise ValueError(f"These data loaders were not made by a `MetricDataset`, so they know no split {dl!r}: pass a loader, such as `dls.test_dl(items, with_labels=True)`.")
+        if source is None:
+            raise ValueError(f"These data loaders were not made by a `MetricDataset`, so they know no split {dl!r}: pass a loader, such "
+                "as `dls.test_dl(items, with_labels=True)`.")
         items = source.items(dl)
         if not items: raise ValueError(f"{source.name} has no split {dl!r}; its splits are {', '.join(source.summary().index)}.")
         return self.dls.test_dl(items, with_labels=True)
@@ -60,7 +64,8 @@ def about_items(self:MetricLearner,
 )->dict: # Arguments of `Embedded`
     "What is known of the items of a loader: names of items and classes, images, and who searches where"
     items = items_of(dl)
-    return dict(items=None if items is None else [item_name(o) for o in items], vocab=self.vocab_of(dl), image=lambda i: dl.dataset[i][0], **protocol_of(self.dls, dl))
+    return dict(items=None if items is None else [item_name(o) for o in items], vocab=self.vocab_of(dl), image=lambda i: dl.dataset[i][0],
+        **protocol_of(self.dls, dl))
 
 @patch
 def embedded(self:MetricLearner,
@@ -160,7 +165,8 @@ def predict(self:MetricLearner,
 @patch
 def _as_opened(self:MetricLearner, item):
     "An image in memory as the data loaders would have opened its file; anything else as it is"
-    tl,in_memory = self.dls.valid_ds.tls[0],isinstance(item, (bytes,bytearray,memoryview,np.ndarray,Tensor,Image.Image)) or hasattr(item, 'read')
+    tl,in_memory = self.dls.valid_ds.tls[0],isinstance(item,
+        (bytes,bytearray,memoryview,np.ndarray,Tensor,Image.Image)) or hasattr(item, 'read')
     if not in_memory or not issubclass(cls := tl.types[-1], Image.Image): return item
     if not hasattr(cls, 'background'): return cls.create(open_image(item, cls._open_args['mode'], None)) # fastai's own
     at = next(i for i,t in enumerate(tl.types) if isinstance(t, type) and issubclass(t, Image.Image))

@@ -22,7 +22,8 @@ from .compat import *
 def _left_out(model, opt):
     "Weights that need a gradient and that no group of `opt` has, by name; but for a body's, or a foreign model's own, which are left out to be frozen"
     known = {p for o in opt.param_lists for p in o} | {*(model.body.parameters() if hasattr(model, 'body') else ())}
-    return {n:p for n,p in model.named_parameters() if p.requires_grad and p not in known and (hasattr(model, 'body') or n.startswith('loss_func.'))}
+    return {n:p for n,p in model.named_parameters() if p.requires_grad and p not in known
+        and (hasattr(model, 'body') or n.startswith('loss_func.'))}
 
 class GroupedLearner(BridgedLearner):
     "A learner whose parameter groups, and single weights, have rates of their own"
@@ -30,13 +31,15 @@ class GroupedLearner(BridgedLearner):
     def create_opt(self):
         super().create_opt()
         if new := _left_out(get_model(self.model), self.opt):
-            warnings.warn(f"The groups of the splitter leave out {', '.join(new)}: the last group trains {'it' if len(new)==1 else 'them'} too. What is not to be trained has `requires_grad=False`.")
+            warnings.warn(f"The groups of the splitter leave out {', '.join(new)}: the last group trains "
+                f"{'it' if len(new)==1 else 'them'} too. What is not to be trained has `requires_grad=False`.")
             join_last_group(self, new.values())
         multiply_lr(self.opt, lr_mults(self.model))
 
     @delegates(Learner.fit)
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
-        if isinstance(n_epoch, bool) or not isinstance(n_epoch, (int,np.integer)) or n_epoch<0: raise ValueError(f"A fit is of a whole number of epochs, 0 or more; got {n_epoch!r}.")
+        if isinstance(n_epoch, bool) or not isinstance(n_epoch, (int,np.integer)) or n_epoch<0:
+            raise ValueError(f"A fit is of a whole number of epochs, 0 or more; got {n_epoch!r}.")
         if (wd := ifnone(wd, self.wd)) is not None: wd = as_rates('Weight decay', wd)
         super().fit(n_epoch, self.group_rates(lr), wd, cbs, **kwargs)
 
@@ -49,7 +52,8 @@ def as_rates(
     if isinstance(o, slice): return slice(*(v if v is None else as_rates(what, v) for v in (o.start,o.stop)))
     if hasattr(o, 'tolist'): o = o.tolist() # of NumPy or PyTorch
     if isinstance(o, (list,tuple,L)): return [as_rates(what, v) for v in o]
-    if isinstance(o, bool) or not isinstance(o, (int,float)) or not 0<=o<math.inf: raise ValueError(f"{what} is a finite number, 0 or more, or several of them; got {o!r}.")
+    if isinstance(o, bool) or not isinstance(o, (int,float)) or not 0<=o<math.inf:
+        raise ValueError(f"{what} is a finite number, 0 or more, or several of them; got {o!r}.")
     return o
 
 @patch
@@ -102,7 +106,8 @@ def fine_tune(self:GroupedLearner,
 ):
     "As of any learner, with the rates of this one"
     own = getattr(self.lr, 'stop', self.lr) if self.body_share!=1 else 2e-3
-    return Learner.fine_tune(self, epochs, ifnone(base_lr, own), freeze_epochs, ifnone(lr_mult, 100 if self.body_share==1 else 1/self.body_share), **kwargs)
+    return Learner.fine_tune(self, epochs, ifnone(base_lr, own), freeze_epochs,
+        ifnone(lr_mult, 100 if self.body_share==1 else 1/self.body_share), **kwargs)
 
 # %% ../../nbs/api/train/02_rates.ipynb #add06cd6
 def _scaled(all_params, mults, *args, **kwargs):

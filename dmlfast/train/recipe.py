@@ -119,11 +119,13 @@ def fit_recipe(self:GroupedLearner,
     "Fit as the learner's recipe says"
     r = self.recipe.fit
     n_epoch,sched = ifnone(n_epoch, r.get('n_epoch')),ifnone(sched, r.get('sched', 'flat'))
-    if n_epoch is None: raise ValueError("This learner has no recipe that says for how many epochs to fit: pass `n_epoch`, or make it with `recipe=`.")
+    if n_epoch is None:
+        raise ValueError("This learner has no recipe that says for how many epochs to fit: pass `n_epoch`, or make it with `recipe=`.")
     if not callable(sched) and sched not in ('one_cycle',*_scheds):
         raise ValueError(f"Schedules are {', '.join(map(repr, _scheds))}, 'one_cycle' or a function; got {sched!r}.")
     cbs,patience = L(cbs),ifnone(patience, r.get('patience', 0))
-    if patience and sum(map(len, self.dls.loaders[1:])) and not self.measures_on_test(): cbs = cbs + EarlyStoppingCallback('recall@1', patience=patience)
+    if patience and sum(map(len, self.dls.loaders[1:])) and not self.measures_on_test():
+        cbs = cbs + EarlyStoppingCallback('recall@1', patience=patience)
     if sched=='one_cycle': return self.fit_one_cycle(n_epoch, lr, cbs=cbs, **kwargs)
     if self.opt is None: self.create_opt()
     self.opt.set_hyper('lr', self.group_rates(lr))

@@ -207,7 +207,8 @@ def _trial(learn, dls):
     model.load_state_dict(start.origin, strict=False)
     model.pending = start.kind
     cbs = [type(o)() if isinstance(o, ChannelsLast) else _copied(o) for o in learn.cbs if isinstance(o, _shape)]
-    res = MetricLearner(dls, model, deepcopy(learn.loss_as_given), opt_func=learn.opt_func, lr=learn.lr, splitter=learn.splitter, wd=learn.wd,
+    res = MetricLearner(dls, model, deepcopy(learn.loss_as_given), opt_func=learn.opt_func, lr=learn.lr, splitter=learn.splitter,
+        wd=learn.wd,
         moms=learn.moms,
         wd_bn_bias=learn.wd_bn_bias, train_bn=learn.train_bn, cbs=[RetrievalMetrics(['map@r']), HeadStart(), *cbs])
     res.body_share = learn.body_share
