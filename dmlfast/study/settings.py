@@ -103,6 +103,8 @@ def setting(
     "A field of a table of settings"
     return field(default=None, metadata=dict(arg=arg, **kwargs))
 
+setting.__delwrap__ = Setting # a data class has its comments, and its `__init__` has no source
+
 # %% ../../nbs/api/study/00_settings.ipynb #4e2c5e8b
 @dataclass
 class DataSettings:

@@ -31,8 +31,16 @@ class MetricLearner(GroupedLearner):
     "A `Learner` whose model makes embeddings and holds the weights of its loss"
     between = None # What `Interpolate` saw and kept in the last fit
     norm = None # How the first loaders normalise images
-    def __init__(self, dls, model, loss_func=None, *args, emb_sz=None, **kwargs):
-        self.out_sz = emb_sz # of a model that does not say
+    @delegates(Learner.__init__)
+    def __init__(self,
+        dls:DataLoaders, # Training loader, and a loader of unseen classes
+        model:nn.Module, # Makes embeddings
+        loss_func=None, # Function of embeddings and labels
+        *args, # Further arguments of `Learner`
+        emb_sz:int=None, # Numbers in an embedding, of a model that does not say
+        **kwargs
+    ):
+        self.out_sz = emb_sz
         super().__init__(dls, model, loss_func, *args, **kwargs)
 
     @property
