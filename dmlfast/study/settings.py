@@ -62,9 +62,13 @@ class Setting:
     apply:callable=None # Function of a new learner and the value, which does what is set
 
     @property
-    def table(self): return self.path.rpartition('.')[0]
+    def table(self):
+        "The table that it stands in"
+        return self.path.rpartition('.')[0]
     @property
-    def name(self): return self.path.rpartition('.')[2]
+    def name(self):
+        "Its name in the table"
+        return self.path.rpartition('.')[2]
 
     def is_path(self)->bool:
         "Is it a file or a folder?"
