@@ -52,7 +52,7 @@ healthy = dict(triplet=TripletLoss, dr=DRTripletLoss, mined=lambda: DRTripletLos
 @pytest.mark.parametrize('name', healthy)
 def test_a_healthy_run_gets_none(name, capsys):
     net = Net(normalize=name!='npair')
-    learn = run(healthy[name](), net=net)
+    learn = run(healthy[name](), lr=5e-4 if name=='npair' else 3e-3, net=net) # which of so few classes learns the training set by heart sooner
     assert learn.training_doctor.findings==[] and 'TrainingDoctor' not in capsys.readouterr().out
     assert learn.training_doctor.epochs[-1]['recall']>.7
     if name=='both': assert learn.training_doctor.plot()._suptitle.get_text()=='Nothing wrong was found.'
