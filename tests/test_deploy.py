@@ -186,7 +186,7 @@ def test_what_could_not_be_read_is_not_written(embedder, tmp_path):
 def test_a_full_disk_is_said(embedder, tmp_path, monkeypatch):
     "With the name of the folder, and nothing of it is left"
     def full(*args): raise SafetensorError('Error while serializing: I/O error: File too large (os error 27)')
-    monkeypatch.setattr('dmlfast.deploy.embedder.save_file', full)
+    monkeypatch.setattr('dmlfast.deploy.folder.save_file', full)
     with pytest.raises(OSError, match=f"cannot be written to '{tmp_path/'a'/'e'}': Error while serializing"):
         embedder.save(tmp_path/'a'/'e')
     assert not list(tmp_path.iterdir())

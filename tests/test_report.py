@@ -285,7 +285,7 @@ def test_training_that_did_harm(few, body, tmp_path, no_pictures):
         cbs=[TrainingDoctor(), Interpolate(at=(1,), say=False)])
     with learn.no_bar(), learn.no_logging():
         untrained = learn.report(tmp_path/'u')
-        learn.fit(1, .5)
+        learn.fit(1, 2.)
         harmed = learn.report(tmp_path/'h')
     p = Page(harmed)
     assert re.search('<p class="finding">From the features to what was trained, .*<code>freeze_bn=True</code>', p.html)
