@@ -73,7 +73,8 @@ def trained(added, tmp_path_factory):
     "Folder of a run with all of it"
     from dmlfast.cli.commands import dmlfast_train
     out = tmp_path_factory.mktemp('mine')/'run'
-    status,text,err = run(dmlfast_train, '--data mine_data --data-args size=24 --arch test_resnet --no-pretrained --emb-sz 16 --bs 32 --workers 0',
+    status,text,err = run(dmlfast_train, '--data mine_data --data-args size=24 --arch test_resnet --no-pretrained --emb-sz 16 --bs 32 '
+        '--workers 0',
         '--epochs 1 --lr 1e-3 --loss mine --loss-args width=.4 --miner mine --noise .1 --report --out', out)
     assert status==0, err
     return out,text
@@ -120,7 +121,8 @@ def test_eval_takes_the_metric_and_the_reader(trained, tmp_path):
 def test_the_setting_is_an_argument_with_help(added):
     from dmlfast.cli.commands import dmlfast_train
     status,text,_ = run(dmlfast_train, '--help')
-    assert status==0 and '--noise' in text and 'Noise on each embedding, in units of its length; none if not given' in ' '.join(text.split())
+    assert status==0 and '--noise' in text
+    assert 'Noise on each embedding, in units of its length; none if not given' in ' '.join(text.split())
 
 def test_a_step_of_re_ranking(added):
     e = Embedded([[1.,0],[.9,.1],[.2,1],[0,1]], [0,0,1,1])
