@@ -33,7 +33,7 @@ def test_demo_on_a_folder(folder, tmp_path):
 def _recall_of_pixels(folder):
     "Share of the test images whose nearest other one, by the correlation of their pixels, is of their class"
     import numpy as np
-    from dmlfast.datasets import MetricDataset
+    from dmlfast.data import MetricDataset
     x,y = zip(*((x.flatten(1).numpy(), y.numpy()) for x,
         y in MetricDataset.from_folder(folder).dataloaders(16, valid='test', size=32, num_workers=0).valid))
     y,s = np.concatenate(y),np.corrcoef(np.concatenate(x))
