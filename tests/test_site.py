@@ -39,7 +39,8 @@ def test_every_public_name_has_a_card_and_a_line(site):
                 assert link in o, f'{room}.{name} is not listed'
 
 def test_cards_say_what_the_code_says(site):
-    words = ' '.join(' '.join(Text((site/'api'/'losses'/'triplet.html').read_text(encoding='utf-8')).words).split())
+    pages = [(site/'api'/'losses'/f'{o}.html').read_text(encoding='utf-8') for o in ('base','triplet')]
+    words = ' '.join(' '.join(o for page in pages for o in Text(page).words).split())
     assert 'class TripletLoss ( margin = 0.2 , gamma = 0.0' in words
     assert "Class of each row, (n,) integer" in words and 'Weight of the direction regulariser' in words
     every = ' '.join(o for f in (site/'api').rglob('*.html') for o in Text(f.read_text(encoding='utf-8')).words)
@@ -144,7 +145,7 @@ def test_a_fault_would_be_seen(page, url):
 
 @needs_browser
 def test_formulas_are_drawn(page, url):
-    page.go(f'{url}api/losses/proxies.html')
+    page.go(f'{url}api/train/ssr.html')
     n = page.wait('document.querySelectorAll("article .math mjx-container svg").length')
     assert n>=page.eval('document.querySelectorAll("article div.math").length')>3
     assert not page.eval('document.querySelectorAll("article mjx-merror, article [data-mjx-error]").length')
