@@ -9,7 +9,7 @@ __all__ = ['register_reader', 'cub200', 'cars196', 'online_products', 'inshop', 
            'NamedImage', 'bad_images', 'MetricDataset', 'crop_tfms']
 
 # %% ../../nbs/api/data/02_datasets.ipynb #705e9798
-import random, re, shutil, tempfile, unicodedata
+import re, shutil, tempfile, unicodedata
 import numpy as np, pandas as pd
 from functools import cache
 from pathlib import Path

@@ -20,7 +20,7 @@ from .page import *
 from ..train.learner import *
 from ..train.predictions import *
 from ..models.embedder import *
-from ..retrieval.metrics import metric_meanings, metric_of
+from ..retrieval.metrics import metric_of
 from ..files.drawing import light_axes as _axes, blue as _blue, grey as _grey, orange as _orange
 from ..train.transfer import *
 

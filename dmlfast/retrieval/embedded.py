@@ -106,9 +106,8 @@ def search(self:Embedded)->tuple:
     if self._found is None:
         role = self.role
         if self.random_gallery:
-            drawn = evaluate_random_gallery(self.embs, self.labels, 1, metrics=['recall@1'], n_boot=1).items
             role = np.full(len(self), 'gallery')
-            role[drawn] = 'query'
+            role[draw_gallery(self.labels, np.random.default_rng(0))[0]] = 'query' # the first that `evaluate` draws
         self._found = query_gallery(role, len(self))
     return self._found
 

@@ -6,7 +6,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/retrieval/metrics.html.md"""
 
 # %% auto #0
 __all__ = ['register_metric', 'precision_at', 'metric_of', 'metric_meanings', 'metric_names', 'evaluate_retrieval',
-           'evaluate_random_gallery', 'query_gallery', 'evaluate_protocol']
+           'draw_gallery', 'evaluate_random_gallery', 'query_gallery', 'evaluate_protocol']
 
 # %% ../../nbs/api/retrieval/02_metrics.ipynb #130b1ba5
 import difflib, math, numpy as np, torch
@@ -284,6 +284,17 @@ def _pool(results, items):
     return RetrievalResult(vals, labels, curve=curve, items=np.concatenate(items), ci=r.ci, n_boot=r.n_boot, seed=r.seed,
         settings=r.settings|dict(gallery='one random item of each class', repeats=len(results)))
 
+def draw_gallery(
+    labels:torch.Tensor, # Class of each item, (n,) int
+    rng, # NumPy's generator
+)->tuple: # Items that search, and that are searched, in order; int64 arrays
+    "One random item of each class as the gallery, and the others as queries; raises `ValueError` where none are left"
+    perm = rng.permutation(len(labels))
+    g = np.sort(perm[np.unique(labels.numpy()[perm], return_index=True)[1]])
+    q = np.setdiff1d(perm, g)
+    if not len(q): raise ValueError('every class has one item only, so that there are no queries')
+    return q,g
+
 def evaluate_random_gallery(
     embs, # Embeddings, (n,d) float
     labels, # Their classes, (n,) int
@@ -300,10 +311,7 @@ def evaluate_random_gallery(
     x,rng,res,items = as_embeddings(embs),np.random.default_rng(seed),[],[]
     y = as_labels(labels, len(x)).cpu()
     for _ in range(repeats):
-        perm = rng.permutation(len(x))
-        g = np.sort(perm[np.unique(y.numpy()[perm], return_index=True)[1]])
-        q = np.setdiff1d(perm, g)
-        if not len(q): raise ValueError('every class has one item only, so that there are no queries')
+        q,g = draw_gallery(y, rng)
         ids = None if ignore is None else (as_labels(ignore, len(x), 'ignore').cpu()[q],as_labels(ignore, len(x), 'ignore').cpu()[g])
         res.append(evaluate_retrieval(x[q], y[q], x[g], y[g], metrics=metrics, ignore=ids, seed=seed, **kwargs))
         items.append(q)

@@ -9,7 +9,7 @@ __all__ = ['loss_class', 'miner_class', 'read_data', 'make_loss', 'make_ranking'
            'is_trained', 'check_settings', 'load_settings', 'save_settings', 'absolute_paths']
 
 # %% ../../nbs/api/study/01_checks.ipynb #3bf35cf0
-import difflib, tomli_w, tomllib, torch
+import tomli_w, tomllib, torch
 from copy import deepcopy
 from pathlib import Path
 from fastcore.all import *

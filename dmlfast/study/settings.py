@@ -11,7 +11,7 @@ __all__ = ['Setting', 'setting', 'DataSettings', 'ModelSettings', 'MinerSettings
 
 # %% ../../nbs/api/study/00_settings.ipynb #24acd3b0
 import inspect, math, types, typing
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from fastcore.docments import docments

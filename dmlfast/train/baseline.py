@@ -15,7 +15,6 @@ from fastai.learner import *
 from fastai.learner import noop # not the same as fastcore's
 from fastai.callback.core import Callback
 from fastprogress.core import format_time
-from ..data.batches import labels_of
 from .compat import *
 from .columns import *
 from .features import *

@@ -254,8 +254,9 @@ def _metric_loss(loss):
     if not callable(loss): raise ValueError(f"`loss_func` is a loss, such as DRTripletLoss(); got {loss!r}.")
     loss = loss if isinstance(loss, MetricLoss) else OtherLoss(loss)
     for o in loss.modules():
-        if isinstance(o, OtherLoss): _check_other(o.loss)
-        if isinstance(o, OtherLoss): _check_call(o.loss)
+        if not isinstance(o, OtherLoss): continue
+        _check_other(o.loss)
+        _check_call(o.loss)
     return loss
 
 def _check_call(loss):

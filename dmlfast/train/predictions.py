@@ -169,8 +169,11 @@ def _as_opened(self:MetricLearner, item):
         (bytes,bytearray,memoryview,np.ndarray,Tensor,Image.Image)) or hasattr(item, 'read')
     if not in_memory or not issubclass(cls := tl.types[-1], Image.Image): return item
     if not hasattr(cls, 'background'): return cls.create(open_image(item, cls._open_args['mode'], None)) # fastai's own
-    at = next(i for i,t in enumerate(tl.types) if isinstance(t, type) and issubclass(t, Image.Image))
-    return tl.tfms.fs[at-1](item) # what opens a file opens this too
+    return tl.tfms.fs[_opener(tl)](item) # what opens a file opens this too
+
+def _opener(tl):
+    "Which transform of a list opens an image; 0 if none does"
+    return next((i-1 for i,t in enumerate(tl.types) if isinstance(t, type) and issubclass(t, Image.Image)), 0)
 
 def item_name(
     item, # An item of a loader
@@ -187,8 +190,7 @@ def items_of(
     items = [items.iloc[i] for i in range(len(items))] if hasattr(items, 'columns') else list(items)
     if not items or isinstance(items[0], (str,Path)) or not hasattr(dl.dataset, 'tls'): return items
     tl = dl.dataset.tls[0]
-    at = next((i for i,t in enumerate(tl.types) if isinstance(t, type) and issubclass(t, Image.Image)), 1) # what comes before it is the path
-    return [*map(compose(*tl.tfms.fs[:max(at-1, 0)]), items)]
+    return [*map(compose(*tl.tfms.fs[:max(_opener(tl), 0)]), items)] # what comes before it makes the path
 
 # %% ../../nbs/api/train/09_predictions.ipynb #5b62804c
 @patch
@@ -206,4 +208,4 @@ def show_results(self:MetricLearner,
     qs = emb.queries
     qs = (qs[torch.randperm(len(qs))] if shuffle else qs)[:max_n]
     scores,nn = emb.neighbours(k, qs)
-    return show_neighbours(emb.draw, qs, nn, L(range(len(emb))).map(emb.label), scores=scores, **kwargs)
+    return show_neighbours(emb.draw, qs, nn, emb.labels, scores=scores, **{'names':emb.name, **kwargs})

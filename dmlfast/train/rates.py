@@ -14,7 +14,7 @@ from fastcore.all import *
 from fastai.learner import *
 from fastai.optimizer import *
 from fastai.callback.all import *
-from fastai.torch_core import get_model
+from ..models.embedder import *
 from ..losses import *
 from .compat import *
 
@@ -30,7 +30,7 @@ class GroupedLearner(BridgedLearner):
     body_share = 1. # Rate of the body as a multiple of the head's where one is given
     def create_opt(self):
         super().create_opt()
-        if new := _left_out(get_model(self.model), self.opt):
+        if new := _left_out(unwrapped(self.model), self.opt):
             warnings.warn(f"The groups of the splitter leave out {', '.join(new)}: the last group trains "
                 f"{'it' if len(new)==1 else 'them'} too. What is not to be trained has `requires_grad=False`.")
             join_last_group(self, new.values())
