@@ -59,7 +59,7 @@ def test_bad_input_gets_one_sentence(folder, tmp_path):
     assert 'There are no images in' in said(data=tmp_path/'empty')
     one = folder/sorted(o.name for o in folder.iterdir())[0]
     assert f"of one class ('{one.name}')" in said(data=one)
-    assert "timm has no model 'resnett'" in said(arch='resnett', weights='x')
+    assert "no timm model 'resnett'" in said(arch='resnett', weights='x')
     assert 'do not fit a ResNet: ' in said(arch='resnet10t', weights=_weights(tmp_path))
     assert "There is no file of weights 'x.pth'" in said(weights='x.pth')
     assert '1 or more; got 0' in said(emb_sz=0, weights=_weights(tmp_path))
@@ -256,7 +256,7 @@ def test_evaluation(trained, folder, tmp_path, monkeypatch):
     assert '--data' in no(run/'embedder')
     assert 'is neither a run' in no(tmp_path/'nowhere')
     assert "has no split 'tset'" in no(run, '--split', 'tset')
-    assert 'is not a metric' in no(run, '--metrics', 'recal')
+    assert "no metric 'recal'; the nearest is 'recall'" in no(run, '--metrics', 'recal')
     (tmp_path/'my_metrics.py').write_text("from dmlfast.retrieval.metrics import register_metric\n@register_metric(depth=1)\ndef "
         "first(ranks, there): return ranks[:,0]==1\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -312,7 +312,7 @@ def test_refused_before_any_work(folder, tmp_path):
     assert 'would choose an epoch' in no('--valid', 'test', '--monitor', 'recall@1')
     assert "There is no file 'c.toml'" in no('--config', 'c.toml')
     assert not (tmp_path/'x').exists()
-    assert "timm has no model 'resnett'" in said(dmlfast_train, '--data', folder, '--arch', 'resnett', '--bs', 8, '--out', tmp_path/'x')
+    assert "no timm model 'resnett'" in said(dmlfast_train, '--data', folder, '--arch', 'resnett', '--bs', 8, '--out', tmp_path/'x')
     assert not (tmp_path/'x').exists()
     assert "no setting 'loss.magin'" in said(dmlfast_tune, '--loss', 'triplet', '--space', 'loss.magin=.1:.5', '--out', tmp_path/'x')
     assert 'no file' in said(dmlfast_bench, tmp_path/'no.toml') and not (tmp_path/'x').exists()

@@ -255,7 +255,7 @@ def test_folders_that_are_not_as_they_were_written(embedder, photos, tmp_path, m
     broken(cut('gallery.json', 3), "'gallery.json' in .* was changed or cut off")
     broken(lambda p: (p/'weights.safetensors').unlink(), "incomplete: there is no 'weights.safetensors'", FileNotFoundError)
     broken(edit(model=dict(emb_sz=9)), 'do not fit the model that is described there')
-    broken(edit(model=dict(arch='resnet999')), "timm has no model 'resnet999'")
+    broken(edit(model=dict(arch='resnet999')), "no timm model 'resnet999'")
     broken(edit(model=dict(model_kwargs=dict(checkpoint_path='bomb.pth'))), "may not set: 'checkpoint_path'")
     broken(edit(model=dict(weights='bomb.pth')), "may not set: 'weights'")
     broken(edit(sha256={'../x':'0'*64}), '`sha256` must be .*in no other folder')

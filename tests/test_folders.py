@@ -145,7 +145,7 @@ tampered = {
     '`model.model_kwargs` must be .*numbers of up to 16,384'),
     'no arch': (lambda about: put('model', {k:v for k,v in about['model'].items() if k!='arch'})(about),
     'lacks model.arch: it must be the name of a timm model'),
-    'another arch': (put('model.arch', 'test_resnet2'), "`model` must be .*timm has no model 'test_resnet2'"),
+    'another arch': (put('model.arch', 'test_resnet2'), "`model` must be .*no timm model 'test_resnet2'"),
     'an arch of as many numbers': (put('model.arch', 'test_byobnet'), r'do not fit the model that is described there: \d+ missing'),
     'facts in a list': (put('facts', ['noise']), "`facts` must be an object; got \\['noise'\\]")}
 
@@ -317,6 +317,8 @@ def test_the_nearest_name_is_near(name, names, near):
 
 def test_a_long_name_leaves_room_for_the_reason():
     from dmlfast.files.registry import nearest, shortened
+    assert nearest('nope', ['margin'], 'word', 'ask a book')=="There is no word 'nope'; ask a book."
+    assert nearest('margn', ['margin'], 'word', 'ask a book')=="There is no word 'margn'; the nearest is 'margin'."
     assert nearest('x'*300, ['margin'], 'word')==f"There is no word '{'x'*49}…{'x'*19}'; there are 'margin'."
     assert shortened('a'*78)==repr('a'*78)
 
