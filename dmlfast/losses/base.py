@@ -23,7 +23,7 @@ class Margin(NamedTuple):
     name:str # The loss's argument that says so
     value:float # Its value
     squared:bool=False # Is it about squared distances?
-    of:str='gap' # `'gap'`: negatives are so much farther than positives; `'negatives'`: so far; `'boundary'`: both so far from one between them
+    of:str='gap' # `'gap'`: negatives are so much farther than positives; `'negatives'`: so far; `'boundary'`: both so far from one
 
 register_loss = Registry('loss')
 
