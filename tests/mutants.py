@@ -41,7 +41,7 @@ mutants = [ # room, what its code says, what it says instead, tests
     ('study.tuning', "firsts.count(firsts[-1])>1", "firsts.count(firsts[-1])>2", 'test_tune.py'), # two processes have the same first trial
     ('study.experiments', "done = [o for o in trials if o['state']=='COMPLETE']", "done = trials", 'test_protocol.py'), # one that was given up is chosen
     ('study.runs', "set_seed(seed, reproducible=True)", "set_seed(0, reproducible=True)", 'test_runs.py -k seed'),
-    ('cli.commands', "evaluate_retrieval(*_raw_pixels(test), metrics=names)", "evaluate_retrieval(*_raw_pixels(dls.train), metrics=names)", 'test_cli.py -k demo_on_a_folder'), # of training images
+    ('cli.training', "evaluate_retrieval(*_raw_pixels(test), metrics=names)", "evaluate_retrieval(*_raw_pixels(dls.train), metrics=names)", 'test_cli.py -k demo_on_a_folder'), # of training images
 ]
 
 def code_of(room, folder=root):

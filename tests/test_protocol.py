@@ -349,7 +349,7 @@ def test_the_file_is_read_when_it_has_changed(few, tmp_path, monkeypatch):
 def test_a_worker_that_fails_says_why(tmp_path, monkeypatch, capsys):
     "Its own sentence is that of the command, once however many failed; one that was killed said none, and an error that nobody foresaw is named"
     import sys
-    from dmlfast.cli.commands import _guarded, _share
+    from dmlfast.cli.studies import _guarded, _share
     def _fail(e): raise e
     assert _guarded(lambda: print('on its way'))==0 and capsys.readouterr().out==''
     assert _guarded(lambda: _fail(ValueError('the drum is out of oil')))==1 and capsys.readouterr().out=='the drum is out of oil\n'

@@ -152,7 +152,7 @@ def test_folds_go_on_counting_and_report_the_mean_so_far(few):
 
 def test_what_is_said_of_trials_has_no_gaps(few, tmp_path, capsys):
     "The second of three numbers was taken by a trial that failed; a trial that was pruned has no score"
-    from dmlfast.cli.commands import _after_trial, _study_results
+    from dmlfast.cli.studies import _after_trial, _study_results
     from dmlfast.study.tuning import distributions, make_study
     from optuna.trial import TrialState
     study = make_study()
