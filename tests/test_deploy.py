@@ -40,7 +40,8 @@ from dmlfast.deploy import load_embedder
 import torch
 todo = json.load(open(sys.argv[1]))
 res = {k: load_embedder(folder).embed(files).tolist() for k,(folder,files) in todo.items()}
-wrong = [o for o in sys.modules if o.split('.')[0] in ('fastai','fastprogress') or o in ('dmlfast.losses.base','dmlfast.train.learner','dmlfast.data.batches','dmlfast.all')]
+ours = 'dmlfast.losses.base','dmlfast.train.learner','dmlfast.data.batches','dmlfast.all'
+wrong = [o for o in sys.modules if o.split('.')[0] in ('fastai','fastprogress') or o in ours]
 json.dump(dict(res=res, wrong=wrong), open(sys.argv[2], 'w'))
 '''
 
@@ -339,7 +340,7 @@ def test_threads_open_no_more_than_the_next_batch():
     assert emb[:,0].tolist()==list(range(50)) and 4<=most[0]<=8 and threading.get_ident() not in ids and seen==[13]
 
 def test_an_embedder_says_what_trained_it(few, tmp_path):
-    "Loss, data, classes, epochs and settings, without the paths of whoever trained it; a page about it has these, and of an older folder less"
+    "Loss, data, classes, epochs and settings, but no paths of whoever trained it; a page about it has these, and of an older folder less"
     from dmlfast.study.runs import fit_settings, make_learner
     body = Embedder('test_resnet', 8, pretrained=False).body
     torch.save(body.state_dict(), tmp_path/'body.pth')

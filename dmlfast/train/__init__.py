@@ -1,6 +1,5 @@
 "`metric_learner` and everything that happens in a training"
-from . import (compat, progress, rates, columns, ssr, recipe, features, baseline, learner, predictions, checkpoint, export, gain, transfer,
-    doctor)
+from . import compat, progress, rates, columns, ssr, recipe, features, baseline, learner, predictions, checkpoint, export, gain, transfer, doctor
 from .compat import *
 from .progress import *
 from .rates import *
