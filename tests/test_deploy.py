@@ -154,6 +154,7 @@ def test_nothing_else_is_overwritten(embedder, tmp_path, monkeypatch):
         with pytest.raises(FileExistsError, match='is not overwritten'): embedder.save(o, overwrite=True)
     monkeypatch.chdir(mine)
     with pytest.raises(FileExistsError, match='is not overwritten'): embedder.save('.', overwrite=True)
+    with pytest.raises(ValueError, match="cannot be made: .*thesis.txt' is a file"): embedder.save(mine/'thesis.txt'/'e')
     assert (mine/'thesis.txt').read_text()=='all of it' and [o.name for o in tmp_path.iterdir()]==['mine']
     folder = embedder.save(tmp_path/'e')
     assert {oct(o.stat().st_mode)[-3:] for o in folder.iterdir()}=={'644'}
