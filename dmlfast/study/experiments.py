@@ -34,7 +34,7 @@ from .checks import plain_settings, read_toml, recipe_of
 from .settings import get_setting
 from ..files.drawing import blue as _blue, grey as _grey, orange as _orange
 from .tuning import *
-from .tuning import _check_metric, _count, _optuna, _plain_space, _pruner
+from .tuning import check_count, check_metric, load_optuna, plain_space, trial_report
 
 # %% ../../nbs/api/study/04_experiments.ipynb #35d89d7f
 _top = 'name','seeds','search','measures','settings','methods','keep_models','keep_embeddings'
@@ -78,7 +78,7 @@ def _check_search(search):
     "Raise `ValueError` for a search that cannot be"
     for k in search:
         if k not in _search: raise ValueError(nearest(f'search.{k}', [f'search.{o}' for o in _search], 'word'))
-    for k in ('n_trials','n_epoch'): _count(f'search.{k}', search.get(k, 1))
+    for k in ('n_trials','n_epoch'): check_count(f'search.{k}', search.get(k, 1))
     if not isinstance(o := search.get('seed', 0), int) or isinstance(o, bool) or o<0:
         raise ValueError(f"`search.seed` is a whole number, 0 or more; got {o!r}.")
 
@@ -127,11 +127,11 @@ def _check_plan(plan):
             "with: give it another name.")
     for name,m in methods.items(): _check_method(name, m, methods)
     # a trainer reports what it likes
-    if any('trainer' not in m for m in methods.values()): _check_metric(plan.get('search', {}).get('metric', 'map@r'))
+    if any('trainer' not in m for m in methods.values()): check_metric(plan.get('search', {}).get('metric', 'map@r'))
 
 def _written(name, m):
     "What a method says, as results are written down and read again; raises `ValueError` for what cannot be"
-    def _one(k, o): return _plain_space(o) if k=='space' and isinstance(o, dict) else plain_settings(o, k, True)
+    def _one(k, o): return plain_space(o) if k=='space' and isinstance(o, dict) else plain_settings(o, k, True)
     try: return {k:_one(k, o) for k,o in m.items()}
     except ValueError as e: raise ValueError(f"{name}: {e}") from None
 
@@ -395,7 +395,7 @@ def study(self:Experiment,
     method:str, # Name of a method
 ): # `optuna.Study`
     "The search of a method, as far as it has come"
-    optuna,space,done = _optuna(),distributions(self.space(method)),self.rows('trial', method)
+    optuna,space,done = load_optuna(),distributions(self.space(method)),self.rows('trial', method)
     study = make_study(seed=self.search['seed']+len(done))
     for o in done:
         study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState[o['state']], params=o['params'], distributions=space,
@@ -408,11 +408,11 @@ def run_trial(self:Experiment,
     method:str, # Name of a method
 )->dict: # What was written down
     "Try settings on the validation classes, and write down what came of it"
-    optuna = _optuna()
+    optuna = load_optuna()
     study,settings = self.study(method),self.settings(method)
     trial = study.ask()
     params,scores,start = suggest(trial, self.space(method)),[],time.process_time()
-    prune,began = _pruner(trial),time.time()
+    prune,began = trial_report(trial),time.time()
     def _report(epoch, value):
         scores.append(value)
         prune(epoch, value)
@@ -610,7 +610,7 @@ def run(self:Experiment,
     began = time.time()
     while self.jobs() and (until is None or time.time()-began<until):
         if (row := self.step()) is None: time.sleep(2)
-        elif log: log(f'{_came(row)}; {self.n_left()} left, {_long(self.hours_left())}')
+        elif log: log(f'{_came(row)}; {self.n_left()} left, {hours_said(self.hours_left())}')
     return self.todo()
 
 def _came(o):
@@ -620,7 +620,10 @@ def _came(o):
     if o['kind']=='features': return f"features of {o['body']['arch']}: {name} {value:.4f}"
     return f"{o['method']}, seed {o['seed']}: {name} {value:.4f}"
 
-def _long(hours):
+# %% ../../nbs/api/study/04_experiments.ipynb #86c63971
+def hours_said(
+    hours:float, # nan where it is not known
+)->str: # Such as `'about 1.5 hours'`
     "A time in words"
     if hours!=hours: return 'for how long is not known before one of them is finished'
     return f'about {hours:.1f} hours' if hours>=1 else f'about {60*hours:.0f} minutes' if hours>=1/30 else 'a minute or two'
