@@ -641,7 +641,7 @@ def _share(plan, out, until, workers):
 
 @command
 def dmlfast_bench(
-    plan:str, # TOML file of an experiment: https://dmlfast.github.io/dmlfast/api/study/experiments.html says what is in it
+    plan:str, # TOML file of an experiment: https://dmlfast.github.io/dmlfast/api/study/plans.html says what is in it
     out:str=None, # File for the results, one line of JSON each; the plan's name with .jsonl in this folder if not given
     workers:int=1, # Processes
     hours:float=None, # Begin nothing after so many hours; to the end if not given

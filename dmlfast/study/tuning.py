@@ -48,7 +48,8 @@ def _range(name, o):
     ok = isinstance(o, tuple) and len(o) in (2,3) and all(isinstance(v, (int,float)) and not isinstance(v, bool) and math.isfinite(v)
         for v in o[:2]) and o[0]<o[1] and o[2:] in ((),('log',))
     if not ok or (len(o)==3 and o[0]<=0):
-        raise ValueError(f"Where to look for {name!r} is (low, high), (low, high, 'log') with low above 0, or a list of choices; got {o!r}.")
+        raise ValueError(f"Where to look for {name!r} is (low, high), (low, high, 'log') with low above 0, or a list of choices; "
+            f"got {o!r}.")
     return o[0],o[1],len(o)==3
 
 def plain_space(
@@ -135,7 +136,7 @@ def _objective(trial, build, folds, space, n_epoch, metric, fit):
 def _url(storage): return str(storage) if '://' in str(storage) else f'sqlite:///{Path(storage)}'
 
 def _one_writer(storage):
-    "Lock SQLite from the first statement of a transaction on: it knows no SELECT ... FOR UPDATE, so that two processes could take the same trial"
+    "Lock SQLite from the first statement of a transaction on: without SELECT ... FOR UPDATE two processes could take the same trial"
     from sqlalchemy import event
     event.listen(storage.engine, 'begin', lambda o: o.exec_driver_sql('BEGIN IMMEDIATE'))
     return storage
@@ -200,7 +201,7 @@ class _Needless(Exception):
     "Other processes do what a trial was for"
 
 def _check_need(study, trial, n_trials):
-    "Raise `_Needless` for a trial that is one too many, or that another with the same first settings makes superfluous: two that are asked for at once have two numbers"
+    "Raise `_Needless` for a trial too many, or with the first settings of another: two that are asked for at once have two numbers"
     known = [o for o in _in_state(study, 'WAITING', 'RUNNING', 'COMPLETE', 'PRUNED') if o.number<=trial.number]
     firsts = [o.system_attrs.get('fixed_params') for o in known]
     if len(known)>n_trials or firsts[-1] is not None and firsts.count(firsts[-1])>1: raise _Needless
@@ -332,12 +333,13 @@ def transfers(
 )->bool:
     "Do some settings begin with a trained body and a head that starts from the data?"
     m = settings.get('model', {})
-    return is_trained(settings) and not settings.get('recipe') and m.get('head', 'linear') in ('linear','mlp','bnneck') and m.get('init') in (None,'lda','pca')
+    from_data = m.get('head', 'linear') in ('linear','mlp','bnneck') and m.get('init') in (None,'lda','pca')
+    return is_trained(settings) and not settings.get('recipe') and from_data
 
 def run_space(
     settings:dict, # Tables, see `make_learner`
 )->dict: # Path of a setting to where to look
-    "`settings_space`, and for a trained body also how it begins: rates of head and body, batch norm, size and start of the head, where the settings do not say"
+    "`settings_space`, and for a trained body how it begins, where the settings do not say: rates, batch norm, size and start of the head"
     more = {k:o for k,o in _transfer.items() if k=='fit.lr' or get_setting(settings, k) is None} if transfers(settings) else {}
     return {**settings_space(settings), **more}
 
@@ -384,7 +386,8 @@ def tune_settings(
 ): # `optuna.Study`
     "Search for the best settings of a run"
     check_settings(settings)
-    settings = with_settings(plain_settings(settings, none=True), {'batch.valid':'val', 'fit.patience':0, 'fit.monitor':None, 'fit.transfer':None, 'fit.interpolate':None}) # a trial is scored by its last epoch
+    settings = with_settings(plain_settings(settings, none=True), {'batch.valid':'val', # and a trial is scored by its last epoch:
+        'fit.patience':0, 'fit.monitor':None, 'fit.transfer':None, 'fit.interpolate':None})
     space = check_space(settings, ifnone(space, run_space(settings)))
     ds = read_data(settings.get('data', {})) if ds is None else ds
     if folds is None: folds = n_folds(ds)
