@@ -32,11 +32,12 @@ class Plan:
         plan, # TOML file, or a dictionary
         ds:MetricDataset=None, # Data set; that of the settings if not given
     ):
-        self.home = Path(plan).parent if isinstance(plan, (str,Path)) else Path('.')
-        plan = _read_plan(plan) if isinstance(plan, (str,Path)) else plan
+        file = Path(plan) if isinstance(plan, (str,Path)) else None
+        self.home = file.parent if file else Path('.')
+        if file: plan = _read_plan(file)
         _check_plan(plan)
         self.plan = {**plan, 'settings':plain_settings(plan.get('settings', {}), none=True)}
-        self.name,self._ds = self.plan.get('name', 'plan'),ds
+        self.name,self._ds = self.plan.get('name', file.stem if file else 'plan'),ds
         self.methods = _Methods({k:_written(f'Method {k!r}', m) for k,m in plan['methods'].items()})
         self.search,self.measures = {**_search, **plan.get('search', {})},_measures(plan)
         for o in self.methods: self.check_method(o)
