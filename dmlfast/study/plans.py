@@ -73,7 +73,7 @@ class Plan:
         m = self.methods[method]
         return {} if 'like' in m else m['space'] if 'space' in m else settings_space(self.settings(method))
 
-    def __repr__(self): return f"{self.name}: {len(self.methods)} methods, {', '.join(self.methods)}"
+    def __repr__(self): return f"{self.name}: {', '.join(self.methods)}"
 
 # %% ../../nbs/api/study/04_plans.ipynb #12316474
 @patch
