@@ -39,7 +39,7 @@ mutants = [ # room, what its code says, what it says instead, tests
     ('study.tuning', "report(i*n_epoch+epoch,", "report(epoch,", 'test_tune.py'), # folds report the same steps to the pruner
     ('study.tuning', "return _in_state(study, 'COMPLETE', 'PRUNED')", "return _in_state(study, 'COMPLETE', 'PRUNED', 'FAIL')", 'test_tune.py'), # a trial that was interrupted counts
     ('study.tuning', "firsts.count(firsts[-1])>1", "firsts.count(firsts[-1])>2", 'test_tune.py'), # two processes have the same first trial
-    ('study.experiments', "done = [o for o in trials if o['state']=='COMPLETE']", "done = trials", 'test_protocol.py'), # one that was given up is chosen
+    ('study.comparison', "done = [o for o in trials if o['state']=='COMPLETE']", "done = trials", 'test_protocol.py'), # one that was given up is chosen
     ('study.runs', "set_seed(seed, reproducible=True)", "set_seed(0, reproducible=True)", 'test_runs.py -k seed'),
     ('cli.commands', "evaluate_retrieval(*_raw_pixels(test), metrics=names)", "evaluate_retrieval(*_raw_pixels(dls.train), metrics=names)", 'test_cli.py -k demo_on_a_folder'), # of training images
 ]
