@@ -62,7 +62,7 @@ mutants = [ # room, what its code says, what it says instead, tests
         "return _in_state(study, 'COMPLETE', 'PRUNED', 'FAIL')", 'test_tune.py'),
     ('study.tuning', "firsts.count(firsts[-1])>1", "firsts.count(firsts[-1])>2", 'test_tune.py'), # two processes have the same first trial
     # one that was given up is chosen
-    ('study.experiments', "done = [o for o in trials if o['state']=='COMPLETE']", "done = trials", 'test_protocol.py'),
+    ('study.comparison', "done = [o for o in trials if o['state']=='COMPLETE']", "done = trials", 'test_protocol.py'),
     ('study.runs', "set_seed(seed, reproducible=True)", "set_seed(0, reproducible=True)", 'test_runs.py -k seed'),
     # of training images
     ('cli.training', "evaluate_retrieval(*_raw_pixels(test), metrics=names)",

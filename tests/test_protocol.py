@@ -580,3 +580,38 @@ def test_what_is_no_file_of_results_is_left_alone(few, tmp_path):
     for o in ('', '\n', '{"ki', '{"kind": "tri', '{"kind": "run", "method": "else", "seed": 0}\n'):
         file.write_text(o)
         Experiment(plan, file, few)
+
+# results alone
+
+def test_results_are_read_without_what_trains(few, tmp_path, monkeypatch):
+    "Tables, chosen settings and kept numbers are those of the experiment, and neither data nor a learner are needed; what would train is not there"
+    from dmlfast.study.comparison import Results
+    exp = _exp(tmp_path, few)
+    exp.run()
+    monkeypatch.setattr('dmlfast.study.plans.read_data', None)
+    res = Results(_plan(tmp_path), tmp_path/'r.jsonl')
+    for o in ('table','differences','choices','seen'): assert getattr(res, o)().equals(getattr(exp, o)()), o
+    assert res.chosen('γ')==exp.chosen('γ') and res.rows()==exp.rows() and res.name=='toys'
+    assert res.difference('γ').tolist()==exp.difference('γ').tolist() and not hasattr(res, 'run')
+    with pytest.raises(ValueError, match="no method 'lowder'; the nearest is 'louder'"): res.values('lowder', 'map@r')
+
+def test_mean_intervals_are_those_of_a_t_test():
+    "By hand: 4.3027/sqrt(3) for 1, 2, 3; a single number has none, and equal numbers one of no width"
+    from scipy import stats
+    from dmlfast.study.comparison import mean_interval
+    assert mean_interval([1,2,3])==pytest.approx((2,2-4.302653/3**.5,2+4.302653/3**.5), abs=1e-6)
+    m,lo,hi = mean_interval([.7])
+    assert m==.7 and math.isnan(lo) and math.isnan(hi) and mean_interval([.5]*4)==(.5,.5,.5)
+    a,b = np.random.default_rng(0).standard_normal((2,7))
+    ci = stats.ttest_rel(a, b).confidence_interval()
+    assert mean_interval(a-b)==pytest.approx(((a-b).mean(),ci.low,ci.high))
+
+def test_a_plan_by_itself(tmp_path, few):
+    "It is called as its file is, and reads its data when these are asked for"
+    from dmlfast.study.plans import Plan
+    (tmp_path/'cars.toml').write_text('[settings]\nfit = {n_epoch = 1}\ndata = {reader = "folder", path = "not/there"}\n'
+        '[methods.a]\nloss = {name = "triplet"}\n')
+    plan = Plan(tmp_path/'cars.toml')
+    assert plan.name=='cars' and plan.home==tmp_path and repr(plan)=='cars: a' and Plan(_plan(tmp_path)).name=='toys'
+    assert Plan(_plan(tmp_path), few).ds is few
+    with pytest.raises(ValueError, match='not/there'): plan.ds

@@ -1,5 +1,5 @@
 "Search and metrics against a brute-force reference in float64, and against what other libraries get right"
-import json, math, subprocess, sys, warnings
+import json, math, re, subprocess, sys, warnings
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
@@ -519,9 +519,22 @@ def test_result_says_how_it_was_obtained():
     assert len(d['pr_curve']['recall'])==len(d['pr_curve']['precision'])==101
     assert list(d['metrics'])==r.keys()==[*(f'recall@{k}' for k in KS),'r_precision','map@r','map','mrr','nmi','ami','f1']
     for k in r.keys():
-        assert f'<td>{k}</td><td>{r[k]:.4f}</td>' in r._repr_html_() and k in repr(r)
+        assert f'<th>{k}</th><td>{r[k]:.4f}</td>' in re.sub(r'\s', '', r._repr_html_()) and k in repr(r)
         assert 'loss' not in k and 'error' not in k
     with pytest.raises(KeyError, match='was not measured'): r['recall@3']
+
+def test_a_result_as_a_data_frame():
+    "The numbers of `to_dict`, nan for null; its text has them with four digits, and nothing for nan"
+    x,y = noisy(12)
+    r = evaluate_retrieval(x, y, metrics=['map','nmi'], n_boot=50)
+    for res,name,key in ((r,'mean','mean'), (r-r,'difference','difference')):
+        df,d = res.to_frame(),res.to_dict()['metrics']
+        assert list(df.columns)==[name,'macro','2.5 %','97.5 %'] and list(df.index)==['map','nmi']
+        for k,o in d.items():
+            np.testing.assert_array_equal(df.loc[k], [np.nan if o[i] is None else o[i] for i in (key,'macro','low','high')])
+    line = next(o for o in repr(r).splitlines() if o.startswith('nmi'))
+    assert line.split()==['nmi',*(f'{o:.4f}' for o in (r['nmi'],*r.interval('nmi')))] and r.why_no_interval('map') is None
+    assert repr(evaluate_retrieval(x, y, metrics='pr_curve')).splitlines()[0]==f'{len(x)} queries' # a curve has no row
 
 def test_what_counts_classes_where_no_query_has_a_value():
     assert evaluate_retrieval(rand(30), labels(30,3), metrics=['nmi']).to_dict()['n_classes']==3

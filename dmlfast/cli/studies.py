@@ -68,11 +68,11 @@ def _as_json(space): return space and {k:['range',*o] if isinstance(o, tuple) el
 def _after_trial(settings, out, n):
     "Function that says what came of a trial, and keeps the best settings"
     from dmlfast.study.checks import absolute_paths, save_settings
-    from dmlfast.study.tuning import _done, best_settings
+    from dmlfast.study.tuning import best_settings, finished_trials
     def _say(study, trial):
         score = '-' if trial.value is None else f'{trial.value:.4f}'
         # numbers of trials have gaps where processes died
-        k = sum(o.datetime_complete<=trial.datetime_complete for o in _done(study))
+        k = sum(o.datetime_complete<=trial.datetime_complete for o in finished_trials(study))
         print(f"trial {k} of {n}: {trial.state.name.lower()}, {score}   "
             + ', '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k,v in trial.params.items()))
         if any(o.state.name=='COMPLETE' for o in study.trials):
@@ -81,9 +81,9 @@ def _after_trial(settings, out, n):
 
 def _study_results(study):
     "What a search found, as plain numbers and strings"
-    from dmlfast.study.tuning import _done
+    from dmlfast.study.tuning import finished_trials
     trials = [dict(number=i, state=o.state.name, score=o.value if o.state.name=='COMPLETE' else None, params=o.params)
-        for i,o in enumerate(_done(study))]
+        for i,o in enumerate(finished_trials(study))]
     return dict(best=study.best_params, score=study.best_value, trials=trials)
 
 # %% ../../nbs/api/cli/04_studies.ipynb #a706c402
@@ -154,11 +154,11 @@ def _where(o):
 
 def _plan_text(exp, hours, workers):
     "The data, what there is to do, where searches look, and how long it will take"
-    from dmlfast.study.experiments import _long
+    from dmlfast.study.experiments import hours_said
     spaces = {k:exp.space(k) for k in exp.methods}
     looks = [f"{k}: {', '.join(f'{name} {_where(v)}' for name,v in o.items())}" for k,o in spaces.items() if o]
-    shared = f', {_long(hours/workers)} with {workers} workers' if workers>1 and hours==hours else ''
-    left = f"{exp.n_left()} trials and runs are left: {_long(hours)}{shared}." if exp.jobs() else 'All of it is done.'
+    shared = f', {hours_said(hours/workers)} with {workers} workers' if workers>1 and hours==hours else ''
+    left = f"{exp.n_left()} trials and runs are left: {hours_said(hours)}{shared}." if exp.jobs() else 'All of it is done.'
     return '\n\n'.join([repr(exp.ds), repr(exp), *([
         'The first trial of a search is with the defaults. Where they look:\n'+'\n'.join(looks)] if looks else []), left])
 
@@ -203,7 +203,7 @@ def _share(plan, out, until, workers):
 # %% ../../nbs/api/cli/04_studies.ipynb #4d52eb6f
 @command
 def dmlfast_bench(
-    plan:str, # TOML file of an experiment: https://dmlfast.github.io/dmlfast/api/study/experiments.html says what is in it
+    plan:str, # TOML file of an experiment: https://dmlfast.github.io/dmlfast/api/study/plans.html says what is in it
     out:str=None, # File for the results, one line of JSON each; the plan's name with .jsonl in this folder if not given
     workers:int=1, # Processes
     hours:float=None, # Begin nothing after so many hours; to the end if not given

@@ -233,12 +233,13 @@ def _tile(r, name):
 
 def _metrics(r):
     "Head, rows and notes of the table of metrics"
-    head,rows,_ = r._table()
+    table = r.to_frame()
+    rows = [[k, *('' if np.isnan(v) else f'{v:.4f}' for v in o)] for k,o in zip(table.index, table.to_numpy())]
     n,reps = len(r.labels),r.settings.get('repeats', 1)
     notes = [f'{n//reps:,} queries'+(f', each in {reps} galleries' if reps>1 else '')+(f'; {r.n_left_out:,} are left out, for nothing is '
         'relevant to them' if r.n_left_out else '')+'.']
     notes += [f'2.5 % and 97.5 % are the ends of a 95 % interval, from {r.n_boot:,} samples of the {r.ci}.'] if any(map(r.interval, r.keys())) else []
-    return ['metric','mean of queries','mean of classes',*head[3:]],rows,notes+[o[0].upper()+o[1:]+'.'
+    return ['metric','mean of queries','mean of classes',*table.columns[2:]],rows,notes+[o[0].upper()+o[1:]+'.'
         for o in dict.fromkeys(filter(None, map(r.why_no_interval, r.keys())))]
 
 def _what(interp):

@@ -7,4 +7,5 @@ from .triplet import *
 from .pairs import *
 from .multisimilarity import *
 from .proxies import *
-__all__ = [*geometry.__all__, *miners.__all__, *base.__all__, *triplet.__all__, *pairs.__all__, *multisimilarity.__all__, *proxies.__all__]
+__all__ = [*geometry.__all__, *miners.__all__, *base.__all__, *triplet.__all__, *pairs.__all__, *multisimilarity.__all__,
+    *proxies.__all__]

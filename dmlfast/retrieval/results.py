@@ -199,35 +199,36 @@ def interval(self:RetrievalResult,
     return None if self.why_no_interval(name) else _percentiles(self.boot(name))
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #6d1327a1
-def _fmt(x): return '' if x is None or np.isnan(x) else f'{x:.4f}'
+def _frame(self, name):
+    "A row for each metric: what `self[metric]` is, which is called `name`, its macro mean, and its interval"
+    import pandas as pd # here, as measuring does without it
+    rows = {k:[self[k], self.macro(k), *(self.interval(k) or (np.nan,np.nan))] for k in self.keys()}
+    return pd.DataFrame.from_dict(rows, orient='index', columns=[name,'macro','2.5 %','97.5 %']).rename_axis(columns='metric')
 
-def _text(head, rows, notes):
-    "A table in plain text"
-    w = [max(len(r[i]) for r in [head,*rows]) for i in range(len(head))]
-    line = lambda r: '  '.join([r[0].ljust(w[0])]+[c.rjust(n) for c,n in zip(r[1:], w[1:])]).rstrip()
-    return '\n'.join([line(r) for r in [head,*rows]]+notes)
+_shown = dict(float_format='{:.4f}'.format, na_rep='')
 
-def _html(head, rows, notes):
-    "A table in HTML"
-    tr = lambda r,t: '<tr>'+''.join(f'<{t}>{escape(c)}</{t}>' for c in r)+'</tr>'
-    body = ''.join(tr(r, 'td') for r in rows)
-    said = ''.join(f'<p>{escape(n)}</p>' for n in notes)
-    return f'<table class="dataframe"><thead>{tr(head,"th")}</thead><tbody>{body}</tbody></table>{said}'
+def _text(frame, notes): return '\n'.join([frame.to_string(col_space=8, **_shown)]*bool(len(frame)) + notes)
+
+def _html(frame, notes): return frame.to_html(**_shown)+''.join(f'<p>{escape(o)}</p>' for o in notes)
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #8bff47f6
 @patch
-def _table(self:RetrievalResult):
-    "Head, rows and notes"
-    rows = [[k, *map(_fmt, (self[k], self.macro(k), *(self.interval(k) or (None,None))))] for k in self.keys()]
+def to_frame(self:RetrievalResult): # `pandas.DataFrame`; nan where there is no value
+    "Means, macro means and the ends of 95 % intervals, a row for each metric"
+    return _frame(self, 'mean')
+
+@patch
+def _notes(self:RetrievalResult):
+    "What stands below the table"
     notes = [f'{len(self.labels)} queries' + f', of which {self.n_left_out} left out: nothing is relevant to them'*(self.n_left_out>0)]
     notes += [f'intervals: {self.n_boot} samples of {self.ci}'] if any(self.interval(k) for k in self.keys()) else []
-    return ['metric','mean','macro','2.5 %','97.5 %'],rows,notes+list(dict.fromkeys(filter(None, map(self.why_no_interval, self.keys()))))
+    return notes+list(dict.fromkeys(filter(None, map(self.why_no_interval, self.keys()))))
 
 @patch
-def __repr__(self:RetrievalResult): return _text(*self._table())
+def __repr__(self:RetrievalResult): return _text(self.to_frame(), self._notes())
 
 @patch
-def _repr_html_(self:RetrievalResult): return _html(*self._table())
+def _repr_html_(self:RetrievalResult): return _html(self.to_frame(), self._notes())
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #3fc3b82b
 def _number(x): return None if x is None or np.isnan(x) else float(x)
@@ -312,13 +313,17 @@ def to_json(self:RetrievalDifference,
     return json.dumps(self.to_dict(), allow_nan=False, **kwargs)
 
 @patch
-def _table(self:RetrievalDifference):
-    "Head, rows and notes"
-    rows = [[k, *map(_fmt, (self[k], self.macro(k), *(self.interval(k) or (None,None))))] for k in self.keys()]
-    return ['metric','difference','macro','2.5 %','97.5 %'],rows,list(dict.fromkeys(filter(None, map(self.a.why_no_interval, self.keys()))))
+def to_frame(self:RetrievalDifference): # `pandas.DataFrame`; nan where there is no value
+    "Differences, those of macro means, and the ends of paired 95 % intervals, a row for each metric"
+    return _frame(self, 'difference')
 
 @patch
-def __repr__(self:RetrievalDifference): return _text(*self._table())
+def _notes(self:RetrievalDifference):
+    "What stands below the table"
+    return list(dict.fromkeys(filter(None, map(self.a.why_no_interval, self.keys()))))
 
 @patch
-def _repr_html_(self:RetrievalDifference): return _html(*self._table())
+def __repr__(self:RetrievalDifference): return _text(self.to_frame(), self._notes())
+
+@patch
+def _repr_html_(self:RetrievalDifference): return _html(self.to_frame(), self._notes())

@@ -193,7 +193,8 @@ def _check_sense(settings):
         if batch['valid'] in (None,'none'):
             raise ValueError(f"`fit.{o}` needs a score after each epoch, and `batch.valid` measures on nothing.")
         if batch['valid']!='val':
-            raise ValueError(f"`fit.{o}` would choose an epoch on {batch['valid']!r}, the classes that the result is for: measure on 'val'.")
+            raise ValueError(f"`fit.{o}` would choose an epoch on {batch['valid']!r}, the classes that the result is for: measure on "
+                "'val'.")
     if batch.get('device'):
         try: torch.device(str(batch['device']))
         except RuntimeError: raise ValueError(f"`batch.device` is such as 'cpu' or 'cuda:0'; got {batch['device']!r}.") from None
@@ -213,7 +214,7 @@ def _try_loss(loss):
 def check_settings(
     settings:dict, # Tables
 )->dict: # The same
-    "Raise `ValueError` for a name that is not known, naming the nearest one, for a value of another type, and for what makes no sense together"
+    "Raise `ValueError` for an unknown name, naming the nearest one, a value of another type, and what makes no sense together"
     if not isinstance(settings, dict): raise ValueError(f"Settings are a dictionary of tables; got a {type(settings).__name__}.")
     _check_table('', settings, table_settings(''))
     recipe_of(settings)

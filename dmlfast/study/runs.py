@@ -196,7 +196,7 @@ def _begin(learn, settings, out, resume, overwrite):
     else: learn.add_cb(Checkpoint(out/'checkpoint'))
 
 def _scores(learn):
-    "Scores on the validation classes, by the name of their split, and what they are more than those of the features; nothing where there are none"
+    "Scores on the validation classes, by the name of their split, and their gain over the features; nothing where there are none"
     if not len(learn.dls.valid.dataset): return dict(scores={})
     split,known = 'test' if learn.measures_on_test() else 'val',getattr(learn, 'head_start', None) is not None
     res = learn.evaluate()
@@ -229,7 +229,7 @@ def train_settings(
     plain:bool=False, # Print a plain table instead of progress bars?
     cbs=None, # Further callbacks
 )->dict: # What `results.json` holds
-    "Train as some settings say, measure, and leave everything in a folder; raises `FileExistsError` rather than overwrite anything, and leaves nothing where it fails before the first epoch is over"
+    "Train, measure, and leave all in a folder, but nothing of a failed first epoch; raises `FileExistsError` rather than overwrite"
     out = Path(out)
     check_run_folder(out, resume, overwrite)
     if resume and (out/'results.json').is_file(): return json.loads((out/'results.json').read_text(encoding='utf-8'))

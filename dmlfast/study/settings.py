@@ -113,12 +113,14 @@ setting.__delwrap__ = Setting # a data class has its comments, and its `__init__
 @dataclass
 class DataSettings:
     "What to train and measure on; further names are arguments of the reader"
-    reader:str|None = setting(arg=False) # folder, csv, or the name of a data set; csv for a file, folder for a folder, and glyphs where there is no path, if not given
+    # folder, csv, or the name of a data set; csv for a file, folder for a folder, and glyphs where there is no path, if not given
+    reader:str|None = setting(arg=False)
     path:Path|None = setting(arg=False) # Folder, or file of a table
     images:Path|None = setting(arg=False) # Folder that paths in a table start from; the file's own if not given
     size:int|None = setting(arg=False, least=1) # Pixels to a side; the data set's own if not given
     ks:list[int] = setting(arg=False, least=1) # Neighbours to look at for recall
-    random_gallery:int = setting(arg=False, least=0) # Score with a gallery of one random image of each class, drawn this often; 0: as the roles say
+    # Score with a gallery of one random image of each class, drawn this often; 0: as the roles say
+    random_gallery:int = setting(arg=False, least=0)
     subsets:list = setting(arg=False) # Names of true/false columns: parts of a split, to measure on
 
 @dataclass
@@ -128,27 +130,36 @@ class ModelSettings:
     weights:Path|None = setting() # File of the body's weights (.safetensors or .pth); timm's if not given
     timm:dict|None = setting(arg='arch_args') # More for the timm model, such as pad_type=same; nothing more if not given
     pretrained:bool = setting(arg='no_pretrained') # Begin with trained weights? --no-pretrained: with random ones; trained if not given
-    emb_sz:int|None = setting() # Numbers in an embedding; the recipe's, or 128, and as many as features where a head starts from fewer than 512 images
+    # Numbers in an embedding; the recipe's, or 128, and as many as features where a head starts from fewer than 512 images
+    emb_sz:int|None = setting()
     pool:str|None = setting() # avg, max, avgmax or gem; avg if not given, and for tokens the model's own
     head:str|None = setting() # linear, mlp, bnneck or identity; linear if not given
-    init:str|None = setting() # How the head begins: lda or pca of the training images, random, orthogonal or kaiming; the recipe's, or lda for a trained body and random for others
+    # How the head begins: lda or pca of the training images, random, orthogonal or kaiming; the recipe's, or lda for a trained body and
+    # random for others
+    init:str|None = setting()
     frozen_stages:int|None = setting() # Stages of the body that are not trained; 0 if not given
-    freeze_bn:bool|str|None = setting(words=('affine',)) # true: keep the running statistics of the body's batch norm; affine: its weights too; false: neither; the recipe's, or true for a trained body
+    # true: keep the running statistics of the body's batch norm; affine: its weights too; false: neither; the recipe's, or true for a
+    # trained body
+    freeze_bn:bool|str|None = setting(words=('affine',))
     normalize:bool = setting(arg=False) # Normalise images with the statistics of the body? Yes if not given
     normalize_embs:bool|None = setting(arg=False) # Scale embeddings to length 1? What the loss wants if not given
 
 @dataclass
 class MinerSettings:
     "Which pairs or triplets of a batch count; further names are arguments of the miner"
-    name:str = setting('miner', needs='loss.name') # random, semi_hard, soft_hard, batch_hard, distance_weighted or multi_similarity, for losses that have one; the loss's own if not given
+    # random, semi_hard, soft_hard, batch_hard, distance_weighted or multi_similarity, for losses that have one; the loss's own if not given
+    name:str = setting('miner', needs='loss.name')
     upper:float|None = setting(arg=False, most=math.inf) # Negatives farther than this are never drawn; inf: no bound
 
 @dataclass
 class LossSettings:
     "The loss; further names are its arguments"
-    name:str = setting('loss') # triplet, dr_triplet, ms, dr_ms, proxynca, dr_proxynca, proxyanchor, margin, contrastive or npair; the recipe's, or dr_triplet
-    lr_mult:float = setting('loss_lr', needs='loss.name') # Rate of proxies and learned boundaries as a multiple of --lr; the loss's own if not given
-    miner:MinerSettings|None = setting('miner_args', needs='loss.miner.name') # Arguments of the miner, such as margin=.1; its own defaults if not given
+    # triplet, dr_triplet, ms, dr_ms, proxynca, dr_proxynca, proxyanchor, margin, contrastive or npair; the recipe's, or dr_triplet
+    name:str = setting('loss')
+    # Rate of proxies and learned boundaries as a multiple of --lr; the loss's own if not given
+    lr_mult:float = setting('loss_lr', needs='loss.name')
+    # Arguments of the miner, such as margin=.1; its own defaults if not given
+    miner:MinerSettings|None = setting('miner_args', needs='loss.miner.name')
 
 @dataclass
 class RankingSettings:
@@ -162,8 +173,10 @@ class BatchSettings:
     bs:int|None = setting(least=1) # Images in a batch; the recipe's, or 64
     per_class:int = setting(least=1) # Images of one class in a batch; the recipe's, or 4
     size:int|None = setting(least=1) # Pixels to a side; the recipe's, or the data set's
-    min_scale:float|None = setting(arg=False, above=0, most=1) # Least share of an image's area that a training crop shows; 0.2 if not given, and 0.5 of whole images
-    valid:str|None = setting(tune=False) # Split to measure on: val, test (trains on val too, the published protocol) or none; val if not given
+    # Least share of an image's area that a training crop shows; 0.2 if not given, and 0.5 of whole images
+    min_scale:float|None = setting(arg=False, above=0, most=1)
+    # Split to measure on: val, test (trains on val too, the published protocol) or none; val if not given
+    valid:str|None = setting(tune=False)
     seed:int|None = setting(arg=False) # Determines the batches; the run's if not given
     num_workers:int|None = setting('workers', least=0) # Processes that read images; fastai's choice if not given
     device:str|None = setting() # cpu, cuda:1 and the like; fastai's choice if not given
@@ -171,29 +184,41 @@ class BatchSettings:
 @dataclass
 class FitSettings:
     "How to train"
-    n_epoch:int|None = setting('epochs', least=0, tune=False) # Passes over the training images; the recipe's, or 3 for a trained body and 10 for one with random weights
-    lr:float|None = setting(above=0) # Highest learning rate; the recipe's, or 1e-4 for a head that starts from the images, and 1e-3 for others
-    body_lr:float|None = setting(above=0) # Rate of the body as a multiple of --lr; 1/3 for a trained body, 1/10 beside a random head, otherwise 1
-    head_epochs:int|None = setting(least=0) # Passes over the features of the body for the head alone, before the fit; 10 where the transfer is planned, otherwise none
+    # Passes over the training images; the recipe's, or 3 for a trained body and 10 for one with random weights
+    n_epoch:int|None = setting('epochs', least=0, tune=False)
+    # Highest learning rate; the recipe's, or 1e-4 for a head that starts from the images, and 1e-3 for others
+    lr:float|None = setting(above=0)
+    # Rate of the body as a multiple of --lr; 1/3 for a trained body, 1/10 beside a random head, otherwise 1
+    body_lr:float|None = setting(above=0)
+    # Passes over the features of the body for the head alone, before the fit; 10 where the transfer is planned, otherwise none
+    head_epochs:int|None = setting(least=0)
     wd:float|None = setting(least=0) # Weight decay; the recipe's, or fastai's 0.01
-    sched:str|None = setting(words=('flat','exp','step','one_cycle'), also={'one-cycle':'one_cycle', 'onecycle':'one_cycle', 'exponential':'exp', 'none':'flat'}) # one_cycle, step, exp or flat; the recipe's, or one_cycle
+    # one_cycle, step, exp or flat; the recipe's, or one_cycle
+    sched:str|None = setting(words=('flat','exp','step','one_cycle'),
+        also={'one-cycle':'one_cycle', 'onecycle':'one_cycle', 'exponential':'exp', 'none':'flat'})
     steps:list[int]|None = setting(least=1) # Epochs after which the schedule step multiplies the rate; two thirds of them if not given
     factor:float|None = setting(above=0) # By what: step, 0.1 if not given; or exp, in each epoch, to a tenth over all of them if not given
     patience:int|None = setting(least=0, tune=False) # Stop after this many epochs without a better score; the recipe's, or never
-    monitor:str|None = setting(tune=False) # Keep the epoch with the best score in this column, such as recall@1; the last epoch if not given
+    # Keep the epoch with the best score in this column, such as recall@1; the last epoch if not given
+    monitor:str|None = setting(tune=False)
     transfer:bool|None = setting(arg=False) # Let `fit_transfer` train, which chooses epoch and schedule itself?
     interpolate:bool|None = setting(arg=False) # Keep the best weights between start and end?
-    precision:str|None = setting('half', words=('fp16','bf16'), apply=lambda learn, o: getattr(learn, f'to_{o}')()) # Half precision: fp16 or bf16; none if not given
-    channels_last:bool|None = setting(arg=False) # Keep the channels of an image side by side, which makes a CPU half as fast again? Yes if not given
+    # Half precision: fp16 or bf16; none if not given
+    precision:str|None = setting('half', words=('fp16','bf16'), apply=lambda learn, o: getattr(learn, f'to_{o}')())
+    # Keep the channels of an image side by side, which makes a CPU half as fast again? Yes if not given
+    channels_last:bool|None = setting(arg=False)
 
 @dataclass
 class RunSettings:
     "All of a run"
     data:DataSettings = setting('data_args') # More for the reader of the data, such as val_pct=.2,seed=1; nothing more if not given
-    recipe:str|None = setting() # Set-up of a reproduction, for what is not given: dr_triplet, triplet, dr_proxynca, proxynca, dr_ms, ms, ssr_margin, margin
+    # Set-up of a reproduction, for what is not given: dr_triplet, triplet, dr_proxynca, proxynca, dr_ms, ms, ssr_margin, margin
+    recipe:str|None = setting()
     model:ModelSettings = setting(arg=False) # The network
-    loss:LossSettings = setting('loss_args', needs='loss.name') # Arguments of the loss, such as margin=.2,gamma=.3; its own defaults if not given
-    ssr:RankingSettings = setting('ssr_args', needs='ssr') # Its arguments, such as m=10,gamma=.8,views.strength=.2,loss.alpha=.05; its own defaults if not given
+    # Arguments of the loss, such as margin=.2,gamma=.3; its own defaults if not given
+    loss:LossSettings = setting('loss_args', needs='loss.name')
+    # Its arguments, such as m=10,gamma=.8,views.strength=.2,loss.alpha=.05; its own defaults if not given
+    ssr:RankingSettings = setting('ssr_args', needs='ssr')
     batch:BatchSettings = setting(arg=False) # What the network sees at a time
     fit:FitSettings = setting(arg=False) # How to train
     seed:int = setting(least=0) # The same seed gives the same numbers; 0 if not given
@@ -203,15 +228,19 @@ _registered = {}
 
 def _arg(arg, name): return (name if arg is True else arg) or None
 
+def _docs(f):
+    "What the comments of arguments say; one that stands in several lines above its argument is one line of help"
+    return {k:' '.join((o or '').split()) for k,o in docments(f).items()}
+
 @cache
 def _declared(cls=RunSettings, at=''):
     "The settings of a table and of those in it, by their paths"
-    docs,kinds,res = docments(cls),typing.get_type_hints(cls),{}
+    docs,kinds,res = _docs(cls),typing.get_type_hints(cls),{}
     for f in fields(cls):
         kind,path = kinds[f.name],f'{at}{f.name}'
         tables = [o for o in _kinds(kind) if is_dataclass(o)]
         if tables: kind = dict|None if type(None) in _kinds(kind) else dict
-        res[path] = Setting(path, kind, docs.get(f.name) or '', **{**f.metadata, 'arg':_arg(f.metadata['arg'], f.name)})
+        res[path] = Setting(path, kind, docs.get(f.name, ''), **{**f.metadata, 'arg':_arg(f.metadata['arg'], f.name)})
         for o in tables: res |= _declared(o, f'{path}.')
     return res
 
@@ -234,17 +263,17 @@ def settings_of(
 )->dict: # `{name: Setting}`
     "Settings that are the arguments of a function, read from its signature and its comments"
     f = f.__init__ if isinstance(f, type) else f
-    docs = docments(f)
+    docs = _docs(f)
     ps = {k:o for k,o in inspect.signature(f).parameters.items() if o.kind not in (o.VAR_KEYWORD,o.VAR_POSITIONAL)
         and k not in ('self','cls',*but)}
-    return {k:Setting(f'{table}.{k}' if table else k, _kind_of(o), docs.get(k) or '') for k,o in ps.items()}
+    return {k:Setting(f'{table}.{k}' if table else k, _kind_of(o), docs.get(k, '')) for k,o in ps.items()}
 
 def table_settings(
     table:str, # Such as `'fit'`; `''`: what stands beside the tables, and these
     *fs, # Functions or classes whose arguments further names are
     but:tuple=(), # Arguments that are no settings
 )->dict: # `{name: Setting}`
-    "What a table can hold: the settings of the schema, and the arguments of functions; the schema's is more exact about an argument that both have"
+    "What a table can hold: the schema's settings, and the arguments of functions; the schema's is more exact about one that both have"
     ours,theirs = {o.name:o for o in declared_settings().values() if o.table==table},{}
     for f in fs: theirs |= settings_of(f, table, tuple(but))
     return theirs | {k:o for k,o in ours.items() if not fs or k in theirs or k in ('name','reader')}
@@ -262,7 +291,7 @@ def register_setting(
     def _f(f):
         name,(_,p) = f.__name__,inspect.signature(f, eval_str=True).parameters.values()
         path,arg = f'{table}.{name}' if table else name,_arg(kwargs.get('arg', True), name)
-        new = Setting(path, _kind_of(p)|None, docments(f).get(p.name) or '', **{**kwargs, 'arg':arg, 'apply':f})
+        new = Setting(path, _kind_of(p)|None, _docs(f).get(p.name, ''), **{**kwargs, 'arg':arg, 'apply':f})
         for o in declared_settings().values():
             if path==o.path and path in _declared(): raise ValueError(f"There is a setting {path!r} already.")
             if arg and arg==o.arg and path!=o.path:

@@ -28,7 +28,8 @@ from .checks import plain_settings
 from ..files.drawing import blue as _blue, orange as _orange
 
 # %% ../../nbs/api/study/03_tuning.ipynb #d89bac19
-def _optuna():
+def load_optuna():
+    "Optuna, which says nothing of its own; raises `ImportError` where it is not installed"
     try: import optuna
     except ImportError: raise ImportError('Tuning needs Optuna: pip install "dmlfast[tune]".') from None
     optuna.logging.set_verbosity(optuna.logging.ERROR) # what fails is raised, and said once
@@ -36,7 +37,7 @@ def _optuna():
 
 def _sampler(seed):
     "What proposes parameters: five at random, then near the good ones"
-    return _optuna().samplers.TPESampler(seed=seed, n_startup_trials=5)
+    return load_optuna().samplers.TPESampler(seed=seed, n_startup_trials=5)
 
 # %% ../../nbs/api/study/03_tuning.ipynb #8a8f47c0
 def _range(name, o):
@@ -47,25 +48,29 @@ def _range(name, o):
     ok = isinstance(o, tuple) and len(o) in (2,3) and all(isinstance(v, (int,float)) and not isinstance(v, bool) and math.isfinite(v)
         for v in o[:2]) and o[0]<o[1] and o[2:] in ((),('log',))
     if not ok or (len(o)==3 and o[0]<=0):
-        raise ValueError(f"Where to look for {name!r} is (low, high), (low, high, 'log') with low above 0, or a list of choices; got {o!r}.")
+        raise ValueError(f"Where to look for {name!r} is (low, high), (low, high, 'log') with low above 0, or a list of choices; "
+            f"got {o!r}.")
     return o[0],o[1],len(o)==3
 
-def _plain_space(space):
+def plain_space(
+    space:dict, # Name to range or choices
+)->dict: # The same
     "A space whose choices are as a file or a database has them; raises `ValueError` where it cannot"
     return {k:plain_settings(o, k, True) if isinstance(o, list) else o for k,o in space.items()}
 
+# %% ../../nbs/api/study/03_tuning.ipynb #97482c03
 def distributions(
     space:dict, # Name to range or choices
 )->dict: # Name to Optuna distribution
     "A search space as Optuna has it; raises `ValueError` for what is no range"
-    d = _optuna().distributions
+    d = load_optuna().distributions
     def _one(name, o):
         if isinstance(o, list) and not o: raise ValueError(f"There are no choices for {name!r}.")
         if isinstance(o, list): return d.CategoricalDistribution(o)
         lo,hi,log = _range(name, o)
         return (d.IntDistribution if isinstance(lo, int) and isinstance(hi, int) else d.FloatDistribution)(lo, hi, log=log)
     if not isinstance(space, dict) or not space: raise ValueError(f"A space is a dictionary from names to where to look; got {space!r}.")
-    return {k:_one(k, o) for k,o in _plain_space(space).items()}
+    return {k:_one(k, o) for k,o in plain_space(space).items()}
 
 # %% ../../nbs/api/study/03_tuning.ipynb #d9bae7be
 def suggest(
@@ -77,7 +82,7 @@ def suggest(
         if isinstance(o, list): return trial.suggest_categorical(name, o)
         lo,hi,log = _range(name, o)
         return (trial.suggest_int if isinstance(lo, int) and isinstance(hi, int) else trial.suggest_float)(name, lo, hi, log=log)
-    return {k:_one(k, o) for k,o in _plain_space(space).items()}
+    return {k:_one(k, o) for k,o in plain_space(space).items()}
 
 # %% ../../nbs/api/study/03_tuning.ipynb #3243378c
 class TrialScore(Callback):
@@ -98,13 +103,15 @@ class TrialScore(Callback):
         self.report(self.learn.epoch, self.value)
 
 # %% ../../nbs/api/study/03_tuning.ipynb #4354d888
-def _pruner(report_to):
+def trial_report(
+    trial, # `optuna.Trial`
+): # Function of step, from 0, and score
     "Function of step and score that reports them to a trial, and gives it up where it should be"
-    optuna = _optuna()
+    optuna = load_optuna()
     def _report(step, value):
         if math.isnan(value): raise ValueError("The score is nan: the validation classes have no two images of a class.")
-        report_to.report(value, step)
-        if report_to.should_prune(): raise optuna.TrialPruned(f'given up after step {step+1}')
+        trial.report(value, step)
+        if trial.should_prune(): raise optuna.TrialPruned(f'given up after step {step+1}')
     return _report
 
 def _fit(learn, n_epoch, cbs): learn.fit_recipe(n_epoch, sched='one_cycle', cbs=cbs)
@@ -112,7 +119,7 @@ def _fit(learn, n_epoch, cbs): learn.fit_recipe(n_epoch, sched='one_cycle', cbs=
 def _objective(trial, build, folds, space, n_epoch, metric, fit):
     "Mean score of a trial over the folds; 0 where it diverged"
     params = suggest(trial, space)
-    report,done = _pruner(trial),[]
+    report,done = trial_report(trial),[]
     for i,ds in enumerate(folds):
         learn = build(ds, **params)
         if learn.measures_on_test():
@@ -129,7 +136,7 @@ def _objective(trial, build, folds, space, n_epoch, metric, fit):
 def _url(storage): return str(storage) if '://' in str(storage) else f'sqlite:///{Path(storage)}'
 
 def _one_writer(storage):
-    "Lock SQLite from the first statement of a transaction on: it knows no SELECT ... FOR UPDATE, so that two processes could take the same trial"
+    "Lock SQLite from the first statement of a transaction on: without SELECT ... FOR UPDATE two processes could take the same trial"
     from sqlalchemy import event
     event.listen(storage.engine, 'begin', lambda o: o.exec_driver_sql('BEGIN IMMEDIATE'))
     return storage
@@ -137,7 +144,7 @@ def _one_writer(storage):
 def _storage(storage, tries=5):
     "A database that notices when the process of a trial has died, and has the trial done again"
     if storage is None: return None
-    optuna,url = _optuna(),_url(storage)
+    optuna,url = load_optuna(),_url(storage)
     if '://' not in str(storage) and not Path(storage).absolute().parent.is_dir():
         raise ValueError(f"There is no folder {str(Path(storage).parent)!r} for the study.")
     wait = dict(connect_args=dict(timeout=60)) if url.startswith('sqlite') else {} # seconds that a process waits for another one's writing
@@ -161,7 +168,7 @@ def make_study(
     first=(), # Settings to begin with: dictionaries of parameters
 ): # `optuna.Study`
     "A study that looks for high scores, with median pruning; one of this name in the storage goes on"
-    optuna = _optuna()
+    optuna = load_optuna()
     study = optuna.create_study(storage=_storage(storage), study_name=name, load_if_exists=True, direction='maximize',
         sampler=_sampler(seed), pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
     tried = [o.system_attrs.get('fixed_params') for o in study.get_trials(deepcopy=False) if o.state.name!='FAIL']
@@ -169,6 +176,7 @@ def make_study(
         if o not in tried: study.enqueue_trial(o)
     return study
 
+# %% ../../nbs/api/study/03_tuning.ipynb #c62e8d6e
 def _same_search(study, about):
     "Raise `ValueError` where a study in a storage was another search"
     about = json.loads(json.dumps(about, default=str))
@@ -179,19 +187,21 @@ def _same_search(study, about):
             raise ValueError(f"The study {study.study_name!r} is another search: its {k} was {old.get(k)} and is {about.get(k)} here. "
                 "Give this one another name.")
 
-def _done(study):
+def finished_trials(
+    study, # `optuna.Study`
+)->list: # `optuna.trial.FrozenTrial`s
     "Trials that came to a result"
     return _in_state(study, 'COMPLETE', 'PRUNED')
 
 def _in_state(study, *names):
-    states = _optuna().trial.TrialState
+    states = load_optuna().trial.TrialState
     return study.get_trials(deepcopy=False, states=[states[o] for o in names])
 
 class _Needless(Exception):
     "Other processes do what a trial was for"
 
 def _check_need(study, trial, n_trials):
-    "Raise `_Needless` for a trial that is one too many, or that another with the same first settings makes superfluous: two that are asked for at once have two numbers"
+    "Raise `_Needless` for a trial too many, or with the first settings of another: two that are asked for at once have two numbers"
     known = [o for o in _in_state(study, 'WAITING', 'RUNNING', 'COMPLETE', 'PRUNED') if o.number<=trial.number]
     firsts = [o.system_attrs.get('fixed_params') for o in known]
     if len(known)>n_trials or firsts[-1] is not None and firsts.count(firsts[-1])>1: raise _Needless
@@ -199,13 +209,13 @@ def _check_need(study, trial, n_trials):
 def _fail_stale(study):
     "Have the trials done again whose process has died"
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', _optuna().exceptions.ExperimentalWarning)
-        _optuna().storages.fail_stale_trials(study)
+        warnings.simplefilter('ignore', load_optuna().exceptions.ExperimentalWarning)
+        load_optuna().storages.fail_stale_trials(study)
 
 def _is_one_left(study, n_trials):
     "Is a trial left to do? While other processes are at all that are left, wait for them: one that dies leaves its trial to us"
     seen = set()
-    while (left := n_trials-len(_done(study)))>0:
+    while (left := n_trials-len(finished_trials(study)))>0:
         _fail_stale(study)
         running = {o._trial_id for o in _in_state(study, 'RUNNING')}
         if len(running)<left: return True
@@ -215,12 +225,18 @@ def _is_one_left(study, n_trials):
         time.sleep(1)
     return False
 
-def _check_metric(metric):
+def check_metric(
+    metric, # Such as `'map@r'`
+):
     "Raise `ValueError` for what is no metric that a column of this name shows"
     if not isinstance(metric, str) or metric_names(metric, curve=False)!=[metric]:
         raise ValueError(f"The score of a search is one metric, such as 'map@r' or 'recall@1'; got {metric!r}.")
 
-def _count(name, value):
+def check_count(
+    name:str, # What it is called in the sentence
+    value, # Any
+):
+    "Raise `ValueError` for what is no whole number, 1 or more"
     if not isinstance(value, int) or isinstance(value, bool) or value<1: raise ValueError(f"`{name}` is 1 or more; got {value!r}.")
 
 # %% ../../nbs/api/study/03_tuning.ipynb #1efc6752
@@ -242,7 +258,7 @@ def tune(
 ): # `optuna.Study`
     "Search for the parameters with the best score on held-out training classes"
     distributions(space)
-    for k,v in dict(n_trials=n_trials, n_epoch=n_epoch, folds=folds).items(): _count(k, v)
+    for k,v in dict(n_trials=n_trials, n_epoch=n_epoch, folds=folds).items(): check_count(k, v)
     try: parts = [ds] if folds==1 else ds.folds(folds)
     except ValueError as e: raise ValueError(str(e).replace('`k`', '`folds`')) from None
     study = make_study(storage, name, seed, first)
@@ -271,7 +287,7 @@ def plot_study(
     figsize:tuple=None, # Inches
 )->plt.Figure:
     "Draw a search: its history, the score against each parameter, and how much each parameter matters"
-    done = [o for o in _done(study) if o.value is not None and o.state.name=='COMPLETE']
+    done = [o for o in finished_trials(study) if o.value is not None and o.state.name=='COMPLETE']
     if not done: raise ValueError("There is nothing to draw yet: no trial has come to its end.")
     names = list(done[0].params)
     fig,axs = plt.subplots(1, len(names)+1, figsize=figsize or (3*len(names)+3, 2.8), layout='tight', squeeze=False, sharey=True)
@@ -294,7 +310,7 @@ def importances(
     study, # `optuna.Study`
 )->dict: # Name to share, 0 to 1; nothing where there are fewer than ten trials to tell it from
     "How much of the spread of the scores each parameter explains, by Optuna's fANOVA"
-    optuna = _optuna()
+    optuna = load_optuna()
     done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     if len(done)<10 or len({o.value for o in done})<2: return {}
     return optuna.importance.get_param_importances(study)
@@ -317,12 +333,13 @@ def transfers(
 )->bool:
     "Do some settings begin with a trained body and a head that starts from the data?"
     m = settings.get('model', {})
-    return is_trained(settings) and not settings.get('recipe') and m.get('head', 'linear') in ('linear','mlp','bnneck') and m.get('init') in (None,'lda','pca')
+    from_data = m.get('head', 'linear') in ('linear','mlp','bnneck') and m.get('init') in (None,'lda','pca')
+    return is_trained(settings) and not settings.get('recipe') and from_data
 
 def run_space(
     settings:dict, # Tables, see `make_learner`
 )->dict: # Path of a setting to where to look
-    "`settings_space`, and for a trained body also how it begins: rates of head and body, batch norm, size and start of the head, where the settings do not say"
+    "`settings_space`, and for a trained body how it begins, where the settings do not say: rates, batch norm, size and start of the head"
     more = {k:o for k,o in _transfer.items() if k=='fit.lr' or get_setting(settings, k) is None} if transfers(settings) else {}
     return {**settings_space(settings), **more}
 
@@ -353,7 +370,7 @@ def check_space(
     distributions(space)
     for k,o in space.items():
         for v in o if isinstance(o, list) else _range(k, o)[:2]: check_settings(with_settings(settings, {k:v}))
-    return _plain_space(space)
+    return plain_space(space)
 
 def _about(settings):
     "What must be the same in all trials of a search, wherever they run"
@@ -369,11 +386,12 @@ def tune_settings(
 ): # `optuna.Study`
     "Search for the best settings of a run"
     check_settings(settings)
-    settings = with_settings(plain_settings(settings, none=True), {'batch.valid':'val', 'fit.patience':0, 'fit.monitor':None, 'fit.transfer':None, 'fit.interpolate':None}) # a trial is scored by its last epoch
+    settings = with_settings(plain_settings(settings, none=True), {'batch.valid':'val', # and a trial is scored by its last epoch:
+        'fit.patience':0, 'fit.monitor':None, 'fit.transfer':None, 'fit.interpolate':None})
     space = check_space(settings, ifnone(space, run_space(settings)))
     ds = read_data(settings.get('data', {})) if ds is None else ds
     if folds is None: folds = n_folds(ds)
-    _check_metric(metric := kwargs.get('metric', 'map@r'))
+    check_metric(metric := kwargs.get('metric', 'map@r'))
     names = dict.fromkeys(['map@r','recall@1',metric])
     def _build(ds, **params): return make_learner(with_settings(settings, params), ds, cbs=RetrievalMetrics(list(names)))
     def _fit(learn, n_epoch, cbs): fit_settings(learn, learn.settings, n_epoch, cbs) # those of the trial
