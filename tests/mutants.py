@@ -1,4 +1,4 @@
-"Small deliberate mistakes in the hot paths, each of which the tests of its room must find: `make mutants`, or `python tests/mutants.py losses.geometry data.batches` for some rooms"
+"Small mistakes in the hot paths, each of which a test must find: `make mutants`, or `python tests/mutants.py losses.geometry` for a room"
 import os, shlex, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
@@ -6,42 +6,67 @@ root = Path(__file__).parent.parent
 mutants = [ # room, what its code says, what it says instead, tests
     ('losses.geometry', "r = (g+g.T).mul_(-2)", "r = (g+g).mul_(-2)", 'test_losses.py'), # the transpose is forgotten
     ('losses.geometry', "(ap + (an-pn))", "(ap + (an+pn))", 'test_geometry.py'),
-    ('losses.miners', "torch.searchsorted(far, edges, right=True)", "torch.searchsorted(far, edges)", "test_losses.py -k 'miner or semi_hard'"), # a negative as near as the positive
-    ('losses.miners', "order[(end+(r*(len(labels)-m)).long())%len(labels)]", "order[(end+(r*(len(labels)-m-1)).long())%len(labels)]", 'test_losses.py'), # one negative is never drawn
-    ('losses.miners', "args = (embs.detach(), labels)", "args = (embs, labels)", "test_losses.py -k miner"), # the gradient goes through the choice
+    # a negative as near as the positive
+    ('losses.miners', "torch.searchsorted(far, edges, right=True)",
+        "torch.searchsorted(far, edges)", "test_losses.py -k 'miner or semi_hard'"),
+    # one negative is never drawn
+    ('losses.miners', "order[(end+(r*(len(labels)-m)).long())%len(labels)]",
+        "order[(end+(r*(len(labels)-m-1)).long())%len(labels)]", 'test_losses.py'),
+    # the gradient goes through the choice
+    ('losses.miners', "args = (embs.detach(), labels)", "args = (embs, labels)", "test_losses.py -k miner"),
     ('losses.pairs', "self.margin-dn+beta[a2]", "self.margin-dn-beta[a2]", 'test_losses.py'),
-    ('losses.base', "(terms.detach().sign() if reduction=='active' else mask)", "(mask if reduction=='active' else mask)", 'test_losses.py'), # the mean of all for that of those above 0
+    # the mean of all for that of those above 0
+    ('losses.base', "(terms.detach().sign() if reduction=='active' else mask)",
+        "(mask if reduction=='active' else mask)", 'test_losses.py'),
     ('losses.proxies', "if inv.ndim: own = F.normalize(own, dim=1)", "if not inv.ndim: own = F.normalize(own, dim=1)", 'test_losses.py'),
     ('files.images', "6:'ROTATE_270'", "6:'ROTATE_90'", 'test_images.py'),
-    ('files.images', "return Image.alpha_composite(Image.new('RGBA', im.size, background), im).convert(mode)", "return im.convert(mode)", 'test_images.py'), # what is hidden shows
+    # what is hidden shows
+    ('files.images', "return Image.alpha_composite(Image.new('RGBA', im.size, background), im).convert(mode)",
+        "return im.convert(mode)", 'test_images.py'),
     ('data.batches', "rng = np.random.default_rng([self.seed, epoch])", "rng = np.random.default_rng([0, epoch])", 'test_data.py'),
     ('data.batches', "np.divmod(epoch*(len(self)//self.round)+nth", "np.divmod(0*epoch+nth", 'test_data.py'), # images are left out
     ('data.batches', "CategoryMap(seen+other, sort=False)", "CategoryMap(other+seen, sort=False)", 'test_data.py'),
-    ('data.tables', "return seen & ~self.df.label.isin(self.df.label[held]),held", "return seen,held", 'test_datasets.py -k subset'), # held-out classes are trained on
-    ('models.embedder', "and (self.freeze_bn or m.weight is not None", "and (m.weight is not None", 'test_models.py -k bn'), # running statistics move
-    ('models.heads', "self.total-(means*n[:,None]).T@means/len(X)", "self.total-means.T@means/len(means)", 'test_transfer.py -k lda'), # classes count alike
-    ('train.baseline', "for fit,score in (parts,parts[::-1]):", "for fit,score in zip(parts, parts):", 'test_transfer.py -k shrinkage'), # judged on what it was fitted to
-    ('retrieval.metrics', "return (ranks<=there.sum(1)[:,None]) & there", "return (ranks<there.sum(1)[:,None]) & there",
-    'test_retrieval.py'),
-    ('retrieval.search', "has = (own>=0).nonzero()[:,0]", "has = (own>0).nonzero()[:,0]", 'test_retrieval.py'), # the first item finds itself
+    # held-out classes are trained on
+    ('data.tables', "return seen & ~self.df.label.isin(self.df.label[held]),held", "return seen,held", 'test_datasets.py -k subset'),
+    # running statistics move
+    ('models.embedder', "and (self.freeze_bn or m.weight is not None", "and (m.weight is not None", 'test_models.py -k bn'),
+    # classes count alike
+    ('models.heads', "self.total-(means*n[:,None]).T@means/len(X)", "self.total-means.T@means/len(means)", 'test_transfer.py -k lda'),
+    # judged on what it was fitted to
+    ('train.baseline', "for fit,score in (parts,parts[::-1]):", "for fit,score in zip(parts, parts):", 'test_transfer.py -k shrinkage'),
+    ('retrieval.metrics', "return (ranks<=there.sum(1)[:,None]) & there",
+        "return (ranks<there.sum(1)[:,None]) & there", 'test_retrieval.py'),
+    # the first item finds itself
+    ('retrieval.search', "has = (own>=0).nonzero()[:,0]", "has = (own>0).nonzero()[:,0]", 'test_retrieval.py'),
     ('train.columns', "(epoch+1)%self.every==0", "epoch%self.every==0", 'test_learner.py -k every_other'),
     ('deploy.embedder', "m = min(w/tw, h/th)", "m = max(w/tw, h/th)", 'test_deploy.py'),
-    ('deploy.embedder', "if self._index[0] is not self.embs:", "if self._index[0] is None:", 'test_deploy.py'), # what was added later is not found
+    # what was added later is not found
+    ('deploy.embedder', "if self._index[0] is not self.embs:", "if self._index[0] is None:", 'test_deploy.py'),
     ('train.ssr', "self.soft(sim.diff(dim=1)+self.alpha)", "self.soft(sim.diff(dim=1)-self.alpha)", 'test_ranking.py -k loss'),
     ('train.ssr', "torch.randperm(len(x), generator=self.rng)", "torch.randperm(len(x))", 'test_ranking.py -k gradients_add_up'),
     ('train.rates', "return slice(lr*self.body_share, lr)", "return slice(lr, lr*self.body_share)", 'test_transfer.py -k rate'),
     ('train.recipe', "isdisjoint(source.items('test'))", "isdisjoint(source.items('val'))", 'test_learner.py -k patience'),
-    ('data.batches', "def load_state_dict(self, d): self.n = d['n']", "def load_state_dict(self, d): self.n = 0", 'test_checkpoint.py -k killed'), # a resumed run begins with the first batches
-    ('train.checkpoint', "dict(rng=dl.rng.getstate()) | (dict(seed=dl.seed)", "dict(rng=dl.rng.getstate()) | (dict(seed=dl.seed+1)",
-    'test_checkpoint.py -k killed'),
-    ('train.transfer', "dls.valid.new(_of_items(ds, (~seen)", "dls.valid.new(_of_items(ds, seen", 'test_transfer.py -k halves'), # judged on what was trained on
-    ('look.interpret', "n,r = len(g)-_count(self.ids[q], self.ids[g])", "n,r = len(g)-0*_count(self.ids[q], self.ids[g])", 'test_interpret.py'), # chance with the query in its own gallery
+    # a resumed run begins with the first batches
+    ('data.batches', "def load_state_dict(self, d): self.n = d['n']",
+        "def load_state_dict(self, d): self.n = 0", 'test_checkpoint.py -k killed'),
+    ('train.checkpoint', "dict(rng=dl.rng.getstate()) | (dict(seed=dl.seed)",
+        "dict(rng=dl.rng.getstate()) | (dict(seed=dl.seed+1)", 'test_checkpoint.py -k killed'),
+    # judged on what was trained on
+    ('train.transfer', "dls.valid.new(_of_items(ds, (~seen)", "dls.valid.new(_of_items(ds, seen", 'test_transfer.py -k halves'),
+    # chance with the query in its own gallery
+    ('look.interpret', "n,r = len(g)-_count(self.ids[q], self.ids[g])",
+        "n,r = len(g)-0*_count(self.ids[q], self.ids[g])", 'test_interpret.py'),
     ('study.tuning', "report(i*n_epoch+epoch,", "report(epoch,", 'test_tune.py'), # folds report the same steps to the pruner
-    ('study.tuning', "return _in_state(study, 'COMPLETE', 'PRUNED')", "return _in_state(study, 'COMPLETE', 'PRUNED', 'FAIL')", 'test_tune.py'), # a trial that was interrupted counts
+    # a trial that was interrupted counts
+    ('study.tuning', "return _in_state(study, 'COMPLETE', 'PRUNED')",
+        "return _in_state(study, 'COMPLETE', 'PRUNED', 'FAIL')", 'test_tune.py'),
     ('study.tuning', "firsts.count(firsts[-1])>1", "firsts.count(firsts[-1])>2", 'test_tune.py'), # two processes have the same first trial
-    ('study.comparison', "done = [o for o in trials if o['state']=='COMPLETE']", "done = trials", 'test_protocol.py'), # one that was given up is chosen
+    # one that was given up is chosen
+    ('study.comparison', "done = [o for o in trials if o['state']=='COMPLETE']", "done = trials", 'test_protocol.py'),
     ('study.runs', "set_seed(seed, reproducible=True)", "set_seed(0, reproducible=True)", 'test_runs.py -k seed'),
-    ('cli.commands', "evaluate_retrieval(*_raw_pixels(test), metrics=names)", "evaluate_retrieval(*_raw_pixels(dls.train), metrics=names)", 'test_cli.py -k demo_on_a_folder'), # of training images
+    # of training images
+    ('cli.training', "evaluate_retrieval(*_raw_pixels(test), metrics=names)",
+        "evaluate_retrieval(*_raw_pixels(dls.train), metrics=names)", 'test_cli.py -k demo_on_a_folder'),
 ]
 
 def code_of(room, folder=root):
@@ -60,7 +85,8 @@ def found(folder, room, old, new, tests):
     code = file.read_text(encoding='utf-8')
     if code.count(old)!=1: raise ValueError(f"{room}: {old!r} is there {code.count(old)} times, and must be once.")
     file.write_text(code.replace(old, new), encoding='utf-8')
-    env = {**os.environ, 'PYTHONPATH':str(folder), 'PYTHONDONTWRITEBYTECODE':'1'} # bytecode is told from other bytecode by time and size alone
+    # bytecode is told from other bytecode by time and size alone
+    env = {**os.environ, 'PYTHONPATH':str(folder), 'PYTHONDONTWRITEBYTECODE':'1'}
     try:
         res = subprocess.run([sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', *shlex.split(tests)],
             cwd=folder/'tests', env=env, capture_output=True, text=True)

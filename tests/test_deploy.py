@@ -40,7 +40,8 @@ from dmlfast.deploy import load_embedder
 import torch
 todo = json.load(open(sys.argv[1]))
 res = {k: load_embedder(folder).embed(files).tolist() for k,(folder,files) in todo.items()}
-wrong = [o for o in sys.modules if o.split('.')[0] in ('fastai','fastprogress') or o in ('dmlfast.losses.base','dmlfast.train.learner','dmlfast.data.batches','dmlfast.all')]
+ours = 'dmlfast.losses.base','dmlfast.train.learner','dmlfast.data.batches','dmlfast.all'
+wrong = [o for o in sys.modules if o.split('.')[0] in ('fastai','fastprogress') or o in ours]
 json.dump(dict(res=res, wrong=wrong), open(sys.argv[2], 'w'))
 '''
 
@@ -153,6 +154,7 @@ def test_nothing_else_is_overwritten(embedder, tmp_path, monkeypatch):
         with pytest.raises(FileExistsError, match='is not overwritten'): embedder.save(o, overwrite=True)
     monkeypatch.chdir(mine)
     with pytest.raises(FileExistsError, match='is not overwritten'): embedder.save('.', overwrite=True)
+    with pytest.raises(ValueError, match="cannot be made: .*thesis.txt' is a file"): embedder.save(mine/'thesis.txt'/'e')
     assert (mine/'thesis.txt').read_text()=='all of it' and [o.name for o in tmp_path.iterdir()]==['mine']
     folder = embedder.save(tmp_path/'e')
     assert {oct(o.stat().st_mode)[-3:] for o in folder.iterdir()}=={'644'}
@@ -255,7 +257,7 @@ def test_folders_that_are_not_as_they_were_written(embedder, photos, tmp_path, m
     broken(cut('gallery.json', 3), "'gallery.json' in .* was changed or cut off")
     broken(lambda p: (p/'weights.safetensors').unlink(), "incomplete: there is no 'weights.safetensors'", FileNotFoundError)
     broken(edit(model=dict(emb_sz=9)), 'do not fit the model that is described there')
-    broken(edit(model=dict(arch='resnet999')), "timm has no model 'resnet999'")
+    broken(edit(model=dict(arch='resnet999')), "no timm model 'resnet999'")
     broken(edit(model=dict(model_kwargs=dict(checkpoint_path='bomb.pth'))), "may not set: 'checkpoint_path'")
     broken(edit(model=dict(weights='bomb.pth')), "may not set: 'weights'")
     broken(edit(sha256={'../x':'0'*64}), '`sha256` must be .*in no other folder')
@@ -339,7 +341,7 @@ def test_threads_open_no_more_than_the_next_batch():
     assert emb[:,0].tolist()==list(range(50)) and 4<=most[0]<=8 and threading.get_ident() not in ids and seen==[13]
 
 def test_an_embedder_says_what_trained_it(few, tmp_path):
-    "Loss, data, classes, epochs and settings, without the paths of whoever trained it; a page about it has these, and of an older folder less"
+    "Loss, data, classes, epochs and settings, but no paths of whoever trained it; a page about it has these, and of an older folder less"
     from dmlfast.study.runs import fit_settings, make_learner
     body = Embedder('test_resnet', 8, pretrained=False).body
     torch.save(body.state_dict(), tmp_path/'body.pth')

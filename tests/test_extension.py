@@ -8,7 +8,7 @@ import dmlfast.study.settings as schema
 
 def run(command, *words):
     "Status, output and errors of a command"
-    from dmlfast.cli.commands import run_command
+    from dmlfast.cli import run_command
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         status = run_command(command, shlex.split(' '.join(map(str, words))))
     return status,out.getvalue(),err.getvalue()
@@ -71,7 +71,7 @@ def added(few):
 @pytest.fixture(scope='module')
 def trained(added, tmp_path_factory):
     "Folder of a run with all of it"
-    from dmlfast.cli.commands import dmlfast_train
+    from dmlfast.cli import dmlfast_train
     out = tmp_path_factory.mktemp('mine')/'run'
     status,text,err = run(dmlfast_train, '--data mine_data --data-args size=24 --arch test_resnet --no-pretrained --emb-sz 16 --bs 32 '
         '--workers 0',
@@ -113,13 +113,13 @@ def test_the_metric_is_a_column_an_interval_and_a_line(make_learner, trained, tm
     assert 'share of the 3 nearest that are right' in page
 
 def test_eval_takes_the_metric_and_the_reader(trained, tmp_path):
-    from dmlfast.cli.commands import dmlfast_eval
+    from dmlfast.cli import dmlfast_eval
     status,text,err = run(dmlfast_eval, trained[0], '--split test --workers 0 --metrics mine map@r --json')
     assert status==0, err
     assert set(json.loads(text)['scores']['metrics'])=={'mine','map@r'}
 
 def test_the_setting_is_an_argument_with_help(added):
-    from dmlfast.cli.commands import dmlfast_train
+    from dmlfast.cli import dmlfast_train
     status,text,_ = run(dmlfast_train, '--help')
     assert status==0 and '--noise' in text
     assert 'Noise on each embedding, in units of its length; none if not given' in ' '.join(text.split())

@@ -38,7 +38,8 @@ def tamper(whole, folder, change=None, **files):
     about = json.loads((whole/'embedder.json').read_text())
     for name,o in files.items():
         fn = folder/name.replace('_', '.')
-        save_file(o, fn) if isinstance(o, dict) and fn.suffix=='.safetensors' else fn.write_bytes(o if isinstance(o, bytes) else json.dumps(o).encode())
+        if isinstance(o, dict) and fn.suffix=='.safetensors': save_file(o, fn)
+        else: fn.write_bytes(o if isinstance(o, bytes) else json.dumps(o).encode())
         about['sha256'][fn.name] = sha(fn)
     if change: about = change(about)
     (folder/'embedder.json').write_text(about if isinstance(about, str) else json.dumps(about))
@@ -145,7 +146,7 @@ tampered = {
     '`model.model_kwargs` must be .*numbers of up to 16,384'),
     'no arch': (lambda about: put('model', {k:v for k,v in about['model'].items() if k!='arch'})(about),
     'lacks model.arch: it must be the name of a timm model'),
-    'another arch': (put('model.arch', 'test_resnet2'), "`model` must be .*timm has no model 'test_resnet2'"),
+    'another arch': (put('model.arch', 'test_resnet2'), "`model` must be .*no timm model 'test_resnet2'"),
     'an arch of as many numbers': (put('model.arch', 'test_byobnet'), r'do not fit the model that is described there: \d+ missing'),
     'facts in a list': (put('facts', ['noise']), "`facts` must be an object; got \\['noise'\\]")}
 
@@ -156,7 +157,8 @@ def test_a_description_that_was_tampered_with(whole, folder, name):
     _is_sentence(e.value)
 
 def test_tensors_that_were_tampered_with(whole, folder):
-    w,g,j = load_file(whole/'weights.safetensors'),load_file(whole/'gallery.safetensors')['embs'],json.loads((whole/'gallery.json').read_text())
+    w,g = load_file(whole/'weights.safetensors'),load_file(whole/'gallery.safetensors')['embs']
+    j = json.loads((whole/'gallery.json').read_text())
     def spoilt(x, v):
         x = x.clone()
         x.view(-1)[3] = v
@@ -166,13 +168,16 @@ def test_tensors_that_were_tampered_with(whole, folder):
         weights_safetensors={**w, 'head.weight':spoilt(w['head.weight'], torch.nan)}),
         "'body.bn1.running_var' holds nan or infinite": dict(weights_safetensors={**w,
         'body.bn1.running_var':spoilt(w['body.bn1.running_var'], torch.inf)}),
-        r'do not fit .*1 misshapen \(head.weight \(9, 96\) for \(8, 96\)\)': dict(weights_safetensors={**w, 'head.weight':torch.zeros(9,96)}),
+        r'do not fit .*1 misshapen \(head.weight \(9, 96\) for \(8, 96\)\)':
+            dict(weights_safetensors={**w, 'head.weight':torch.zeros(9,96)}),
         r'1 missing \(head.weight\)': dict(weights_safetensors={k:v for k,v in w.items() if k!='head.weight'}),
         r'1 unexpected \(more\)': dict(weights_safetensors={**w, 'more':torch.zeros(1)}),
         'head.bias must be of torch.float32': dict(weights_safetensors={**w, 'head.bias':torch.zeros(8, dtype=torch.int64)}),
-        "'weights.safetensors' in .* cannot be read: it must be in the format safetensors": dict(weights_safetensors=pickle.dumps(w['head.bias'])),
+        "'weights.safetensors' in .* cannot be read: it must be in the format safetensors":
+            dict(weights_safetensors=pickle.dumps(w['head.bias'])),
         "'gallery.safetensors' in .*'embs' holds nan": dict(gallery_safetensors=dict(embs=spoilt(g, torch.nan))),
-        r"'gallery.safetensors' in .*`embs` must be .* of 8 numbers; got \{'embs': \(3, 9\)\}": dict(gallery_safetensors=dict(embs=torch.ones(3,9))),
+        r"'gallery.safetensors' in .*`embs` must be .* of 8 numbers; got \{'embs': \(3, 9\)\}":
+            dict(gallery_safetensors=dict(embs=torch.ones(3,9))),
         r"'embs': \(8,\)": dict(gallery_safetensors=dict(embs=torch.ones(8))),
         r"'embs': \(0, 8\)": dict(gallery_safetensors=dict(embs=torch.ones(0,8)), gallery_json=dict(labels=[], items=[])),
         r"of floats in at least one row": dict(gallery_safetensors=dict(embs=torch.ones(3,8).long())),
@@ -317,6 +322,8 @@ def test_the_nearest_name_is_near(name, names, near):
 
 def test_a_long_name_leaves_room_for_the_reason():
     from dmlfast.files.registry import nearest, shortened
+    assert nearest('nope', ['margin'], 'word', 'ask a book')=="There is no word 'nope'; ask a book."
+    assert nearest('margn', ['margin'], 'word', 'ask a book')=="There is no word 'margn'; the nearest is 'margin'."
     assert nearest('x'*300, ['margin'], 'word')==f"There is no word '{'x'*49}…{'x'*19}'; there are 'margin'."
     assert shortened('a'*78)==repr('a'*78)
 

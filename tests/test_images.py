@@ -48,11 +48,14 @@ def _cases():
     res['rgba_webp'] = '.webp', lambda f: Image.fromarray(np.dstack([FLAG,SEEN])).save(f, lossless=True), on_white(FLAG, SEEN)
     res['la'] = '.png', Image.merge('LA', [Image.fromarray(LEVELS),Image.fromarray(SEEN)]).save, on_white(grey(LEVELS), SEEN)
     res['palette'] = '.png', palette([RED,GREEN,BLUE,GREY], quadrants(0,1,2,3)).save, FLAG
-    res['palette_clear'] = '.png', lambda f: palette([RED,GREEN,BLUE,GREY], quadrants(0,1,2,3)).save(f, transparency=bytes([255,255,0,255])), on_white(FLAG, SEEN)
+    clear = bytes([255,255,0,255])
+    res['palette_clear'] = ('.png', lambda f: palette([RED,GREEN,BLUE,GREY], quadrants(0,1,2,3)).save(f, transparency=clear),
+        on_white(FLAG, SEEN))
     res['rgb_key'] = '.png', lambda f: Image.fromarray(FLAG).save(f, transparency=BLUE), on_white(FLAG, SEEN)
     res['i16_png'] = '.png', Image.fromarray(LEVELS.astype(np.uint16)*256+7).save, grey(LEVELS)
     res['i16_tiff'] = '.tif', Image.fromarray(LEVELS.astype(np.uint16)*257).save, grey(LEVELS)
-    res['i16_key'] = '.png', lambda f: Image.fromarray(LEVELS.astype(np.uint16)*257).save(f, transparency=200*257), grey(quadrants(0, 100, 255, 255))
+    res['i16_key'] = ('.png', lambda f: Image.fromarray(LEVELS.astype(np.uint16)*257).save(f, transparency=200*257),
+        grey(quadrants(0, 100, 255, 255)))
     res['i_tiff'] = '.tif', Image.fromarray(LEVELS.astype(np.int32)*1000-70000).save, grey(LEVELS)
     res['f_tiff'] = '.tif', Image.fromarray(LEVELS.astype(np.float32)/8-3).save, grey(LEVELS)
     res['pgm16'] = '.pgm', lambda f: f.write_bytes(b'P5 %d %d 65535\n' % (W,H) + (LEVELS.astype('>u2')*257).tobytes()), grey(LEVELS)
@@ -227,7 +230,8 @@ def test_pixels_are_counted_before_they_are_decoded(tmp_path, monkeypatch):
     "A claim of 200 megapixels in a few bytes, and bounds of one's own"
     head = b'IHDR'+struct.pack('>IIBBBBB', 20000, 10000, 8, 0, 0, 0, 0)
     (bomb := tmp_path/'bomb.png').write_bytes(
-        b'\x89PNG\r\n\x1a\n'+struct.pack('>I', 13)+head+struct.pack('>I', zlib.crc32(head))+struct.pack('>I', 0)+b'IDAT'+struct.pack('>I', zlib.crc32(b'IDAT')))
+        b'\x89PNG\r\n\x1a\n'+struct.pack('>I', 13)+head+struct.pack('>I', zlib.crc32(head))
+        +struct.pack('>I', 0)+b'IDAT'+struct.pack('>I', zlib.crc32(b'IDAT')))
     for f in (open_image, NamedImage.create, Preprocess().resized, Preprocess(background=None).resized):
         with pytest.raises(ValueError, match=r"bomb.png' cannot be read: .*200000000 pixels"): f(bomb)
     assert bad_images([bomb])==[bomb]
@@ -326,7 +330,8 @@ def test_a_folder_is_named(path):
 
 def test_no_classes_for_test(tmp_path):
     _tree(tmp_path, *[f'{c}/{i}.png' for c in 'abcde' for i in (1,2)])
-    assert MetricDataset.from_folder(tmp_path, test_pct=0).df.groupby('split').label.unique().map(list).to_dict()==dict(train=['a','b','c','d'], val=['e'])
+    df = MetricDataset.from_folder(tmp_path, test_pct=0).df
+    assert df.groupby('split').label.unique().map(list).to_dict()==dict(train=['a','b','c','d'], val=['e'])
 
 @pytest.mark.parametrize('size', [-3, 1.5, '24'])
 def test_a_size_that_is_none(few, size):

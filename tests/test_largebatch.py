@@ -133,7 +133,7 @@ def test_odd_arguments(args):
     with pytest.raises(ValueError, match=next(iter(args))): LargeBatch(**args)
 
 def test_of_a_learner(make_learner, tmp_path):
-    "On an `Embedder` the head sees the whole batch, ranking runs in chunks too, and the model can be copied, pickled and exported meanwhile"
+    "On an `Embedder` the head sees the whole batch, ranking runs in chunks too, and the model is copied, pickled and exported meanwhile"
     def run(*cbs, **kwargs):
         learn = make_learner(head='bnneck', freeze_bn=True, opt_func=SGD, **kwargs)
         learn.add_cb(SelfSupervisedRanking(n=2, m=8))

@@ -285,9 +285,9 @@ def test_predict_sees_new_weights(make_learner):
 
 def test_wrong_arguments_are_named(few):
     dls = few.dataloaders(bs=8, per_class=4, num_workers=0)
-    with pytest.raises(ValueError, match="no model 'resnet_10t'; the nearest names are 'resnet10t'"):
+    with pytest.raises(ValueError, match="no timm model 'resnet_10t'; the nearest is 'resnet10t'"):
         metric_learner(dls, 'resnet_10t', pretrained=False)
-    with pytest.raises(ValueError, match="no model 'resnet5O'; the nearest names are .*'resnet50'"):
+    with pytest.raises(ValueError, match="no timm model 'resnet5O'; the nearest is 'resnet50'"):
         metric_learner(dls, 'resnet5O', pretrained=False)
     for wrong,right in dict(pooling='pool', loss='loss_func', embsz='emb_sz', pretrain='pretrained').items():
         with pytest.raises(TypeError, match=f"no argument of `metric_learner` '{wrong}'; the nearest is '{right}'"):
@@ -383,7 +383,7 @@ def test_a_loss_in_two_learners_is_said(make_learner, recwarn):
     with pytest.warns(UserWarning, match='This ProxyNCALoss was given to another learner'): make_learner(loss)
     from pytorch_metric_learning.losses import ArcFaceLoss
     theirs = ArcFaceLoss(24, 16)
-    with pytest.raises(ValueError, match='no model'): make_learner(theirs, arch='resnt18x')
+    with pytest.raises(ValueError, match='no timm model'): make_learner(theirs, arch='resnt18x')
     recwarn.clear()
     first = make_learner([theirs, TripletLoss()])
     assert not [o for o in recwarn if 'another learner' in str(o.message)]
@@ -683,8 +683,8 @@ def test_callbacks_as_classes(make_learner):
     assert len(learn.cbs.filter(risinstance(Seen)))==1
 
 def test_names_of_metrics_are_checked_before_images_are_seen(make_learner, few, monkeypatch):
-    for kw,said in ((dict(metrics=['recal@1']), "'recal@1' is not a metric, and the nearest name is 'recall@1'"),
-        (dict(metrics=5), '5 is not a metric: there are recall'), (dict(ks=None), 'ks must be'),
+    for kw,said in ((dict(metrics=['recal@1']), "no metric 'recal@1'; the nearest is 'recall@1'"),
+        (dict(metrics=5), 'no metric 5; there are recall'), (dict(ks=None), 'ks must be'),
         (dict(metrics=['pr_curve']), "'pr_curve' is a curve"), (dict(every=0), '`every` is a number of epochs, 1 or more; got 0'),
                     (dict(every=2.5), 'got 2.5'), (dict(ks=(0,)), 'ks must be')):
         with pytest.raises(ValueError, match=said): RetrievalMetrics(**kw)

@@ -603,7 +603,8 @@ def test_arguments_out_of_range(name):
 @pytest.mark.parametrize('call',
     [lambda: MultiSimilarityLoss(alpha=0), lambda: DRMultiSimilarityLoss(2., -1), lambda: ProxyNCALoss(scale=0.),
     lambda: DRProxyNCALoss(-3, 8), lambda: ProxyAnchorLoss(5, 2.5), lambda: ProxyAnchorLoss(alpha=-32), lambda: ProxyNCALoss(lr_mult=-1),
-    lambda: NPairLoss(-.02), lambda: MarginLoss(n_classes=0), lambda: MarginLoss(nu=-1.), lambda: SemiHardMiner(0), lambda: DistanceWeightedMiner(0.)])
+    lambda: NPairLoss(-.02), lambda: MarginLoss(n_classes=0), lambda: MarginLoss(nu=-1.),
+    lambda: SemiHardMiner(0), lambda: DistanceWeightedMiner(0.)])
 def test_some_ranges(call):
     with pytest.raises(ValueError, match=' must be '): call()
 

@@ -45,7 +45,7 @@ def test_names(mine):
     assert metric_of('share@7')[1]==7 and metric_of('map@r')[1] is None
     assert metric_meanings(['mine','share@2','recall@4'])=={'recall@k':'share of queries with an item of their class among the k nearest',
         'mine':'share of the 3 nearest that are right'}
-    with pytest.raises(ValueError, match="'min' is not a metric, and the nearest name is 'mine'"): metric_names('min')
+    with pytest.raises(ValueError, match="no metric 'min'; the nearest is 'mine'"): metric_names('min')
 
 def test_what_cannot_be_registered_or_read(mine, tmp_path, monkeypatch):
     for o in (0,'r',None,1.5):

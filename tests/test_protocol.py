@@ -246,7 +246,7 @@ def test_results_of_other_data(few, tmp_path):
 def test_networks_that_are_not_there(few, tmp_path):
     "Found before the first method is trained, and not when results are only looked at"
     loss = dict(loss=dict(name='triplet'), space={})
-    for model,said in ((dict(arch='test_resnt'), "Method 'b': timm has no model 'test_resnt'; the nearest names are 'test_resnet'"),
+    for model,said in ((dict(arch='test_resnt'), "Method 'b': There is no timm model 'test_resnt'; the nearest is 'test_resnet'"),
         (dict(arch='test_resnet', weights='no.safetensors'), "Method 'b': There is no file of weights")):
         plan = dict(seeds=1, settings=dict(fit=dict(n_epoch=1), model=dict(arch='test_resnet', pretrained=False)),
             methods=dict(a=loss, b={**loss, 'model':model}))
@@ -262,9 +262,9 @@ def test_networks_that_are_not_there(few, tmp_path):
 @pytest.mark.parametrize('change,said', [
     (dict(seed=3), "nearest is 'seeds'"), (dict(seeds=0), 'seeds'), (dict(seeds=[1,1]), 'seeds'), (dict(seeds=True), 'seeds'),
     (dict(search=dict(trials=3)), 'search.n_trials'), (dict(search=dict(n_epoch=0)), '1 or more'),
-    (dict(measures=['recal@1']), 'is not a metric'), (dict(measures=['pr_curve']), 'is a curve'),
-    (dict(measures=[]), 'one or more metrics'), (dict(measures=3), '3 is not a metric'),
-    (dict(search=dict(metric='recal@1')), "nearest name is 'recall@1'"),
+    (dict(measures=['recal@1']), 'no metric'), (dict(measures=['pr_curve']), 'is a curve'),
+    (dict(measures=[]), 'one or more metrics'), (dict(measures=3), 'no metric 3'),
+    (dict(search=dict(metric='recal@1')), "nearest is 'recall@1'"),
     (dict(search=dict(metric='recall')), "one metric, such as 'map@r'"), (dict(search=dict(metric=['map@r'])), 'one metric'),
     (dict(search=dict(seed='a')), 'search.seed'),
     (dict(search=3), '`search` is a table'), (dict(settings=3), '`settings` is a table'), (dict(methods=['a']), '`methods` is a table'),
@@ -349,7 +349,7 @@ def test_the_file_is_read_when_it_has_changed(few, tmp_path, monkeypatch):
 def test_a_worker_that_fails_says_why(tmp_path, monkeypatch, capsys):
     "Its own sentence is that of the command, once however many failed; one that was killed said none, and an error that nobody foresaw is named"
     import sys
-    from dmlfast.cli.commands import _guarded, _share
+    from dmlfast.cli.studies import _guarded, _share
     def _fail(e): raise e
     assert _guarded(lambda: print('on its way'))==0 and capsys.readouterr().out==''
     assert _guarded(lambda: _fail(ValueError('the drum is out of oil')))==1 and capsys.readouterr().out=='the drum is out of oil\n'

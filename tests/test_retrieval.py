@@ -187,9 +187,9 @@ def test_bad_embeddings(x):
 def test_bad_arguments():
     x,y = rand(20),labels(20,3)
     for kw,msg in [
-        (dict(metric='cosin'),'metric must be'), (dict(metrics=['map','recal']),"'recal' is not a metric, and the nearest name is "
-        "'recall': there are"), (dict(metrics=['MAP@R']),"nearest name is 'map@r'"), (dict(metrics=[42]),'42 is not a metric: '),
-        (dict(metrics=['recall@0']),'not a metric'), (dict(ks=[0]),'ks must be'), (dict(ks=[1.5]),'ks must be'),
+        (dict(metric='cosin'),'metric must be'), (dict(metrics=['map','recal']),"There is no metric 'recal'; the nearest is "
+        "'recall'."), (dict(metrics=['MAP@R']),"nearest is 'map@r'"), (dict(metrics=[42]),'no metric 42; there are recall, recall@k, '),
+        (dict(metrics=['recall@0']),"no metric 'recall@0'"), (dict(ks=[0]),'ks must be'), (dict(ks=[1.5]),'ks must be'),
         (dict(ks=2.5),'ks must be'), (dict(ks='5'),'ks must be'),
         (dict(ks=[np.nan]),'ks must be'), (dict(ks=np.inf),'ks must be'), (dict(ks=['x']),'ks must be'),
         (dict(gallery=x),'come together'), (dict(gallery_labels=y),'come together'), (dict(ignore=y[:-1]),'ignore'),

@@ -216,7 +216,7 @@ def test_a_setting_of_your_own(few, tmp_path, monkeypatch):
     "Written in one place, it is checked, has an argument with its help, is recorded, reaches the fit and is there again when the run is read"
     import io, contextlib
     import dmlfast.study.settings as schema
-    from dmlfast.cli.commands import dmlfast_train, parse_command, run_command, run_settings
+    from dmlfast.cli import dmlfast_train, parse_command, run_command, run_settings
     from dmlfast.study.runs import check_settings, load_settings, make_learner, train_settings
     monkeypatch.setattr(schema, '_registered', {})
     lengths = []
@@ -263,7 +263,7 @@ def test_a_setting_is_declared_once(monkeypatch):
     with pytest.raises(ValueError, match='`fit.lr` has the argument'): schema.register_setting('model', arg='lr')(rate)
     with pytest.raises(ValueError, match='its own arguments'): schema.register_setting('loss')(rate)
     schema.register_setting('', arg='out')(rate)
-    from dmlfast.cli.commands import dmlfast_train, parse_command
+    from dmlfast.cli import dmlfast_train, parse_command
     with pytest.raises(ValueError, match="`rate` cannot have the argument 'out', which dmlfast-train has already"):
         parse_command(dmlfast_train, [])
 
@@ -282,7 +282,7 @@ def test_a_reader_of_your_own(few, tmp_path):
     "Found by its name in settings and by --data, with its own arguments"
     from fastcore.meta import delegates
     from dmlfast.all import MetricDataset, register_reader
-    from dmlfast.cli.commands import run_settings
+    from dmlfast.cli import run_settings
     from dmlfast.study.runs import check_settings, read_data
     @register_reader
     @delegates(MetricDataset.__init__, but=['df','path'])

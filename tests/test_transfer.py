@@ -457,7 +457,7 @@ def test_faults_are_found_before_anything_is_done(quiet, few):
         (lambda: learn.fit_transfer(1, body_lr=-1),'0 or more'),
             (lambda: learn.fit_head(0),'1 or more'), (lambda: learn.fit_head(1, lr=-1),'greater than 0'),
             (lambda: learn.fit_head(1, views=0),'1 or more'),
-            (lambda: Interpolate(metric='mapr'),'not a metric'), (lambda: Interpolate(at=()),'numbers from 0')):
+            (lambda: Interpolate(metric='mapr'),'no metric'), (lambda: Interpolate(at=()),'numbers from 0')):
         with pytest.raises(ValueError, match=said): f()
     test = quiet(dls=few.dataloaders(bs=32, per_class=4, num_workers=0, valid='test'))
     with pytest.raises(ValueError, match='test classes'): test.fit_one_cycle(1, cbs=Interpolate())

@@ -152,7 +152,7 @@ def test_folds_go_on_counting_and_report_the_mean_so_far(few):
 
 def test_what_is_said_of_trials_has_no_gaps(few, tmp_path, capsys):
     "The second of three numbers was taken by a trial that failed; a trial that was pruned has no score"
-    from dmlfast.cli.commands import _after_trial, _study_results
+    from dmlfast.cli.studies import _after_trial, _study_results
     from dmlfast.study.tuning import distributions, make_study
     from optuna.trial import TrialState
     study = make_study()
@@ -216,7 +216,7 @@ def test_a_column_that_is_not_there(few, tmp_path):
     from dmlfast.study.tuning import TrialScore, tune_settings
     s = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=8),
         loss=dict(name='triplet'))
-    for metric,said in (('recal@1',"nearest name is 'recall@1'"), ('pr_curve','is a curve'), ('recall','one metric'),
+    for metric,said in (('recal@1',"nearest is 'recall@1'"), ('pr_curve','is a curve'), ('recall','one metric'),
         (['map@r'],'one metric')):
         with pytest.raises(ValueError, match=said):
             tune_settings(s, {'fit.lr':[1e-3]}, few, n_trials=1, storage=tmp_path/'s.db', metric=metric)

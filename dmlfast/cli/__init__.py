@@ -1,2 +1,6 @@
 "The commands"
+from .arguments import *
 from .commands import *
+from .training import *
+from .measuring import *
+from .studies import *

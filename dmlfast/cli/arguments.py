@@ -55,7 +55,8 @@ def word_args(
 # %% ../../nbs/api/cli/00_arguments.ipynb #7cc325e2
 def run_args(
     config:str=None, # TOML file of settings; what is given as an argument wins over it
-    data:str=None, # Folder with a folder for each class, table (.csv), or cub200, cars196, online_products, inshop, vehicle_id, glyphs (the default)
+    # Folder with a folder for each class, table (.csv), or cub200, cars196, online_products, inshop, vehicle_id, glyphs (the default)
+    data:str=None,
     path:str=None, # Folder of the download of a data set by name
     ssr:store_true=False, # Add self-supervised ranking?
     Set:Annotated[str, dict(nargs='*', action='extend')]=None, # Any setting by its path, such as loss.margin=.3 ssr.m=10; none if not given
@@ -162,8 +163,8 @@ def run_settings(
     from dmlfast.study.checks import check_settings, load_settings, with_settings
     given = {k:o for k,o in setting_args().items() if is_given(args.get(k))}
     res = load_settings(args['config']) if args.get('config') else {} if base is None else base
-    unsaid = base is None and not args.get('loss') and get_setting(res, 'loss.name') is None and not (args.get('recipe') or res.get('recipe'))
-    if unsaid: res = with_settings(res, {'loss.name':'dr_triplet'})
+    named = args.get('loss') or args.get('recipe') or res.get('recipe') or get_setting(res, 'loss.name') is not None
+    if base is None and not named: res = with_settings(res, {'loss.name':'dr_triplet'})
     if args.get('ssr') and 'ssr' not in res: res = {**res, 'ssr':{}}
     if data := data_table(args.get('data'), args.get('path'), res.get('data', {})): res = {**res, 'data':data}
     for k,o in given.items():

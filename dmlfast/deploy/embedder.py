@@ -52,7 +52,7 @@ class Preprocess:
         mean=None, # Mean of each channel, in [0,1]; not normalised if not given
         std=None, # Standard deviation of each channel
         mode:str='RGB', # PIL mode of the image: `'RGB'` or `'L'`
-        background:str='white', # Colour behind what is transparent, see `open_image`; None: pixels as they are stored, as folders of format 1 have them
+        background:str='white', # Colour behind what is transparent, see `open_image`; None: pixels as they are stored, as in format 1
     ):
         self.steps,self.mode,self.background = [(n, tuple(size), r) for n,size,r in steps],mode,background
         if bad := [n for n,*_ in self.steps if n not in _steps]: raise ValueError(f"Steps are {', '.join(_steps)}; got {bad[0]!r}.")
@@ -110,11 +110,13 @@ class ImageEmbedder:
 
     def __len__(self): return len(self.labels)
     def __repr__(self):
-        return f"ImageEmbedder({getattr(self.model, 'arch', type(self.model).__name__)}, {self.preprocess!r}, {len(self)} items of {len(set(self.labels))} classes in the gallery)"
+        name = getattr(self.model, 'arch', type(self.model).__name__)
+        return f"ImageEmbedder({name}, {self.preprocess!r}, {len(self)} items of {len(set(self.labels))} classes in the gallery)"
 
 # %% ../../nbs/api/deploy/00_embedder.ipynb #1d5ff145
 def _is_one(images):
-    return isinstance(images, (str,Path,bytes,bytearray,memoryview,Image.Image)) or hasattr(images, 'read') or isinstance(images, (np.ndarray,Tensor)) and images.ndim<4
+    if isinstance(images, (str,Path,bytes,bytearray,memoryview,Image.Image)) or hasattr(images, 'read'): return True
+    return isinstance(images, (np.ndarray,Tensor)) and images.ndim<4
 
 def _is_input(o): return isinstance(o, Tensor) and o.ndim==3 and o.is_floating_point()
 
@@ -214,7 +216,7 @@ def embedded(self:ImageEmbedder,
     num_workers:int=None, # Threads that open images; as many as cores, 16 at most, if not given; 0: none
     progress=iter, # As `embed` takes it
 )->Embedded:
-    "Embeddings of images, with their classes and names, who searches where, and what is known of the embedder; raises `ValueError` where there are no images, and for a split that the data set does not have"
+    "Embeddings of images, and what is known of these and of the embedder; raises `ValueError` where there are no images, or no such split"
     images,vocab,known,on = [data] if _is_one(data) else data,None,{},None
     if hasattr(data, 'protocol'): images,labels,vocab,known,on = _split_of(data, split)
     elif split is not None: raise ValueError("A split is of a data set, and these are images: give `labels` by name.")
@@ -234,7 +236,7 @@ def to_onnx(self:ImageEmbedder,
     size=None, # Height and width of an image, or one number for both; those that the preprocessing ends with if not given
     tol:float=1e-4, # Largest difference of an embedding's numbers between PyTorch and onnxruntime
 )->Path:
-    "Write the network as ONNX, for batches of any length; raises `ImportError` without the extra, and `ValueError` where the size is unknown or the results differ"
+    "Write ONNX, for batches of any length; raises `ImportError` without the extra, `ValueError` for an unknown size or other results"
     try: import onnx, onnxruntime, onnxscript
     except ImportError as e: raise ImportError(f"ONNX needs {e.name}: pip install 'dmlfast[onnx]'.") from e
     steps = getattr(self.preprocess, 'steps', [])
@@ -247,7 +249,8 @@ def to_onnx(self:ImageEmbedder,
     with whole_file(path) as tmp:
         torch.onnx.export(unwrapped(self.model), (x,), str(tmp), input_names=['images'], output_names=['embeddings'],
             dynamic_shapes=({0:torch.export.Dim('n')},), external_data=False, verbose=False)
-        got = torch.from_numpy(onnxruntime.InferenceSession(str(tmp), providers=['CPUExecutionProvider']).run(None, {'images':more.cpu().numpy()})[0])
+        session = onnxruntime.InferenceSession(str(tmp), providers=['CPUExecutionProvider'])
+        got = torch.from_numpy(session.run(None, {'images':more.cpu().numpy()})[0])
         diff = (got-want).abs().max().item()
         if not diff<=tol: raise ValueError(f"{str(path)!r} is not written: the network as ONNX differs from this one by {diff:.1e}.")
     return Path(path)

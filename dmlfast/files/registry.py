@@ -15,12 +15,13 @@ def nearest(
     name, # What was asked for
     names, # What there is: names, or `{name: what to call it}`
     what:str, # What these are, such as `'loss'`
+    otherwise:str='', # What to say where none is near; all of them if empty
 )->str:
     "The sentence that names the nearest of some names, and all of them where none is near"
     said = names if isinstance(names, dict) else {str(o).lower():o for o in names}
     likeness,near = max(((_likeness(str(name).lower(), o), o) for o in said), default=(0,None))
-    return f"There is no {what} {shortened(name)}; " + (f"the nearest is {said[near]!r}." if likeness>.6
-        else f"there are {', '.join(map(repr, dict.fromkeys(said.values())))}.")
+    otherwise = otherwise or f"there are {', '.join(map(repr, dict.fromkeys(said.values())))}"
+    return f"There is no {what} {shortened(name)}; " + (f"the nearest is {said[near]!r}." if likeness>.6 else f'{otherwise}.')
 
 def _likeness(a, b):
     "How alike two names are, 0 to 1; in the same table, as of `'loss.margn'`, what makes them differ counts"

@@ -23,7 +23,7 @@ class Margin(NamedTuple):
     name:str # The loss's argument that says so
     value:float # Its value
     squared:bool=False # Is it about squared distances?
-    of:str='gap' # `'gap'`: negatives are so much farther away than positives; `'negatives'`: so far away; `'boundary'`: both are so far from a boundary between them
+    of:str='gap' # `'gap'`: negatives are so much farther than positives; `'negatives'`: so far; `'boundary'`: both so far from one
 
 register_loss = Registry('loss')
 
@@ -272,7 +272,8 @@ def asking(
     *of:str, # Kinds of `Margin` that count; all if none is given
 )->tuple[MetricLoss|None,Margin|None]: # It, or the first of its parts, and what that asks for
     "The loss that asks for a margin, and the margin"
-    parts = [asking(o, *of) for o in loss.losses] if isinstance(loss, CombinedLoss) else [(loss,loss.asks())] if isinstance(loss, MetricLoss) else []
+    if isinstance(loss, CombinedLoss): parts = [asking(o, *of) for o in loss.losses]
+    else: parts = [(loss,loss.asks())] if isinstance(loss, MetricLoss) else []
     return next(((l,m) for l,m in parts if m and (not of or m.of in of)), (None,None))
 
 # %% ../../nbs/api/losses/02_base.ipynb #2b2bec5b

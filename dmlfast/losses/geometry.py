@@ -151,7 +151,7 @@ def hardest_positive(
 def cos_parts(
     d2:Tensor, # Squared distances, `(n,n)` float64
     p:Tensor, # A positive for each row, `(n,)` int64
-)->tuple[Tensor,Tensor,Tensor]: # Cosines at row i between row j and `p[i]`, `(n,n)`; factors of the negatives `(n,n)` and of the positive `(n,1)`
+)->tuple[Tensor,Tensor,Tensor]: # At row i cosines of row j with `p[i]`, `(n,n)`; factors of negatives `(n,n)` and of the positive `(n,1)`
     "Direction cosines of all rows at all anchors, with what `cos_grad` needs"
     ap = d2.gather(1, p[:,None])
     t,r = safe_rsqrt(ap)/2,safe_rsqrt(d2)

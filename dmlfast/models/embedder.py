@@ -9,7 +9,7 @@ __all__ = ['weight_sources', 'check_arch', 'timm_body', 'load_weights', 'GlobalP
            'bnneck_head', 'make_head', 'unwrapped', 'body_stages', 'Embedder', 'embedder_splitter', 'stage_splitter']
 
 # %% ../../nbs/api/models/00_embedder.ipynb #e1ca4bf6
-import difflib, os, sys, warnings
+import os, sys, warnings
 import timm, torch, torch.nn.functional as F
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
@@ -22,6 +22,7 @@ from timm.layers import to_2tuple
 from timm.models import group_parameters
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from ..files.registry import nearest
 
 # %% ../../nbs/api/models/00_embedder.ipynb #7f95fba6
 def _weights_file(fn):
@@ -32,11 +33,10 @@ def check_arch(
     arch:str, # Name of a timm model
     weights=None, # File of weights
 ):
-    "Raise `ValueError` for a model that timm does not have, naming the nearest ones, and for a file that is not there"
+    "Raise `ValueError` for a model that timm does not have, naming the nearest one, and for a file that is not there"
     if not isinstance(arch, str): raise ValueError(f"`arch` is the name of a timm model, such as 'resnet18', or a module; got {arch!r}.")
     if not timm.is_model(arch):
-        near = difflib.get_close_matches(arch.split('.')[0], timm.list_models(), n=3, cutoff=0.4)
-        raise ValueError(f"timm has no model {arch!r}" + (f"; the nearest names are {', '.join(map(repr, near))}." if near else "."))
+        raise ValueError(nearest(arch.split('.')[0], timm.list_models(), 'timm model', '`timm.list_models()` has them all'))
     if weights is not None: _weights_file(weights)
 
 def timm_body(
@@ -411,7 +411,7 @@ def state_dict(self:Embedder, *args, prefix='', **kwargs):
 
 @patch
 def _load_from_state_dict(self:Embedder, state_dict, prefix, *args):
-    "As any module, whether parts are compiled or not, and without the weights of a ranking head that is not there; a head whose weights are loaded waits for nothing"
+    "As any module, whether parts are compiled or not, also without a ranking head; a head whose weights are loaded waits for nothing"
     own = {_plain(k):k for k in nn.Module.state_dict(self)}
     for k in [k for k in state_dict if k.startswith(prefix)]:
         if (name := prefix+own.get(_plain(k[len(prefix):]), k[len(prefix):]))!=k: state_dict[name] = state_dict.pop(k)

@@ -9,7 +9,7 @@ __all__ = ['register_metric', 'precision_at', 'metric_of', 'metric_meanings', 'm
            'draw_gallery', 'evaluate_random_gallery', 'query_gallery', 'evaluate_protocol']
 
 # %% ../../nbs/api/retrieval/02_metrics.ipynb #130b1ba5
-import difflib, math, numpy as np, torch
+import math, numpy as np, torch
 from dataclasses import dataclass
 from importlib import import_module
 from numbers import Integral, Real
@@ -146,10 +146,9 @@ def _imported(name):
 
 def _no_metric(m):
     "The sentence for a name that is not there"
-    full = [o.removesuffix('@k') for o in register_metric]
-    near = difflib.get_close_matches(str(m).lower(), full+[f'{o[:-1]}1' for o in register_metric if o.endswith('@k')], n=1)
+    names = [v for o in register_metric for v in ((o[:-2],f'{o[:-1]}1') if o.endswith('@k') else (o,))]
     every = ', '.join(f'{o[:-2]}, {o}' if o.endswith('@k') else o for o in register_metric)
-    return f"{m!r} is not a metric{f', and the nearest name is {near[0]!r}' if near else ''}: there are {every}, or all"
+    return nearest(m, names, 'metric', f'there are {every}, or all')
 
 # %% ../../nbs/api/retrieval/02_metrics.ipynb #407151f9
 def _count_before(s, pos, pad, k):

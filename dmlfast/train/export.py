@@ -83,7 +83,7 @@ def export_embedder(self:MetricLearner,
     overwrite:bool=False, # Replace what is there?
 )->ImageEmbedder: # What `load_embedder(folder)` gives
     "Write weights, preprocessing and gallery, without the training; raises `ValueError` for what cannot be described"
-    check_folder(folder, overwrite)
+    check_embedder_folder(folder, overwrite)
     model = unwrapped(self.model)
     if not hasattr(model, 'spec'):
         raise ValueError(f"Only the models that `metric_learner` makes by name can be built again elsewhere, and this one was given as it is.")
