@@ -35,7 +35,7 @@ mutants = [ # room, what its code says, what it says instead, tests
     ('train.checkpoint', "dict(rng=dl.rng.getstate()) | (dict(seed=dl.seed)", "dict(rng=dl.rng.getstate()) | (dict(seed=dl.seed+1)",
     'test_checkpoint.py -k killed'),
     ('train.transfer', "dls.valid.new(_of_items(ds, (~seen)", "dls.valid.new(_of_items(ds, seen", 'test_transfer.py -k halves'), # judged on what was trained on
-    ('look.interpret', "n,r = len(g)-_count(self.ids[q], self.ids[g])", "n,r = len(g)-0*_count(self.ids[q], self.ids[g])", 'test_interpret.py'), # chance with the query in its own gallery
+    ('look.pictures', "n,r = len(g)-_count(self.ids[q], self.ids[g])", "n,r = len(g)-0*_count(self.ids[q], self.ids[g])", 'test_interpret.py'), # chance with the query in its own gallery
     ('study.tuning', "report(i*n_epoch+epoch,", "report(epoch,", 'test_tune.py'), # folds report the same steps to the pruner
     ('study.tuning', "return _in_state(study, 'COMPLETE', 'PRUNED')", "return _in_state(study, 'COMPLETE', 'PRUNED', 'FAIL')", 'test_tune.py'), # a trial that was interrupted counts
     ('study.tuning', "firsts.count(firsts[-1])>1", "firsts.count(firsts[-1])>2", 'test_tune.py'), # two processes have the same first trial

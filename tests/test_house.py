@@ -69,7 +69,7 @@ wide_rooms = ['losses.geometry','losses.base','models.embedder','deploy.embedder
 wide_tests = ['mutants','test_cli','test_deploy','test_doctor','test_folders','test_images','test_learner','test_loaders','test_losses',
     'test_metadata','test_protocol','test_report','test_runs','test_tune']
 private = ['study.experiments','cli.commands']
-large = ['look.interpret','study.experiments','cli.commands']
+large = ['study.experiments','cli.commands']
 
 def is_wide(text): return any(len(o)>140 for o in text.splitlines())
 def n_lines(room): return sum(o.strip()!='' for o in source(room).splitlines())
