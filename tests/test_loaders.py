@@ -68,6 +68,11 @@ def test_training_items_are_measured_without_augmentation(learn):
     for o in (learn.evaluate(train), learn.evaluate(x)): assert np.isclose(o['map@r'], right)
     assert torch.equal(learn.embed(train)[0], learn.embed('train')[0]) and torch.equal(learn.get_preds(0)[0], learn.embed(train)[0])
     assert np.allclose(learn.validate(0)[1], learn.evaluate('train')['recall@1'])
+    embs,ys = learn.get_preds(dl=train)
+    assert torch.equal(embs, learn.get_preds(0)[0]) and ys.tolist()==learn.embed('train')[1].tolist()
+    assert not torch.allclose(learn.get_preds(dl=x)[0], embs, atol=1e-3) # a loader of one's own is taken as it is, as everywhere in fastai
+    assert not torch.allclose(learn.tta(dl=train, n=1)[0], embs, atol=1e-3) and torch.allclose(learn.tta(dl=train, n=1, beta=1)[0], embs,
+        atol=1e-6)
 
 # wrapped models
 

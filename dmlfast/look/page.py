@@ -76,7 +76,9 @@ def _repeat():
     told = sys.argv[0] not in ('','-') # else the code came from a console, and no command has it
     return shlex.join([Path(sys.executable).name,*sys.orig_argv[1:]]) if told else '',code
 
-_words = dict(network='network', embedding='embedding', preprocess='preprocessing', loss='loss', data='trained on', train_classes='training classes', epochs='epochs', recipe='recipe', settings='') # first what made the embeddings, then how that was trained
+_words = dict(network='network', embedding='embedding', size='image size', preprocess='preprocessing', loss='loss', data='trained on',
+    train_classes='training classes', epochs='epochs', recipe='recipe', seed='seed', batch_seed='seed of the batches', date='date',
+    settings='') # first what made the embeddings, then how that was trained
 
 def _flat(o, at=''):
     "Values in a nest of tables by their paths"
