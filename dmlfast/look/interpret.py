@@ -129,13 +129,10 @@ def most_confused(self:RetrievalInterpretation,
     "Pairs of classes by how often one is among the nearest neighbours of the other"
     s,i = self.nearest(k)
     there = s>-torch.inf
-    y,z = self.labels[self.queries][:,None].expand_as(i)[there],self.labels[i][there]
-    pairs,count = torch.stack([y,z])[:,y!=z].unique(dim=1, return_counts=True)
-    order = count.argsort(descending=True, stable=True)[:n]
-    size = dict(zip(*(o.tolist() for o in y.unique(return_counts=True))))
-    a,b = pairs[:,order].tolist()
-    return pd.DataFrame(dict(query=[self.name(o) for o in a], found=[self.name(o) for o in b], count=count[order].tolist(),
-        of=[size[o] for o in a], a=a, b=b))
+    df = pd.DataFrame(dict(a=self.labels[self.queries][:,None].expand_as(i)[there].numpy(), b=self.labels[i][there].numpy()))
+    pairs = df[df.a!=df.b].groupby(['a','b']).size().sort_values(ascending=False, kind='stable')[:n].reset_index(name='count')
+    pairs = pairs.assign(query=[*map(self.name, pairs.a)], found=[*map(self.name, pairs.b)], of=pairs.a.map(df.a.value_counts()))
+    return pairs[['query','found','count','of','a','b']]
 
 # %% ../../nbs/api/look/00_interpret.ipynb #45a0fa57
 @patch
@@ -160,16 +157,14 @@ def _near_pairs(self, min_sim, same, n):
     a = torch.arange(len(self))[:,None].expand_as(i)
     own = self.labels[i]==self.labels[:,None]
     keep = (s>=min_sim)&(own if same else ~own)
-    pairs = torch.stack([torch.minimum(a, i)[keep],torch.maximum(a, i)[keep]])
-    pairs,inv = pairs.unique(dim=1, return_inverse=True)
-    sim = torch.zeros(pairs.shape[1]).scatter_(0, inv, s[keep])
-    order = sim.argsort(descending=True, stable=True)[:n]
+    df = pd.DataFrame({k:o[keep].numpy() for k,o in dict(a=torch.minimum(a, i), b=torch.maximum(a, i), similarity=s).items()})
+    df = df.drop_duplicates(['a','b'], keep='last').sort_values(['similarity','a','b'], ascending=[False,True,True])[:n]
     def agree(u, v):
         other = (i[u]!=v[:,None])&(s[u]>-torch.inf)
         return ((own[u]&other).sum(1)/other.sum(1).clamp(min=1)).numpy()
-    u,v = pairs[:,order]
+    u,v = torch.from_numpy(df[['a','b']].to_numpy(copy=True).T)
     names = {f'{k}_{o}':[f(x) for x in j.tolist()] for k,f in dict(label=self.label, item=self.item).items() for o,j in zip('ab', (u,v))}
-    return pd.DataFrame(dict(a=u.numpy(), b=v.numpy(), similarity=sim[order].numpy(), agree_a=agree(u, v), agree_b=agree(v, u), **names))
+    return df.assign(agree_a=agree(u, v), agree_b=agree(v, u), **names).reset_index(drop=True)
 
 # %% ../../nbs/api/look/00_interpret.ipynb #7b8e4d09
 @patch

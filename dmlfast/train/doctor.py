@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from typing import NamedTuple
 from torch import Tensor
 from fastcore.basics import ifnone, patch, store_attr
+from fastcore.xtras import ContextManagers
 from fastai.callback.core import Callback
+from fastai.learner import replacing_yield
 from .columns import is_fitting
 from .gain import *
 from ..losses import *
@@ -43,15 +45,6 @@ def _same_random(x):
     "A context that leaves the random generators as they were"
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []): yield
 
-@contextmanager
-def _setting(objs, **attrs):
-    "A context in which `objs` have other attributes"
-    old = [{k:getattr(o, k) for k in attrs} for o in objs]
-    for o in objs: o.__dict__.update(attrs)
-    try: yield
-    finally:
-        for o,d in zip(objs, old): o.__dict__.update(d)
-
 @torch.no_grad()
 def active_share(
     loss:MetricLoss, # Any
@@ -71,7 +64,7 @@ def dr_share(
     parts = [o for o in loss.modules() if isinstance(o, MetricLoss) and o.gamma]
     if not parts: return None
     g = _grad(loss, embs, labels)
-    with _setting(parts, gamma=0.): g0 = _grad(loss, embs, labels)
+    with ContextManagers([contextmanager(replacing_yield)(o, 'gamma', 0.) for o in parts]): g0 = _grad(loss, embs, labels)
     dr,plain = (g-g0).norm(),g0.norm()
     return dr/(dr+plain).clamp(min=1e-30)
 
