@@ -105,7 +105,8 @@ def _gain_note(g):
     "How the difference was measured"
     k = g.keys()[0]
     if why := g.a.why_no_interval(k): return why[0].upper()+why[1:]+'.'
-    return f'The difference is paired: the same queries, and for its 95 % interval the same {g.a.n_boot:,} samples of the {g.a.ci}. If the interval holds 0, the difference is within noise.'
+    return (f'The difference is paired: the same queries, and for its 95 % interval the same {g.a.n_boot:,} samples of the {g.a.ci}. If '
+        'the interval holds 0, the difference is within noise.')
 
 def _way(g):
     "Which colour the sentence has"
@@ -124,68 +125,102 @@ _template = '''<!DOCTYPE html>
 <style>
 :root { color-scheme: light; --line: #d9dde1; --soft: #f5f7f9; --text: #1c2329; --grey: #5a6570; --blue: #0072B2; --red: #a83400 }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 1040px; padding: 1.5rem 20px 4rem; font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; color: var(--text); background: #fff; overflow-wrap: anywhere }
+body { margin: 0 auto; max-width: 1040px; padding: 1.5rem 20px 4rem;
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; color: var(--text); background: #fff;
+  overflow-wrap: anywhere }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: .2rem 0 .3rem }
 h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-bottom: .2rem; border-bottom: 1px solid var(--line) }
 p, .note { margin: .4rem 0 } .note { color: var(--grey); font-size: .9rem }
 nav { margin: .8rem 0; font-size: .9rem } nav a { margin-right: .9rem; white-space: nowrap } a { color: var(--blue) }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .7rem; margin: 1rem 0 }
 .tile { background: var(--soft); border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem }
-.tile b { display: block; font-size: 1.5rem; font-weight: 600; line-height: 1.3 } .tile span { color: var(--grey); font-size: .85rem; display: block }
-.finding, .well, .unknown { border-left: 4px solid var(--red); background: #fdf3ee; padding: .6rem .9rem; margin: .5rem 0 } .well { border-color: #1a7f37; background: #eff8f1 } .unknown { border-color: var(--grey); background: var(--soft) }
-dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem .9rem; font-size: .9rem; margin: .6rem 0 } dt { font-weight: 600 } dd { margin: 0 }
+.tile b { display: block; font-size: 1.5rem; font-weight: 600; line-height: 1.3 }
+.tile span { color: var(--grey); font-size: .85rem; display: block }
+.finding, .well, .unknown { border-left: 4px solid var(--red); background: #fdf3ee; padding: .6rem .9rem; margin: .5rem 0 }
+.well { border-color: #1a7f37; background: #eff8f1 } .unknown { border-color: var(--grey); background: var(--soft) }
+dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem .9rem; font-size: .9rem; margin: .6rem 0 }
+dt { font-weight: 600 } dd { margin: 0 }
 .scroll, figure { overflow-x: auto; margin: .8rem 0 }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap } th { font-weight: 600; background: var(--soft) }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th { font-weight: 600; background: var(--soft) }
 .l { text-align: left }
-table.pairs { width: 100% } table.pairs td, table.pairs th { text-align: left; vertical-align: top; white-space: normal } table.pairs th { width: 11rem; overflow-wrap: normal }
+table.pairs { width: 100% } table.pairs td, table.pairs th { text-align: left; vertical-align: top; white-space: normal }
+table.pairs th { width: 11rem; overflow-wrap: normal }
 img { display: block; max-width: 100%; height: auto } figcaption { color: var(--grey); font-size: .9rem; margin-top: .3rem }
-pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px; padding: .8rem; overflow-x: auto; font-size: .85rem; line-height: 1.45; overflow-wrap: normal }
+pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px; padding: .8rem; overflow-x: auto; font-size: .85rem;
+  line-height: 1.45; overflow-wrap: normal }
 code { font-family: ui-monospace, "DejaVu Sans Mono", monospace }
 summary { cursor: pointer; color: var(--blue) }
-@media (max-width: 640px) { body { padding: 1rem 14px 3rem } img.wide { max-width: none; width: 640px } h1 { font-size: 1.35rem } table.pairs th { width: 7.5rem } }
+@media (max-width: 640px) { body { padding: 1rem 14px 3rem } img.wide { max-width: none; width: 640px } h1 { font-size: 1.35rem }
+  table.pairs th { width: 7.5rem } }
 @media print { nav { display: none } figure, .tile, tr { break-inside: avoid } }
 </style>
 </head>
 <body>
-{% macro figure(f) %}<figure id="fig-{{ f.name }}"><img{% if f.width > 500 %} class="wide"{% endif %} src="{{ f.src }}" width="{{ f.width }}" height="{{ f.height }}" alt="{{ f.text }}"><figcaption>{{ f.text }}</figcaption></figure>{% endmacro %}
-{% macro pairs(d) %}<table class="pairs">{% for k, v in d.items() %}<tr><th scope="row">{{ k }}</th><td>{{ v }}</td></tr>{% endfor %}</table>{% endmacro %}
-{% macro table(head, rows, left=1) %}<div class="scroll" tabindex="0"><table><thead><tr>{% for o in head %}<th scope="col"{% if loop.index <= left %} class="l"{% endif %}>{{ o }}</th>{% endfor %}</tr></thead><tbody>{% for r in rows %}<tr>{% for o in r %}<td{% if loop.index <= left %} class="l"{% endif %}>{{ o }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>{% endmacro %}
+{% macro figure(f) -%}
+  <figure id="fig-{{ f.name }}"><img{% if f.width > 500 %} class="wide"{% endif %} src="{{ f.src }}" width="{{ f.width }}"
+  height="{{ f.height }}" alt="{{ f.text }}"><figcaption>{{ f.text }}</figcaption></figure>
+{%- endmacro %}
+{% macro pairs(d) -%}
+  <table class="pairs">{% for k, v in d.items() %}<tr><th scope="row">{{ k }}</th><td>{{ v }}</td></tr>{% endfor %}</table>
+{%- endmacro %}
+{% macro table(head, rows, left=1) -%}
+  <div class="scroll" tabindex="0"><table><thead><tr>
+  {%- for o in head %}<th scope="col"{% if loop.index <= left %} class="l"{% endif %}>{{ o }}</th>{% endfor %}</tr></thead><tbody>
+  {%- for r in rows %}<tr>{% for o in r %}<td{% if loop.index <= left %} class="l"{% endif %}>{{ o }}</td>{% endfor %}</tr>{% endfor -%}
+  </tbody></table></div>
+{%- endmacro %}
 {% macro terms(d) %}<dl>{% for k, v in d.items() %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl>{% endmacro %}
 {% macro pictures(names) %}{% for n in names if n in figures %}{{ figure(figures[n]) }}{% endfor %}{% endmacro %}
-{% macro prose(text) %}{% for o in text.split('`') %}{% if loop.index is even %}<code>{{ o }}</code>{% else %}{{ o }}{% endif %}{% endfor %}{% endmacro %}
+{% macro prose(text) -%}
+  {% for o in text.split('`') %}{% if loop.index is even %}<code>{{ o }}</code>{% else %}{{ o }}{% endif %}{% endfor %}
+{%- endmacro %}
 <header>
 <h1>{{ title }}</h1>
 <p class="note">{{ when }} · measured on {{ split }}: {{ n_items }} items of {{ n_classes }} classes</p>
 <p>{{ what }}</p>
 {% if says %}<p class="{{ says[0] }}">{{ prose(says[1]) }}</p>{% endif %}
 <nav aria-label="Sections">{% for id, name in sections %}<a href="#{{ id }}">{{ name }}</a>{% endfor %}</nav>
-<div class="tiles">{% for name, value, note in tiles %}<div class="tile"><span>{{ name }}</span><b>{{ value }}</b><span>{{ note }}</span></div>{% endfor %}</div>
+<div class="tiles">
+{%- for name, value, note in tiles %}<div class="tile"><span>{{ name }}</span><b>{{ value }}</b><span>{{ note }}</span></div>{% endfor -%}
+</div>
 </header>
 <main>
 {% if findings is not none %}<h2 id="findings">What is wrong</h2>
-{% for o in findings %}<p class="finding">{{ prose(o) }}</p>{% endfor %}{% if well %}<p class="{{ well[0] }}">{{ well[1] }}</p>{% endif %}{% endif %}
+{% for o in findings %}<p class="finding">{{ prose(o) }}</p>{% endfor %}
+{%- if well %}<p class="{{ well[0] }}">{{ well[1] }}</p>{% endif %}{% endif %}
 {% if gain or decisions %}<h2 id="gain">{{ 'What training was worth' if says or decisions else 'Against the features' }}</h2>{% endif %}
-{% if gain %}<p>The embedding against the features it started from: those of the body as it came, pooled and compared by cosine, without a head.</p>
+{% if gain %}<p>The embedding against the features it started from: those of the body as it came, pooled and compared by cosine,
+without a head.</p>
 {{ table(*gain) }}<p class="note">{{ gain_note }}</p>{% endif %}
-{% if decisions %}<p>What was decided on the way, by classes that were not trained on:</p>{{ pairs(decisions) }}{{ pictures(['between']) }}{% endif %}
+{% if decisions %}<p>What was decided on the way, by classes that were not trained on:</p>
+{{- pairs(decisions) }}{{ pictures(['between']) }}{% endif %}
 <h2 id="metrics">Metrics</h2>
 {{ table(*metrics[:2]) }}{% for o in metrics[2] %}<p class="note">{{ o }}</p>{% endfor %}
 {{ terms(meanings) }}
 {{ pictures(['curves_retrieval']) }}
 <h2 id="neighbours">Neighbours</h2>
-{% if images %}{{ pictures(['neighbours', 'worst']) }}{% else %}<p class="note">These items are no images that could be drawn.</p>{% endif %}
+{% if images %}{{ pictures(['neighbours', 'worst']) }}
+{%- else %}<p class="note">These items are no images that could be drawn.</p>{% endif %}
 <h2 id="confusions">Confusions</h2>
-{% if confused[1] %}<p>How often the nearest neighbour of a query is of another class, for the pairs of classes where this happens most.</p>{{ table(*confused, left=2) }}{{ pictures(['confused']) }}{% else %}<p>The nearest neighbour of each item is of its class.</p>{% endif %}
+{% if confused[1] %}<p>How often the nearest neighbour of a query is of another class, for the pairs of classes where this happens most.</p>
+{{- table(*confused, left=2) }}{{ pictures(['confused']) }}{% else %}<p>The nearest neighbour of each item is of its class.</p>{% endif %}
 {% if epochs is not none %}<h2 id="training">Training</h2>
-{% if epochs[1] %}{{ pictures(['curves', 'doctor']) }}{% if panels %}<details><summary>How to read the doctor's panels</summary>{{ terms(panels) }}</details>{% endif %}<details><summary>All epochs</summary>{{ table(*epochs) }}</details>{% else %}<p>There is no fit to tell of: this learner was not trained, or its record was overwritten.</p>{% endif %}{% endif %}
+{% if epochs[1] %}{{ pictures(['curves', 'doctor']) }}
+{%- if panels %}<details><summary>How to read the doctor's panels</summary>{{ terms(panels) }}</details>{% endif -%}
+<details><summary>All epochs</summary>{{ table(*epochs) }}</details>
+{%- else %}<p>There is no fit to tell of: this learner was not trained, or its record was overwritten.</p>{% endif %}{% endif %}
 <h2 id="settings">Settings</h2>
 {{ pairs(settings) }}
 {% if data %}<h2 id="data">Data</h2>
 {{ table(*data) }}{{ pairs(hashes) }}
-<p class="note">The hash is the SHA-256 of the sorted lines of split, class and path of all items: runs with the same hash had the same items in the same splits.</p>{% endif %}
+<p class="note">The hash is the SHA-256 of the sorted lines of split, class and path of all items: runs with the same hash had the same
+items in the same splits.</p>{% endif %}
 <h2 id="repeat">Do it again</h2>
-{% if command %}<p>Command:</p><pre><code>{{ command }}</code></pre>{% endif %}{% if code %}<p>Code:</p><pre><code>{{ code }}</code></pre>{% endif %}{% if not (command or code) %}<p class="note">The code of this run is not known: pass it as <code>code</code>.</p>{% endif %}
+{% if command %}<p>Command:</p><pre><code>{{ command }}</code></pre>{% endif %}
+{%- if code %}<p>Code:</p><pre><code>{{ code }}</code></pre>{% endif %}
+{%- if not (command or code) %}<p class="note">The code of this run is not known: pass it as <code>code</code>.</p>{% endif %}
 <h2 id="versions">Versions</h2>
 {{ pairs(versions) }}
 </main>
@@ -222,11 +257,13 @@ def _figures(interp, n, images, confused):
         'listed until a share of the right ones is found (recall), how many are right (precision). '
         'Right: the similarities of pairs of one class and of two; the less they overlap, the better.')
     if images:
-        yield 'neighbours',interp.plot_neighbours(max_n=n),'Queries drawn at random and their nearest neighbours, nearest first. A tick and a green frame: right; a cross and a red frame: wrong. Below, the cosine similarity.'
+        yield ('neighbours',interp.plot_neighbours(max_n=n),'Queries drawn at random and their nearest neighbours, nearest first. A tick '
+            'and a green frame: right; a cross and a red frame: wrong. Below, the cosine similarity.')
         if interp.result.used.any():
             yield 'worst',interp.plot_top_losses(max_n=n),'The queries with the least average precision (AP), worst first.'
         if len(confused):
-            yield 'confused',interp.plot_most_confused(),'The classes that are confused most often, and the most confident of these mistakes.'
+            yield ('confused',interp.plot_most_confused(),'The classes that are confused most often, and the most confident of these '
+                'mistakes.')
 
 # %% ../../nbs/api/look/02_page.ipynb #a1904885
 def _tile(r, name):
@@ -239,14 +276,18 @@ def _metrics(r):
     n,reps = len(r.labels),r.settings.get('repeats', 1)
     notes = [f'{n//reps:,} queries'+(f', each in {reps} galleries' if reps>1 else '')+(f'; {r.n_left_out:,} are left out, for nothing is '
         'relevant to them' if r.n_left_out else '')+'.']
-    notes += [f'2.5 % and 97.5 % are the ends of a 95 % interval, from {r.n_boot:,} samples of the {r.ci}.'] if any(map(r.interval, r.keys())) else []
+    if any(map(r.interval, r.keys())):
+        notes += [f'2.5 % and 97.5 % are the ends of a 95 % interval, from {r.n_boot:,} samples of the {r.ci}.']
     return ['metric','mean of queries','mean of classes',*head[3:]],rows,notes+[o[0].upper()+o[1:]+'.'
         for o in dict.fromkeys(filter(None, map(r.why_no_interval, r.keys())))]
 
 def _what(interp):
     "How was it measured?"
-    who = 'Each item searches for items of its class among all the others' if interp.all_search else f'{len(interp.queries):,} queries search for items of their class in a gallery of {len(interp.gallery):,}'
-    drawn = f' of one random item of each class; the numbers are means over {interp.random_gallery} such galleries, the pictures of the first' if interp.random_gallery else ''
+    who,drawn = 'Each item searches for items of its class among all the others',''
+    if not interp.all_search:
+        who = f'{len(interp.queries):,} queries search for items of their class in a gallery of {len(interp.gallery):,}'
+    if n := interp.random_gallery:
+        drawn = f' of one random item of each class; the numbers are means over {n} such galleries, the pictures of the first'
     return f'{who}{drawn}. The nearer of two items is the one whose embedding has the greater cosine similarity.'
 
 # %% ../../nbs/api/look/02_page.ipynb #9fabd93f
@@ -334,7 +375,7 @@ def report(self:Embedded,
     ds:MetricDataset=None, # Data set that the items are of, for a table of its splits and their hash
     gain=None, # `Gain` against the features that the training began with, where it is known
 )->Path: # The page
-    "Write a page about embeddings and what is known of them; raises `FileExistsError` rather than overwrite one, and `ValueError` where the items have no labels"
+    "Write a page about embeddings and what is known of them; raises `FileExistsError` rather than overwrite, `ValueError` without labels"
     began,file,on = time.perf_counter(),page_file(folder, overwrite),self.facts.get('measured_on')
     interp = self if isinstance(self, RetrievalInterpretation) else RetrievalInterpretation.of(self)
     return write_page(interp, file, began, code, n_queries, title=title or f"{self.facts.get('network', 'An embedding')} on "

@@ -80,9 +80,11 @@ def _decisions(learn):
     "What `fit_transfer` decided, and what `Interpolate` kept"
     t,res,between = getattr(learn, 'transfer', {}),{},_between(learn)
     if o := t.get('head'):
-        res['head alone'] = f"{o['epochs']} epochs on the features of the body as it was: map@r {o['before']:.4f} → {o['after']:.4f}, {'kept' if o['kept'] else 'not kept'}"
+        res['head alone'] = (f"{o['epochs']} epochs on the features of the body as it was: map@r {o['before']:.4f} → {o['after']:.4f}, "
+            f"{'kept' if o['kept'] else 'not kept'}")
     if o := t.get('how_far'):
-        res['how far the body may move'] = ', '.join(f'{k} {v:.4f}' for k,v in o.items())+' (map@r, trained on half of the training classes and measured on the other half)'
+        res['how far the body may move'] = (', '.join(f'{k} {v:.4f}' for k,v in o.items())+' (map@r, trained on half of the training '
+            'classes and measured on the other half)')
     if 'regime' in t: res['chosen'] = f"{t['regime']}: {regime_said(t['regime'])}" + ''.join(f', {k}={v}' for k,v in t['given'].items())
     if between: res['between start and end'] = ', '.join(f'{a:g}: {v:.4f}' for a,v in between[0].items())+f'; kept: {between[1]:g}'
     return res
@@ -112,7 +114,8 @@ def _first_rows(learn, head):
 
 def _draw_metric(ax, name, x, y, share):
     "Recalls from dark to light, other metrics in orange"
-    style = dict(color=plt.get_cmap('cividis')(.75*share), marker='.') if name.startswith('recall') else dict(color=_orange, ls='--', marker='x', ms=5)
+    style = (dict(color=plt.get_cmap('cividis')(.75*share), marker='.') if name.startswith('recall')
+        else dict(color=_orange, ls='--', marker='x', ms=5))
     ax.plot(x, y, label=name, **style)
 
 def plot_curves(
@@ -142,9 +145,11 @@ def plot_curves(
 def _fit_figures(learn):
     "Figures of the last fit, by name"
     if _epochs(learn)[1]:
-        yield 'curves',plot_curves(learn),'The last fit: losses, metrics on the validation classes, which are not in training, and the learning rate.'
+        yield ('curves',plot_curves(learn),'The last fit: losses, metrics on the validation classes, which are not in training, and the '
+            'learning rate.')
     if o := _between(learn):
-        yield 'between',_plot_between(learn, *o),'The weights between the start and the end of the fit, measured on the validation classes. The ring is what was kept.'
+        yield ('between',_plot_between(learn, *o),'The weights between the start and the end of the fit, measured on the validation '
+            'classes. The ring is what was kept.')
     if (doctor := _doctor(learn)) and doctor.steps:
         yield 'doctor',doctor.plot(),'What the training doctor saw in the training batches of the last fit.'
 
@@ -156,14 +161,18 @@ def _well(learn):
     if doctor is None or not doctor.steps:
         return 'unknown','No TrainingDoctor looked at this run: with cbs=TrainingDoctor() this is where it says what is wrong.'
     if not doctor.enough:
-        return 'unknown',f'The training doctor looked at {len(doctor.steps)} steps only, too few to tell whether something {"else " if doctor.findings else ""}is wrong.'
+        return ('unknown',f'The training doctor looked at {len(doctor.steps)} steps only, too few to tell whether something '
+            f'{"else " if doctor.findings else ""}is wrong.')
     if not doctor.findings:
-        return 'well',f'Nothing was found: the training doctor looked at {len(doctor.steps)} of {doctor.steps[-1]["step"]} steps for {"" if doctor.theirs is None else "an end below the features, "}a collapse of the embeddings, batches that teach nothing, regularisers that take over, weights that do not move and overfitting.'
+        return ('well',f'Nothing was found: the training doctor looked at {len(doctor.steps)} of {doctor.steps[-1]["step"]} steps for '
+            f'{"" if doctor.theirs is None else "an end below the features, "}a collapse of the embeddings, batches that teach nothing, '
+            'regularisers that take over, weights that do not move and overfitting.')
 
 def _seconds(learn):
     "How long the fit took, as far as it is known"
     doctor,log = _doctor(learn),getattr(learn.recorder, 'log', [])
-    return {'time of the fit':f'{doctor.seconds:.1f} s'} if doctor and doctor.steps else {'time of the last epoch':log[-1]} if log and isinstance(log[-1], str) else {}
+    if doctor and doctor.steps: return {'time of the fit':f'{doctor.seconds:.1f} s'}
+    return {'time of the last epoch':log[-1]} if log and isinstance(log[-1], str) else {}
 
 # %% ../../nbs/api/look/03_report.ipynb #734429d4
 @patch

@@ -34,8 +34,8 @@ def _steps_of(t):
 def _stats_of(t):
     "What batch transform `t` does to a validation batch, as `mean` and `std`; None if that is not known"
     if isinstance(t, Normalize): return dict(mean=t.mean.flatten().tolist(), std=t.std.flatten().tolist())
-    same = getattr(t, 'split_idx', None)==0 or type(t) is IntToFloatTensor and t.div==255 or isinstance(t, AffineCoordTfm) and t.size is None
-    return {} if same else None
+    if getattr(t, 'split_idx', None)==0 or type(t) is IntToFloatTensor and t.div==255: return {}
+    if isinstance(t, AffineCoordTfm) and t.size is None: return {}
 
 # %% ../../nbs/api/train/11_export.ipynb #ab8999a3
 def preprocess_of(
@@ -70,7 +70,8 @@ def export_embedder(self:MetricLearner,
     check_folder(folder, overwrite)
     model = unwrapped(self.model)
     if not hasattr(model, 'spec'):
-        raise ValueError(f"Only the models that `metric_learner` makes by name can be built again elsewhere, and this one was given as it is.")
+        raise ValueError("Only the models that `metric_learner` makes by name can be built again elsewhere, and this one was given as it "
+            "is.")
     self.start_head()
     res = ImageEmbedder(model, preprocess_of(self.dls), self.about_training())
     if gallery is not None:
