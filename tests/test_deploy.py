@@ -356,6 +356,9 @@ def test_embeddings_of_a_learner_say_what_made_them(few, tmp_path, monkeypatch):
         assert 'measured_on' not in learn.embedded(learn.dls.test_dl(part, with_labels=True)).facts
     emb = Embedded.load(emb.save(tmp_path/'e.safetensors'))
     assert emb.facts==about|dict(measured_on='few glyphs, test')
+    own = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    of_own = metric_learner(learn.dls, own, TripletLoss(), emb_sz=3, path=tmp_path, normalize=False).about_training()
+    assert (of_own['network'],of_own['embedding']) == ('Sequential',3) and not {'epochs','settings','recipe','seed'} & set(of_own)
     monkeypatch.setattr('dmlfast.look.page._figures', lambda *args: iter(()))
     html = emb.report(tmp_path/'r', code='').read_text(encoding='utf-8')
     for k,v in {'network':'test_resnet', 'embedding':'8 numbers', 'image size':'32×40', 'trained on':'few glyphs', 'epochs':2,

@@ -230,6 +230,8 @@ class _Whole(nn.Module):
     def __getattr__(self, k):
         try: return super().__getattr__(k)
         except AttributeError: return getattr(super().__getattr__('model'), k)
+    @property
+    def arch(self): return type(self.model).__name__
 
 def _model(arch, weights, pretrained, normalize, recipe, given, model_kwargs):
     "An `Embedder` by name, or the module that is given"
