@@ -54,7 +54,7 @@ mutants = [ # room, what its code says, what it says instead, tests
     # judged on what was trained on
     ('train.transfer', "dls.valid.new(_of_items(ds, (~seen)", "dls.valid.new(_of_items(ds, seen", 'test_transfer.py -k halves'),
     # chance with the query in its own gallery
-    ('look.interpret', "n,r = len(g)-_count(self.ids[q], self.ids[g])",
+    ('look.pictures', "n,r = len(g)-_count(self.ids[q], self.ids[g])",
         "n,r = len(g)-0*_count(self.ids[q], self.ids[g])", 'test_interpret.py'),
     ('study.tuning', "report(i*n_epoch+epoch,", "report(epoch,", 'test_tune.py'), # folds report the same steps to the pruner
     # a trial that was interrupted counts

@@ -1,6 +1,7 @@
 "Embedders that leave the training behind: the same numbers without fastai, and folders that are not as they were written"
 import json, os, pickle, re, subprocess, sys
 import numpy as np, pytest, torch
+from datetime import date
 from PIL import Image
 from safetensors import SafetensorError
 from fastai.vision.all import *
@@ -340,6 +341,34 @@ def test_threads_open_no_more_than_the_next_batch():
     emb = ImageEmbedder(Net(), prepare).embed(range(50), bs=4, num_workers=3, progress=progress)
     assert emb[:,0].tolist()==list(range(50)) and 4<=most[0]<=8 and threading.get_ident() not in ids and seen==[13]
 
+def test_embeddings_of_a_learner_say_what_made_them(few, tmp_path, monkeypatch):
+    "The facts of an exported embedder, which a file keeps and a page tells; of what is not known nothing"
+    learn = metric_learner(few.dataloaders(bs=16, per_class=4, item_tfms=Resize((40,32)), num_workers=0, seed=3), 'test_resnet',
+        ProxyNCALoss(scale=2.), emb_sz=8, pretrained=False, path=tmp_path)
+    about = dict(network='test_resnet', embedding=8, size='32×40', loss=repr(learn.loss_func), data='few glyphs',
+        train_classes=few.df.label[few.df.split=='train'].nunique(), batch_seed=3)
+    with learn.no_bar(), learn.no_logging():
+        assert about|dict(measured_on='few glyphs, val')=={k:o for k,o in learn.embedded().facts.items() if k!='date'} # no epochs yet
+        learn.fit(2)
+    about.update(epochs=2, date=date.today().isoformat())
+    emb = learn.embedded('test')
+    assert emb.facts==about|dict(measured_on='few glyphs, test') and learn.export_embedder(tmp_path/'e').facts==about
+    assert learn.embedded(learn.dls.train).facts['measured_on']=='few glyphs, train'
+    for part in (few.items('test')[:9], few.items('test')[[0,*range(len(few.items('test')))]]):
+        assert 'measured_on' not in learn.embedded(learn.dls.test_dl(part, with_labels=True)).facts
+    emb = Embedded.load(emb.save(tmp_path/'e.safetensors'))
+    assert emb.facts==about|dict(measured_on='few glyphs, test')
+    own = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    of_own = metric_learner(learn.dls, own, TripletLoss(), emb_sz=3, path=tmp_path, normalize=False).about_training()
+    assert (of_own['network'],of_own['embedding']) == ('Sequential',3) and not {'epochs','settings','recipe','seed'} & set(of_own)
+    monkeypatch.setattr('dmlfast.look.page._figures', lambda *args: iter(()))
+    html = emb.report(tmp_path/'r', code='').read_text(encoding='utf-8')
+    for k,v in {'network':'test_resnet', 'embedding':'8 numbers', 'image size':'32×40', 'trained on':'few glyphs', 'epochs':2,
+        'seed of the batches':3, 'date':about['date']}.items():
+        assert f'<tr><th scope="row">{k}</th><td>{v}</td></tr>' in html, k
+    assert 'test_resnet on few glyphs, test' in html and 'scale=2' in html
+    assert not [o for o in ('recipe','optimiser') if f'row">{o}' in html]
+
 def test_an_embedder_says_what_trained_it(few, tmp_path):
     "Loss, data, classes, epochs and settings, but no paths of whoever trained it; a page about it has these, and of an older folder less"
     from dmlfast.study.runs import fit_settings, make_learner
@@ -351,6 +380,7 @@ def test_an_embedder_says_what_trained_it(few, tmp_path):
     with learn.no_bar(), learn.no_logging(): fit_settings(learn, s)
     e = learn.export_embedder(tmp_path/'e')
     assert e.facts=={'data':'few glyphs', 'train_classes':learn.dls.n_train_classes, 'loss':repr(learn.loss_func), 'epochs':1,
+        'network':'test_resnet', 'embedding':8, 'batch_seed':0, 'date':learn.about_training()['date'],
         'settings':{k:o for k,o in s.items() if k!='data'} | dict(model=dict(s['model'], weights='body.pth'))}
     assert str(tmp_path) not in (tmp_path/'e'/'embedder.json').read_text()
     about = json.loads((tmp_path/'e'/'embedder.json').read_text())

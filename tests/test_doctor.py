@@ -19,7 +19,8 @@ class Net(nn.Module):
     "Features, and a head whose embeddings are scaled to length 1"
     def __init__(self, normalize=True):
         super().__init__()
-        self.body,self.head,self.n_features,self.emb_sz,self.normalize = nn.Sequential(nn.Linear(16, 64), nn.ReLU()),nn.Linear(64, 16),64,16,normalize
+        self.body,self.head = nn.Sequential(nn.Linear(16, 64), nn.ReLU()),nn.Linear(64, 16)
+        self.n_features,self.emb_sz,self.normalize = 64,16,normalize
     def features(self, x): return self.body(x)
     def forward(self, x):
         x = self.head(self.features(x))
@@ -52,7 +53,8 @@ healthy = dict(triplet=TripletLoss, dr=DRTripletLoss, mined=lambda: DRTripletLos
 @pytest.mark.parametrize('name', healthy)
 def test_a_healthy_run_gets_none(name, capsys):
     net = Net(normalize=name!='npair')
-    learn = run(healthy[name](), lr=5e-4 if name=='npair' else 3e-3, net=net) # which of so few classes learns the training set by heart sooner
+    # which of so few classes learns the training set by heart sooner
+    learn = run(healthy[name](), lr=5e-4 if name=='npair' else 3e-3, net=net)
     assert learn.training_doctor.findings==[] and 'TrainingDoctor' not in capsys.readouterr().out
     assert learn.training_doctor.epochs[-1]['recall']>.7
     if name=='both': assert learn.training_doctor.plot()._suptitle.get_text()=='Nothing wrong was found.'
@@ -318,7 +320,8 @@ def test_what_ends_above_its_features_is_not(make_learner, body):
 def test_a_head_that_is_too_narrow(make_learner, body):
     "It began below the features and training did not make it worse: it is the head, and not the rate; where it got worse, it is the rate"
     learn = from_body(make_learner, body, emb_sz=4)
-    assert f'the head began at 0.600, with 4 numbers in place of {learn.model.n_features}: raise `emb_sz`.' in as_if(learn, [.61], .7, .6)['below']
+    said = as_if(learn, [.61], .7, .6)['below']
+    assert f'the head began at 0.600, with 4 numbers in place of {learn.model.n_features}: raise `emb_sz`.' in said
     assert 'lower learning rate' in as_if(learn, [.58], .7, .6)['below'] and 'lower learning rate' in as_if(learn, [.61], .7, .695)['below']
     wide = from_body(make_learner, body, emb_sz=learn.model.n_features)
     assert 'lower learning rate' in as_if(wide, [.61], .7, .6)['below']

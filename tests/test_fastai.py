@@ -1,5 +1,5 @@
 "What fastai users do after a fit, with a loss that has weights, with and without self-supervised ranking"
-import pytest, torch
+import pytest, re, torch
 from matplotlib import pyplot as plt
 from fastai.vision.all import *
 from dmlfast.all import *
@@ -178,3 +178,18 @@ def test_tensorboard_with_everything(make_learner, tmp_path):
 @pytest.mark.parametrize('cb', [MixUp, CutMix])
 def test_mixed_images_are_refused(make_learner, cb):
     with pytest.raises(ValueError, match=f'{cb.__name__} mixes images of two classes'): make_learner().fit(1, cbs=cb())
+
+def test_each_bridge_has_its_reason_its_test_and_a_place_to_report_it():
+    "A section of the page says what fastai does and where that is known or to be reported, and holds the bridge and a test of it"
+    import json
+    cells = json.loads((Path(__file__).parent.parent/'nbs/api/train/00_compat.ipynb').read_text(encoding='utf-8'))['cells']
+    sections = []
+    for kind,text in ((o['cell_type'],''.join(o['source'])) for o in cells):
+        if kind=='markdown' and text.startswith('## '): sections.append((text.splitlines()[0],[text],[]))
+        elif sections: sections[-1][1 if kind=='markdown' else 2].append(text)
+    assert len(sections)>10
+    for name,texts,codes in sections:
+        assert re.search(r'\(https://github.com/fastai/fastai/(issues|pull/\d+)(/\d+)?\)', texts[0]), name
+        assert re.search(r'fastai|`Learner|`[a-z_]+\(?', texts[0]) and len(texts[0].split())>30, name
+        bridge,tests = ([o for o in codes if o.startswith('#| export')==is_bridge] for is_bridge in (True,False))
+        assert bridge and any(re.search(r'\btest_(eq|is|fail|close)\(|\bassert ', o) for o in tests), name

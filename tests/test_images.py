@@ -226,6 +226,16 @@ def test_every_broken_file_is_named(tmp_path):
                 try: assert open_image(bad).mode=='RGB'
                 except ValueError as e: assert f"bad{suffix}' cannot be read" in str(e)
 
+def test_what_training_cannot_open_is_bad(tmp_path):
+    "A PNG whose pixels are numbers of colours, and the colours are not there: `verify_images` of fastai passes it"
+    from fastai.vision.utils import verify_image
+    def chunk(kind, data): return struct.pack('>I', len(data))+kind+data+struct.pack('>I', zlib.crc32(kind+data))
+    fn = tmp_path/'no_palette.png'
+    fn.write_bytes(b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', struct.pack('>IIBBBBB', 8, 8, 8, 3, 0, 0, 0))
+        + chunk(b'IDAT', zlib.compress(bytes(8*9))) + chunk(b'IEND', b''))
+    assert verify_image(fn) and bad_images([fn])==[fn]
+    with pytest.raises(ValueError, match='no_palette.png'): NamedImage.create(fn)
+
 def test_pixels_are_counted_before_they_are_decoded(tmp_path, monkeypatch):
     "A claim of 200 megapixels in a few bytes, and bounds of one's own"
     head = b'IHDR'+struct.pack('>IIBBBBB', 20000, 10000, 8, 0, 0, 0, 0)

@@ -5,7 +5,7 @@ from pathlib import Path
 from PIL import Image
 from fastai.vision.all import L
 from dmlfast.all import *
-from dmlfast.look.interpret import _triplet_settings, triplet_table
+from dmlfast.look.pictures import _triplet_settings
 
 GREEN,RED = (plt.matplotlib.colors.to_rgba(o) for o in ('#1a7f37','#c4320a'))
 

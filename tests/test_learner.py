@@ -649,7 +649,8 @@ def test_what_a_splitter_leaves_out_is_trained(make_learner, opt, recwarn):
         moved = {k for k,p in learn.model.named_parameters() if not torch.equal(p, before[k])}
         assert len(learn.opt.param_lists[-1])==4 and {'head.weight','loss_func.proxies'}<=moved
         assert any(k.startswith('body.') for k in moved)==(splitter is both)
-    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 8), nn.Linear(8, 4)) # of a foreign model the loss is what its owner cannot see
+    # of a foreign model the loss is what its owner cannot see
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 8), nn.Linear(8, 4))
     learn = make_learner(ProxyNCALoss(), arch=net, emb_sz=4, splitter=lambda m: [list(m.model[3].parameters())], opt_func=opt)
     learn.create_opt()
     assert [len(o) for o in learn.opt.param_lists]==[3]

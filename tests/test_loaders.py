@@ -47,7 +47,8 @@ def test_loaders_that_take_the_place_of_others_are_normalised(make_learner, few,
 
 def test_loaders_for_another_model_are_refused(learn, other):
     metric_learner(other, 'resnet10t', pretrained=False)
-    for f in (learn.embed, learn.evaluate, lambda o: learn.get_preds(dl=o), lambda o: learn.validate(dl=o), lambda o: setattr(learn, 'dls', DataLoaders(o, o))):
+    for f in (learn.embed, learn.evaluate, lambda o: learn.get_preds(dl=o), lambda o: learn.validate(dl=o),
+        lambda o: setattr(learn, 'dls', DataLoaders(o, o))):
         with pytest.raises(ValueError, match='normalise images for another model'): f(other.valid)
 
 def test_a_users_own_normalisation_is_kept(learn, few):
@@ -68,6 +69,11 @@ def test_training_items_are_measured_without_augmentation(learn):
     for o in (learn.evaluate(train), learn.evaluate(x)): assert np.isclose(o['map@r'], right)
     assert torch.equal(learn.embed(train)[0], learn.embed('train')[0]) and torch.equal(learn.get_preds(0)[0], learn.embed(train)[0])
     assert np.allclose(learn.validate(0)[1], learn.evaluate('train')['recall@1'])
+    embs,ys = learn.get_preds(dl=train)
+    assert torch.equal(embs, learn.get_preds(0)[0]) and ys.tolist()==learn.embed('train')[1].tolist()
+    assert not torch.allclose(learn.get_preds(dl=x)[0], embs, atol=1e-3) # a loader of one's own is taken as it is, as everywhere in fastai
+    assert not torch.allclose(learn.tta(dl=train, n=1)[0], embs, atol=1e-3) and torch.allclose(learn.tta(dl=train, n=1, beta=1)[0], embs,
+        atol=1e-6)
 
 # wrapped models
 
@@ -140,7 +146,9 @@ def test_every_loader_is_normalised_or_refused(make_learner, few, how, part):
 def test_a_loader_without_transforms(make_learner, few, learn):
     ds = [(TensorImage(torch.rand(3,24,24)), TensorCategory(i//2)) for i in range(8)]
     bare = DataLoader(ds, bs=4)
-    for f in (learn.evaluate, learn.embed, lambda o: learn.get_preds(dl=o), lambda o: setattr(learn, 'dls', DataLoaders(learn.dls.train, o)), lambda o: metric_learner(DataLoaders(o, o), 'test_resnet', pretrained=False)):
+    for f in (learn.evaluate, learn.embed, lambda o: learn.get_preds(dl=o),
+        lambda o: setattr(learn, 'dls', DataLoaders(learn.dls.train, o)),
+        lambda o: metric_learner(DataLoaders(o, o), 'test_resnet', pretrained=False)):
         with pytest.raises(ValueError, match='A DataLoader without transforms of batches cannot normalise images.*`normalize=False`'):
             f(bare)
     assert make_learner(normalize=False).embed(bare)[0].shape==(8,16)

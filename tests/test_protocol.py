@@ -296,7 +296,8 @@ def test_names_that_are_no_names_of_files(name, few, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 def test_what_a_plan_has_can_be_written_and_read(few, tmp_path, body):
-    "Paths as words, tuples as lists, the same in the settings of all and of one method, a choice among them, and whatever numbers a trainer gives; the file is the same plan's again"
+    """Paths as words, tuples as lists, the same in the settings of all and of one method, a choice among them, and whatever numbers a
+    trainer gives; the file is the same plan's again"""
     plan = _plan(tmp_path)
     (tmp_path/'toy.py').write_text(trainer.replace('ids, {}',
         'ids, dict(numpy=np.float32(.5), torch=torch.tensor([1,2]))').replace("report(e, 1-s['noise'])",
@@ -347,7 +348,7 @@ def test_the_file_is_read_when_it_has_changed(few, tmp_path, monkeypatch):
     assert len(again.rows('run'))==4 and len(again.rows('trial'))==2 and n.count(again.out)==2
 
 def test_a_worker_that_fails_says_why(tmp_path, monkeypatch, capsys):
-    "Its own sentence is that of the command, once however many failed; one that was killed said none, and an error that nobody foresaw is named"
+    "Its own sentence is that of the command, once however many failed; one that was killed said none, and an unforeseen error is named"
     import sys
     from dmlfast.cli.studies import _guarded, _share
     def _fail(e): raise e
@@ -379,7 +380,8 @@ def test_files(few, tmp_path):
     with pytest.raises(ValueError, match='no twin'): _exp(tmp_path, few).difference('a')
     with pytest.raises(ValueError, match="does not measure 'map@R'; its `measures` are recall@1, map@r"):
         _exp(tmp_path, few).values('a', 'map@R')
-    for f in (lambda e: e.table(['a','lowder']), lambda e: e.difference('lowder'), lambda e: e.differences([('a','lowder')]), lambda e: e.chosen('lowder')):
+    for f in (lambda e: e.table(['a','lowder']), lambda e: e.difference('lowder'), lambda e: e.differences([('a','lowder')]),
+        lambda e: e.chosen('lowder')):
         with pytest.raises(ValueError, match="no method 'lowder'; the nearest is 'louder'"): f(_exp(tmp_path, few))
     assert _exp(tmp_path, few).table().empty and _exp(tmp_path, few).choices().empty and _exp(tmp_path, few).differences().empty
 
@@ -439,7 +441,7 @@ def test_what_was_seen_and_a_sweep(few, tmp_path):
     assert exp.table()['map@r'].tolist()==['10.0 ± 0.0','5.00 ± 0.00']
 
 def test_differences_of_any_two(few, tmp_path):
-    "Seeds 0 and 1 in common: 40 - 50 and 30 - 50, 25 - 10 and 5 - 10; Student's t of one degree of freedom is 12.706; none in common with γ"
+    "Seeds 0 and 1 in common: 40 - 50 and 30 - 50, 25 - 10 and 5 - 10; Student's t of one degree of freedom is 12.706; γ has none"
     plan = _plan(tmp_path)
     plan['methods']['louder']['seeds'] = [0,1,5]
     exp = _exp(tmp_path, few, plan)

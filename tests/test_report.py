@@ -52,7 +52,8 @@ def test_it_says_what_evaluate_says(run, page):
     for k in ('recall@1','recall@8','r_precision','map@r'):
         assert rows[k][1]==f'{res[k]:.4f}'
         if res.interval(k): assert rows[k][3:]==[f'{o:.4f}' for o in res.interval(k)]
-    assert json.loads(re.search('<script[^>]*>(.*?)</script>', page.html, re.S)[1])['metrics']['recall@1']['mean']==pytest.approx(res['recall@1'])
+    told = json.loads(re.search('<script[^>]*>(.*?)</script>', page.html, re.S)[1])
+    assert told['metrics']['recall@1']['mean']==pytest.approx(res['recall@1'])
 
 def test_it_says_how_the_run_was_made(run, page, few):
     learn,_ = run
@@ -237,7 +238,8 @@ def test_it_begins_with_what_training_was_worth(gained, few):
     p = Page(file)
     assert gain.sentence in p.text[:p.text.index('What is wrong')] and asked==[len(few.items('test'))]
     rows = [o for o in p.cells if len(o)==6 and o[0] in gain.keys()]
-    assert [o[0] for o in rows]==['recall@1','recall@2','recall@4','recall@8','map@r']+[o for o in ('recall@16','recall@32') if o in gain.keys()]
+    more = [o for o in ('recall@16','recall@32') if o in gain.keys()]
+    assert [o[0] for o in rows]==['recall@1','recall@2','recall@4','recall@8','map@r']+more
     for k,*o in rows:
         ends = gain.interval(k)
         assert o==[f'{gain.b[k]:.4f}',f'{gain.a[k]:.4f}',f'{gain[k]:+.4f}',*([f'{e:+.4f}' for e in ends] if ends else ['',''])]
@@ -263,7 +265,9 @@ def test_what_fit_transfer_decided(gained):
     learn,file,_ = gained
     p,t = Page(file),learn.transfer
     rows = {o[0]:o[1] for o in p.cells if len(o)==2}
-    assert rows['head alone']==f"2 epochs on the features of the body as it was: map@r {t['head']['before']:.4f} → {t['head']['after']:.4f}, {'kept' if t['head']['kept'] else 'not kept'}"
+    head = t['head']
+    assert rows['head alone']==(f"2 epochs on the features of the body as it was: map@r {head['before']:.4f} → {head['after']:.4f}, "
+        f"{'kept' if head['kept'] else 'not kept'}")
     assert rows['how far the body may move'].startswith('frozen 0.2500, gentle 0.3750 (map@r')
     assert rows['chosen']=='gentle: a low rate, batch norm as it is, lr=0.003'
     assert rows['between start and end']==', '.join(f'{a}: {v:.4f}' for a,v in t['between'].items())+f"; kept: {t['kept']:g}"
@@ -357,7 +361,8 @@ def test_the_page_is_as_wide_as_the_screen(which, request, tmp_path, width):
     "A script, for which the policy is lifted in a copy, compares the page with the window, whatever scrolls by itself"
     copy = tmp_path/'copy.html'
     html = re.sub('<meta http-equiv.*?>', '', request.getfixturevalue(which)[1].read_text(encoding='utf-8'))
-    probe = '<script>addEventListener("load", () => document.title = [innerWidth, document.documentElement.scrollWidth, [...document.images].every(o => o.complete && o.naturalWidth>0)].join(" "))</script>'
+    probe = ('<script>addEventListener("load", () => document.title = [innerWidth, document.documentElement.scrollWidth, '
+        '[...document.images].every(o => o.complete && o.naturalWidth>0)].join(" "))</script>')
     copy.write_text(html.replace('</main>', f'</main>{probe}'), encoding='utf-8')
     dom,said = browse(copy, tmp_path/'profile', width, '--dump-dom')
     window,page,loaded = re.search('<title>(.*?)</title>', dom)[1].split()

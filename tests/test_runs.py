@@ -213,7 +213,7 @@ def test_odd_values_of_every_loss():
                 except ValueError as e: assert str(e) and '\n' not in str(e)
 
 def test_a_setting_of_your_own(few, tmp_path, monkeypatch):
-    "Written in one place, it is checked, has an argument with its help, is recorded, reaches the fit and is there again when the run is read"
+    "Written in one place, it is checked, has an argument with its help, is recorded, reaches the fit and is there when the run is read"
     import io, contextlib
     import dmlfast.study.settings as schema
     from dmlfast.cli import dmlfast_train, parse_command, run_command, run_settings
@@ -243,7 +243,8 @@ def test_a_setting_of_your_own(few, tmp_path, monkeypatch):
     assert '--clip (float)' in said and 'Longest gradient of a step; any if not given' in said
     s = run_settings(**parse_command(dmlfast_train, '--clip 1e-3 --loss triplet'.split()))
     assert s==dict(loss=dict(name='triplet'), fit=dict(clip_grad=1e-3))
-    assert '| `fit.clip_grad` | a number, greater than 0 | `--clip` | Longest gradient of a step; any if not given |' in schema.settings_table()
+    row = '| `fit.clip_grad` | a number, greater than 0 | `--clip` | Longest gradient of a step; any if not given |'
+    assert row in schema.settings_table()
     train_settings(_with({'fit.clip_grad':1e-3, 'fit.n_epoch':1}), tmp_path/'run', few, plain=True)
     assert lengths and max(lengths)<1.001e-3
     back = load_settings(tmp_path/'run'/'settings.toml')

@@ -234,7 +234,7 @@ def test_features_in_a_file(quiet, tmp_path):
     whole = b.rows([3,0,7])
     idx,view = np.array([3,0,7]),np.array([1,0,1])
     assert torch.allclose(a.rows(idx, view), b.rows(idx, view), rtol=1e-2, atol=1e-3)
-    file = next((tmp_path/'f').glob('*.f16'))
+    file = next((tmp_path/'f').glob('*.npy'))
     made = file.stat().st_mtime_ns
     train_features(learn.model, learn.dls, **kwargs)
     assert file.stat().st_mtime_ns==made
@@ -243,7 +243,7 @@ def test_features_in_a_file(quiet, tmp_path):
     assert torch.equal(c.rows(idx), whole)
     with torch.no_grad(): next(iter(learn.model.body.parameters())).mul_(2)
     train_features(learn.model, learn.dls, **kwargs)
-    assert len(list((tmp_path/'f').glob('*.f16')))==2
+    assert len(list((tmp_path/'f').glob('*.npy')))==2
 
 def test_another_image_under_the_same_name(quiet, few, tmp_path):
     "Kept features go by what the files are, and not by their names alone"

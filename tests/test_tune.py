@@ -80,7 +80,7 @@ def _resume(ds, file, barrier, log):
     _search(ds, _f, n=8, storage=file)
 
 def test_two_processes_go_on_after_a_third_was_killed(few, tmp_path):
-    "Two of eight trials are done and one died, with its heart or before the first beat: six more, the dead one's among them, and none twice"
+    "Two of eight trials are done and one died, with its heart or before the first beat: six more, the dead one's too, and none twice"
     from dmlfast.study.tuning import make_study
     _search(few, lambda e, x: x, n=2, storage=tmp_path/'s.db', first=[dict(x=.5)])
     study = make_study(tmp_path/'s.db')
@@ -146,7 +146,8 @@ def test_trials_that_fall_behind_are_given_up(few):
     assert study.best_value==3. and all(o.params['x']>study.best_params['x'] for o in pruned)
 
 def test_folds_go_on_counting_and_report_the_mean_so_far(few):
-    "The second fold's three epochs are steps 3 to 5; its scores are 0, 1, 2 as the first one's, whose last was 2. Optuna ignores a step that was reported before"
+    """The second fold's three epochs are steps 3 to 5; its scores are 0, 1, 2 as the first one's, whose last was 2. Optuna ignores a step
+    that was reported before"""
     study = _search(few, lambda e, x: float(e), n=1, folds=2)
     assert study.trials[0].intermediate_values=={0:0., 1:1., 2:2., 3:1., 4:1.5, 5:2.} and study.best_value==2.
 

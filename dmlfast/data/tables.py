@@ -50,6 +50,7 @@ def bad_images(
     return [f for f,o in zip(fns, ok) if not o]
 
 def _readable(fn):
+    "Can an image be opened as training opens it? fastai's `verify_image` passes palettes that are missing or too short"
     try: NamedImage.create(fn)
     except ValueError: return False
     return True
@@ -333,6 +334,14 @@ def items(self:MetricDataset,
     df = self.df
     if names: df = df[np.any([df[o].astype(bool) if o in self.subsets else df.split==o for o in names], axis=0)]
     return L(self.path/o for o in df.path)
+
+@patch
+def split_of(self:MetricDataset,
+    items, # Paths
+)->str: # None if there is none
+    "Name of the split or subset that has all of these items and no others"
+    names = sorted(map(str, items))
+    return next((o for o in (*self.df.split.unique(), *self.subsets) if sorted(map(str, self.items(o)))==names), None)
 
 # %% ../../nbs/api/data/01_tables.ipynb #b36945ee
 class LabelOf:

@@ -1,4 +1,4 @@
-"""What an embedding takes for near, and what it confuses: pictures and tables.
+"""What an embedding takes for near, and what it confuses: numbers and tables.
 
 Docs: https://dmlfast.github.io/dmlfast/api/look/interpret.html.md"""
 
@@ -10,21 +10,15 @@ __all__ = ['RetrievalInterpretation', 'triplet_table']
 # %% ../../nbs/api/look/00_interpret.ipynb #fafbd3a3
 import torch
 import numpy as np, pandas as pd
-import matplotlib.pyplot as plt
 from functools import cached_property
-from matplotlib.offsetbox import AnnotationBbox, OffsetImage
-from PIL import Image
 from torch import Tensor
 from fastcore.basics import patch
-from ..data.batches import BalancedSampler
 from ..losses import *
 from ..train.learner import *
 from ..retrieval.embedded import *
 from ..retrieval.metrics import *
 from ..retrieval.search import *
 from ..retrieval.search import unit_
-from ..files.drawing import *
-from ..files.drawing import light_axes, blue, draw_image, grey, orange, right, title_height, wrong
 
 # %% ../../nbs/api/look/00_interpret.ipynb #c5ad13b3
 class RetrievalInterpretation(Embedded):
@@ -46,46 +40,21 @@ class RetrievalInterpretation(Embedded):
         self.loss,self.block,self._nearest = loss,block,None
         self.ids = torch.arange(len(self)) if self.ignore is None else self.ignore
 
-# %% ../../nbs/api/look/00_interpret.ipynb #c09dedb6
-def _lazy(f):
-    "Make `_name` an attribute `name` of an interpretation that is computed once"
-    res,name = cached_property(f),f.__name__[1:]
-    setattr(RetrievalInterpretation, name, res)
-    res.__set_name__(RetrievalInterpretation, name)
+    @cached_property
+    def result(self):
+        "Metrics of the ranks, as `evaluate_protocol` has them"
+        return self.evaluate(metric_names('all', self.ks, drawn=True), block=self.block) # all but the scores of clusters
 
-@_lazy
-def _result(self):
-    "Metrics of the ranks, as `evaluate_protocol` has them"
-    return self.evaluate(metric_names('all', self.ks, drawn=True), block=self.block) # all but the scores of clusters
+    @cached_property
+    def most(self):
+        "As many neighbours each query has at least, but for those to ignore"
+        return self.n_others(self.queries)
 
-@patch
-def values(self:RetrievalInterpretation,
-    name:str, # A metric of `result`, such as `'map'`
-)->np.ndarray: # `(q,)`, nan where there is nothing to find
-    "Value of a metric for each of the `queries`"
-    return self.result.values[name][:len(self.queries)]
-
-# %% ../../nbs/api/look/00_interpret.ipynb #cb30b04f
-@patch
-def nearest(self:RetrievalInterpretation,
-    k:int=1, # How many; at most as many as there are
-)->tuple: # Similarities, `(q,k)` float32, $-\infty$ where fewer are left to find; indices of items, `(q,k)` int64
-    "The `k` nearest items to each of the `queries`, nearest first"
-    if self._nearest is None or self._nearest[0].shape[1]<min(k, self.most): self._nearest = self.nearest_of(self.queries, max(k, 8))
-    return tuple(o[:,:k] for o in self._nearest)
-
-@_lazy
-def _most(self):
-    "As many neighbours each query has at least, but for those to ignore"
-    return self.n_others(self.queries)
-
-@patch
-def nearest_of(self:RetrievalInterpretation,
-    queries, # Indices of items, `(q,)`
-    k:int, # How many; at most as many as there are
-)->tuple: # As `nearest` gives them
-    "The `k` nearest items to some items only"
-    return self.neighbours(k, queries, block=self.block)
+    @cached_property
+    def among_all(self):
+        "Similarities and indices of the eight nearest others of each item, whatever their roles"
+        if self.all_search: return self.nearest(8)
+        return neighbours(self.embs, k=min(8, len(self)-1), ignore=self.ignore, block=self.block)
 
 # %% ../../nbs/api/look/00_interpret.ipynb #44190f43
 @patch(cls_method=True)
@@ -106,23 +75,24 @@ def of(cls:RetrievalInterpretation,
     return cls(embedded.embs, embedded.labels, embedded.items, embedded.vocab, embedded.draw, loss, facts=embedded.facts,
         **embedded.protocol())
 
-# %% ../../nbs/api/look/00_interpret.ipynb #75d8e6b1
+# %% ../../nbs/api/look/00_interpret.ipynb #05cc2b89
 @patch
-def plot_neighbours(self:RetrievalInterpretation,
-    queries=None, # Indices of items; queries drawn at random if not given
-    max_n:int=6, # Number of queries to draw
-    k:int=6, # Neighbours of each
-    seed:int=0, # Of the draw
-    **kwargs # Passed to `show_neighbours`
-)->plt.Figure:
-    "Draw queries with their nearest neighbours, right ones framed green with a tick, wrong ones red with a cross"
-    if queries is None: queries = self.queries.numpy()[np.random.default_rng(seed).permutation(len(self.queries))[:max_n]]
-    scores,nn = self.nearest_of(queries, k)
-    fig = show_neighbours(self.image, queries, nn, self.labels, scores=scores, names=self.name, **kwargs)
-    fig.suptitle('Queries and their nearest neighbours'+' in the gallery'*(not self.all_search)+', with the cosine similarity', fontsize=11)
-    return fig
+def nearest(self:RetrievalInterpretation,
+    k:int=1, # How many; at most as many as there are
+)->tuple: # Similarities, `(q,k)` float32, $-\infty$ where fewer are left to find; indices of items, `(q,k)` int64
+    "The `k` nearest items to each of the `queries`, nearest first"
+    if self._nearest is None or self._nearest[0].shape[1]<min(k, self.most): self._nearest = self.nearest_of(self.queries, max(k, 8))
+    return tuple(o[:,:k] for o in self._nearest)
 
-# %% ../../nbs/api/look/00_interpret.ipynb #dd3aec1a
+@patch
+def nearest_of(self:RetrievalInterpretation,
+    queries, # Indices of items, `(q,)`
+    k:int, # How many; at most as many as there are
+)->tuple: # As `nearest` gives them
+    "The `k` nearest items to some items only"
+    return self.neighbours(k, queries, block=self.block)
+
+# %% ../../nbs/api/look/00_interpret.ipynb #a0294eff
 @patch
 def top_losses(self:RetrievalInterpretation,
     n:int=10, # How many
@@ -144,18 +114,11 @@ def item(self:RetrievalInterpretation,
     return '' if self.items is None else str(self.items[int(i)])
 
 @patch
-def plot_top_losses(self:RetrievalInterpretation,
-    max_n:int=6, # Number of queries
-    k:int=6, # Neighbours of each
-    **kwargs # Passed to `show_neighbours`
-)->plt.Figure:
-    "Draw the queries with the least average precision, worst first, and what they found instead"
-    worst = self.top_losses(max_n)
-    fig = self.plot_neighbours(worst.index.to_numpy(), k=k, **kwargs)
-    k = len(fig.axes)//len(worst)-1
-    for ax,ap in zip(fig.axes[::k+1], worst.average_precision): ax.set_ylabel(f'AP {ap:.2f}', fontsize=8, color='gray')
-    fig.suptitle('Worst queries by average precision (AP)', fontsize=11)
-    return fig
+def values(self:RetrievalInterpretation,
+    name:str, # A metric of `result`, such as `'map'`
+)->np.ndarray: # `(q,)`, nan where there is nothing to find
+    "Value of a metric for each of the `queries`"
+    return self.result.values[name][:len(self.queries)]
 
 # %% ../../nbs/api/look/00_interpret.ipynb #96912f44
 @patch
@@ -166,106 +129,42 @@ def most_confused(self:RetrievalInterpretation,
     "Pairs of classes by how often one is among the nearest neighbours of the other"
     s,i = self.nearest(k)
     there = s>-torch.inf
-    y,z = self.labels[self.queries][:,None].expand_as(i)[there],self.labels[i][there]
-    pairs,count = torch.stack([y,z])[:,y!=z].unique(dim=1, return_counts=True)
-    order = count.argsort(descending=True, stable=True)[:n]
-    size = dict(zip(*(o.tolist() for o in y.unique(return_counts=True))))
-    a,b = pairs[:,order].tolist()
-    return pd.DataFrame(dict(query=[self.name(o) for o in a], found=[self.name(o) for o in b], count=count[order].tolist(),
-        of=[size[o] for o in a], a=a, b=b))
+    df = pd.DataFrame(dict(a=self.labels[self.queries][:,None].expand_as(i)[there].numpy(), b=self.labels[i][there].numpy()))
+    pairs = df[df.a!=df.b].groupby(['a','b']).size().sort_values(ascending=False, kind='stable')[:n].reset_index(name='count')
+    pairs = pairs.assign(query=[*map(self.name, pairs.a)], found=[*map(self.name, pairs.b)], of=pairs.a.map(df.a.value_counts()))
+    return pairs[['query','found','count','of','a','b']]
 
-# %% ../../nbs/api/look/00_interpret.ipynb #63702e11
-def _draw_pairs(self, axs, pairs, sims):
-    "Draw pairs of items side by side, in rows of axes `(r, 3*c-1)` with an empty one between two pairs"
-    rows,cols = len(axs),(axs.shape[1]+1)//3
-    for ax in axs.flat: ax.set_axis_off()
-    for (r,c),(i,j),s in zip(np.ndindex(rows, cols), pairs, sims):
-        a,b = axs[r,3*c:3*c+2]
-        ok = self.labels[int(i)]==self.labels[int(j)]
-        a.set_axis_on(), b.set_axis_on()
-        draw_image(a, self.image(i), self.label(i))
-        draw_image(b, self.image(j), self.label(j), right if ok else wrong, '✓' if ok else '✗')
-        b.set_xlabel(f'{s:.3f}', fontsize=8, labelpad=2)
-
-def _only_text(text):
-    "A figure of one sentence: that nothing is wrong is no error"
-    fig = plt.figure(figsize=(6,.5))
-    fig.text(.01, .5, text, va='center', fontsize=10)
-    return fig
-
-def _pair_axes(fig, rows, cols): return fig.subplots(rows, 3*cols-1, squeeze=False, gridspec_kw=dict(width_ratios=([1,1,.25]*cols)[:-1]))
+# %% ../../nbs/api/look/00_interpret.ipynb #45a0fa57
+@patch
+def label_noise(self:RetrievalInterpretation,
+    min_sim:float=.9, # Least cosine similarity of a pair
+    n:int=20, # How many pairs
+)->pd.DataFrame: # One row a pair of items `a` and `b`
+    "Pairs of items that are nearly equal and have two labels, nearest first"
+    return _near_pairs(self, min_sim, False, n)
 
 @patch
-def plot_most_confused(self:RetrievalInterpretation,
-    max_n:int=4, # Pairs of classes
-    each:int=4, # Mistakes of each
-    size:float=1.1, # Inches to an image
-)->plt.Figure:
-    "Draw the pairs of classes that are confused most, with the most confident mistakes"
-    conf = self.most_confused(max_n)
-    if not len(conf): return _only_text('Nothing is confused: the nearest neighbour of each item is of its class.')
-    s,i = (o[:,0] for o in self.nearest())
-    titles = sum(title_height([o.a,o.b], self.name)/72 for o in conf.itertuples())
-    fig = plt.figure(figsize=(2.25*each*size, len(conf)*(size*1.15+.4)+titles), layout='constrained')
-    for sub,o in zip(np.atleast_1d(fig.subfigures(len(conf), 1)), conf.itertuples()):
-        wrong = ((self.labels[self.queries]==o.a)&(self.labels[i]==o.b)&(s>-torch.inf)).nonzero()[:,0]
-        wrong = wrong[s[wrong].argsort(descending=True, stable=True)][:each]
-        _draw_pairs(self, _pair_axes(sub, 1, each), [(self.queries[j],i[j]) for j in wrong], s[wrong])
-        sub.suptitle(f'{o.query} takes {o.found} for nearest: {o.count} of {o.of} times', x=0.01, ha='left', fontsize=10)
-    return fig
+def duplicates(self:RetrievalInterpretation,
+    min_sim:float=.98, # Least cosine similarity of a pair
+    n:int=20, # How many pairs
+)->pd.DataFrame: # One row a pair of items `a` and `b`
+    "Pairs of items that are nearly equal and have one label, nearest first"
+    return _near_pairs(self, min_sim, True, n)
 
-# %% ../../nbs/api/look/00_interpret.ipynb #36069664
-def _count(values, among):
-    "How many of `among` equal each of `values`"
-    inv = torch.cat([values,among]).unique(return_inverse=True, dim=0)[1]
-    return inv[len(values):].bincount(minlength=int(inv.max())+1)[inv[:len(values)]]
-
-def _searched(self):
-    "Distinct pairs of how many items a query searches and how many are relevant, `(2,m)`, and how many queries have them, if any"
-    q,g,y = self.queries,self.gallery,self.labels
-    both = torch.stack([y,self.ids], 1)
-    n,r = len(g)-_count(self.ids[q], self.ids[g]),_count(y[q], y[g])-_count(both[q], both[g])
-    (n,r),count = torch.stack([n,r])[:,r>0].unique(dim=1, return_counts=True)
-    return n.numpy(),r.numpy(),count.numpy()
-
-def _chance(self, k):
-    "recall@k of a random order"
-    n,r,count = _searched(self)
-    left = np.maximum(n[:,None]-np.arange(min(k, n.max())), 1)
-    return 1-np.average(np.prod(np.maximum(0, 1-r[:,None]/left), 1), weights=count)
-
-@patch
-def plot_pr(self:RetrievalInterpretation,
-    ax:plt.Axes=None, # Where to; a new figure if not given
-)->plt.Axes:
-    "Draw the precision at each recall, the mean over the queries"
-    r = self.result
-    ax = light_axes(ax, xlabel='recall', ylabel='precision', xlim=(0,1), ylim=(0,1.02),
-        title=f'Precision and recall\nmap {r["map"]:.3f}, {_n_used(self):,} queries')
-    ax.plot(*r.curve, color=blue, lw=2, label='this embedding')
-    n,relevant,count = _searched(self)
-    ax.axhline(np.average(relevant/n, weights=count), color=grey, ls='--', label='chance')
-    ax.legend(frameon=False)
-    return ax
-
-@patch
-def plot_recall(self:RetrievalInterpretation,
-    ax:plt.Axes=None, # Where to; a new figure if not given
-)->plt.Axes:
-    "Draw recall@k against k, with 95 % intervals where there are enough classes"
-    r,ks = self.result,[k for k in self.ks if k<=self.most] or [self.ks[0]]
-    vals,ends = [r[f'recall@{k}'] for k in ks],[r.interval(f'recall@{k}') for k in ks]
-    ax = light_axes(ax, xlabel='neighbours looked at, k', ylabel='recall@k', ylim=(0,1.02),
-        title=f'Queries that find their class\nrecall@{ks[0]} {vals[0]:.3f}, {_n_used(self):,} queries')
-    if min(b/a for a,b in zip(ks, [*ks[1:],np.inf]))>1.5: ax.set_xscale('log', base=2) # else the ticks would touch
-    ax.set_xticks(ks, map(str, ks))
-    if all(ends): ax.fill_between(ks, *zip(*ends), color=blue, alpha=.2, lw=0, label='95 % interval')
-    ax.plot(ks, vals, color=blue, lw=2, marker='o', label='this embedding')
-    ax.plot(ks, [_chance(self, k) for k in ks], color=grey, ls='--', label='chance')
-    ax.legend(frameon=False, loc='best')
-    return ax
-
-def _n_used(self): return int((~np.isnan(self.values('map'))).sum())
+def _near_pairs(self, min_sim, same, n):
+    "Table of the pairs of near neighbours under one label or under two, nearest first"
+    s,i = self.among_all
+    a = torch.arange(len(self))[:,None].expand_as(i)
+    own = self.labels[i]==self.labels[:,None]
+    keep = (s>=min_sim)&(own if same else ~own)
+    df = pd.DataFrame({k:o[keep].numpy() for k,o in dict(a=torch.minimum(a, i), b=torch.maximum(a, i), similarity=s).items()})
+    df = df.drop_duplicates(['a','b'], keep='last').sort_values(['similarity','a','b'], ascending=[False,True,True])[:n]
+    def agree(u, v):
+        other = (i[u]!=v[:,None])&(s[u]>-torch.inf)
+        return ((own[u]&other).sum(1)/other.sum(1).clamp(min=1)).numpy()
+    u,v = torch.from_numpy(df[['a','b']].to_numpy(copy=True).T)
+    names = {f'{k}_{o}':[f(x) for x in j.tolist()] for k,f in dict(label=self.label, item=self.item).items() for o,j in zip('ab', (u,v))}
+    return df.assign(agree_a=agree(u, v), agree_b=agree(v, u), **names).reset_index(drop=True)
 
 # %% ../../nbs/api/look/00_interpret.ipynb #7b8e4d09
 @patch
@@ -287,151 +186,6 @@ def similarities(self:RetrievalInterpretation,
     return dict(edges=np.linspace(-1, 1, bins+1), pos=pos, neg=neg, pos_mean=mean[1].item(), neg_mean=mean[0].item(),
         overlap=float(np.minimum(pos, neg).sum()), n_queries=len(q))
 
-@patch
-def plot_similarities(self:RetrievalInterpretation,
-    ax:plt.Axes=None, # Where to; a new figure if not given
-    max_n:int=2000, # See `similarities`
-    seed:int=0, # See `similarities`
-)->plt.Axes:
-    "Draw the similarities of positive and of negative pairs"
-    h = self.similarities(max_n, seed=seed)
-    ax = light_axes(ax, xlabel='cosine similarity', ylabel='share of pairs per 0.02, %',
-        title=f'Similarities of pairs\noverlap {h["overlap"]:.2f}')
-    for o,color,ls,what in (('neg',orange,'--','different classes'),('pos',blue,'-','same class')):
-        ax.stairs(100*h[o], h['edges'], fill=True, color=color, alpha=.25)
-        ax.stairs(100*h[o], h['edges'], color=color, ls=ls, lw=1.5, label=f'{what}, mean {h[o+"_mean"]:.2f}')
-    ax.set_ylim(0, 130*max(h['pos'].max(), h['neg'].max())) # room for the legend
-    there = np.flatnonzero(h['pos']+h['neg'])
-    ax.set_xlim(h['edges'][there[0]], h['edges'][there[-1]+1])
-    ax.legend(frameon=False)
-    return ax
-
-# %% ../../nbs/api/look/00_interpret.ipynb #92df33ad
-_colours = ['#0072B2','#E69F00','#009E73','#CC79A7','#D55E00','#56B4E9','#222222','#8a7d00']
-_markers = 'osD^vPX*'
-
-def _sample(self, n_classes, max_n, seed):
-    "Indices of up to `max_n` items of `n_classes` classes of two items or more, where there are as many"
-    rng = np.random.default_rng(seed)
-    cls,size = np.unique(self.labels.numpy(), return_counts=True)
-    cls = rng.permutation(cls[size>1] if (size>1).any() else cls)[:n_classes]
-    idx = rng.permutation(np.flatnonzero(np.isin(self.labels.numpy(), cls)))
-    return np.sort(idx[:max_n])
-
-def _places(x, method, seed):
-    "Two coordinates for each row of `x`"
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-    x = x.numpy()
-    if x.shape[1]==1: x = np.c_[x, np.zeros(len(x))]
-    if method=='pca': return PCA(2, random_state=seed).fit_transform(x)
-    return TSNE(2, init='pca', perplexity=min(30, (len(x)-1)/3), random_state=seed).fit_transform(x)
-
-def _without_overlap(xy, gap, seed):
-    "Indices of some rows of `xy`, in random order, no two of which are nearer than `gap` in both coordinates"
-    kept = []
-    for i in np.random.default_rng(seed).permutation(len(xy)):
-        if not kept or (np.abs(xy[kept]-xy[i])>=gap).any(1).all(): kept.append(i)
-    return kept
-
-@patch
-def plot_map(self:RetrievalInterpretation,
-    method:str='tsne', # `'tsne'` or `'pca'`
-    n_classes:int=16, # Classes to draw, at random
-    max_n:int=600, # Items to draw, at most
-    thumbs:bool=True, # Draw images, where there are some?
-    seed:int=0, # Of the draws and of t-SNE
-    figsize:tuple=(10,8), # Inches
-)->plt.Axes:
-    "Draw items as a map, with their images"
-    if method not in ('tsne','pca'): raise ValueError(f"a map is made by 'tsne' or 'pca', not {method!r}")
-    idx = _sample(self, n_classes, max_n, seed)
-    y,xy = self.labels[idx].numpy(),_places(unit_(self.embs[idx]), method, seed)
-    cls = np.unique(y)
-    name = dict(tsne='t-SNE', pca='principal components')[method]
-    ax = light_axes(plt.subplots(figsize=figsize, layout='constrained')[1], xticks=[], yticks=[],
-        title=f'Map of the embedding by {name}: {len(idx):,} of {len(self):,} items, {len(cls):,} of {len(self.labels.unique()):,} classes')
-    for o in ax.spines.values(): o.set_visible(method=='pca' and o.spine_type in ('left','bottom'))
-    if method=='pca': ax.set(xlabel='first component', ylabel='second component')
-    for i,c in enumerate(cls):
-        ax.scatter(*xy[y==c].T, s=18, color=_colours[i%8], marker=_markers[i//8%8], lw=0, label=_shortened(self.name(c)))
-    if len(cls)<=24: ax.legend(frameon=False, fontsize=10, markerscale=1.5, loc='center left', bbox_to_anchor=(1, .5))
-    # after the legend, which takes room
-    if thumbs and self.draw is not None: _draw_thumbs(self, ax, idx, xy, {c:_colours[i%8] for i,c in enumerate(cls)}, seed)
-    return ax
-
-def _shortened(name, n=26):
-    "`name` in one line"
-    return name if len(name)<=n else name[:n-1]+'…'
-
-def _draw_thumbs(self, ax, idx, xy, colours, seed, points=26):
-    "Draw the images of those of the items `idx` whose images do not overlap"
-    ax.margins(.04)
-    ax.figure.canvas.draw() # the layout, which says how much room there is
-    scale = 72/ax.figure.dpi
-    for i in _without_overlap(ax.transData.transform(xy)*scale, points+7, seed):
-        im = self.image(idx[i])
-        im = im.convert('RGB') if isinstance(im, Image.Image) else np.asarray(im)
-        box = OffsetImage(np.asarray(im), zoom=points/max(np.asarray(im).shape[:2]), cmap='gray')
-        ax.add_artist(AnnotationBbox(box, xy[i], pad=.1, bboxprops=dict(edgecolor=colours[self.labels[idx[i]].item()], lw=1.5)))
-
-# %% ../../nbs/api/look/00_interpret.ipynb #45a0fa57
-@_lazy
-def _among_all(self):
-    "Similarities and indices of the eight nearest others of each item"
-    if self.all_search: return self.nearest(8)
-    return neighbours(self.embs, k=min(8, len(self)-1), ignore=self.ignore, block=self.block)
-
-def _near_pairs(self, min_sim, same, n):
-    "Table of the pairs of near neighbours under one label or under two, nearest first"
-    s,i = self.among_all
-    a = torch.arange(len(self))[:,None].expand_as(i)
-    own = self.labels[i]==self.labels[:,None]
-    keep = (s>=min_sim)&(own if same else ~own)
-    pairs = torch.stack([torch.minimum(a, i)[keep],torch.maximum(a, i)[keep]])
-    pairs,inv = pairs.unique(dim=1, return_inverse=True)
-    sim = torch.zeros(pairs.shape[1]).scatter_(0, inv, s[keep])
-    order = sim.argsort(descending=True, stable=True)[:n]
-    def agree(u, v):
-        other = (i[u]!=v[:,None])&(s[u]>-torch.inf)
-        return ((own[u]&other).sum(1)/other.sum(1).clamp(min=1)).numpy()
-    u,v = pairs[:,order]
-    names = {f'{k}_{o}':[f(x) for x in j.tolist()] for k,f in dict(label=self.label, item=self.item).items() for o,j in zip('ab', (u,v))}
-    return pd.DataFrame(dict(a=u.numpy(), b=v.numpy(), similarity=sim[order].numpy(), agree_a=agree(u, v), agree_b=agree(v, u), **names))
-
-@patch
-def label_noise(self:RetrievalInterpretation,
-    min_sim:float=.9, # Least cosine similarity of a pair
-    n:int=20, # How many pairs
-)->pd.DataFrame: # One row a pair of items `a` and `b`
-    "Pairs of items that are nearly equal and have two labels, nearest first"
-    return _near_pairs(self, min_sim, False, n)
-
-@patch
-def duplicates(self:RetrievalInterpretation,
-    min_sim:float=.98, # Least cosine similarity of a pair
-    n:int=20, # How many pairs
-)->pd.DataFrame: # One row a pair of items `a` and `b`
-    "Pairs of items that are nearly equal and have one label, nearest first"
-    return _near_pairs(self, min_sim, True, n)
-
-@patch
-def plot_pairs(self:RetrievalInterpretation,
-    pairs:pd.DataFrame, # What `label_noise` or `duplicates` gives
-    max_n:int=8, # Pairs to draw
-    size:float=1.1, # Inches to an image
-)->plt.Figure:
-    "Draw pairs of items side by side, with their similarity"
-    pairs = pairs[:max_n]
-    if not len(pairs): return _only_text('There are no such pairs; a lower `min_sim` looks for more.')
-    cols = min(4, len(pairs))
-    rows = -(-len(pairs)//cols)
-    titles = rows*title_height([*pairs.label_a,*pairs.label_b], str)/72
-    fig = plt.figure(figsize=(max(2.25*cols, 4)*size, rows*size*1.15+titles+.4), layout='constrained')
-    _draw_pairs(self, _pair_axes(fig, rows, cols), pairs[['a','b']].to_numpy(), pairs.similarity)
-    fig.suptitle(f'Nearly equal, under {"one label" if (pairs.label_a==pairs.label_b).all() else "two labels"}', fontsize=11)
-    return fig
-
 # %% ../../nbs/api/look/00_interpret.ipynb #ab943759
 def triplet_table(
     embs:Tensor, # Embeddings as the loss gets them, `(n,d)` float
@@ -452,73 +206,6 @@ def triplet_table(
         violation=h.relu(), violation_dr=(h-gamma*cos).relu())
     df = pd.DataFrame({k:o.cpu().numpy() for k,o in cols.items()})
     return df.sort_values('violation', ascending=False, kind='stable').reset_index(drop=True)
-
-# %% ../../nbs/api/look/00_interpret.ipynb #a78cb530
-def _draw_triangle(ax, t):
-    "Draw anchor, positive and negative of a triplet to scale"
-    angle = np.radians(t.angle)
-    pos,neg = (t.d_ap,0.),(t.d_an*np.cos(angle),t.d_an*np.sin(angle))
-    for (x,y),color,mark,name in ((pos,right,'o','p'),(neg,wrong,'X','n')):
-        ax.plot([0,x], [0,y], color=color, lw=2)
-        ax.plot(x, y, color=color, marker=mark, ms=8)
-        ax.annotate(name, (x,y), xytext=(7,4), textcoords='offset points', fontsize=9, color=color)
-    ax.plot(0, 0, 'ks', ms=7)
-    ax.annotate('a', (0,0), xytext=(-13,-3), textcoords='offset points', fontsize=9)
-    ax.set_aspect('equal', 'datalim')
-    ax.margins(.25)
-    ax.set_axis_off()
-
-def _draw_triplet(self, axs, t, idx, gamma):
-    "Draw the images of a triplet, its triangle and its numbers"
-    for ax,i,color,mark,d in zip(axs, (t.a,t.p,t.n), (None,right,wrong), ('','✓','✗'), ('anchor',f'd = {t.d_ap:.2f}',f'd = {t.d_an:.2f}')):
-        i = idx[int(i)]
-        draw_image(ax, self.image(i), self.label(i), color, mark)
-        ax.set_xlabel(d, fontsize=8, labelpad=2)
-    _draw_triangle(axs[3], t)
-    axs[4].set_axis_off()
-    axs[4].text(0, .5, f'angle {t.angle:.0f}°\nviolation\n  γ = 0:  {t.violation:.2f}\n  γ = {gamma:g}:  {t.violation_dr:.2f}',
-        va='center', fontsize=9, linespacing=1.5)
-
-def _triplet_settings(loss):
-    "Miner, margin, γ and `squared` of a loss, and what stands in for what it does not have"
-    part,margin = asking(loss, 'gap', 'boundary')
-    gammas = (o.gamma for o in getattr(loss, 'losses', [loss]) if getattr(o, 'gamma', 0)) # of a sum
-    if part is None: return dict(miner=BatchHardMiner(), margin=.2, gamma=next(gammas, .3), squared=False)
-    return dict(miner=getattr(part, 'miner', None), margin=margin.value, gamma=part.gamma or .3, squared=margin.squared)
-
-@patch
-def plot_triplets(self:RetrievalInterpretation,
-    max_n:int=4, # Triplets to draw
-    bs:int=64, # Items in a batch that is drawn where there are more items than `max_batch`
-    per_class:int=4, # Items of a class in it
-    max_batch:int=256, # As many items are a batch themselves
-    seed:int=0, # Of the draw and of the miner
-    size:float=1.3, # Inches to an image
-    **kwargs # `miner`, `margin`, `gamma` and `squared`, see `triplet_table`, where they are not to be those of the loss
-)->plt.Figure:
-    "Draw the triplets of a batch that violate the margin most, with their distances, angle and violation with and without γ"
-    settings = _triplet_settings(self.loss)|kwargs
-    idx = np.arange(len(self)) if len(self)<=max_batch else self._batch(bs, per_class, seed)
-    x = self.embs[idx]
-    if getattr(self.loss, 'normalize_embs', True): x = unit_(x)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        t = triplet_table(x, self.labels[idx], **settings)
-    if not len(t): raise ValueError('there are no triplets: it takes two classes, and two items of one of them')
-    rows = min(max_n, len(t))
-    titles = rows*title_height([self.labels[idx[int(i)]] for o in t[:rows].itertuples() for i in (o.a,o.p,o.n)], self.name)/72
-    fig = plt.figure(figsize=(5.6*size, rows*size*1.15+titles+.4), layout='constrained')
-    axs = fig.subplots(rows, 5, squeeze=False, gridspec_kw=dict(width_ratios=[1,1,1,1.1,1.1]))
-    for row,o in zip(axs, t.itertuples()): _draw_triplet(self, row, o, idx, settings['gamma'])
-    fig.suptitle(f'{len(t):,} triplets of a batch of {len(idx)}, {(t.violation>0).mean():.0%} violate a margin of {settings["margin"]:g}; '
-        'the worst', fontsize=11)
-    return fig
-
-@patch
-def _batch(self:RetrievalInterpretation, bs, per_class, seed):
-    "Indices of a balanced batch"
-    bs = min(bs//per_class, len(self.labels.unique()))*per_class
-    return np.unique(BalancedSampler(self.labels.numpy(), bs, per_class, seed).idxs(0)[0])
 
 # %% ../../nbs/api/look/00_interpret.ipynb #8a300e87
 @patch(cls_method=True)

@@ -166,7 +166,7 @@ def _classes(dls): return [str(o) for o in getattr(dls, 'vocab', [])]
 def resume(self:MetricLearner,
     folder, # Where `Checkpoint` wrote
 )->MetricLearner: # Itself
-    "Go on with an interrupted run: the next fits, called as they were, begin where it stopped; raises `FileNotFoundError` or `ValueError` where they cannot"
+    "Let the next fits, called as they were, begin where a run stopped; raises `FileNotFoundError` or `ValueError` where they cannot"
     cb = Checkpoint(folder)
     if not cb.file.exists(): raise FileNotFoundError(f"There is no checkpoint in {str(folder)!r}.")
     try: state = torch.load(cb.file, map_location='cpu', weights_only=True)

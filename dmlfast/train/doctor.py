@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from typing import NamedTuple
 from torch import Tensor
 from fastcore.basics import ifnone, patch, store_attr
+from fastcore.xtras import ContextManagers
 from fastai.callback.core import Callback
+from fastai.learner import replacing_yield
 from .columns import is_fitting
 from .gain import *
 from ..losses import *
@@ -43,15 +45,6 @@ def _same_random(x):
     "A context that leaves the random generators as they were"
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []): yield
 
-@contextmanager
-def _setting(objs, **attrs):
-    "A context in which `objs` have other attributes"
-    old = [{k:getattr(o, k) for k in attrs} for o in objs]
-    for o in objs: o.__dict__.update(attrs)
-    try: yield
-    finally:
-        for o,d in zip(objs, old): o.__dict__.update(d)
-
 @torch.no_grad()
 def active_share(
     loss:MetricLoss, # Any
@@ -71,7 +64,7 @@ def dr_share(
     parts = [o for o in loss.modules() if isinstance(o, MetricLoss) and o.gamma]
     if not parts: return None
     g = _grad(loss, embs, labels)
-    with _setting(parts, gamma=0.): g0 = _grad(loss, embs, labels)
+    with ContextManagers([contextmanager(replacing_yield)(o, 'gamma', 0.) for o in parts]): g0 = _grad(loss, embs, labels)
     dr,plain = (g-g0).norm(),g0.norm()
     return dr/(dr+plain).clamp(min=1e-30)
 
@@ -268,14 +261,16 @@ def _below(self, tol=.01):
     if not es or theirs is None or not es[-1]['recall']<theirs-tol: return
     since = next(o for i,o in enumerate(es) if all(e['recall']<theirs-tol for e in es[i:]))
     remedy = _narrow(self, tol) or what_to_try(self.learn)
-    return f'Below the features it started with since epoch {since["epoch"]}: recall@1 is {es[-1]["recall"]:.3f} and theirs {theirs:.3f}. {remedy}'
+    return (f'Below the features it started with since epoch {since["epoch"]}: recall@1 is {es[-1]["recall"]:.3f} and theirs '
+        f'{theirs:.3f}. {remedy}')
 
 def _narrow(self, tol):
     "What to do where training did no harm, and the head has too few numbers from the start"
     model,start = unwrapped(self.learn.model),_at_first(self, 'start')
     if not self.learn.head_start.said or start is None or model.emb_sz>=model.n_features: return
     if self.measured[-1]['recall']>=start-tol and start<self.theirs-tol:
-        return f'Training did no harm, but the head began at {start:.3f}, with {model.emb_sz:,} numbers in place of {model.n_features:,}: raise `emb_sz`.'
+        return (f'Training did no harm, but the head began at {start:.3f}, with {model.emb_sz:,} numbers in place of '
+            f'{model.n_features:,}: raise `emb_sz`.')
 
 def _gap(self):
     "The loss that asks for a gap between positives and negatives, and its margin; None where none does"
@@ -302,7 +297,8 @@ def _collapse(self):
         remedy = (f'Where all of them are equally far apart the direction cosine is 0.5, and `gamma` times this, {loss.gamma/2:g}, '
         f'takes all of the margin of {margin.value:g}, so that nothing is asked of them there: lower `gamma`, or raise the margin.')
     elif getattr(loss, 'miner', None):
-        remedy = 'Lower the learning rate, and learn from easier triplets: all of them, or those of `SemiHardMiner`, rather than the hardest.'
+        remedy = ('Lower the learning rate, and learn from easier triplets: all of them, or those of `SemiHardMiner`, rather than the '
+            'hardest.')
     else: remedy = 'Lower the learning rate; if that does not help, see that the loss pushes classes apart.'
     return (f'The embeddings collapse: those of different classes have a similarity of {self.recent("neg"):.2f} on average, and '
         f'{self.recent("rank"):.1f} directions are used '
@@ -312,26 +308,31 @@ def _inactive(self):
     rows,active = self.recent('rows'),self.recent('active')
     if rows<.1:
         some = '' if math.isnan(active) else f', and {active:.2%} of the triplets or pairs are active'
-        return f'The batches have become too easy: {rows:.0%} of the embeddings get a gradient{some}. Raise the margin, mine harder triplets, or put more classes into a batch.'
+        return (f'The batches have become too easy: {rows:.0%} of the embeddings get a gradient{some}. Raise the margin, mine harder '
+            'triplets, or put more classes into a batch.')
 
 def _lengths(self):
     values = [o['length'] for o in self.steps if 'length' in o]
     if len(values)<6: return
     r = self.recent('length')/max(values[0], 1e-30)
     if r>10:
-        return f'Before they are normalised, embeddings are {r:.0f} times as long as at the beginning, which divides their gradient by as much. Lower the learning rate, or raise the weight decay.'
+        return (f'Before they are normalised, embeddings are {r:.0f} times as long as at the beginning, which divides their gradient by '
+            'as much. Lower the learning rate, or raise the weight decay.')
     if r<.1:
-        return f'Before they are normalised, embeddings have shrunk to {r:.1%} of their length, which makes their gradient as much larger. Lower the learning rate, or the weight decay of the head.'
+        return (f'Before they are normalised, embeddings have shrunk to {r:.1%} of their length, which makes their gradient as much '
+            'larger. Lower the learning rate, or the weight decay of the head.')
 
 def _dr(self):
     x = self.recent('dr')
     if x>.9:
-        return f'Direction regularisation makes {math.floor(100*x)} % of the gradient, and little is left for the loss itself. Lower `gamma`.'
+        return (f'Direction regularisation makes {math.floor(100*x)} % of the gradient, and little is left for the loss itself. Lower '
+            '`gamma`.')
 
 def _ssr(self):
     x = self.recent('ssr')
     if x>.9:
-        return f'Self-supervised ranking makes {math.floor(100*x)} % of the gradient that reaches the backbone, and little is left for the metric loss. Lower its `gamma`.'
+        return (f'Self-supervised ranking makes {math.floor(100*x)} % of the gradient that reaches the backbone, and little is left for '
+            'the metric loss. Lower its `gamma`.')
 
 def _proxies(self):
     x = self.recent('moved')
@@ -348,11 +349,13 @@ def _stuck(self):
 def _still(self):
     x = self.recent('head')
     if x<1e-3 and not (_stuck(self) or _inactive(self)):
-        return f'The network hardly moves: in {self.steps[-1]["step"]} steps the weights of its head went {x:.1e} of their length. Raise the learning rate; `lr_find` looks for one.'
+        return (f'The network hardly moves: in {self.steps[-1]["step"]} steps the weights of its head went {x:.1e} of their length. Raise '
+            'the learning rate; `lr_find` looks for one.')
 
 def _margin(self):
     (loss,margin),active = _gap(self),self.recent('active')
-    if loss and loss.normalize_embs and not getattr(loss, 'miner', None) and not _collapsed(self) and margin.value>(2 if margin.squared else 1) and active>.9:
+    if not (loss and loss.normalize_embs) or getattr(loss, 'miner', None) or _collapsed(self): return
+    if margin.value>(2 if margin.squared else 1) and active>.9:
         return (f'The margin of {margin.value:g} cannot be met: {math.floor(100*active)} % of the triplets violate it, for embeddings of '
             f'length 1 that have nothing in common are {"2 (squared)" if margin.squared else "1.4"} apart. '
             'Lower it: 0.05 to 0.5 is usual.')

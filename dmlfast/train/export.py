@@ -16,8 +16,8 @@ from fastai.vision.augment import *
 from ..data.batches import *
 from ..deploy.embedder import *
 from ..deploy.folder import *
-from .recipe import *
 from .learner import *
+from .predictions import *
 from ..models.embedder import *
 
 # %% ../../nbs/api/train/14_export.ipynb #b1ddfbe6
@@ -34,8 +34,8 @@ def _steps_of(t):
 def _stats_of(t):
     "What batch transform `t` does to a validation batch, as `mean` and `std`; None if that is not known"
     if isinstance(t, Normalize): return dict(mean=t.mean.flatten().tolist(), std=t.std.flatten().tolist())
-    same = getattr(t, 'split_idx', None)==0 or type(t) is IntToFloatTensor and t.div==255 or isinstance(t, AffineCoordTfm) and t.size is None
-    return {} if same else None
+    if getattr(t, 'split_idx', None)==0 or type(t) is IntToFloatTensor and t.div==255: return {}
+    if isinstance(t, AffineCoordTfm) and t.size is None: return {}
 
 # %% ../../nbs/api/train/14_export.ipynb #ab8999a3
 def preprocess_of(
@@ -54,22 +54,6 @@ def preprocess_of(
         background=getattr(cls, 'background', None))
 
 # %% ../../nbs/api/train/14_export.ipynb #276455cd
-def _plain(o):
-    "What JSON can hold of settings: of files their names, since what is given away need not say where it was made"
-    if isinstance(o, dict): return {str(k):_plain(v) for k,v in o.items() if v is not None}
-    if isinstance(o, (list,tuple)): return [_plain(v) for v in o]
-    if isinstance(o, (str,Path)) and Path(o).is_absolute(): return Path(o).name
-    return o if isinstance(o, (str,bool,int)) or isinstance(o, float) and math.isfinite(o) else str(o)
-
-def _facts(learn):
-    "What is known of a training, for whoever finds the folder"
-    n = len(getattr(getattr(learn, 'recorder', None), 'values', [])) if getattr(learn, 'fitted', False) else 0
-    res = dict(data=getattr(getattr(learn.dls, 'source', None), 'name', None), train_classes=getattr(learn.dls, 'n_train_classes', None),
-        loss=repr(learn.loss_func), epochs=n or None,
-        recipe=next((k for k,o in recipes.items() if o is getattr(learn, 'recipe', None)), None),
-        settings=_plain({k:o for k,o in getattr(learn, 'settings', {}).items() if k!='data'}) or None)
-    return {k:o for k,o in res.items() if o is not None}
-
 def _short_names(items, path):
     "Paths of items within the data set, or else the folder that all have in common: what is given away need not say where it was made"
     paths = [Path(o) for o in items if o]
@@ -86,9 +70,10 @@ def export_embedder(self:MetricLearner,
     check_embedder_folder(folder, overwrite)
     model = unwrapped(self.model)
     if not hasattr(model, 'spec'):
-        raise ValueError(f"Only the models that `metric_learner` makes by name can be built again elsewhere, and this one was given as it is.")
+        raise ValueError("Only the models that `metric_learner` makes by name can be built again elsewhere, and this one was given as it "
+            "is.")
     self.start_head()
-    res = ImageEmbedder(model, preprocess_of(self.dls), _facts(self))
+    res = ImageEmbedder(model, preprocess_of(self.dls), self.about_training())
     if gallery is not None:
         gal = self.embedded(gallery)
         gal.check_labels()

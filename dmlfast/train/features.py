@@ -9,7 +9,7 @@ __all__ = ['collect', 'balanced_part', 'as_measured', 'measured_dl', 'weights_ha
            'body_features', 'Features', 'cache_folder', 'train_features', 'FeatureSet', 'FeatureDL', 'feature_loaders']
 
 # %% ../../nbs/api/train/09_features.ipynb #9b4f0bd6
-import hashlib, json, os, numpy as np, torch
+import hashlib, os, numpy as np, pandas as pd, torch
 from collections import OrderedDict
 from fastcore.all import *
 from fastcore.xdg import xdg_cache_home
@@ -63,8 +63,7 @@ def balanced_part(
     if len(labels)<=n: return list(range(len(labels)))
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind='stable')]
-    first = np.r_[0, np.flatnonzero(np.diff(labels[order]))+1]
-    turn = np.arange(len(labels))-np.repeat(first, np.diff(np.r_[first, len(labels)])) # which of its class an item is
+    turn = pd.Series(labels[order]).groupby(labels[order]).cumcount() # which of its class an item is
     return sorted(order[np.argsort(turn, kind='stable')[:n]].tolist())
 
 def as_measured(
@@ -195,26 +194,22 @@ def cache_folder(
 
 def _open_file(file, shape):
     "The array in a file, if it is all there"
-    note = file.with_suffix('.json')
-    if not (file.is_file() and note.is_file()): return
-    try: good = json.loads(note.read_text())['shape']==list(shape) and file.stat().st_size==2*np.prod(shape, dtype=np.int64)
-    except (ValueError,KeyError,TypeError): return
-    if good: return np.memmap(file, np.float16, 'r', shape=tuple(shape))
+    try: X = np.load(file, mmap_mode='r')
+    except (OSError,ValueError,EOFError): return
+    if X.shape==tuple(shape): return X
 
 def _write_file(file, shape, parts):
-    "Write an array part by part; it is whole when its note is there"
+    "Write an array part by part, whole or not at all"
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as tmp:
-        out = np.memmap(tmp, np.float16, 'w+', shape=tuple(shape))
+        out = np.lib.format.open_memmap(tmp, 'w+', np.float16, tuple(shape))
         for v,i,x in parts: out[v, i:i+len(x)] = x
         if not all(np.isfinite(out[v, i:i+4096]).all() for v in range(shape[0]) for i in range(0, shape[1], 4096)):
             raise ValueError("Features are not finite, or greater than half precision holds (65,504): keep them in memory, with a larger "
                 "`memory`.")
         out.flush()
         del out
-        file.with_suffix('.json').unlink(missing_ok=True)
-    write_whole(file.with_suffix('.json'), json.dumps(dict(shape=list(shape))))
-    return np.memmap(file, np.float16, 'r', shape=tuple(shape))
+    return np.load(file, mmap_mode='r')
 
 # %% ../../nbs/api/train/09_features.ipynb #1439c81a
 def _view_dl(dls, view):
@@ -249,7 +244,7 @@ def train_features(
     key = items_key(_view_dl(dls, 0))
     name = hashlib.blake2b(f'{body_key(model)}{key or id(dls)}{views}{"" if views<2 else items_key(_view_dl(dls, 1))}'.encode(),
         digest_size=16).hexdigest()
-    file = Path(folder or cache_folder()/'features')/f'{name}.f16'
+    file = Path(folder or cache_folder()/'features')/f'{name}.npy'
     X = _open_file(file, (views,n,d)) if key else None
     if X is None:
         was = model.training

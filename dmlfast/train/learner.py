@@ -189,7 +189,7 @@ def _check_tfms(dl):
             "or make the learner with `normalize=False` where they are normalised already.")
 
 def _normalize(dls, cfg, trained=True):
-    "Give `dls` the statistics that the model was trained with, unless it normalises already; raises `ValueError` where it has those of another model, and this one was trained"
+    "Give `dls` the statistics of a model, unless it normalises already; raises `ValueError` for those of another where it is trained"
     has,norm = _norm_of(dls.train),Normalize.from_stats(cfg['mean'], cfg['std'])
     norm.of_model = True # and not the user's own
     if has is None:
@@ -235,6 +235,8 @@ class _Whole(nn.Module):
     def __getattr__(self, k):
         try: return super().__getattr__(k)
         except AttributeError: return getattr(super().__getattr__('model'), k)
+    @property
+    def arch(self): return type(self.model).__name__
 
 def _model(arch, weights, pretrained, normalize, recipe, given, model_kwargs):
     "An `Embedder` by name, or the module that is given"
@@ -360,19 +362,19 @@ def take_loss(self:MetricLearner,
 @delegates(Learner.__init__, but=['model','loss_func','metrics','splitter'])
 def metric_learner(
     dls:DataLoaders, # Training loader with several images of a class in a batch, and a loader of unseen classes
-    arch=None, # Name of a timm model, a function of that name as fastai has them, or a model that makes embeddings; `'resnet18'` if not given
+    arch=None, # Name of a timm model, or a function so called, as fastai has; or a model that makes embeddings; `'resnet18'` if not given
     loss_func=None, # Function of embeddings and labels, or several to be added up; `DRTripletLoss()` if not given
-    emb_sz:int=None, # Numbers in an embedding, 1 or more, or `'all'`: as many as features; 128 if not given, and all where a head starts from fewer than 512 images
+    emb_sz:int=None, # Numbers in an embedding, or `'all'`: as many as features; 128 if not given, all where a head starts from < 512 images
     pretrained:bool=True, # Begin with timm's pretrained weights?
     weights=None, # File of the body's weights, instead of timm's
-    metrics=None, # Names as `RetrievalMetrics` takes them, or fastai metrics; recall at the data set's `ks`, else 1,2,4,8, and map@r if not given
+    metrics=None, # Names, see `RetrievalMetrics`, or fastai metrics; recall at the data set's `ks`, else 1,2,4,8, and map@r if not given
     normalize:bool=True, # Normalise images with the statistics of `arch`, if `dls` does not normalise?
     splitter=None, # Function from the model to parameter groups, such as `stage_splitter`; body and everything else if not given
     cbs=None, # Callbacks
     pool=None, # `'avg'`, `'max'`, `'avgmax'`, `'gem'` or a callable, see `Embedder`
     head=None, # `'linear'`, `'mlp'`, `'bnneck'`, `'identity'` or a callable, see `Embedder`; linear if not given
-    init:str=None, # How the head begins: `'lda'` or `'pca'` of the training images, `'random'`, `'orthogonal'` or `'kaiming'`; from LDA if not given, and random where the body is not trained
-    freeze_bn=None, # Keep the running statistics of the body's batch norm? `'affine'`: its weights too; yes if not given and the body is trained
+    init:str=None, # Start of the head: `'lda'`, `'pca'`, `'random'`, `'orthogonal'`, `'kaiming'`; LDA if not given, random as the body
+    freeze_bn=None, # Keep the statistics of the body's batch norm? `'affine'`: its weights too; yes if not given and the body is trained
     frozen_stages:int=None, # This many stages of the body are not trained
     normalize_embs:bool=None, # Scale embeddings to length 1? What the loss wants if not given
     recipe:str=None, # Name in `recipes`, or a `Recipe`, for what is not given

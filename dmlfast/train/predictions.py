@@ -8,7 +8,8 @@ Docs: https://dmlfast.github.io/dmlfast/api/train/predictions.html.md"""
 __all__ = ['item_name', 'items_of']
 
 # %% ../../nbs/api/train/12_predictions.ipynb #91172593
-import numpy as np, torch, weakref
+import math, numpy as np, torch, weakref
+from datetime import date
 from PIL import Image
 from torch import Tensor
 from fastcore.all import *
@@ -21,8 +22,10 @@ from ..retrieval.results import *
 from ..retrieval.search import *
 from ..retrieval.metrics import *
 from ..deploy.embedder import Hit
+from ..models.embedder import unwrapped
 from .compat import *
 from .columns import *
+from .recipe import *
 from .features import *
 from .learner import *
 
@@ -68,12 +71,22 @@ def about_items(self:MetricLearner,
         **protocol_of(self.dls, dl))
 
 @patch
+def measured_on(self:MetricLearner,
+    dl, # Loader
+)->dict: # `measured_on`, name of a data set and of its split; empty where a loader has other items
+    "Which split of its data set the items of a loader are"
+    source,items = getattr(dl, 'source', None) or getattr(self.dls, 'source', None),items_of(dl)
+    split = source.split_of(items) if source is not None and items else None
+    return {} if split is None else dict(measured_on=f'{source.name}, {split}')
+
+@patch
 def embedded(self:MetricLearner,
     dl=None, # Loader, or the name of a split of the data set; the validation loader if not given
 )->Embedded:
-    "Embeddings of the items of a loader, with what is known of the items"
+    "Embeddings of the items of a loader, with what is known of the items and of the training"
     dl = self.split_dl(dl)
-    return Embedded(*self.embed(dl), **self.about_items(dl))
+    embs,labels = self.embed(dl) # a head that waits starts here
+    return Embedded(embs, labels, facts=self.about_training()|self.measured_on(dl), **self.about_items(dl))
 
 @patch
 def evaluate(self:MetricLearner,
@@ -85,13 +98,42 @@ def evaluate(self:MetricLearner,
     metric_names(metrics, kwargs.get('ks', (1,))) # before the images are run through the model
     return self.embedded(dl).evaluate(metrics, **kwargs)
 
+# %% ../../nbs/api/train/12_predictions.ipynb #fac75000
+def _plain(o):
+    "What JSON can hold of settings: of files their names, since what is given away need not say where it was made"
+    if isinstance(o, dict): return {str(k):_plain(v) for k,v in o.items() if v is not None}
+    if isinstance(o, (list,tuple)): return [_plain(v) for v in o]
+    if isinstance(o, (str,Path)) and Path(o).is_absolute(): return Path(o).name
+    return o if isinstance(o, (str,bool,int)) or isinstance(o, float) and math.isfinite(o) else str(o)
+
+def _size_of(dl):
+    "Width and height that the transforms of a loader make images, in words; None if they leave them as they are"
+    for k,way in (('after_batch',-1),('after_item',1)): # fastai has the height first in batches, and the width first in images
+        for o in reversed(getattr(getattr(dl, k, None), 'fs', ())):
+            if not getattr(o, 'size', None) or getattr(o, 'split_idx', None)==0: continue
+            return '×'.join(map(str, o.size[::way] if is_listy(o.size) else [o.size]*2))
+
+@patch
+def about_training(self:MetricLearner)->dict: # What JSON can hold
+    "What is known of the model and of its training: the facts of `Embedded` and of an exported embedder"
+    model,source,settings = unwrapped(self.model),getattr(self.dls, 'source', None),_plain(getattr(self, 'settings', {}))
+    n = len(getattr(getattr(self, 'recorder', None), 'values', [])) if getattr(self, 'fitted', False) else 0
+    res = dict(network=getattr(model, 'arch', type(model).__name__), embedding=getattr(model, 'emb_sz', self.out_sz),
+        size=_size_of(self.dls.valid), loss=repr(self.loss_func), data=getattr(source, 'name', None),
+        train_classes=getattr(self.dls, 'n_train_classes', None), epochs=n or None,
+        recipe=next((k for k,o in recipes.items() if o is getattr(self, 'recipe', None)), None), seed=settings.get('seed'),
+        batch_seed=getattr(self.dls.train, 'seed', None), date=date.today().isoformat(),
+        settings={k:o for k,o in settings.items() if k!='data'} or None)
+    return {k:o for k,o in res.items() if o is not None}
+
 # %% ../../nbs/api/train/12_predictions.ipynb #1d4bc75c
 @patch
 def _named(self:MetricLearner, ds_idx, dl):
     "The loader that `ds_idx` or `dl` names; `dl` where it is one"
     name = ds_idx if dl is None else dl
     if isinstance(name, str): return self.split_dl(name)
-    return self.split_dl(self.dls[ds_idx]) if dl is None else self.admit(dl) if isinstance(dl, DataLoader) else dl # batches that are ready
+    if dl is None or dl is self.dls.train: return self.split_dl(self.dls[ds_idx] if dl is None else dl) # without augmentation
+    return self.admit(dl) if isinstance(dl, DataLoader) else dl # batches that are ready
 
 @patch
 def _one_of(self:MetricLearner, ds_idx, dl):

@@ -20,7 +20,7 @@ from .compat import *
 
 # %% ../../nbs/api/train/03_rates.ipynb #7e069ed3
 def _left_out(model, opt):
-    "Weights that need a gradient and that no group of `opt` has, by name; but for a body's, or a foreign model's own, which are left out to be frozen"
+    "Weights to train that no group of `opt` has, by name; a body's, or a foreign model's own, are left out of groups to be frozen"
     known = {p for o in opt.param_lists for p in o} | {*(model.body.parameters() if hasattr(model, 'body') else ())}
     return {n:p for n,p in model.named_parameters() if p.requires_grad and p not in known
         and (hasattr(model, 'body') or n.startswith('loss_func.'))}
@@ -101,7 +101,7 @@ def fine_tune(self:GroupedLearner,
     epochs, # Passes over the training set after the body is unfrozen
     base_lr=None, # Greatest rate of the head; the learner's own where the body is trained, and otherwise 2e-3
     freeze_epochs=1, # Passes before
-    lr_mult=None, # How many times the rate of the body that of the head is; as in `group_rates` where the body is trained, and otherwise 100
+    lr_mult=None, # The head's rate as a multiple of the body's; as in `group_rates` where the body is trained, and otherwise 100
     **kwargs
 ):
     "As of any learner, with the rates of this one"

@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/train/ssr.html.md"""
 __all__ = ['RankingLoss', 'SelfSupervisedRanking', 'GradedViews', 'RankingHead', 'keep_bn_stats']
 
 # %% ../../nbs/api/train/05_ssr.ipynb #789a238d
-import math, torch, warnings
+import math, pandas as pd, torch, warnings
 import matplotlib.pyplot as plt
 import torch.nn.functional as F
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ from fastcore.all import *
 from fastai.callback.core import Callback
 from fastai.data.transforms import Normalize
 from fastai.learner import *
+from fastai.learner import replacing_yield
 from fastai.torch_core import no_random, norm_bias_params
 from ..losses.geometry import full_precision
 from .compat import *
@@ -384,11 +385,7 @@ def _check_ranking(m, gamma, p, per, hidden, emb_sz, views, loss, seed):
 # %% ../../nbs/api/train/05_ssr.ipynb #9c5385c5
 def _smooth(values, beta):
     "Running mean of those that are not nan, as `Recorder` has it"
-    mean,n,res = 0.,0,[]
-    for o in values:
-        if not math.isnan(o): mean,n = o+beta*(mean-o),n+1
-        res.append(mean/(1-beta**n) if n else math.nan)
-    return res
+    return pd.Series(values, dtype=float).ewm(alpha=1-beta, ignore_na=True).mean().tolist()
 
 # %% ../../nbs/api/train/05_ssr.ipynb #7f84d74c
 def _quads(
