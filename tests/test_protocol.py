@@ -586,7 +586,7 @@ def test_what_is_no_file_of_results_is_left_alone(few, tmp_path):
 # results alone
 
 def test_results_are_read_without_what_trains(few, tmp_path, monkeypatch):
-    "Tables, chosen settings and kept numbers are those of the experiment, and neither data nor a learner are needed; what would train is not there"
+    "Tables, chosen settings and kept numbers are those of the experiment, without data or a learner; what would train is not there"
     from dmlfast.study.comparison import Results
     exp = _exp(tmp_path, few)
     exp.run()
