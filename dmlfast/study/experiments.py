@@ -23,6 +23,7 @@ from ..train.columns import *
 from ..train.export import *
 from ..train.gain import *
 from ..train.learner import *
+from ..models.bodies import *
 from ..models.embedder import *
 from ..files.images import *
 from ..retrieval.embedded import *
