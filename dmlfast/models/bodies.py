@@ -43,9 +43,10 @@ def check_arch(
     elif not source and not timm.is_model(base):
         near = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.4)
         raise ValueError(f"timm has no model {arch!r}" + (f"; the nearest names are {', '.join(map(repr, near))}." if near else "."))
-    elif not source and tag and timm.get_pretrained_cfg(name) is None:
+    elif not source and tag:
         tags = [o.partition('.')[2] for o in timm.list_pretrained(f'{base}.*')]
-        raise ValueError(f"timm has no weights {tag!r} of {base!r}; it has {', '.join(map(repr, tags)) or 'none'}.")
+        try: timm.get_pretrained_cfg(name)
+        except RuntimeError: raise ValueError(f"timm has no weights {tag!r} of {base!r}; it has {', '.join(map(repr, tags)) or 'none'}.") from None
     if weights is not None: _weights_file(weights)
 
 # %% ../../nbs/api/models/00_bodies.ipynb #bea42ca1
@@ -75,9 +76,9 @@ def built_as(
     name,cfg = about['architecture'],about.get('pretrained_cfg', about)
     usual = getattr(timm.get_pretrained_cfg(name), 'to_dict', dict)()
     c,*size = cfg.get('input_size') or usual['input_size']
-    here,there = dict(in_chans=c, global_pool=cfg.get('global_pool')),dict(in_chans=usual['input_size'][0], global_pool=usual.get('global_pool'))
-    if cfg.get('fixed_input_size'): here['img_size'],there['img_size'] = size,list(usual['input_size'][1:])
-    return name,{**{k:v for k,v in here.items() if v is not None and v!=there[k]}, **about.get('model_args', {}), **kwargs}
+    args = {'in_chans':c, **(dict(img_size=size) if cfg.get('fixed_input_size') else {}), **about.get('model_args', {}), **kwargs}
+    as_usual = dict(in_chans=usual['input_size'][0], img_size=list(usual['input_size'][1:]), num_classes=args.get('num_classes'))
+    return name,{k:v for k,v in args.items() if k in kwargs or k not in as_usual or v!=as_usual[k]}
 
 # %% ../../nbs/api/models/00_bodies.ipynb #135f7ef7
 def timm_body(
