@@ -1,5 +1,5 @@
 "Bodies of today: names and folders, images of a size, tokens and their pooling, and everything else a learner does, with each of them"
-import json, re, pytest, timm, torch
+import json, re, shutil, pytest, timm, torch
 import numpy as np
 from safetensors.torch import load_file
 from timm.layers import global_pool_nlc
@@ -224,3 +224,59 @@ def test_a_body_does_what_all_do(make, arch, tmp_path):
     assert half.dtype==torch.float32 and (half*embs[:len(x)]).sum(1).min()>.99
     res = learn.export_embedder(tmp_path/'e')
     assert torch.allclose(res.embed([*learn.dls.valid.items]), embs, atol=1e-5)
+
+def test_a_body_without_pytorch_and_with_ranking(make, tmp_path):
+    "As ONNX: rotated positions, registers and two pooled parts; and trained with a second task"
+    pytest.importorskip('onnxruntime'), pytest.importorskip('onnxscript')
+    learn = make('vit_small_patch16_dinov3', 48, small, pool='token+avg', cbs=SelfSupervisedRanking(m=8))
+    learn.fit(1, 1e-3)
+    assert np.isfinite(learn.recorder.values[-1][:3]).all() and learn.model.n_features==96
+    res = learn.export_embedder(tmp_path/'e')
+    assert res.to_onnx(tmp_path/'m.onnx').is_file() # compared with PyTorch as it is written
+
+# compiled models
+
+def compiled(learn, how):
+    "In place, or wrapped"
+    if how=='in place': learn.model.compile(backend='eager')
+    else: learn.model = torch.compile(learn.model, backend='eager')
+    return learn
+
+class Stop(Callback):
+    "Interrupt a fit"
+    order = 100 # after the checkpoint
+    def after_epoch(self):
+        if self.epoch==0: raise KeyboardInterrupt
+
+@pytest.mark.parametrize('how', ['in place','wrapped'])
+def test_compiled_models(make, tmp_path, how):
+    "Every method gives what it gives otherwise; files are written with the names of weights that all have, and read with those of before"
+    def _new(how=None, **kwargs):
+        learn = make('vit_tiny_patch16_224', 48, small, **{**dict(loss_func=ProxyNCALoss()), **kwargs})
+        return compiled(learn, how) if how else learn
+    plain = _new()
+    plain.fit(2, 1e-3)
+    want,file = plain.embed(bar=False)[0],plain.dls.valid.items[0]
+    learn = _new(how)
+    with pytest.raises(KeyboardInterrupt): learn.fit(2, 1e-3, cbs=[Checkpoint(tmp_path/'c'), Stop()])
+    state = torch.load(tmp_path/'c'/'checkpoint.pt', weights_only=True)
+    assert list(state['model'])==list(plain.model.state_dict())
+    state['model'] = {f'_orig_mod.{k}':v for k,v in state['model'].items()} # as a wrapped model's were written
+    (tmp_path/'old').mkdir()
+    torch.save(state, tmp_path/'old'/'checkpoint.pt')
+    shutil.copytree(tmp_path/'c', tmp_path/'d')
+    for o,folder in ((how,'c'), (None,'d'), (how,'old')): # it goes on compiled and not compiled
+        learn = _new(o).resume(tmp_path/folder)
+        learn.fit(2, 1e-3)
+        assert learn.recorder.iters[-1]>1 and torch.allclose(learn.embed(bar=False)[0], want, atol=1e-4), folder
+    assert np.isclose(learn.evaluate()['map@r'], plain.evaluate()['map@r'], atol=.02)
+    emb,_ = learn.predict(file, k=1)
+    assert torch.allclose(learn.export_embedder(tmp_path/'e', gallery='val').embed(file), emb, atol=1e-5)
+    assert torch.allclose(load_embedder(tmp_path/'e').embed(file), want[0], atol=1e-4)
+    learn.export('l.pkl')
+    assert torch.allclose(load_learner(learn.path/'l.pkl').predict(file, k=1)[0], emb, atol=1e-5)
+    head = _new(how, init='lda')
+    was = weights_of(head)
+    head.fit_head(1) # on features
+    now = weights_of(head)
+    assert {k.replace('_orig_mod.', '').split('.')[0] for k in was if not torch.equal(was[k], now[k])}=={'head','loss_func'}
