@@ -30,7 +30,8 @@ def _source(arch):
     if source in ('hf-hub','hf_hub','local-dir') and ref: return source.replace('_', '-'),ref
     name = arch.removeprefix('timm/')
     if not set('/:\\') & set(name): return '',name
-    raise ValueError(f"timm has no model {arch!r}: write 'hf-hub:{arch}' for a model of the Hugging Face hub, and 'local-dir:{arch}' for a folder.")
+    raise ValueError(f"timm has no model {arch!r}: write 'hf-hub:{arch}' for a model of the Hugging Face hub, and 'local-dir:{arch}' for a "
+        "folder.")
 
 def check_arch(
     arch:str, # Name of a timm model, `'hf-hub:user/model'` or `'local-dir:folder'`
@@ -46,7 +47,8 @@ def check_arch(
     elif not source and tag:
         tags = [o.partition('.')[2] for o in timm.list_pretrained(f'{base}.*')]
         try: timm.get_pretrained_cfg(name)
-        except RuntimeError: raise ValueError(f"timm has no weights {tag!r} of {base!r}; it has {', '.join(map(repr, tags)) or 'none'}.") from None
+        except RuntimeError:
+            raise ValueError(f"timm has no weights {tag!r} of {base!r}; it has {', '.join(map(repr, tags)) or 'none'}.") from None
     if weights is not None: _weights_file(weights)
 
 # %% ../../nbs/api/models/00_bodies.ipynb #bea42ca1
@@ -56,9 +58,11 @@ def _config(arch):
     if source=='local-dir': fn = Path(ref)/'config.json'
     else:
         repo,_,revision = ref.partition('@')
-        fn = Path(hf_hub_download(repo, 'config.json', revision=revision or None))
+        try: fn = Path(hf_hub_download(repo, 'config.json', revision=revision or None))
+        except Exception as e: raise _no_weights(arch, e) from e
     try: res = json.loads(fn.read_text(encoding='utf-8'))
-    except OSError: raise ValueError(f"There is no timm model in {ref!r}: its folder holds 'config.json' and 'model.safetensors'.") from None
+    except OSError:
+        raise ValueError(f"There is no timm model in {ref!r}: its folder holds 'config.json' and 'model.safetensors'.") from None
     except ValueError: res = None
     if not isinstance(res, dict) or not timm.is_model(str(res.get('architecture'))):
         raise ValueError(f"{str(fn)!r} does not describe a timm model: it must be JSON, and `architecture` the name of one.")
@@ -74,10 +78,10 @@ def built_as(
     if source=='hf-hub': _reach_weights(arch, ('config.json',))
     about = _config(arch)
     name,cfg = about['architecture'],about.get('pretrained_cfg', about)
-    usual = getattr(timm.get_pretrained_cfg(name), 'to_dict', dict)()
-    c,*size = cfg.get('input_size') or usual['input_size']
+    usual = getattr(timm.get_pretrained_cfg(name), 'input_size', (3,224,224))
+    c,*size = cfg.get('input_size') or usual
     args = {'in_chans':c, **(dict(img_size=size) if cfg.get('fixed_input_size') else {}), **about.get('model_args', {}), **kwargs}
-    as_usual = dict(in_chans=usual['input_size'][0], img_size=list(usual['input_size'][1:]), num_classes=args.get('num_classes'))
+    as_usual = dict(in_chans=usual[0], img_size=list(usual[1:]), num_classes=args.get('num_classes'))
     return name,{k:v for k,v in args.items() if k in kwargs or k not in as_usual or v!=as_usual[k]}
 
 # %% ../../nbs/api/models/00_bodies.ipynb #135f7ef7
@@ -92,7 +96,8 @@ def timm_body(
     source = _source(arch)[0]
     if not source: arch = arch.removeprefix('timm/')
     if weights is not None: return load_weights(_timm_model(arch, False, kwargs), weights)
-    if source!='local-dir' and pretrained and not {'cache_dir','pretrained_cfg','pretrained_cfg_overlay'} & set(kwargs): _reach_weights(arch)
+    elsewhere = source=='local-dir' or {'cache_dir','pretrained_cfg','pretrained_cfg_overlay'} & set(kwargs)
+    if pretrained and not elsewhere: _reach_weights(arch)
     return _timm_model(arch, pretrained, kwargs)
 
 def _timm_model(arch, pretrained, kwargs):
@@ -108,7 +113,9 @@ def _timm_model(arch, pretrained, kwargs):
 def _no_weights(arch, e):
     says = f"The pretrained weights of {arch!r} could not be loaded ({type(e).__name__}: {e}). "
     if arch.startswith('local-dir:'): return RuntimeError(says+"Its folder must hold those of the model that 'config.json' describes.")
-    if ':' in arch: return RuntimeError(says+"Without a network, use a folder, 'local-dir:folder', or the name of its architecture and a file as `weights=`.")
+    if ':' in arch:
+        return RuntimeError(says+"Without a network, use a folder, 'local-dir:folder', or the name of its architecture and a file as "
+            "`weights=`.")
     return RuntimeError(says+"Without a network, pass a file as `weights=`, or `pretrained=False` to begin with random ones.")
 
 def _reach_weights(arch, files=('model.safetensors','pytorch_model.bin')):

@@ -241,7 +241,7 @@ def state_dict(self:Embedder, *args, prefix='', **kwargs):
 
 @patch
 def _load_from_state_dict(self:Embedder, state_dict, prefix, *args):
-    "As any module, whether parts are compiled or not, and without the weights of a ranking head that is not there; a head whose weights are loaded waits for nothing"
+    "As any module, compiled or not, and without the weights of a ranking head that is not there; a head that is loaded waits for nothing"
     own = {_plain(k):k for k in nn.Module.state_dict(self)}
     for k in [k for k in state_dict if k.startswith(prefix)]:
         if (name := prefix+own.get(_plain(k[len(prefix):]), k[len(prefix):]))!=k: state_dict[name] = state_dict.pop(k)
