@@ -2,7 +2,8 @@
 import pytest, timm, torch, torch.nn.functional as F
 from safetensors.torch import save_file
 from dmlfast.models.bninception import BNInception
-from dmlfast.models.embedder import Embedder, load_weights, timm_body
+from dmlfast.models.bodies import load_weights, timm_body
+from dmlfast.models.embedder import Embedder
 
 # channels in, and channels out of each convolution, as the layers of Caffe's network are listed
 listing = """

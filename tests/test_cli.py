@@ -428,7 +428,7 @@ def test_what_was_left_behind(table, folder, tmp_path, begins):
 def test_without_a_network(table, tmp_path, monkeypatch):
     "The sentence has the words of the command"
     import socket
-    import dmlfast.models.embedder as models
+    import dmlfast.models.bodies as models
     from dmlfast.cli import dmlfast_train
     def _no_name(*args, **kwargs): raise socket.gaierror(-2, 'Name or service not known')
     monkeypatch.setattr(socket, 'getaddrinfo', _no_name)
@@ -553,7 +553,7 @@ def test_an_experiment(table, tmp_path):
 def test_what_to_do_without_a_network_in_each_commands_words(monkeypatch, tmp_path, folder):
     from dmlfast.cli import dmlfast_bench, dmlfast_demo, dmlfast_train, run_demo
     from dmlfast.cli.commands import _as_options
-    from dmlfast.models.embedder import _no_weights
+    from dmlfast.models.bodies import _no_weights
     msg = str(_no_weights('resnet18', OSError('no network')))
     assert _as_options(dmlfast_train, msg).endswith('Without a network, pass a file as `--weights`, or `--no-pretrained` to begin with '
         'random ones.')

@@ -6,7 +6,8 @@ from pathlib import Path
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from dmlfast.deploy import ImageEmbedder, Preprocess, load_embedder
-from dmlfast.models.embedder import Embedder, load_weights, timm_body
+from dmlfast.models.bodies import load_weights, timm_body
+from dmlfast.models.embedder import Embedder
 
 photo = Image.fromarray(np.random.RandomState(0).randint(0, 255, (24,24,3), dtype=np.uint8))
 names = 'embedder.json','gallery.json'

@@ -3,8 +3,10 @@ import copy, pickle, pytest, timm, torch
 from torch import nn
 from safetensors.torch import save_file
 import dmlfast.models.bninception
-from dmlfast.models.embedder import (Embedder, GeM, GlobalPool, body_stages, embedder_splitter, init_head, load_weights, make_head,
-    stage_splitter, timm_body)
+from dmlfast.models.bodies import built_as, load_weights, one_size, sized, timm_body
+from dmlfast.models.pooling import GeM, make_pool, pool_names
+from dmlfast.models.embedder import (Embedder, body_stages, embedder_splitter, init_head, make_head,
+    stage_splitter)
 
 # Maps with the channels first and last, tokens with and without tokens of no patch, and features whose width is not `num_features`. For
 # each a model's arguments,
@@ -223,13 +225,13 @@ def test_no_network(monkeypatch):
     "Pretrained weights that cannot be fetched are a sentence that says what to do"
     def _fail(*args, **kwargs): raise OSError('no network')
     monkeypatch.setattr(timm, 'create_model', _fail)
-    monkeypatch.setattr('dmlfast.models.embedder._reach_weights', lambda arch: None)
+    monkeypatch.setattr('dmlfast.models.bodies._reach_weights', lambda arch: None)
     with pytest.raises(RuntimeError, match="pass a file as `weights=`, or `pretrained=False`"): timm_body('resnet18')
 
 def test_the_hub_is_asked_once(monkeypatch):
     "Without a network it is said at once, and not after five tries for each of two files; weights that are here are not asked for"
     import socket, time
-    import dmlfast.models.embedder as models
+    import dmlfast.models.bodies as models
     asked,there = [],[]
     def _no_name(*args, **kwargs):
         asked.append(args)

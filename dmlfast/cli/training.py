@@ -191,7 +191,7 @@ def run_demo(
     from dmlfast.train.learner import metric_learner
     from dmlfast.train.progress import plain_table
     from dmlfast.losses.triplet import DRTripletLoss
-    from dmlfast.models.embedder import timm_body
+    from dmlfast.models.bodies import timm_body
     from dmlfast.retrieval.metrics import evaluate_retrieval
     own,given,trained,out = data is not None,bool(arch),data is not None or weights is not None,Path(out)
     check_folder(out, _is_demo(out), 'demo')

@@ -19,7 +19,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from types import SimpleNamespace
 from .embedder import *
 from ..models.embedder import *
-from ..models.embedder import named_heads, weight_sources, misfits, misfits_said
+from ..models.bodies import *
+from ..models.bodies import misfits, misfits_said
+from ..models.pooling import *
+from ..models.embedder import named_heads
 from ..files.writing import check_folder, clear_up
 
 # %% ../../nbs/api/deploy/01_folder.ipynb #cd3fb98f
@@ -48,10 +51,10 @@ _object = lambda o: isinstance(o, dict),'an object'
 _rules = { # for each field what it may be, and how that is said
     'format': (lambda o: _whole(o, 1, 2**31), 'a whole number of 1 or more'),
     'model': _object,
-    'model.arch': (lambda o: isinstance(o, str) and 0<len(o)<=200, 'the name of a timm model'),
+    'model.arch': (lambda o: isinstance(o, str) and 0<len(o)<=200 and not set('/:\\') & set(o), 'the name of a timm model'),
     'model.emb_sz': (lambda o: _whole(o, 1, _max_emb), f'a whole number from 1 to {_max_emb:,}'),
     'model.normalize': (lambda o: isinstance(o, bool), 'true or false'),
-    'model.pool': (lambda o: o is None or o in (*GlobalPool.kinds,'gem'), f"null, {', '.join(map(repr, GlobalPool.kinds))} or 'gem'"),
+    'model.pool': (lambda o: o is None or o in pool_names, f"null, {', '.join(map(repr, pool_names[:-1]))} or {pool_names[-1]!r}"),
     'model.head': (lambda o: o in (*named_heads,'identity'), f"{', '.join(map(repr, named_heads))} or 'identity'"),
     'model.model_kwargs': (lambda o: isinstance(o, dict) and len(_leaves(o))<=256 and all(map(_is_arg, _leaves(o))),
         f'an object of at most 256 values: text, true, false, null and numbers of up to {_max_side:,}'),

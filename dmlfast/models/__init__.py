@@ -1,6 +1,8 @@
 "Bodies, pooling and heads that make embeddings"
-from . import embedder, heads, bninception
+from . import bodies, pooling, embedder, heads, bninception
+from .bodies import *
+from .pooling import *
 from .embedder import *
 from .heads import *
 from .bninception import *
-__all__ = [*embedder.__all__, *heads.__all__, *bninception.__all__]
+__all__ = [*bodies.__all__, *pooling.__all__, *embedder.__all__, *heads.__all__, *bninception.__all__]

@@ -16,6 +16,7 @@ from pathlib import Path
 from fastcore.all import *
 from ..retrieval.embedded import *
 from ..retrieval.metrics import *
+from ..models.bodies import *
 from ..models.embedder import *
 from ..train.columns import *
 from ..train.gain import *

@@ -265,6 +265,6 @@ def features_of(
     "The embedder that a run began with, as far as its settings say; raises `RuntimeError` where the weights cannot be had"
     if not is_trained(settings) or isinstance(embedder.model.named['pool'], str) and embedder.model.named['pool']=='gem': return
     m = settings.get('model', {})
-    model = Embedder(embedder.model.arch, weights=m.get('weights'), head='identity', pool=embedder.model.named['pool'],
+    model = Embedder(m.get('arch') or embedder.model.arch, weights=m.get('weights'), head='identity', pool=embedder.model.named['pool'],
         **(embedder.model.named['model_kwargs'] or {}))
     return ImageEmbedder(model.to(embedder.device), embedder.preprocess)

@@ -126,13 +126,14 @@ class DataSettings:
 @dataclass
 class ModelSettings:
     "The network; arguments of `metric_learner`"
-    arch:str|None = setting() # timm model; the recipe's, or resnet18
+    arch:str|None = setting() # timm model, hf-hub:user/model or local-dir:folder; the recipe's, or resnet18
     weights:Path|None = setting() # File of the body's weights (.safetensors or .pth); timm's if not given
     timm:dict|None = setting(arg='arch_args') # More for the timm model, such as pad_type=same; nothing more if not given
     pretrained:bool = setting(arg='no_pretrained') # Begin with trained weights? --no-pretrained: with random ones; trained if not given
     # Numbers in an embedding; the recipe's, or 128, and as many as features where a head starts from fewer than 512 images
     emb_sz:int|None = setting()
-    pool:str|None = setting() # avg, max, avgmax or gem; avg if not given, and for tokens the model's own
+    # avg, max, avgmax, gem, and of tokens token, token+avg or map; avg if not given, and for tokens the model's own
+    pool:str|None = setting()
     head:str|None = setting() # linear, mlp, bnneck or identity; linear if not given
     # How the head begins: lda or pca of the training images, random, orthogonal or kaiming; the recipe's, or lda for a trained body and
     # random for others

@@ -18,6 +18,7 @@ from fastai.callback.all import *
 from .compat import *
 from .columns import *
 from ..files.writing import *
+from ..models.embedder import *
 from .learner import *
 
 # %% ../../nbs/api/train/13_checkpoint.ipynb #afea36bf
@@ -151,7 +152,7 @@ def state(self:Checkpoint):
     learn = self.learn
     return _plain(dict(version=1, i_fit=self.i_fit, epoch=self.epoch+1, n_epoch=self.n_epoch, every=self.every, facts=self.facts,
         vocab=_classes(learn.dls),
-        model=learn.model.state_dict(), opt=learn.opt.state_dict(), train_iter=learn.train_iter,
+        model=unwrapped(learn.model).state_dict(), opt=learn.opt.state_dict(), train_iter=learn.train_iter,
         grads=[p.grad for p in learn.model.parameters()]
         if any(getattr(o, "count", 0) for o in learn.cbs if isinstance(o, GradientAccumulation)) else None,
         scaler=learn.scaler.state_dict() if getattr(learn, 'scaler', None) else None,
@@ -175,7 +176,7 @@ def resume(self:MetricLearner,
         raise ValueError(f"{str(cb.file)!r} is not a checkpoint of this version of the library.")
     if state['vocab']!=_classes(self.dls):
         raise ValueError(f"The run in {str(folder)!r} was on other classes: {_differ(state['vocab'], _classes(self.dls))}.")
-    _load_weights(self.model, state['model'], folder, lambda k: hasattr(self.model, k.split('.')[0]))
+    _load_weights(self.model, state['model'], folder, lambda k: hasattr(unwrapped(self.model), k.split('.')[0]))
     self.__dict__.setdefault('_resumed', {})[cb.folder.resolve()] = state
     self.__dict__.setdefault('_runs', {}).pop(cb.folder.resolve(), None)
     if not any(isinstance(o, Checkpoint) for o in self.cbs): self.add_cb(Checkpoint(folder, state['every']))
@@ -187,6 +188,8 @@ def _differ(a, b):
 
 def _load_weights(model, sd, folder, there=lambda name: True):
     "Load `sd` into `model`; what a callback will add at the fit is not `there` yet"
+    model = unwrapped(model)
+    sd = {k.replace('_orig_mod.', '').removeprefix('module.'):v for k,v in sd.items()} # as a wrapped model had them once
     have = model.state_dict()
     if left := [k for k in sd if k not in have and there(k)]:
         raise ValueError(f"The run in {str(folder)!r} had another model: {left[0]!r} is not here.")

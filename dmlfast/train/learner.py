@@ -15,8 +15,10 @@ from fastcore.all import *
 from fastai.data.all import *
 from fastai.learner import *
 from fastai.callback.all import *
+from fastai.torch_core import no_random
 from ..files.registry import nearest
 from ..losses import *
+from ..models.bodies import *
 from ..models.embedder import *
 from ..data.batches import *
 from ..data.batches import check_target
@@ -238,10 +240,15 @@ class _Whole(nn.Module):
     @property
     def arch(self): return type(self.model).__name__
 
+def _sized(dls, arch, model_kwargs):
+    "Arguments of a body for images of the size that loaders give, where it is built for one size"
+    if not len(dls.train) or not one_size(arch, **model_kwargs): return model_kwargs
+    with no_random(): x = dls.one_batch()[0]
+    return sized(arch, x.shape[-2:], **model_kwargs) if x.ndim==4 else model_kwargs
+
 def _model(arch, weights, pretrained, normalize, recipe, given, model_kwargs):
     "An `Embedder` by name, or the module that is given"
     given = {k:v for k,v in given.items() if v is not None}
-    if inspect.isfunction(arch): arch = arch.__name__
     if not isinstance(arch, nn.Module):
         kwargs = {'normalize':normalize, 'emb_sz':recipe.emb_sz, **recipe.model, **given}
         return Embedder(arch, pretrained=pretrained, weights=weights, **kwargs, **(model_kwargs or {}))
@@ -362,7 +369,7 @@ def take_loss(self:MetricLearner,
 @delegates(Learner.__init__, but=['model','loss_func','metrics','splitter'])
 def metric_learner(
     dls:DataLoaders, # Training loader with several images of a class in a batch, and a loader of unseen classes
-    arch=None, # Name of a timm model, or a function so called, as fastai has; or a model that makes embeddings; `'resnet18'` if not given
+    arch=None, # timm model, `'hf-hub:user/model'`, `'local-dir:folder'`, fastai's function, or an `nn.Module`; `'resnet18'` if not given
     loss_func=None, # Function of embeddings and labels, or several to be added up; `DRTripletLoss()` if not given
     emb_sz:int=None, # Numbers in an embedding, or `'all'`: as many as features; 128 if not given, all where a head starts from < 512 images
     pretrained:bool=True, # Begin with timm's pretrained weights?
@@ -371,7 +378,7 @@ def metric_learner(
     normalize:bool=True, # Normalise images with the statistics of `arch`, if `dls` does not normalise?
     splitter=None, # Function from the model to parameter groups, such as `stage_splitter`; body and everything else if not given
     cbs=None, # Callbacks
-    pool=None, # `'avg'`, `'max'`, `'avgmax'`, `'gem'` or a callable, see `Embedder`
+    pool=None, # `'avg'`, `'max'`, `'avgmax'`, `'gem'`, of tokens `'token'`, `'token+avg'` or `'map'`, or a callable, see `make_pool`
     head=None, # `'linear'`, `'mlp'`, `'bnneck'`, `'identity'` or a callable, see `Embedder`; linear if not given
     init:str=None, # Start of the head: `'lda'`, `'pca'`, `'random'`, `'orthogonal'`, `'kaiming'`; LDA if not given, random as the body
     freeze_bn=None, # Keep the statistics of the body's batch norm? `'affine'`: its weights too; yes if not given and the body is trained
@@ -389,9 +396,13 @@ def metric_learner(
     r = recipe if isinstance(recipe, Recipe) else recipes[recipe] if recipe else Recipe()
     loss_func = _metric_loss(r.loss() if loss_func is None else loss_func)
     given = dict(emb_sz=emb_sz, pool=pool, head=head, init=init, freeze_bn=freeze_bn, frozen_stages=frozen_stages, normalize=normalize_embs)
-    trained = not isinstance(ifnone(arch, r.arch), nn.Module) and (pretrained or weights is not None)
-    if not isinstance(ifnone(arch, r.arch), nn.Module): given = _begin(given, r, trained, dls)
-    model = _model(ifnone(arch, r.arch), weights, pretrained, loss_func.normalize_embs, r, given, model_kwargs)
+    arch = ifnone(arch, r.arch)
+    if inspect.isfunction(arch): arch = arch.__name__
+    trained = not isinstance(arch, nn.Module) and (pretrained or weights is not None)
+    if not isinstance(arch, nn.Module):
+        check_arch(arch, weights)
+        given,model_kwargs = _begin(given, r, trained, dls),_sized(dls, arch, model_kwargs or {})
+    model = _model(arch, weights, pretrained, loss_func.normalize_embs, r, given, model_kwargs)
     if normalize and hasattr(model, 'cfg'): _normalize(dls, model.cfg, pretrained or weights is not None)
     names,mets = L(metrics).map(str) if metrics and all(isinstance(o, str) for o in L(metrics)) else None,L(metrics)
     cbs = as_callbacks(cbs)
