@@ -138,7 +138,7 @@ tampered = {
     'a mean that float64 lacks': (put('preprocess.mean', [10**400]), 'from -1,000 to 1,000'),
     'grey images': (lambda about: put('preprocess.mode', 'L')(put('preprocess.mean', None)(put('preprocess.std', None)(about))),
     '`model` must be .* takes the images of `preprocess`: .*channels'),
-    'another pooling': (put('model.pool', 'sum'), "`model.pool` must be null, 'avg', 'max', 'avgmax' or 'gem'; got 'sum'"),
+    'another pooling': (put('model.pool', 'sum'), "`model.pool` must be null, 'token', 'token+avg', 'map', 'avg', 'max', 'avgmax' or 'gem'; got 'sum'"),
     'a hidden argument': (put('model.model_kwargs', dict(cache_dir='/tmp')), "may not set: 'cache_dir'"),
     'an argument of the training': (put('model.frozen_stages', 1), "may not set: 'frozen_stages'"),
     'an argument timm lacks': (put('model.model_kwargs', dict(bogus=1)), "`model` must be what timm can build.*bogus"),
