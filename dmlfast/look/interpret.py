@@ -223,7 +223,8 @@ def from_batch(cls:RetrievalInterpretation,
     finally: learn.model.train(training)
     decode = getattr(getattr(learn.dls.train, 'after_batch', None), 'decode', None)
     ims = decode((x,))[0] if decode else x
-    return cls(embs, y.as_subclass(Tensor).cpu(), None, getattr(learn.dls, 'vocab', None), lambda i: _as_array(ims[i]), learn.loss_func)
+    return cls(embs, y.as_subclass(Tensor).cpu(), None, getattr(learn.dls, 'vocab', None), lambda i: _as_array(ims[i]), learn.loss_func,
+        facts=learn.about_training())
 
 def _as_array(x):
     "An image tensor `(c,h,w)` of 0 to 255, or of 0 to 1, as an array that can be drawn"
