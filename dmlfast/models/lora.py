@@ -22,7 +22,7 @@ from .embedder import *
 _split_qkv = {'q_proj','k_proj','v_proj','q','k','v','kv'} # where they are not one layer
 
 def _fits(m):
-    "Can peft put LoRA on a layer and merge it again? It copies neither the dilation nor the groups of a convolution, and a subclass may treat its weights"
+    "Can peft put LoRA on a layer and merge it again? It does not copy dilation and groups, and a subclass may treat its weights"
     return type(m) is nn.Linear or type(m) is nn.Conv2d and m.groups==1 and m.dilation==(1,1) and m.padding_mode=='zeros'
 
 def _layers(body):
@@ -32,8 +32,10 @@ def _layers(body):
 def _said(layers):
     "Layers in words"
     kinds = (('linear',nn.Linear), ('convolution',nn.Conv2d))
-    by = {k: Counter(n.rpartition('.')[2] for n,m in layers.items() if isinstance(m, t)) for k,t in kinds}
-    return '; '.join(f"{k}: {', '.join(f'{n} ({c})' for n,c in by[k].most_common(8))}{', ...' if len(by[k])>8 else ''}" for k,_ in kinds if by[k])
+    by = {k: Counter(re.search(r'([^.]+\.)?[^.]+$' if n[-1].isdigit() and n.rpartition('.')[2].isdigit() else r'[^.]+$', n)[0]
+        for n,m in layers.items() if isinstance(m, t)) for k,t in kinds}
+    return '; '.join(f"{k}: {', '.join(f'{n} ({c})' for n,c in by[k].most_common(8))}{', ...'*(len(by[k])>8)}"
+        for k,_ in kinds if by[k])
 
 def _matching(layers, target):
     "Names of the layers that `target` means"
@@ -54,8 +56,8 @@ def _called(model, layers):
     "Names of the layers that the body calls, and does not only take the weights of"
     seen,was,kwargs = set(),model.training,model.named['model_kwargs']
     hooks = [m.register_forward_hook(lambda *_, n=n: seen.add(n)) for n,m in layers.items()]
-    try: model.eval().features(torch.zeros(1, kwargs.get('in_chans', 3), *to_2tuple(kwargs.get('img_size', model.cfg['input_size'][1:])),
-        device=next(model.parameters()).device))
+    size = to_2tuple(kwargs.get('img_size', model.cfg['input_size'][1:]))
+    try: model.eval().features(torch.zeros(1, kwargs.get('in_chans', 3), *size, device=next(model.parameters()).device))
     finally:
         for o in hooks: o.remove()
         model.train(was)
@@ -70,12 +72,14 @@ def lora_layers(
     layers = _layers(model.body)
     frozen = set(model.before[0] if isinstance(model, LoraEmbedder) else model.frozen)
     names = [n for n in _matching(layers, target) if f'{n}.weight' not in frozen]
-    if not names: raise ValueError(f"{model.arch!r} has no layers {target!r} that can be trained; its layers are, by the ends of their names: {_said(layers)}.")
+    if not names:
+        raise ValueError(f"{model.arch!r} has no layers {target!r} that can be trained; its layers are, by the ends of their names: "
+            f"{_said(layers)}.")
     called = _called(model, {n:layers[n] for n in names})
     if len(called)<len(names) and (target not in ('linear','conv') or not called):
         bad = next(n for n in names if n not in called)
-        raise ValueError(f"LoRA on {bad!r} would do nothing, since {model.arch!r} takes its weights without calling it; the layers that it calls are, "
-            f"by the ends of their names: {_said({n:layers[n] for n in _called(model, layers)})}.")
+        raise ValueError(f"LoRA on {bad!r} would do nothing, since {model.arch!r} takes its weights without calling it; the layers that it "
+            f"calls are, by the ends of their names: {_said({n:layers[n] for n in _called(model, layers)})}.")
     return called
 
 # %% ../../nbs/api/models/03_lora.ipynb #f79c66e8
@@ -86,7 +90,8 @@ def _peft():
     return peft
 
 def _check_numbers(rank, alpha):
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank<1: raise ValueError(f"`rank` is a whole number, 1 or more; got {rank!r}.")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank<1:
+        raise ValueError(f"`rank` is a whole number, 1 or more; got {rank!r}.")
     if isinstance(alpha, bool) or not isinstance(alpha, (int,float)) or not 0<alpha<float('inf'):
         raise ValueError(f"`alpha` is a number greater than 0; got {alpha!r}.")
 
@@ -97,10 +102,11 @@ def add_lora(
     alpha:float=16, # The difference is multiplied by `alpha/rank`; greater than 0
     target='qkv', # Which layers, see `lora_layers`
 )->Embedder: # `model`, a `LoraEmbedder` now
-    "Freeze the body of a model, and put LoRA on some of its layers; raises `ImportError` without the extra, and `ValueError` where it is on already or cannot be"
+    "Freeze the body of a model, and put LoRA on some of its layers; raises `ImportError` without peft, and `ValueError` where it cannot be"
     if not isinstance(model, Embedder):
         raise ValueError(f"LoRA is put on the body of a model that `metric_learner` makes by name, and this is a {type(model).__name__}.")
-    if isinstance(model, LoraEmbedder): raise ValueError(f"This model has LoRA already ({model.lora_said}): merge it first with `merge_lora`.")
+    if isinstance(model, LoraEmbedder):
+        raise ValueError(f"This model has LoRA already ({model.lora_said}): merge it first with `merge_lora`.")
     _check_numbers(rank, alpha)
     peft,layers = _peft(),lora_layers(model, target)
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules='|'.join(map(re.escape, layers)))
@@ -143,6 +149,7 @@ def _take_off(body, merge):
         if merge: m.merge(safe_merge=True)
         parent,_,child = name.rpartition('.')
         setattr(body.get_submodule(parent), child, m.get_base_layer())
+    del body.peft_config
 
 # %% ../../nbs/api/models/03_lora.ipynb #6184f520
 def merge_lora(
@@ -228,8 +235,8 @@ def check_filed(
     if isinstance(model, LoraEmbedder) and model.lora!={k:lora[k] for k in model.lora}:
         raise ValueError(f"{where} holds another LoRA ({_lora_said(lora)}) than this model has ({model.lora_said}).")
     if lora['base'] and lora['base']!=weights_hash(own_state(model)):
-        raise ValueError(f"{where} holds LoRA for another body: it needs the weights with the hash {lora['base'][:8]}, and those of this {model.arch!r} have "
-            f"{weights_hash(own_state(model))[:8]}.")
+        raise ValueError(f"{where} holds LoRA for another body: it needs the weights with the hash {lora['base'][:8]}, and those of this "
+            f"{model.arch!r} have {weights_hash(own_state(model))[:8]}.")
 
 def whole_state(
     model:nn.Module, # The model that it is for

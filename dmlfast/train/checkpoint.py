@@ -19,6 +19,8 @@ from .compat import *
 from .columns import *
 from ..files.writing import *
 from .learner import *
+from .lora import *
+from ..models.lora import *
 
 # %% ../../nbs/api/train/10_checkpoint.ipynb #afea36bf
 def _plain(o):
@@ -149,9 +151,10 @@ def begin(self:Checkpoint):
 def state(self:Checkpoint):
     "All that the rest of the run depends on"
     learn = self.learn
+    with learn.as_filed(): model = _plain(learn.model.state_dict())
     return _plain(dict(version=1, i_fit=self.i_fit, epoch=self.epoch+1, n_epoch=self.n_epoch, every=self.every, facts=self.facts,
         vocab=_classes(learn.dls),
-        model=learn.model.state_dict(), opt=learn.opt.state_dict(), train_iter=learn.train_iter,
+        model=model, opt=learn.opt.state_dict(), train_iter=learn.train_iter,
         grads=[p.grad for p in learn.model.parameters()]
         if any(getattr(o, "count", 0) for o in learn.cbs if isinstance(o, GradientAccumulation)) else None,
         scaler=learn.scaler.state_dict() if getattr(learn, 'scaler', None) else None,
@@ -175,6 +178,7 @@ def resume(self:MetricLearner,
         raise ValueError(f"{str(cb.file)!r} is not a checkpoint of this version of the library.")
     if state['vocab']!=_classes(self.dls):
         raise ValueError(f"The run in {str(folder)!r} was on other classes: {_differ(state['vocab'], _classes(self.dls))}.")
+    self.put_filed(state['model'], f"The run in {str(folder)!r}")
     _load_weights(self.model, state['model'], folder, lambda k: hasattr(self.model, k.split('.')[0]))
     self.__dict__.setdefault('_resumed', {})[cb.folder.resolve()] = state
     self.__dict__.setdefault('_runs', {}).pop(cb.folder.resolve(), None)
@@ -187,7 +191,7 @@ def _differ(a, b):
 
 def _load_weights(model, sd, folder, there=lambda name: True):
     "Load `sd` into `model`; what a callback will add at the fit is not `there` yet"
-    have = model.state_dict()
+    have,sd = model.state_dict(),whole_state(model, sd)
     if left := [k for k in sd if k not in have and there(k)]:
         raise ValueError(f"The run in {str(folder)!r} had another model: {left[0]!r} is not here.")
     if bad := [k for k,v in have.items() if k not in sd or sd[k].shape!=v.shape]:

@@ -19,6 +19,7 @@ from ..deploy.folder import *
 from .recipe import *
 from .learner import *
 from ..models.embedder import *
+from ..models.lora import *
 
 # %% ../../nbs/api/train/11_export.ipynb #b1ddfbe6
 def _steps_of(t):
@@ -88,7 +89,7 @@ def export_embedder(self:MetricLearner,
     if not hasattr(model, 'spec'):
         raise ValueError(f"Only the models that `metric_learner` makes by name can be built again elsewhere, and this one was given as it is.")
     self.start_head()
-    res = ImageEmbedder(model, preprocess_of(self.dls), _facts(self))
+    res = ImageEmbedder(merged(model), preprocess_of(self.dls), _facts(self))
     if gallery is not None:
         gal = self.embedded(gallery)
         gal.check_labels()

@@ -30,6 +30,7 @@ from .features import rows_of
 from .gain import *
 from .learner import *
 from ..models.embedder import *
+from ..models.lora import *
 from .ssr import *
 from ..retrieval.metrics import *
 
@@ -74,7 +75,10 @@ def fit_head(self:MetricLearner,
     with on_features(self, views, memory=memory): self.fit_one_cycle(n_epoch, lr, **kwargs)
 
 # %% ../../nbs/api/train/13_transfer.ipynb #7b3f2da2
-def _embedding(model): return {k:v for k,v in model.state_dict().items() if k.startswith(('body.','pool.','head.'))}
+def _embedding(model):
+    "What makes embeddings, but for a body under LoRA, which stays as it is"
+    own = own_state(model) if isinstance(model, LoraEmbedder) else {}
+    return {k:v for k,v in model.state_dict().items() if k.startswith(('body.','pool.','head.')) and k not in own}
 
 def _score(learn, metric):
     "A metric of the validation classes"
