@@ -11,7 +11,7 @@ __all__ = []
 import torch
 from fastcore.all import *
 from fastai.learner import *
-from fastai.torch_core import no_random
+from fastai.torch_core import distrib_barrier, no_random
 from ..models.embedder import *
 from ..models.lora import *
 from .baseline import *
@@ -107,7 +107,10 @@ def load(self:MetricLearner,
 )->MetricLearner: # Itself
     "As of any learner; LoRA is put on where the file has it. Raises `ValueError` for LoRA of another kind or on another body"
     fn = join_path_file(file, self.path/self.model_dir, ext='.pth')
+    distrib_barrier()
+    at = fn.tell() if hasattr(fn, 'tell') else None
     load_model(fn, peek := _Peek(), None, with_opt=False)
+    if at is not None: fn.seek(at)
     self.put_filed(peek.sd, repr(str(file)))
     return super(MetricLearner, self).load(file, device=device, **kwargs)
 
