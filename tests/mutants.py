@@ -21,6 +21,10 @@ mutants = [ # room, what its code says, what it says instead, tests
     ('models.embedder', "and (self.freeze_bn or m.weight is not None", "and (m.weight is not None", 'test_models.py -k bn'), # running statistics move
     ('models.heads', "self.total-(means*n[:,None]).T@means/len(X)", "self.total-means.T@means/len(means)", 'test_transfer.py -k lda'), # classes count alike
     ('train.baseline', "for fit,score in (parts,parts[::-1]):", "for fit,score in zip(parts, parts):", 'test_transfer.py -k shrinkage'), # judged on what it was fitted to
+    ('models.lora', "self.frozen = list(dict.fromkeys([*self.frozen, *own]))", "pass", 'test_lora.py -k two_groups'), # the body is trained
+    ('models.lora', "lora['base']!=weights_hash(own_state(model)):", "False:", 'test_lora.py -k save_and_load'), # LoRA of another body
+    ('train.lora', "o.origin |= {", "_ = {", 'test_lora.py -k features_before'), # what was trained is measured against itself
+    ('train.compat', "p.grad = p.grad if p.requires_grad else None", "pass", 'test_lora.py -k two_groups'), # what is frozen decays
     ('retrieval.metrics', "return (ranks<=there.sum(1)[:,None]) & there", "return (ranks<there.sum(1)[:,None]) & there",
     'test_retrieval.py'),
     ('retrieval.search', "has = (own>=0).nonzero()[:,0]", "has = (own>0).nonzero()[:,0]", 'test_retrieval.py'), # the first item finds itself
