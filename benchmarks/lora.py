@@ -1,4 +1,4 @@
-"""LoRA beside full fine-tuning: seconds and memory of a step, and bytes of a checkpoint.
+"""LoRA beside full fine-tuning: processor seconds and memory of a step, and bytes of a checkpoint.
 
     python benchmarks/lora.py
 
@@ -34,9 +34,9 @@ def stepper(arch, how):
     return step,model,params
 
 def seconds(f):
-    t = time.perf_counter()
+    t = time.process_time()
     f()
-    return time.perf_counter()-t
+    return time.process_time()-t
 
 def kept(step, model):
     "Bytes that autograd keeps in a step"
@@ -59,7 +59,7 @@ def mb(n): return f'{n/2**20:,.1f}'
 if __name__=='__main__':
     torch.set_num_threads(1)
     print(f'{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, 1 thread, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}\n')
-    print('| body | trained | weights trained | s a step | of full | kept for backward, MB | gradients and moments, MB | weights in a file, MB |')
+    print('| body | trained | weights trained | CPU s a step | of full | kept for backward, MB | gradients and moments, MB | weights in a file, MB |')
     print('|---|---|---|---|---|---|---|---|')
     for arch in archs:
         runs = {how:stepper(arch, how) for how in ('full','qkv','linear')}
