@@ -38,6 +38,10 @@ mutants = [ # room, what its code says, what it says instead, tests
         "return (ranks<there.sum(1)[:,None]) & there", 'test_retrieval.py'),
     # the first item finds itself
     ('retrieval.search', "has = (own>=0).nonzero()[:,0]", "has = (own>0).nonzero()[:,0]", 'test_retrieval.py'),
+    ('models.lora', "self.frozen = list(dict.fromkeys([*self.frozen, *own]))", "pass", 'test_lora.py -k two_groups'), # the body is trained
+    ('models.lora', "lora['base']!=weights_hash(own_state(model)):", "False:", 'test_lora.py -k save_and_load'), # LoRA of another body
+    ('train.lora', "o.origin |= {", "_ = {", 'test_lora.py -k features_before'), # what was trained is measured against itself
+    ('train.compat', "p.grad = p.grad if p.requires_grad else None", "pass", 'test_lora.py -k two_groups'), # what is frozen decays
     ('train.columns', "(epoch+1)%self.every==0", "epoch%self.every==0", 'test_learner.py -k every_other'),
     ('deploy.embedder', "m = min(w/tw, h/th)", "m = max(w/tw, h/th)", 'test_deploy.py'),
     # what was added later is not found

@@ -2,7 +2,8 @@
 
 from importlib import import_module
 
-_rooms = ['settings', 'checks', 'runs', 'tuning', 'plans', 'comparison', 'experiments'] # loaded when one of their names is asked for: the help of the commands needs only `settings`, which knows nothing heavy
+# loaded when one of their names is asked for: the help of the commands needs only `settings`, which knows nothing heavy
+_rooms = ['settings', 'checks', 'runs', 'tuning', 'plans', 'comparison', 'experiments']
 
 def __getattr__(name):
     if name.startswith('_') and name!='__all__': raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

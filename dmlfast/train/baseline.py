@@ -20,6 +20,7 @@ from .columns import *
 from .features import *
 from ..models.heads import *
 from ..models.embedder import *
+from ..models.lora import *
 from ..retrieval.metrics import *
 
 # %% ../../nbs/api/train/10_baseline.ipynb #a3cd8534

@@ -118,6 +118,15 @@ def lr_find(self:BridgedLearner,
             "`stop_div=False` goes on where a loss "
             "that begins near 0 rises, and a smaller `end_lr` where embeddings are no longer finite.") from e
 
+# %% ../../nbs/api/train/00_compat.ipynb #98989da3
+@patch
+def freeze_to(self:BridgedLearner,
+    n:int # Number of parameter groups that are frozen
+):
+    "As of any learner; what is frozen does not decay"
+    Learner.freeze_to(self, n)
+    for p,*_ in self.opt.all_params(): p.grad = p.grad if p.requires_grad else None
+
 # %% ../../nbs/api/train/00_compat.ipynb #b598d417
 @patch
 def validate(self:BridgedLearner,
