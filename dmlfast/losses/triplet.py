@@ -74,13 +74,6 @@ class DRTripletLoss(TripletLoss):
         super().__init__(margin, gamma, squared, reduction, miner)
 
 # %% ../../nbs/api/losses/03_triplet.ipynb #c3c826d2
-def _anchor_blocks(labels, sz):
-    "Rows `(b,)` with their class-mates `(b,j)`, about `sz` (anchor, positive, row) triples at a time"
-    for a,p in class_mates(labels):
-        b = max(1, sz//(p.shape[1]*len(labels)))
-        yield from zip(a.split(b), p.split(b))
-
-# %% ../../nbs/api/losses/03_triplet.ipynb #def1d39d
 def triplet_terms(
     d2:Tensor, # Squared distances, `(n,n)` float64, as from `sqdist`
     labels:Tensor, # Class of each row, `(n,)` int64
@@ -95,7 +88,7 @@ def triplet_terms(
     n,g = len(d2),gamma/2
     y = labels.unique(return_inverse=True)[1].to(dtype)
     total,active,gd2 = d2.new_zeros(n),d2.new_zeros(()),torch.zeros_like(d2)
-    for a,p in _anchor_blocks(labels, 2**24 if d2.is_cuda else 2**17):
+    for a,p in mate_blocks(labels, 2**24 if d2.is_cuda else 2**17):
         an = d2.index_select(0, a)
         ap,r = an.gather(1, p),safe_rsqrt(an)
         t = safe_rsqrt(ap)
