@@ -39,10 +39,11 @@ def class_mates(
     "The rows of all classes of one size with the other rows of their class, for each size"
     y,order = labels.cpu().sort(stable=True)
     size = y.unique_consecutive(return_counts=True)[1]
-    start = size.cumsum(0)-size
+    size = size.repeat_interleave(size)
     def table(k):
-        rows = start[size==k][:,None]+torch.arange(k)
-        return order[rows].flatten(),order[torch.stack([rows.roll(-i, 1) for i in range(1,k)], -1)].flatten(0, 1)
+        rows = order[size==k].view(-1, k)
+        mates = rows.repeat(1, 2).unfold(1, k-1, 1)[:,1:k+1] # the k-1 that follow each, around the circle
+        return rows.flatten(),mates.flatten(0, 1)
     return [tuple(o.to(labels.device) for o in table(k)) for k in size.unique().tolist() if k>1]
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #eaf5943c

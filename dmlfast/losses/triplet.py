@@ -101,10 +101,11 @@ def triplet_terms(
             h.sub_(c)
         total[a] = h.relu_().sum(-1).sum(1, dtype=d2.dtype)
         k = h.sign_()
-        active += k.sum(-1).sum(dtype=d2.dtype)
+        gap = k.sum(-1).to(d2.dtype)
+        active += gap.sum()
         if not grad: continue
-        if weight is not None: k.mul_(weight[a,None,None])
-        gap,gan = k.sum(-1).to(d2.dtype),k.sum(1).to(d2.dtype).neg_()
+        if weight is not None: k,gap = k.mul_(weight[a,None,None]),gap.mul_(weight[a,None])
+        gan = k.sum(1).to(d2.dtype).neg_()
         if not squared: gap,gan = gap*t/2,gan.mul_(r).div_(2)
         if gamma:
             kc = c.mul_(k)
@@ -124,12 +125,11 @@ class _AllTriplets(torch.autograd.Function):
         ctx.args,ctx.reduction = args,reduction
         now = ctx.needs_input_grad[0] and reduction!='none'
         total,active,gd2 = triplet_terms(d2, labels, **args, grad=now)
-        m = class_index(labels)[1]
-        count = (m-1)*(len(m)-m)
-        if reduction=='sum': count = torch.ones_like(active)
-        elif reduction=='active': count = active
-        elif reduction=='mean': count = count.sum()
-        count = count.clamp(min=1)
+        count = active if reduction=='active' else torch.ones_like(active)
+        if reduction in ('mean','none'):
+            m = class_index(labels)[1]
+            count = (m-1)*(len(m)-m)
+        count = (count.sum() if reduction=='mean' else count).clamp(min=1)
         if now: ctx.save_for_backward(gd2.div_(count))
         else: ctx.save_for_backward(d2, labels, count)
         return ((total if reduction=='none' else total.sum())/count).to(args['dtype'])
