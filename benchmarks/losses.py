@@ -127,7 +127,8 @@ def table(device):
 def memory():
     rows = ['| what | batch | MiB |', '|---|---|---|']
     for name,shape in [('DR-triplet',(512,4,512)), ('PML triplet',(512,4,512)), ('DR-triplet',(128,16,64)),
-                       ('one row per triplet',(128,16,64)), ('DR-triplet',(4096,4,512)), ('Recall@k',(512,4,512)), ('Recall@k',(4096,4,512))]:
+                       ('one row per triplet',(128,16,64)), ('DR-triplet',(4096,4,512)),
+                       ('Recall@k',(512,4,512)), ('Recall@k',(4096,4,512))]:
         rows.append(f'| {name} | {shape[0]} = {shape[0]//shape[1]}×{shape[1]}, {shape[2]}-d | {fresh_peak(name, shape):.0f} |')
         print(rows[-1], flush=True)
     return '\n'.join(rows)
