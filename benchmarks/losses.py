@@ -57,6 +57,11 @@ CASES = [
     ('margin / PML, distance-weighted', (128,4,512), MarginLoss, PML_M, 5),
     ('margin / PML, distance-weighted', (512,4,512), MarginLoss, PML_M, 5),
     ('contrastive / PML', (512,4,512), ContrastiveLoss, pml.ContrastiveLoss, None),
+    *[('SupCon / PML', (n,4,128), SupConLoss, pml.SupConLoss, 1) for n in (64,128,256,512)],
+    ('SupCon / PML', (512,4,512), SupConLoss, pml.SupConLoss, 1),
+    *[('circle / PML', (n,4,128), CircleLoss, pml.CircleLoss, 1) for n in (64,128,256,512)],
+    ('circle / PML', (512,4,512), CircleLoss, pml.CircleLoss, 1),
+    ('Recall@k / our plain MS', (512,4,512), RecallAtKLoss, MultiSimilarityLoss, 1/4),
     ('Proxy-Anchor / PML, 100 classes', (128,4,512), lambda: ProxyAnchorLoss(100, 512), lambda: pml.ProxyAnchorLoss(100, 512), None),
 ]
 
@@ -90,7 +95,7 @@ def times(shape, ours, theirs, device='cpu', budget=8.):
     runs = [[clock(o, f, y) for o in pair] for _ in range(max(5, min(101, int(budget/first))))]
     return [median(o) for o in zip(*runs)]
 
-PEAKS = {'DR-triplet':DRTripletLoss, 'PML triplet':PML_T, 'one row per triplet':Literal}
+PEAKS = {'DR-triplet':DRTripletLoss, 'Recall@k':RecallAtKLoss, 'PML triplet':PML_T, 'one row per triplet':Literal}
 
 def status(key):
     "A line of /proc/self/status, in MiB"
@@ -122,7 +127,8 @@ def table(device):
 def memory():
     rows = ['| what | batch | MiB |', '|---|---|---|']
     for name,shape in [('DR-triplet',(512,4,512)), ('PML triplet',(512,4,512)), ('DR-triplet',(128,16,64)),
-                       ('one row per triplet',(128,16,64)), ('DR-triplet',(4096,4,512))]:
+                       ('one row per triplet',(128,16,64)), ('DR-triplet',(4096,4,512)),
+                       ('Recall@k',(512,4,512)), ('Recall@k',(4096,4,512))]:
         rows.append(f'| {name} | {shape[0]} = {shape[0]//shape[1]}×{shape[1]}, {shape[2]}-d | {fresh_peak(name, shape):.0f} |')
         print(rows[-1], flush=True)
     return '\n'.join(rows)

@@ -47,38 +47,6 @@ def log1p_sum_exp(
     return _Log1pSumExp.apply(x, mask, dim)
 
 # %% ../../nbs/api/losses/05_multisimilarity.ipynb #73ca8db2
-class _MultiSimilarity(torch.autograd.Function):
-    "Multi-similarity loss of each anchor"
-    @staticmethod
-    def forward(ctx, embs, labels, loss):
-        w = embs.to(wide_dtype(embs)) if loss.gamma else embs
-        gram = w@w.T
-        s = gram.to(embs.dtype)
-        pos,neg = label_masks(labels, s.dtype)
-        P,N = loss.masks(embs, labels, s, pos, neg)
-        values,P = _log1p_softmax(torch.rsub(s, loss.lam*loss.alpha, alpha=loss.alpha), P)
-        ctx.gamma,saved = loss.gamma,()
-        if loss.gamma:
-            d2 = gram_sqdist(gram, torch.finfo(embs.dtype).eps)
-            p = hardest_positive(d2, pos)
-            saved = d2,p,*cos_parts(d2, p)
-            s = torch.sub(s, saved[2].to(s.dtype), alpha=loss.gamma)
-        far,N = _log1p_softmax(torch.mul(s, loss.beta).sub_(loss.beta*loss.lam), N)
-        ctx.save_for_backward(w, P, N, *saved)
-        return values.div_(loss.alpha).add_(far, alpha=1/loss.beta)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        (w,P,N,*saved),g = ctx.saved_tensors,g[:,None]
-        by_s = torch.sub(N, P).mul_(g)
-        by_s = by_s+by_s.T
-        if not ctx.gamma: return by_s@w,None,None
-        d2,p,c,r,t = saved
-        rows = gram_grad(cos_grad((N*(g*-ctx.gamma)).to(c.dtype), p, c, r, t), d2).add_(by_s)
-        return (rows@w).to(P.dtype),None,None
-
-# %% ../../nbs/api/losses/05_multisimilarity.ipynb #4bbaa9e4
 @register_loss
 class MultiSimilarityLoss(MetricLoss):
     "Soft weights for the pairs that are hard relative to their anchor's other pairs"
@@ -111,7 +79,13 @@ class MultiSimilarityLoss(MetricLoss):
         pos[a,p],neg[a2,n] = 1,1
         return pos,neg
 
-    def compute(self, embs, labels): return reduce_values(_MultiSimilarity.apply(embs, labels, self), self.reduction)
+    def compute(self, embs, labels):
+        def weigh(s, far, pos, neg):
+            P,N = self.masks(embs, labels, s, pos, neg)
+            near,P = _log1p_softmax(torch.rsub(s, self.lam*self.alpha, alpha=self.alpha), P)
+            far,N = _log1p_softmax(torch.mul(far, self.beta).sub_(self.beta*self.lam), N)
+            return near.div_(self.alpha).add_(far, alpha=1/self.beta),N.sub_(P)
+        return reduce_values(sim_loss(embs, labels, weigh, self.gamma), self.reduction)
 
     def active(self, embs, labels):
         "Share of the pairs that are learned from"

@@ -74,13 +74,6 @@ class DRTripletLoss(TripletLoss):
         super().__init__(margin, gamma, squared, reduction, miner)
 
 # %% ../../nbs/api/losses/03_triplet.ipynb #c3c826d2
-def _anchor_blocks(labels, sz):
-    "Rows `(b,)` with their class-mates `(b,j)`, about `sz` (anchor, positive, row) triples at a time"
-    for a,p in class_mates(labels):
-        b = max(1, sz//(p.shape[1]*len(labels)))
-        yield from zip(a.split(b), p.split(b))
-
-# %% ../../nbs/api/losses/03_triplet.ipynb #def1d39d
 def triplet_terms(
     d2:Tensor, # Squared distances, `(n,n)` float64, as from `sqdist`
     labels:Tensor, # Class of each row, `(n,)` int64
@@ -95,7 +88,7 @@ def triplet_terms(
     n,g = len(d2),gamma/2
     y = labels.unique(return_inverse=True)[1].to(dtype)
     total,active,gd2 = d2.new_zeros(n),d2.new_zeros(()),torch.zeros_like(d2)
-    for a,p in _anchor_blocks(labels, 2**24 if d2.is_cuda else 2**17):
+    for a,p in mate_blocks(labels, 2**24 if d2.is_cuda else 2**17):
         an = d2.index_select(0, a)
         ap,r = an.gather(1, p),safe_rsqrt(an)
         t = safe_rsqrt(ap)
@@ -108,10 +101,11 @@ def triplet_terms(
             h.sub_(c)
         total[a] = h.relu_().sum(-1).sum(1, dtype=d2.dtype)
         k = h.sign_()
-        active += k.sum(-1).sum(dtype=d2.dtype)
+        gap = k.sum(-1).to(d2.dtype)
+        active += gap.sum()
         if not grad: continue
-        if weight is not None: k.mul_(weight[a,None,None])
-        gap,gan = k.sum(-1).to(d2.dtype),k.sum(1).to(d2.dtype).neg_()
+        if weight is not None: k,gap = k.mul_(weight[a,None,None]),gap.mul_(weight[a,None])
+        gan = k.sum(1).to(d2.dtype).neg_()
         if not squared: gap,gan = gap*t/2,gan.mul_(r).div_(2)
         if gamma:
             kc = c.mul_(k)
@@ -131,12 +125,11 @@ class _AllTriplets(torch.autograd.Function):
         ctx.args,ctx.reduction = args,reduction
         now = ctx.needs_input_grad[0] and reduction!='none'
         total,active,gd2 = triplet_terms(d2, labels, **args, grad=now)
-        m = class_index(labels)[1]
-        count = (m-1)*(len(m)-m)
-        if reduction=='sum': count = torch.ones_like(active)
-        elif reduction=='active': count = active
-        elif reduction=='mean': count = count.sum()
-        count = count.clamp(min=1)
+        count = active if reduction=='active' else torch.ones_like(active)
+        if reduction in ('mean','none'):
+            m = class_index(labels)[1]
+            count = (m-1)*(len(m)-m)
+        count = (count.sum() if reduction=='mean' else count).clamp(min=1)
         if now: ctx.save_for_backward(gd2.div_(count))
         else: ctx.save_for_backward(d2, labels, count)
         return ((total if reduction=='none' else total.sum())/count).to(args['dtype'])
