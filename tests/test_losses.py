@@ -531,7 +531,9 @@ def test_embeddings_of_another_length():
 def classes(base): return {k:o for k,o in vars(package).items() if isinstance(o, type) and issubclass(o, base) and not k.startswith('_')}
 
 WRAPS = dict(OtherLoss=lambda: OtherLoss(pml.ContrastiveLoss()),
-    CombinedLoss=lambda: CombinedLoss([TripletLoss(), ProxyNCALoss(), MarginLoss()]))
+    CombinedLoss=lambda: CombinedLoss([TripletLoss(), ProxyNCALoss(), MarginLoss()]),
+    MatryoshkaLoss=lambda: MatryoshkaLoss(CombinedLoss([TripletLoss(), ProxyNCALoss(), MarginLoss()])))
+TERMS = 'ThresholdConsistency','AntiCollapse' # which stand beside another loss, and are no setting of their own
 EVERY = {k:WRAPS.get(k, o) for k,o in classes(MetricLoss).items()
          if o.compute is not MetricLoss.compute and getattr(o,'compare',None) is not ProxyLoss.compare}
 
@@ -778,7 +780,7 @@ PROXIES = ['ProxyNCALoss','DRProxyNCALoss','ProxyAnchorLoss']
 @pytest.mark.parametrize('name', EVERY)
 def test_what_a_loss_compares(name):
     loss = EVERY[name]().setup(5, 16)
-    assert loss.compares==(name not in (*PROXIES,'CombinedLoss')) # a sum with a part that compares with proxies learns from any batch
+    assert loss.compares==(name not in (*PROXIES,'CombinedLoss','MatryoshkaLoss','AntiCollapse')) # a sum with a part that compares with proxies learns from any batch
     assert loss.repeatable==(name!='OtherLoss')
     if name in PROXIES: assert loss.seen_only and loss.active(F12, Y12) is None and loss.asks() is None
 
@@ -798,7 +800,7 @@ def test_what_a_sum_says():
 # Names
 
 def test_all_are_registered():
-    assert {o for _,o in register_loss.items()}>={o for k,o in EVERY.items() if k not in WRAPS}
+    assert {o for _,o in register_loss.items()}>={o for k,o in EVERY.items() if k not in (*WRAPS,*TERMS)}
     assert {type(o) for o in MINERS}=={o for _,o in register_miner.items()}
     assert register_loss['ms'] is MultiSimilarityLoss
     assert register_loss['drms'] is register_loss['dr_multi-similarity'] is DRMultiSimilarityLoss
