@@ -223,8 +223,8 @@ class OtherLoss(MetricLoss):
     def cut(self, d):
         "Refuse what has weights: nobody knows which of their numbers belong to which of an embedding's"
         if not self.seen_only: return {}
-        raise ValueError(f"{type(self.loss).__name__} has weights, and does not say how they are cut with the embeddings: take a loss of this "
-            "package, or derive one from `MetricLoss` that has `cut`.")
+        raise ValueError(f"{type(self.loss).__name__} has weights, and does not say how they are cut with the embeddings: take a loss of "
+            "this package, or derive one from `MetricLoss` that has `cut`.")
 
     def compute(self, embs, labels):
         unseen = self.seen_only and not self.training and self.n_classes and (labels>=self.n_classes).any()

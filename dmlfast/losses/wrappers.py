@@ -26,7 +26,7 @@ class MatryoshkaLoss(CombinedLoss):
         for o in dims or (): check_number('MatryoshkaLoss', 'dims', o, 'count')
         for o in weights or (): check_number('MatryoshkaLoss', 'weights', o, 'finite')
         n = 4 if dims is None else len(dims)
-        if weights is not None and len(weights)!=n: raise ValueError(f'MatryoshkaLoss keeps {n} lengths, and there are {len(weights)} weights')
+        if weights is not None and len(weights)!=n: raise ValueError(f'MatryoshkaLoss has {n} lengths, and {len(weights)} weights')
         self.dims,self.weights = None if dims is None else tuple(dims),tuple([1.]*n if weights is None else weights)
         self.cut(1) # refuses a loss that cannot be
 
@@ -40,7 +40,8 @@ class MatryoshkaLoss(CombinedLoss):
     )->list: # `(numbers kept, weight)` for each
         "What is kept of embeddings of a length; raises `ValueError` where they are too short"
         if self.dims and max(self.dims)>emb_sz:
-            raise ValueError(f'MatryoshkaLoss keeps the first {max(self.dims)} numbers of an embedding, and there are {emb_sz}: leave out `dims`, or make `emb_sz` larger')
+            raise ValueError(f'MatryoshkaLoss keeps the first {max(self.dims)} numbers of an embedding, and there are {emb_sz}: leave out '
+                '`dims`, or make `emb_sz` larger')
         dims = [emb_sz>>i for i in range(4)] if self.dims is None else self.dims
         return [(d,w) for d,w in zip(dims, self.weights) if d]
 
@@ -60,7 +61,7 @@ class ThresholdConsistency(MetricLoss):
     def __init__(self,
         pos:float=.9, # Positives more similar than this cost nothing, a cosine
         neg:float=.5, # Negatives less similar than this cost nothing, a cosine
-        reduction:str='active', # `'active'`, `'mean'` over all pairs, `'sum'`, or `'none'`: each anchor's mean over positives plus that over negatives
+        reduction:str='active', # `'active'`, `'mean'` over all pairs, `'sum'`, or `'none'`: each anchor's two means
     ):
         super().__init__(reduction=reduction)
         self.pos,self.neg = pos,neg
