@@ -197,3 +197,65 @@ def test_terms_beside_a_loss():
     want = nested.loss.losses[0](f, y)+nca(short, y)+sum(o(f, y)+o(short, y) for o in parts)
     torch.testing.assert_close(nested(f, y), want)
     with pytest.raises(ValueError, match='normalised'): CombinedLoss((NPairLoss(), ThresholdConsistency()))
+
+# Shorter embeddings
+
+def test_shortened_embeddings():
+    x,y = batch(40, 8, 5, dtype=torch.float32)
+    emb = Embedded(x, y, items=[f'{o}.jpg' for o in range(40)], vocab=[*'abcde'], role=['query','gallery']*20, facts=dict(net='n'))
+    for d in (1,3,8):
+        short = emb.shorten(d)
+        torch.testing.assert_close(short.embs, x[:,:d]/x[:,:d].norm(dim=1, keepdim=True))
+        assert short.items==emb.items and short.facts==dict(net='n', shortened_from=8) and torch.equal(short.queries, emb.queries)
+        assert short.shorten(1).facts['shortened_from']==8 and emb.embs.shape==(40,8)
+    res = emb.evaluate(['recall@1','map@r'], dims=(2,8))
+    assert [*res]==[2,8] and isinstance(res, ResultsByLength)
+    for d in res:
+        for k in ('recall@1','map@r'): assert res[d][k]==emb.shorten(d).evaluate([k])[k]
+    assert res.to_dict()['2']['metrics']['map@r']['mean']==res[2]['map@r'] and '8' in repr(res) and 'map@r' in res._repr_html_()
+    assert [*emb.evaluate(['recall@1'], dims=4)]==[4]
+    torch.testing.assert_close(Embedded(3*x).shorten(3).embs, 3*x[:,:3]) # where length says something it still does
+    for d in (0,9,2.,True,'4'):
+        with pytest.raises(ValueError, match=r'8 numbers are shortened to 1 to 8 of them; got'): emb.shorten(d)
+        with pytest.raises(ValueError, match=r'1 to 8 of them; got'): emb.evaluate(dims=d if isinstance(d, str) else (4,d))
+
+@pytest.mark.parametrize('head', ['linear','mlp','bnneck','identity'])
+def test_a_shortened_embedder(head, tmp_path):
+    "Images and gallery give the first numbers, the body is shared, the folder is one of a smaller embedder, and the long one stays as it is"
+    torch.manual_seed(0)
+    model = Embedder('test_resnet', None if head=='identity' else 16, pretrained=False, head=head)
+    finder = ImageEmbedder(model, Preprocess([('squash', (32,32), 2)]))
+    images = [torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(o)) for o in range(6)]
+    finder.add(images, [*'aabbcc'], items=[*'123456'])
+    long,n = finder.embs.clone(),model.emb_sz
+    short = finder.shorten(5)
+    want = normalize(long[:,:5], dim=1)
+    torch.testing.assert_close(short.embs, want)
+    torch.testing.assert_close(short.embed(images), want, rtol=1e-4, atol=1e-5)
+    assert short.model.body is model.body and short.search(images[0], k=1)[0].item=='1'
+    again = load_embedder(short.save(tmp_path/'short'))
+    torch.testing.assert_close(again.embed(images), want, rtol=1e-4, atol=1e-5)
+    assert again.model.emb_sz==5 and again.facts['shortened_from']==n and torch.equal(again.embs, short.embs)
+    assert again.shorten(2).facts['shortened_from']==n and again.shorten(2).embs.shape==(6,2)
+    assert torch.equal(finder.embs, long) and model.emb_sz==n and torch.equal(finder.embed(images), long)
+    for d in (0, n+1):
+        with pytest.raises(ValueError, match=rf'Embeddings of {n} numbers are shortened to 1 to {n} of them; got {d}'): finder.shorten(d)
+
+def test_a_learner_of_embeddings_that_can_be_shortened(make_learner, tmp_path):
+    "Trained, its class vectors learned at their own rate, stored, resumed, measured and exported as with any loss"
+    make = lambda seed=0: make_learner(MatryoshkaLoss((ProxyNCALoss(), ThresholdConsistency()), dims=(16,4)), seed=seed)
+    learn = make()
+    proxies = learn.loss_func.loss.losses[0].proxies
+    assert proxies is dict(learn.model.named_parameters())['loss_func.losses.0.losses.0.proxies'] and proxies.shape==(learn.dls.n_train_classes,16)
+    before = proxies.detach().clone()
+    learn.fit_one_cycle(2, 1e-2, cbs=Checkpoint(tmp_path/'run'))
+    assert (proxies!=before).any(1).all() and lr_mults(learn.model)[proxies]==100.
+    learn.save('short')
+    other = make(seed=5).load('short')
+    res,res2 = (o.evaluate(metrics=['recall@1','map@r'], dims=(4,8,16)) for o in (learn,other))
+    assert res.to_dict()==res2.to_dict() and res[16]['map@r']==learn.evaluate(metrics=['map@r'])['map@r']
+    assert res[4]['map@r']==learn.embedded().shorten(4).evaluate(['map@r'])['map@r']
+    with pytest.raises(ValueError, match='1 to 16 of them; got 32'): learn.evaluate(dims=(4,32))
+    finder = learn.export_embedder(tmp_path/'out', gallery='val').shorten(4)
+    torch.testing.assert_close(finder.embs, learn.embedded('val').shorten(4).embs)
+    assert learn.validate()[0]!=learn.validate()[0] # no value on unseen classes, as of the loss inside
