@@ -1,10 +1,11 @@
 """Batches of classes that look alike: do they help? On the built-in characters, with a small network that begins with random weights.
 
-    python benchmarks/hard.py            # a row for each loss, share and seed in benchmarks/hard.jsonl; rows that are there are not made again
+    python benchmarks/hard.py            # rows in benchmarks/hard.jsonl; those that are there are not made again
     python benchmarks/hard.py --table    # what is in it
 
-All rows of a loss and a seed begin with the same weights, of four epochs with batches of random classes. Then come six epochs with a share of each batch drawn as neighbours, found
-once with what was learned until then; share 0 is the plain batches. Scores are of the test classes, once, after the last epoch. Nothing was tuned."""
+All rows of a loss and a seed begin with the same weights, of four epochs with batches of random classes. Then come six epochs with a share of each
+batch drawn as neighbours, found once with what was learned until then; share 0 is the plain batches. Scores are of the test classes, once, after
+the last epoch. Nothing was tuned."""
 import argparse, json, time, warnings
 from pathlib import Path
 warnings.simplefilter('ignore')
@@ -21,13 +22,15 @@ def rows(): return [json.loads(o) for o in out.read_text().splitlines()] if out.
 def learner(ds, loss, seed):
     "A small network that begins with random weights; nothing is measured while it is trained"
     set_seed(seed, reproducible=True)
-    return metric_learner(ds.dataloaders(bs=64, per_class=4, valid=None, seed=seed, num_workers=0), 'test_resnet', losses[loss](), emb_sz=64, pretrained=False)
+    dls = ds.dataloaders(bs=64, per_class=4, valid=None, seed=seed, num_workers=0)
+    return metric_learner(dls, 'test_resnet', losses[loss](), emb_sz=64, pretrained=False)
 
 def measure(ds, loss, seed, warm=4, n_epoch=6, k=5):
     "A row for each share, all from the same weights"
     first = learner(ds, loss, seed)
-    with first.no_bar(), first.no_logging(): first.fit(warm, 1e-3)
-    near = hard_pairs(first.embedded(first.dls.train), k)
+    with first.no_bar(), first.no_logging():
+        first.fit(warm, 1e-3)
+        near = hard_pairs(first.embedded(first.dls.train), k)
     for share in shares:
         began,learn = time.time(),learner(ds, loss, seed)
         learn.model.load_state_dict(first.model.state_dict())

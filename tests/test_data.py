@@ -57,7 +57,7 @@ def near_of(n, k, seed=0):
     seed=st.integers(0, 99), epoch=st.integers(0, 3), share=st.sampled_from([.1,.5,.9,1]))
 @settings(max_examples=80, deadline=None)
 def test_an_epoch_with_neighbours(counts, per_class, p, seed, epoch, share):
-    "All that an epoch promises without: its length, classes that differ, all of them in each round, images in turn, the same again for a seed"
+    "All that an epoch promises without: its length, classes that differ, all in each round, images in turn, the same for a seed"
     p,n = min(p, len(counts)),len(counts)
     labels = np.random.RandomState(0).permutation(np.repeat(np.arange(n), counts))
     make = lambda: BalancedSampler(labels, p*per_class, per_class, seed, near_of(n, 3), share)
@@ -113,8 +113,8 @@ def test_classes_are_drawn_alike_with_neighbours():
 
 def test_neighbours_that_are_no_classes():
     labels = [0,0,1,1,2,2]
-    for kw,says in ((dict(neighbours={0:[5]}),'names 5'), (dict(neighbours={7:[0]}),'names 7'), (dict(neighbours={0:[1]}, share=1.1),'0 to 1'),
-        (dict(neighbours={0:[1]}, share='half'),'0 to 1')):
+    for kw,says in ((dict(neighbours={0:[5]}),'names 5'), (dict(neighbours={7:[0]}),'names 7'),
+        (dict(neighbours={0:[1]}, share=1.1),'0 to 1'), (dict(neighbours={0:[1]}, share='half'),'0 to 1')):
         with pytest.raises(ValueError, match=says): BalancedSampler(labels, 4, 2, **kw)
     s = BalancedSampler([3,3,8,8,9,9], 4, 2, 0, {9:[3,9]}) # labels need not begin at 0, and no class is its own neighbour
     assert s.near==[[],[],[0]]

@@ -207,7 +207,7 @@ def shorten(self:ImageEmbedder,
     if not hasattr(model, 'head') or not hasattr(model, 'emb_sz'):
         raise ValueError(f"Only an `Embedder` can be shortened, and this is a {type(model).__name__}: its head is not known.")
     check_lengths(d, model.emb_sz)
-    res = ImageEmbedder(shorten_head(model, d), self.preprocess, {**self.facts, 'shortened_from':self.facts.get('shortened_from', model.emb_sz)})
+    res = ImageEmbedder(shorten_head(model, d), self.preprocess, {'shortened_from':model.emb_sz, **self.facts})
     return res.add_embs(first_numbers(self.embs, d), self.labels, self.items) if len(self) else res
 
 # %% ../../nbs/api/deploy/00_embedder.ipynb #17e10b77

@@ -217,7 +217,8 @@ def shorten(self:Embedded,
     "The first `d` numbers of each embedding; raises `ValueError` where there are fewer"
     check_lengths(d, self.embs.shape[1])
     res = copy.copy(self)
-    res.embs,res._ready,res.facts = first_numbers(self.embs, d),None,{**self.facts, 'shortened_from':self.facts.get('shortened_from', self.embs.shape[1])}
+    res.embs,res._ready = first_numbers(self.embs, d),None
+    res.facts = {'shortened_from':self.embs.shape[1], **self.facts}
     return res
 
 # %% ../../nbs/api/retrieval/06_embedded.ipynb #a8579378
