@@ -202,8 +202,8 @@ def _near_rows(neighbours, names):
     "For each class, numbered from 0, the numbers of its neighbours; raises `ValueError` for a class that there is not"
     at = {o:i for i,o in enumerate(names)}
     if bad := [o for k,v in neighbours.items() for o in (k,*v) if o not in at]:
-        raise ValueError(f"`neighbours` names {some_of(dict.fromkeys(bad))}, and the training classes are {some_of(names)}: they are numbered as "
-            "the data loaders number them, as in `learn.embedded(learn.dls.train)`.")
+        raise ValueError(f"`neighbours` names {some_of(dict.fromkeys(bad))}, and the training classes are {some_of(names)}: they are "
+            "numbered as the data loaders number them, as in `learn.embedded(learn.dls.train)`.")
     return [[at[o] for o in neighbours.get(k, ()) if o!=k] for k in names]
 
 @patch
