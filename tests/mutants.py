@@ -32,8 +32,10 @@ mutants = [ # room, what its code says, what it says instead, tests
     ('train.rates', "return slice(lr*self.body_share, lr)", "return slice(lr, lr*self.body_share)", 'test_transfer.py -k rate'),
     ('train.recipe', "isdisjoint(source.items('test'))", "isdisjoint(source.items('val'))", 'test_learner.py -k patience'),
     ('data.batches', "def load_state_dict(self, d): self.n = d['n']", "def load_state_dict(self, d): self.n = 0", 'test_checkpoint.py -k killed'), # a resumed run begins with the first batches
-    ('train.checkpoint', "dict(rng=dl.rng.getstate()) | (dict(seed=dl.seed)", "dict(rng=dl.rng.getstate()) | (dict(seed=dl.seed+1)",
-    'test_checkpoint.py -k killed'),
+    ('train.checkpoint', "('seed','neighbours','share')", "('neighbours','share')", 'test_checkpoint.py -k killed'),
+    ('losses.wrappers', "labels, d) for d,w in", "labels, embs.shape[1]) for d,w in", 'test_wrappers.py -k matryoshka'),
+    ('losses.wrappers', "gram*(d/(n*self.distortion))", "gram*(n/(d*self.distortion))", 'test_wrappers.py -k anti_collapse'),
+    ('data.batches', "if j>=p-n_near and not full else ()", "if j>=p-n_near else ()", 'test_data.py -k neighbours'), # classes with many neighbours come more often
     ('train.transfer', "dls.valid.new(_of_items(ds, (~seen)", "dls.valid.new(_of_items(ds, seen", 'test_transfer.py -k halves'), # judged on what was trained on
     ('look.interpret', "n,r = len(g)-_count(self.ids[q], self.ids[g])", "n,r = len(g)-0*_count(self.ids[q], self.ids[g])", 'test_interpret.py'), # chance with the query in its own gallery
     ('study.tuning', "report(i*n_epoch+epoch,", "report(epoch,", 'test_tune.py'), # folds report the same steps to the pruner
