@@ -53,13 +53,16 @@ mutants = [ # room, what its code says, what it says instead, tests
     # a resumed run begins with the first batches
     ('data.batches', "def load_state_dict(self, d): self.n = d['n']",
         "def load_state_dict(self, d): self.n = 0", 'test_checkpoint.py -k killed'),
-    ('train.checkpoint', "dict(rng=dl.rng.getstate()) | (dict(seed=dl.seed)",
-        "dict(rng=dl.rng.getstate()) | (dict(seed=dl.seed+1)", 'test_checkpoint.py -k killed'),
+    ('train.checkpoint', "('seed','neighbours','share')", "('neighbours','share')", 'test_checkpoint.py -k killed'),
     # judged on what was trained on
     ('train.transfer', "dls.valid.new(_of_items(ds, (~seen)", "dls.valid.new(_of_items(ds, seen", 'test_transfer.py -k halves'),
     # chance with the query in its own gallery
     ('look.pictures', "n,r = len(g)-_count(self.ids[q], self.ids[g])",
         "n,r = len(g)-0*_count(self.ids[q], self.ids[g])", 'test_interpret.py'),
+    ('losses.wrappers', "labels, d) for d,w in", "labels, embs.shape[1]) for d,w in", 'test_wrappers.py -k matryoshka'),
+    ('losses.wrappers', "gram*(d/(n*self.distortion))", "gram*(n/(d*self.distortion))", 'test_wrappers.py -k anti_collapse'),
+    # classes with many neighbours come more often
+    ('data.batches', "if j>=p-n_near and not full else ()", "if j>=p-n_near else ()", 'test_data.py -k neighbours'),
     ('study.tuning', "report(i*n_epoch+epoch,", "report(epoch,", 'test_tune.py'), # folds report the same steps to the pruner
     # a trial that was interrupted counts
     ('study.tuning', "return _in_state(study, 'COMPLETE', 'PRUNED')",

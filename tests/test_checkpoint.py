@@ -60,6 +60,19 @@ def test_killed_anywhere_and_resumed_is_a_run_that_was_not(make_learner, tmp_pat
     rows = [[o.split(',')[:-1] for o in (tmp_path/f'{n}.csv').read_text().splitlines()] for n in 'ab'] # all but the time
     assert rows[0]==rows[1] and len(rows[0])==len(whole.recorder.values)+1
 
+def test_neighbours_of_classes_go_on_with_the_run(make_learner, tmp_path):
+    "What a model knew when they were found is not known again"
+    def go(learn, *cbs): learn.fit_one_cycle(3, 1e-2, cbs=cbs)
+    near = {c:[(c+1)%20,(c+2)%20] for c in range(20)}
+    whole,half = make_learner(ProxyNCALoss()),make_learner(ProxyNCALoss())
+    for o in (whole,half): o.dls.train.set_neighbours(near, .75)
+    go(whole)
+    with pytest.raises(KeyboardInterrupt): go(half, Checkpoint(tmp_path/'run'), Do(len(whole.dls.train)+1, stop))
+    scramble()
+    learn = make_learner(ProxyNCALoss(), seed=9).resume(tmp_path/'run')
+    go(learn, Checkpoint(tmp_path/'run'))
+    same(learn, whole)
+
 @pytest.mark.parametrize('where', ['learner', 'fit'])
 def test_ranking_goes_on_with_its_own_coin(make_learner, tmp_path, where):
     def make(seed=0): return make_learner(MarginLoss(), seed=seed, cbs=ssr() if where=='learner' else None)

@@ -46,6 +46,113 @@ def test_classes_are_drawn_alike():
     n = np.bincount(np.concatenate([s.classes(e).ravel() for e in range(300)]))
     assert n.max()/n.min()<1.1
 
+# Classes that look alike, drawn together
+
+def near_of(n, k, seed=0):
+    "Some neighbours of some classes: none of the last one, and one class that is everybody's"
+    r = np.random.RandomState(seed)
+    return {c:[*dict.fromkeys([0, *r.choice(n, min(k, n), replace=False)])] for c in range(n-1)}
+
+@given(counts=st.lists(st.integers(1, 12), min_size=2, max_size=25), per_class=st.integers(1, 4), p=st.integers(1, 8),
+    seed=st.integers(0, 99), epoch=st.integers(0, 3), share=st.sampled_from([.1,.5,.9,1]))
+@settings(max_examples=80, deadline=None)
+def test_an_epoch_with_neighbours(counts, per_class, p, seed, epoch, share):
+    "All that an epoch promises without: its length, classes that differ, all in each round, images in turn, the same for a seed"
+    p,n = min(p, len(counts)),len(counts)
+    labels = np.random.RandomState(0).permutation(np.repeat(np.arange(n), counts))
+    make = lambda: BalancedSampler(labels, p*per_class, per_class, seed, near_of(n, 3), share)
+    s = make()
+    idxs,classes = s.idxs(epoch),s.classes(epoch)
+    assert len(idxs)==len(s)==len(classes)==max(len(labels)//(p*per_class), math.ceil(n/p))
+    groups = idxs.reshape(len(s), p, per_class)
+    assert (labels[groups]==classes[...,None]).all() and all(len(set(b))==p for b in classes)
+    assert all(len(set(g))==min(per_class, counts[labels[g[0]]]) for g in groups.reshape(-1, per_class))
+    for i in range(0, len(s)-s.round+1, s.round): # each round: every class once, and what fills up the last batch
+        n_of = np.bincount(classes[i:i+s.round].ravel(), minlength=n)
+        assert n_of.min()==1 and n_of.max()<=2 and n_of.sum()==s.round*p
+        assert (np.bincount(classes[i:i+s.round-1].ravel(), minlength=n)<=1).all()
+    assert (idxs==make().idxs(epoch)).all() and (epoch or (make().idxs(1)[:len(idxs)]!=idxs).any() or n<=p or n<4)
+
+@given(counts=st.lists(st.integers(1, 30), min_size=3, max_size=8), per_class=st.integers(1, 4), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_every_image_is_seen_with_neighbours(counts, per_class, seed):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    s = BalancedSampler(labels, 2*per_class, per_class, seed, near_of(len(counts), 2))
+    passes = math.ceil((2*math.ceil(max(counts)/per_class)-1)/(len(s)//s.round))
+    assert {i for e in range(passes) for i in s.idxs(e).ravel()}==set(range(len(labels)))
+
+def test_no_share_is_the_order_of_before():
+    "Bit for bit that of permutations of the classes, cut into batches and filled up from the front"
+    labels = np.repeat(np.arange(23), 7)
+    for p,seed in ((4,0), (5,3), (23,1), (7,2)):
+        for kw in ({}, dict(neighbours=near_of(23, 4), share=0.), dict(neighbours={})):
+            s = BalancedSampler(labels, 2*p, 2, seed, **kw)
+            for epoch in (0,5):
+                rng,rounds = np.random.default_rng([seed, epoch]),math.ceil(len(s)/s.round)
+                perms = rng.permuted(np.tile(np.arange(23), (rounds,1)), axis=1)
+                want = [c for o in perms for c in [*o, *o[:s.round*p-23]]]
+                assert s.classes(epoch).ravel().tolist()==want[:len(s)*p]
+                assert (s.idxs(epoch)==BalancedSampler(labels, 2*p, 2, seed).idxs(epoch)).all()
+
+@pytest.mark.parametrize('share,n_near', [(.25,2), (.5,4), (.75,6), (1.,7)])
+def test_the_share_of_neighbours_is_reached(share, n_near):
+    "Sixteen families of four: how many classes of a batch follow one of their own family?"
+    labels = np.repeat(np.arange(64), 4)
+    family = {c:[o for o in range(c//4*4, c//4*4+4) if o!=c] for c in range(64)}
+    s,plain = (BalancedSampler(labels, 32, 4, 0, o, share) for o in (family,None))
+    def followers(s): return [8-len({c//4 for c in b}) for e in range(20) for b in s.classes(e)]
+    got = followers(s)
+    most = min(n_near, 6) # two whole families
+    assert np.mean(got)>=.8*most and np.mean([o>=most for o in got])>=.5 and np.mean(followers(plain))<1.5
+    assert all(8-len({c//4 for c in b})>=most for e in range(20) for b in s.classes(e)[:2]) # before families are used up
+
+def test_classes_are_drawn_alike_with_neighbours():
+    s = BalancedSampler(np.repeat(np.arange(30), 8), 16, 4, 0, near_of(30, 3))
+    n = np.bincount(np.concatenate([s.classes(e).ravel() for e in range(200)]))
+    assert n.max()/n.min()<1.1
+
+def test_neighbours_that_are_no_classes():
+    labels = [0,0,1,1,2,2]
+    for kw,says in ((dict(neighbours={0:[5]}),'names 5'), (dict(neighbours={7:[0]}),'names 7'),
+        (dict(neighbours={0:[1]}, share=1.1),'0 to 1'), (dict(neighbours={0:[1]}, share='half'),'0 to 1')):
+        with pytest.raises(ValueError, match=says): BalancedSampler(labels, 4, 2, **kw)
+    s = BalancedSampler([3,3,8,8,9,9], 4, 2, 0, {9:[3,9]}) # labels need not begin at 0, and no class is its own neighbour
+    assert s.near==[[],[],[0]]
+
+def test_a_loader_with_neighbours():
+    labels = np.repeat(np.arange(12), 4)
+    make = lambda **kw: BalancedDL(list(range(48)), 8, 2, labels=labels, shuffle=True, seed=0, num_workers=0, **kw)
+    near = near_of(12, 3)
+    dl,plain = make(neighbours=near, share=.5),make()
+    assert dl.get_idxs()==plain.set_neighbours(near).get_idxs()==dl.new().get_idxs()!=make().get_idxs()
+    assert plain.set_neighbours().get_idxs()==make().get_idxs()==dl.new(neighbours=None).get_idxs()
+    with pytest.raises(ValueError, match='names 99'): dl.set_neighbours({99:[0]}, .1)
+    assert dl.neighbours is near and dl.share==.5 and dl.get_idxs()==make(neighbours=near).get_idxs()
+    other = dl.new(list(range(6)), labels=[0,0,1,1,5,5], bs=4) # classes of its own
+    assert other.neighbours is None and len(other)==2
+
+def test_hard_pairs_are_the_nearest_prototypes():
+    "By brute force, in order, whatever the numbers of the classes and the lengths of rows"
+    g = torch.Generator().manual_seed(0)
+    labels = torch.tensor([3,5,9,11,20])[torch.arange(60)%5]
+    x = torch.randn(60, 6, generator=g)*torch.rand(60, 1, generator=g)
+    unit = torch.nn.functional.normalize(x, dim=1)
+    proto = {c:sum(unit[labels==c]) for c in set(labels.tolist())}
+    cos = lambda a,b: (proto[a]@proto[b]/proto[a].norm()/proto[b].norm()).item()
+    for k in (1,3,9):
+        want = {c:sorted((o for o in proto if o!=c), key=lambda o: -cos(c, o))[:k] for c in proto}
+        assert hard_pairs(Embedded(x, labels), k)==want
+    for emb,k,says in ((Embedded(x),1,'no labels'), (Embedded(x, labels*0),1,'one class'), (Embedded(x, labels),0,'1 or more')):
+        with pytest.raises(ValueError, match=says): hard_pairs(emb, k)
+
+def test_hard_pairs_go_into_the_loader_of_a_learner(make_learner):
+    learn = make_learner()
+    near = hard_pairs(learn.embedded(learn.dls.train), 2)
+    assert sorted(near)==list(range(learn.dls.n_train_classes))
+    assert learn.dls.train.set_neighbours(near) is learn.dls.train
+    learn.fit(1, 1e-3)
+    assert learn.dls.train.sampler.n_near==4
+
 def _dls(labels, **kwargs):
     dblock = DataBlock(blocks=(TransformBlock, ClassBlock), get_y=lambda i: labels[i],
         splitter=ClassSplitter(lambda i: labels[i], n_valid=1))

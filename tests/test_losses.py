@@ -234,11 +234,12 @@ def test_recall_is_its_formula(args, gamma, labels):
     torch.testing.assert_close(g1, g0, rtol=1e-9, atol=1e-12)
     assert g0.norm()>1e-3
 
-@pytest.mark.parametrize('loss,value', [(SupConLoss(), 4.2354747520), (RecallAtKLoss((1,2,4), t2=.1), .5311622779)], ids=['supcon','recall'])
+@pytest.mark.parametrize('loss,value', [(SupConLoss(), 4.2354747520), (RecallAtKLoss((1,2,4), t2=.1), .5311622779)],
+    ids=['supcon','recall'])
 def test_values_of_shares_and_ranks(loss, value): close(loss(F12, Y12), value, 1e-9)
 
 def test_smooth_ranks_become_ranks():
-    "With small temperatures the loss is one less the recall that is counted; a smooth place at the very edge is a half, so k lies between two"
+    "With small temperatures the loss is one less the recall that is counted; a place at the very edge is a half, so k lies between two"
     f,y = batch(40, 3, 6)
     sim = (f@f.T).fill_diagonal_(-9)
     order = y[sim.argsort(1, descending=True)[:,:-1]]==y[:,None] # whether the first, second, ... is of the class
@@ -276,7 +277,8 @@ def test_pml(n, d, c):
 
 @pytest.mark.parametrize('n,d,c', [*SHAPES, (32,16,1), (12,4,11)])
 @pytest.mark.parametrize('ours,theirs', [(SupConLoss,pml.SupConLoss), (partial(SupConLoss, .03),partial(pml.SupConLoss, .03)),
-    (CircleLoss,pml.CircleLoss), (partial(CircleLoss, .25, 256.),partial(pml.CircleLoss, .25, 256))], ids=['supcon','sharp','circle','faces'])
+    (CircleLoss,pml.CircleLoss), (partial(CircleLoss, .25, 256.),partial(pml.CircleLoss, .25, 256))],
+    ids=['supcon','sharp','circle','faces'])
 def test_pml_to_ten_digits(ours, theirs, n, d, c):
     "On balanced and other batches, and reduced in every way"
     f,y = batch(n, d, c, seed=n)
@@ -621,7 +623,9 @@ def test_embeddings_of_another_length():
 def classes(base): return {k:o for k,o in vars(package).items() if isinstance(o, type) and issubclass(o, base) and not k.startswith('_')}
 
 WRAPS = dict(OtherLoss=lambda: OtherLoss(pml.ContrastiveLoss()),
-    CombinedLoss=lambda: CombinedLoss([TripletLoss(), ProxyNCALoss(), MarginLoss()]))
+    CombinedLoss=lambda: CombinedLoss([TripletLoss(), ProxyNCALoss(), MarginLoss()]),
+    MatryoshkaLoss=lambda: MatryoshkaLoss(CombinedLoss([TripletLoss(), ProxyNCALoss(), MarginLoss()])))
+TERMS = 'ThresholdConsistency','AntiCollapse' # which stand beside another loss, and are no setting of their own
 EVERY = {k:WRAPS.get(k, o) for k,o in classes(MetricLoss).items()
          if o.compute is not MetricLoss.compute and getattr(o,'compare',None) is not ProxyLoss.compare}
 
@@ -869,7 +873,8 @@ PROXIES = ['ProxyNCALoss','DRProxyNCALoss','ProxyAnchorLoss']
 @pytest.mark.parametrize('name', EVERY)
 def test_what_a_loss_compares(name):
     loss = EVERY[name]().setup(5, 16)
-    assert loss.compares==(name not in (*PROXIES,'CombinedLoss')) # a sum with a part that compares with proxies learns from any batch
+    # a sum with a part that compares with proxies learns from any batch
+    assert loss.compares==(name not in (*PROXIES,'CombinedLoss','MatryoshkaLoss','AntiCollapse'))
     assert loss.repeatable==(name!='OtherLoss')
     if name in PROXIES: assert loss.seen_only and loss.active(F12, Y12) is None and loss.asks() is None
 
@@ -889,7 +894,7 @@ def test_what_a_sum_says():
 # Names
 
 def test_all_are_registered():
-    assert {o for _,o in register_loss.items()}>={o for k,o in EVERY.items() if k not in WRAPS}
+    assert {o for _,o in register_loss.items()}>={o for k,o in EVERY.items() if k not in (*WRAPS,*TERMS)}
     assert {type(o) for o in MINERS}=={o for _,o in register_miner.items()}
     assert register_loss['ms'] is MultiSimilarityLoss
     assert register_loss['drms'] is register_loss['dr_multi-similarity'] is DRMultiSimilarityLoss

@@ -1,6 +1,7 @@
 "Class-disjoint splits, balanced batches, tables of images and data sets"
-from . import batches, tables, datasets
+from . import batches, tables, datasets, hard
 from .batches import *
 from .tables import *
 from .datasets import *
-__all__ = [*batches.__all__, *tables.__all__, *datasets.__all__]
+from .hard import *
+__all__ = [*batches.__all__, *tables.__all__, *datasets.__all__, *hard.__all__]

@@ -148,17 +148,21 @@ class BalancedSampler:
         bs:int, # Items in a batch, a multiple of `per_class`
         per_class:int=4, # Items of one class in a batch
         seed:int=0, # Determines, with the number of the epoch, what it holds
+        neighbours:dict=None, # For each class those that look like it, as from `hard_pairs`, to be drawn together
+        share:float=.5, # Of the classes in a batch, how many are drawn as neighbours of its others, 0 to 1
     ):
-        store_attr('bs,per_class,seed')
+        store_attr('bs,per_class,seed,share')
         self.check_size()
         labels = np.asarray(labels)
         self.items = np.argsort(labels, kind='stable') # class after class
-        self.counts = np.unique(labels, return_counts=True)[1]
+        names,self.counts = np.unique(labels, return_counts=True)
         self.starts = np.cumsum(self.counts)-self.counts
         self.n,self.n_classes,self.p = len(labels),len(self.counts),bs//max(per_class, 1)
         self.check()
         self.round = math.ceil(self.n_classes/self.p) # batches in which every class appears
         self.groups = -(-self.counts//per_class) # groups in which every image of a class appears
+        self.n_near = self.count_near(neighbours)
+        self.near = _near_rows(neighbours or {}, names.tolist())
 
     def __len__(self): return max(self.n//self.bs, self.round)
     def __repr__(self): return f'{len(self)} batches of {self.p} classes × {self.per_class} from {self.n} items of {self.n_classes} classes'
@@ -189,7 +193,49 @@ def classes(self:BalancedSampler,
     rng = np.random.default_rng([self.seed, epoch])
     rounds = math.ceil(len(self)/self.round)
     perms = rng.permuted(np.tile(np.arange(self.n_classes), (rounds,1)), axis=1)
-    return np.concatenate([perms, perms[:,:self.round*self.p-self.n_classes]], axis=1).reshape(-1, self.p)[:len(self)]
+    if self.n_near: res = np.stack([near_round(o, self.p, self.near, self.n_near) for o in perms])
+    else: res = np.concatenate([perms, perms[:,:self.round*self.p-self.n_classes]], axis=1)
+    return res.reshape(-1, self.p)[:len(self)]
+
+# %% ../../nbs/api/data/00_batches.ipynb #692608ff
+def _near_rows(neighbours, names):
+    "For each class, numbered from 0, the numbers of its neighbours; raises `ValueError` for a class that there is not"
+    at = {o:i for i,o in enumerate(names)}
+    if bad := [o for k,v in neighbours.items() for o in (k,*v) if o not in at]:
+        raise ValueError(f"`neighbours` names {some_of(dict.fromkeys(bad))}, and the training classes are {some_of(names)}: they are "
+            "numbered as the data loaders number them, as in `learn.embedded(learn.dls.train)`.")
+    return [[at[o] for o in neighbours.get(k, ()) if o!=k] for k in names]
+
+@patch
+def count_near(self:BalancedSampler,
+    neighbours, # As given
+)->int: # 0 for none
+    "How many classes of a batch are drawn as neighbours of its others, which are one at least"
+    if not (isinstance(self.share, Real) and 0<=self.share<=1):
+        raise ValueError(f"`share` is a part of a batch, 0 to 1; got {self.share!r}.")
+    return min(round(self.share*self.p), self.p-1) if neighbours else 0
+
+# %% ../../nbs/api/data/00_batches.ipynb #ac15fbd7
+def near_round(
+    order, # Classes as they come, each once, `(c,)` int64
+    p:int, # Classes in a batch
+    near:list, # For each class, by number, its neighbours
+    n_near:int, # How many classes of a batch are drawn as neighbours
+)->list: # Classes of one batch after another, each batch with `p` that differ
+    "A round in which neighbours come together: each class once, and some again that fill up the last batch"
+    order = order.tolist()
+    place,left,res,full = {o:i for i,o in enumerate(order)},dict.fromkeys(order),[],False
+    for _ in range(math.ceil(len(order)/p)):
+        batch = []
+        for j in range(p):
+            if not left: left,full = dict.fromkeys(o for o in order if o not in batch),True
+            turn = max(j+n_near-p, 0)
+            found = ([o for o in near[a] if o in left] for a in batch[turn:]+batch[:turn]) if j>=p-n_near and not full else ()
+            c = min(next(filter(None, found), ()), key=place.get, default=next(iter(left)))
+            batch.append(c)
+            del left[c]
+        res += batch
+    return res
 
 # %% ../../nbs/api/data/00_batches.ipynb #2705966d
 @patch
@@ -253,9 +299,11 @@ class BalancedDL(TfmdDL):
         per_class:int=4, # Items of one class in a batch
         labels=None, # Class of each item, `(n,)` integers, where `dataset` is not fastai's
         seed:int=None, # Determines the order with the number of the epoch; drawn from Python's generator if not given
+        neighbours:dict=None, # For each class those that look like it, as from `hard_pairs`, to be drawn together
+        share:float=.5, # Of the classes in a batch, how many are drawn as neighbours of its others, 0 to 1
         **kwargs
     ):
-        store_attr('per_class,labels')
+        store_attr('per_class,labels,neighbours,share')
         self.seed,self.epoch = random.randint(0, 2**31-1) if seed is None else seed,0
         super().__init__(dataset, bs=bs, **kwargs)
         if self.shuffle and self.n: self.sampler
@@ -263,7 +311,8 @@ class BalancedDL(TfmdDL):
     @cached_property
     def sampler(self):
         "The `BalancedSampler` of this loader; raises `ValueError` where its batches cannot be made"
-        return BalancedSampler(labels_of(self.dataset) if self.labels is None else self.labels, self.bs, self.per_class, self.seed)
+        labels = labels_of(self.dataset) if self.labels is None else self.labels
+        return BalancedSampler(labels, self.bs, self.per_class, self.seed, self.neighbours, self.share)
 
     def __len__(self): return len(self.sampler) if self.shuffle and self.n else super().__len__()
     def get_idxs(self): return int_array('q', self.sampler.idxs(self.epoch).tobytes()) if self.shuffle else super().get_idxs()
@@ -274,8 +323,22 @@ class BalancedDL(TfmdDL):
         "Say which epoch comes next, as a training does; otherwise each complete pass counts as one"
         self.epoch = epoch
 
+    def set_neighbours(self,
+        neighbours:dict=None, # For each class those that look like it, as from `hard_pairs`; none: draw as they come
+        share:float=.5, # Of the classes in a batch, how many are drawn as neighbours of its others, 0 to 1
+    )->TfmdDL: # Itself
+        "Draw classes that look alike together from now on"
+        old,self.neighbours,self.share = (self.neighbours,self.share),neighbours,share
+        self.__dict__.pop('sampler', None)
+        try: self.sampler
+        except ValueError:
+            self.neighbours,self.share = old
+            raise
+        return self
+
     def new(self, dataset=None, cls=None, **kwargs):
-        mine = dict(per_class=self.per_class, seed=self.seed, labels=self.labels if dataset is None else None)
+        mine = dict(per_class=self.per_class, seed=self.seed, labels=self.labels if dataset is None else None,
+            neighbours=self.neighbours if dataset is None else None, share=self.share)
         res = super().new(dataset, cls, **merge(mine if cls is None or issubclass(cls, BalancedDL) else {}, kwargs))
         res.source = self.source
         return res

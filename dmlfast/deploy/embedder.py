@@ -20,7 +20,9 @@ from ..files.images import *
 from ..files.images import check_background
 from ..files.writing import whole_file
 from ..models.embedder import unwrapped
+from ..models.heads import shorten_head
 from ..retrieval.embedded import *
+from ..retrieval.embedded import check_lengths, first_numbers
 from ..retrieval.search import *
 
 # %% ../../nbs/api/deploy/00_embedder.ipynb #61ab4539
@@ -196,6 +198,19 @@ def search(self:ImageEmbedder,
     scores,idx = neighbours(embs.reshape(-1, embs.shape[-1]), self._index[1], k=min(k, len(self)))
     res = [[Hit(self.labels[j], self.items[j], s) for s,j in zip(*o)] for o in zip(scores.tolist(), idx.tolist())]
     return res[0] if _is_one(images) else res
+
+# %% ../../nbs/api/deploy/00_embedder.ipynb #b4835349
+@patch
+def shorten(self:ImageEmbedder,
+    d:int, # Numbers kept, 1 or more
+)->ImageEmbedder: # Another, which shares the body; this one stays as it is
+    "An embedder of the first `d` numbers, and its gallery; raises `ValueError` where there are fewer, or the head is not known"
+    model = unwrapped(self.model)
+    if not hasattr(model, 'head') or not hasattr(model, 'emb_sz'):
+        raise ValueError(f"Only an `Embedder` can be shortened, and this is a {type(model).__name__}: its head is not known.")
+    check_lengths(d, model.emb_sz)
+    res = ImageEmbedder(shorten_head(model, d), self.preprocess, {'shortened_from':model.emb_sz, **self.facts})
+    return res.add_embs(first_numbers(self.embs, d), self.labels, self.items) if len(self) else res
 
 # %% ../../nbs/api/deploy/00_embedder.ipynb #17e10b77
 def _split_of(ds, split):

@@ -10,8 +10,11 @@ __all__ = ['register_loss', 'Margin', 'MetricLoss', 'reduce_values', 'reduce_anc
 
 # %% ../../nbs/api/losses/02_base.ipynb #ac1d7e12
 import copy, inspect, math, torch
+import torch.nn.functional as F
+from functools import partial
 from typing import NamedTuple
 from torch import nn, Tensor
+from torch.func import functional_call
 from fastcore.basics import patch
 from ..files.registry import *
 from .geometry import *
@@ -104,6 +107,21 @@ class MetricLoss(CheckedArgs, nn.Module):
 
     def asks(self)->Margin|None:
         "The margin that it asks for; None if it asks for none"
+
+    def cut(self,
+        d:int, # Numbers of an embedding that are kept
+    )->dict: # What stands in for each such weight, by its name
+        "The weights that have a number for each of an embedding's, cut to the first `d`; nothing for a loss without"
+        return {}
+
+    def first(self,
+        d:int, # Numbers of an embedding that are kept
+        embs:Tensor, # Embeddings, `(n,D)` float
+        labels:Tensor, # Class of each row, `(n,)` integer
+    )->Tensor: # As of `forward`
+        "The loss of the first `d` numbers of embeddings alone, of length 1 again where it wants unit rows"
+        x = embs[:,:d]
+        return functional_call(self, self.cut(d), (F.normalize(x, dim=1) if self.normalize_embs else x, labels))
 
     def __repr__(self):
         args = (f'{o}={getattr(self,o)!r}' for o in inspect.signature(type(self).__init__).parameters if o!='self')
@@ -214,6 +232,12 @@ class OtherLoss(MetricLoss):
         self.n_classes = n_classes
         return self
 
+    def cut(self, d):
+        "Refuse what has weights: nobody knows which of their numbers belong to which of an embedding's"
+        if not self.seen_only: return {}
+        raise ValueError(f"{type(self.loss).__name__} has weights, and does not say how they are cut with the embeddings: take a loss of "
+            "this package, or derive one from `MetricLoss` that has `cut`.")
+
     def compute(self, embs, labels):
         unseen = self.seen_only and not self.training and self.n_classes and (labels>=self.n_classes).any()
         if unseen: return embs.sum()*math.nan
@@ -261,6 +285,8 @@ class CombinedLoss(MetricLoss):
         "Pass it on to the parts"
         for o in self.losses: o.start(embs, labels)
 
+    def cut(self, d): return {f'losses.{i}.{k}':w for i,o in enumerate(self.losses) for k,w in o.cut(d).items()}
+
     def compute(self, embs, labels):
         parts = [w*self.part(o, embs, labels) for o,w in zip(self.losses, self.weights)]
         return sum(o.expand(len(embs)) for o in parts) if self.reduction=='none' else sum(parts)
@@ -271,11 +297,13 @@ def part(self:CombinedLoss,
     loss:MetricLoss, # One of `losses`
     embs:Tensor, # Embeddings, `(n,d)` float
     labels:Tensor, # Class of each row, `(n,)` int64
+    d:int=None, # Compare the first `d` numbers alone; all of them if not given
 )->Tensor: # Scalar, or `(n,)`
     "The value of one part, reduced in its own way, or not at all if we are not"
-    if self.reduction!='none' or 'none' not in loss.reductions: return loss(embs, labels)
+    value = loss if d is None else partial(loss.first, d)
+    if self.reduction!='none' or 'none' not in loss.reductions: return value(embs, labels)
     old,loss.reduction = loss.reduction,'none'
-    try: return loss(embs, labels)
+    try: return value(embs, labels)
     finally: loss.reduction = old
 
 # %% ../../nbs/api/losses/02_base.ipynb #7532e34c

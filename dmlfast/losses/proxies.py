@@ -49,12 +49,14 @@ class ProxyLoss(MetricLoss):
         there = sums.norm(dim=1)>1e-6
         self.proxies[there.to(self.proxies.device)] = F.normalize(sums[there]).to(self.proxies)
 
+    def cut(self, d): return {} if self.proxies is None else dict(proxies=self.proxies[...,:d])
+
     def compute(self, embs, labels):
         name = type(self).__name__
         if self.proxies is None:
             raise RuntimeError(f'{name} has no proxies yet: give it n_classes and emb_sz, or call its setup(n_classes, emb_sz)')
-        if embs.shape[1]!=self.emb_sz:
-            raise ValueError(f'{name} has proxies of length {self.emb_sz}, not {embs.shape[1]} as the embeddings')
+        if embs.shape[1]!=self.proxies.shape[-1]:
+            raise ValueError(f'{name} has proxies of length {self.proxies.shape[-1]}, not {embs.shape[1]} as the embeddings')
         labels,bad = known_labels(self, labels, self.n_classes)
         proxies = proxy_norms(self.proxies.to(embs.dtype), self.normalize_proxies)
         return mark_unknown(self.compare(embs, labels, *proxies).to(embs.dtype), bad)

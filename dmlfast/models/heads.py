@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/models/heads.html.md"""
 __all__ = ['top_vectors', 'pca_head', 'WithinClass', 'lda_head', 'last_linear', 'head_inputs', 'put_head']
 
 # %% ../../nbs/api/models/03_heads.ipynb #e4c745c6
-import torch
+import copy, torch
 from scipy.linalg import eigh
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -127,3 +127,32 @@ def put_head(
         bn.running_mean.copy_(z.mean(0))
         bn.running_var.copy_(z.var(0))
         bn.weight.copy_((z.var(0)+bn.eps).sqrt())
+
+# %% ../../nbs/api/models/03_heads.ipynb #c46a6ff1
+def _first_outputs(layer, d):
+    "A linear layer or a batch norm with its first `d` outputs alone"
+    res = copy.deepcopy(layer)
+    for k,o in layer.named_parameters(): setattr(res, k, nn.Parameter(o.detach()[:d].clone(), o.requires_grad))
+    for k,o in layer.named_buffers(): setattr(res, k, o[:d].clone() if o.ndim else o.clone())
+    setattr(res, 'out_features' if hasattr(res, 'out_features') else 'num_features', d)
+    return res
+
+@torch.no_grad()
+def shorten_head(
+    model:nn.Module, # An `Embedder`
+    d:int, # Numbers kept, 1 to its `emb_sz`
+)->nn.Module: # An `Embedder` with the same body
+    "An embedder of the first `d` numbers of another's embeddings"
+    model = unwrapped(model)
+    res = copy.deepcopy(model, {id(model.body):model.body})
+    head,res.emb_sz,res.named = unwrapped(res.head),d,dict(model.named)
+    if (parts := last_linear(head)) is not None:
+        last = [_first_outputs(o, d) for o in parts[1:] if o is not None]
+        res.head = nn.Sequential(*parts[0], *last) if isinstance(head, nn.Sequential) else last[0]
+        return res
+    pick = nn.Linear(model.emb_sz, d).to(next(model.parameters()))
+    pick.weight.copy_(torch.eye(d, model.emb_sz))
+    pick.bias.zero_()
+    if isinstance(head, nn.Identity): res.head,res.named['head'] = pick,'linear'
+    else: res.head = nn.Sequential(head, pick)
+    return res

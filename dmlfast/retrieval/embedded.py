@@ -8,7 +8,8 @@ Docs: https://dmlfast.github.io/dmlfast/api/retrieval/embedded.html.md"""
 __all__ = ['register_reranker', 'in_order', 'numbered', 'Embedded']
 
 # %% ../../nbs/api/retrieval/06_embedded.ipynb #b68a613b
-import json, numpy as np, torch
+import copy, json, numpy as np, torch
+import torch.nn.functional as F
 from pathlib import Path
 from fastcore.basics import patch
 from PIL import Image
@@ -172,10 +173,14 @@ def protocol(self:Embedded)->dict:
 @patch
 def evaluate(self:Embedded,
     metrics='all', # Names, see `evaluate_retrieval`
+    dims=None, # Keep the first so many numbers of each embedding, several lengths or one; all of them if not given
     **kwargs # Passed to `evaluate_protocol`, over what is known of the items; with a `gallery` to `evaluate_retrieval`
-)->RetrievalResult:
+)->RetrievalResult: # `ResultsByLength` where `dims` are given
     "Retrieval metrics of the items; raises `ValueError` where they have no labels"
     self.check_labels()
+    if dims is not None:
+        dims = check_lengths(dims, self.embs.shape[1])
+        return ResultsByLength({d:self.shorten(d).evaluate(metrics, **kwargs) for d in dims})
     if 'gallery' in kwargs: return evaluate_retrieval(self.embs, self.labels, metrics=metrics, **kwargs)
     return evaluate_protocol(self.embs, self.labels, metrics=metrics, **{**self.protocol(), **kwargs})
 
@@ -183,6 +188,38 @@ def evaluate(self:Embedded,
 def __sub__(self:Embedded, other):
     "What these embeddings have more than others of the same items, with paired intervals"
     return self.evaluate()-other.evaluate()
+
+# %% ../../nbs/api/retrieval/06_embedded.ipynb #ead040e3
+def check_lengths(
+    dims, # How many numbers are kept: several lengths, or one
+    emb_sz:int, # Numbers in an embedding
+)->list:
+    "Lengths to which embeddings can be cut; raises `ValueError` for others"
+    dims = list(dims) if hasattr(dims, '__iter__') else [dims]
+    for d in dims:
+        if not (isinstance(d, (int,np.integer)) and not isinstance(d, bool) and 1<=d<=emb_sz):
+            raise ValueError(f"Embeddings of {emb_sz} numbers are shortened to 1 to {emb_sz} of them; got {d!r}.")
+    return [int(d) for d in dims]
+
+def first_numbers(
+    embs:Tensor, # Embeddings, `(n,D)` float
+    d:int, # Numbers kept
+)->Tensor: # `(n,d)` float
+    "The first `d` numbers of each row; of rows of length 1 of length 1 again"
+    unit = len(embs) and (embs.norm(dim=1)-1).abs().max()<1e-2
+    return F.normalize(embs[:,:d], dim=1) if unit else embs[:,:d].clone()
+
+# %% ../../nbs/api/retrieval/06_embedded.ipynb #7544d8af
+@patch
+def shorten(self:Embedded,
+    d:int, # Numbers kept, 1 or more
+)->Embedded: # Another, of the same items
+    "The first `d` numbers of each embedding; raises `ValueError` where there are fewer"
+    check_lengths(d, self.embs.shape[1])
+    res = copy.copy(self)
+    res.embs,res._ready = first_numbers(self.embs, d),None
+    res.facts = {'shortened_from':self.embs.shape[1], **self.facts}
+    return res
 
 # %% ../../nbs/api/retrieval/06_embedded.ipynb #a8579378
 _fields = 'items','vocab','random_gallery','ks','facts'

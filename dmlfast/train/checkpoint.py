@@ -48,12 +48,12 @@ def _set_random_states(d):
     if 'cuda' in d and torch.cuda.is_available(): torch.cuda.set_rng_state_all(d['cuda'])
 
 # %% ../../nbs/api/train/14_checkpoint.ipynb #bfa9da41
-def _loader_state(dl): return dict(rng=dl.rng.getstate()) | (dict(seed=dl.seed) if hasattr(dl, 'seed') else {})
+def _loader_state(dl): return dict(rng=dl.rng.getstate()) | {k:getattr(dl, k) for k in ('seed','neighbours','share') if hasattr(dl, k)}
 
 def _set_loader_state(dl, d):
     dl.rng.setstate(_py_state(d['rng']))
     for o in d.keys() - {'rng'}: setattr(dl, o, d[o])
-    dl.__dict__.pop('sampler', None) # it was made for another seed
+    dl.__dict__.pop('sampler', None) # it was made for others
 
 # %% ../../nbs/api/train/14_checkpoint.ipynb #51b215f4
 def _cb_names(cbs):

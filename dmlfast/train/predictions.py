@@ -18,6 +18,7 @@ from fastai.learner import *
 from ..files.images import *
 from ..files.drawing import *
 from ..retrieval.embedded import *
+from ..retrieval.embedded import check_lengths
 from ..retrieval.results import *
 from ..retrieval.search import *
 from ..retrieval.metrics import *
@@ -92,11 +93,13 @@ def embedded(self:MetricLearner,
 def evaluate(self:MetricLearner,
     dl=None, # Loader, or the name of a split of the data set (`'val'`, `'test'`); the validation loader if not given
     metrics='all', # Names, see `evaluate_retrieval`
+    dims=None, # Keep the first so many numbers of each embedding, several lengths or one; all of them if not given
     **kwargs # Passed to `evaluate_protocol`, instead of what the data set says
-)->RetrievalResult:
+)->RetrievalResult: # `ResultsByLength` where `dims` are given
     "Retrieval metrics of a loader, a split or the validation set, scored as its data set says"
     metric_names(metrics, kwargs.get('ks', (1,))) # before the images are run through the model
-    return self.embedded(dl).evaluate(metrics, **kwargs)
+    if dims is not None and (n := getattr(unwrapped(self.model), 'emb_sz', None)): check_lengths(dims, n)
+    return self.embedded(dl).evaluate(metrics, dims, **kwargs)
 
 # %% ../../nbs/api/train/13_predictions.ipynb #fac75000
 def _plain(o):
