@@ -382,12 +382,13 @@ def _among_all(self):
     if self.all_search: return self.nearest(8)
     return neighbours(self.embs, k=min(8, len(self)-1), ignore=self.ignore, block=self.block)
 
-def _near_pairs(self, min_sim, same, n):
+def _near_pairs(self, min_sim, same, n, of=None):
     "Table of the pairs of near neighbours under one label or under two, nearest first"
     s,i = self.among_all
     a = torch.arange(len(self))[:,None].expand_as(i)
     own = self.labels[i]==self.labels[:,None]
     keep = (s>=min_sim)&(own if same else ~own)
+    if of is not None: keep &= torch.isin(a, torch.as_tensor(of))|torch.isin(i, torch.as_tensor(of))
     pairs = torch.stack([torch.minimum(a, i)[keep],torch.maximum(a, i)[keep]])
     pairs,inv = pairs.unique(dim=1, return_inverse=True)
     sim = torch.zeros(pairs.shape[1]).scatter_(0, inv, s[keep])
@@ -403,9 +404,10 @@ def _near_pairs(self, min_sim, same, n):
 def label_noise(self:RetrievalInterpretation,
     min_sim:float=.9, # Least cosine similarity of a pair
     n:int=20, # How many pairs
+    of=None, # Indices of items: only pairs with one of these, such as the rows that `outliers` of a loss with sub-centres gives
 )->pd.DataFrame: # One row a pair of items `a` and `b`
     "Pairs of items that are nearly equal and have two labels, nearest first"
-    return _near_pairs(self, min_sim, False, n)
+    return _near_pairs(self, min_sim, False, n, of)
 
 @patch
 def duplicates(self:RetrievalInterpretation,
