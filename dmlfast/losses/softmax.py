@@ -11,6 +11,7 @@ __all__ = ['NormFaceLoss', 'CosFaceLoss', 'small_angle', 'ArcFaceLoss', 'SubCent
 import math, torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from .geometry import *
 from .base import *
 from .proxies import *
@@ -214,14 +215,29 @@ class SoftTripleLoss(CosFaceLoss):
         return res + apart*(len(embs) if self.reduction=='sum' else 1)
 
 # %% ../../nbs/api/losses/07_softmax.ipynb #394f4f14
+class _Apart(torch.autograd.Function):
+    "`centers_apart` with an analytic backward"
+    @staticmethod
+    def forward(ctx, w):
+        w = (w-w.mean(0)).transpose(0, 1) # small numbers, whose products do not cancel
+        gram = w@w.mT
+        both = gram.diagonal(dim1=1, dim2=2)
+        both = both[:,:,None]+both[:,None]
+        d2 = torch.sub(both, gram, alpha=2)
+        d2 = d2*(d2>both*8*torch.finfo(w.dtype).eps)
+        r,ctx.each = safe_rsqrt(d2),1/(d2.numel()-len(d2)*d2.shape[1])
+        ctx.save_for_backward(w, r)
+        return (d2*r).sum()*(ctx.each/2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        w,r = ctx.saved_tensors
+        return ((torch.diag_embed(r.sum(2))-r)@w).transpose(0, 1)*(g*ctx.each)
+
 def centers_apart(
     w:Tensor, # Unit vectors of classes, `(k,c,d)`
 )->Tensor: # Scalar
     "Half of the mean distance between the vectors of a class"
-    w = (w-w.mean(0)).transpose(0, 1) # small numbers, whose products do not cancel
-    gram = w@w.mT
-    both = gram.diagonal(dim1=1, dim2=2)
-    both = both[:,:,None]+both[:,None]
-    d2 = torch.sub(both, gram, alpha=2)
-    d2 = d2*(d2.detach()>both.detach()*8*torch.finfo(w.dtype).eps)
-    return safe_sqrt(d2).sum()/(2*d2[:,0].numel()*(w.shape[1]-1))
+    return _Apart.apply(w)
+
