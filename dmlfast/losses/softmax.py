@@ -241,3 +241,4 @@ def centers_apart(
     "Half of the mean distance between the vectors of a class"
     return _Apart.apply(w)
 
+
