@@ -36,8 +36,10 @@ def value_grad(loss, f, y, to_f=lambda o: o):
 def test_values(cls, value): assert made(cls)(F12, Y12).item()==pytest.approx(value, abs=1e-9)
 
 def test_defaults():
-    assert [o().scale for o in EACH]==[16,16,16,16,20] and (CosFaceLoss().margin,ArcFaceLoss().margin,SubCenterArcFaceLoss().centers)==(.35,.5,3)
-    assert {k:getattr(SoftTripleLoss(), k) for k in ('margin','temp','tau','centers','gamma')}==dict(margin=.01, temp=.1, tau=.2, centers=10, gamma=0)
+    assert [o().scale for o in EACH]==[16,16,16,16,20]
+    assert (CosFaceLoss().margin,ArcFaceLoss().margin,SubCenterArcFaceLoss().centers)==(.35,.5,3)
+    want = dict(margin=.01, temp=.1, tau=.2, centers=10, gamma=0)
+    assert {k:getattr(SoftTripleLoss(), k) for k in want}==want
 
 DEG = math.degrees(.5)
 PAIRS = dict(normface=(NormFaceLoss, lambda c,d: pml.NormalizedSoftmaxLoss(c, d, temperature=1/16)),
@@ -45,7 +47,8 @@ PAIRS = dict(normface=(NormFaceLoss, lambda c,d: pml.NormalizedSoftmaxLoss(c, d,
     wide_margin=(lambda c,d: ArcFaceLoss(c, d, 1.7), lambda c,d: pml.ArcFaceLoss(c, d, math.degrees(1.7), 16)), # many angles are past pi-m
     subcenter=(SubCenterArcFaceLoss, lambda c,d: pml.SubCenterArcFaceLoss(num_classes=c, embedding_size=d, margin=DEG, scale=16)),
     softtriple=(lambda c,d: SoftTripleLoss(c, d, tau=0), pml.SoftTripleLoss),
-    regularised=(SoftTripleLoss, lambda c,d: pml.SoftTripleLoss(c, d, weight_regularizer=SparseCentersRegularizer(c, 10), weight_reg_weight=.2)))
+    regularised=(SoftTripleLoss, lambda c,d: pml.SoftTripleLoss(c, d, weight_regularizer=SparseCentersRegularizer(c, 10),
+        weight_reg_weight=.2)))
 
 @pytest.mark.parametrize('n,d,c', [(24,8,6),(50,16,7),(33,4,3)])
 @pytest.mark.parametrize('name', PAIRS)
@@ -67,9 +70,10 @@ def slow(loss, f, y):
         own = max(w[c], key=lambda o: x@o)
         def of(k, g):
             "What a class has of a number of each of its vectors"
-            if isinstance(loss, SoftTripleLoss): return (torch.stack([x@o/loss.temp for o in w[k]]).softmax(0)*torch.stack([g(o) for o in w[k]])).sum()
-            return g(max(w[k], key=lambda o: x@o))
-        logits = [of(k, lambda o: x@o)-(loss.gamma*of(k, lambda o: cosine_similarity(o-x, own-x, dim=0)) if k!=c else 0) for k in range(len(w))]
+            if not isinstance(loss, SoftTripleLoss): return g(max(w[k], key=lambda o: x@o))
+            return (torch.stack([x@o/loss.temp for o in w[k]]).softmax(0)*torch.stack([g(o) for o in w[k]])).sum()
+        def c_of(k): return of(k, lambda o: cosine_similarity(o-x, own-x, dim=0)) if k!=c else 0
+        logits = [of(k, lambda o: x@o)-loss.gamma*c_of(k) for k in range(len(w))]
         if isinstance(loss, ArcFaceLoss):
             theta = (x@own).acos()
             logits[c] = (theta+loss.margin).cos() if theta<=math.pi-loss.margin else theta.cos()-loss.margin*math.sin(loss.margin)
@@ -85,7 +89,7 @@ def slow(loss, f, y):
 def test_definitions(cls, gamma):
     torch.manual_seed(1)
     loss,(f,y) = cls(5, 6, gamma=gamma).double(),batch(15, 6, 5)
-    (l0,g0),(l1,g1) = value_grad(lambda f,y: slow(loss, normalize(f, dim=1), y), f, y),value_grad(lambda f,y: loss(normalize(f, dim=1), y), f, y)
+    (l0,g0),(l1,g1) = (value_grad(o, f, y, lambda f: normalize(f, dim=1)) for o in (lambda f,y: slow(loss, f, y),loss))
     torch.testing.assert_close(l1, l0, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(g1, g0, rtol=1e-7, atol=1e-9)
 
@@ -242,14 +246,13 @@ def test_centers_that_nearly_coincide(gap):
     got,want = (o.requires_grad_() for o in (w.clone(),w.double()))
     for o in (got,want): centers_apart(o).backward()
     assert (got.grad-want.grad).norm()<1e-3*want.grad.norm()
-    torch.testing.assert_close(centers_apart(w).double(), torch.stack([(w[a]-w[b]).double().norm(dim=1) for a in range(4) for b in range(a)]).mean()/2,
-        rtol=1e-4, atol=0)
+    half = torch.stack([(w[a]-w[b]).double().norm(dim=1) for a in range(4) for b in range(a)]).mean()/2
+    torch.testing.assert_close(centers_apart(w).double(), half, rtol=1e-4, atol=0)
     same = w[:1].repeat(4, 1, 1).requires_grad_()
     centers_apart(same).backward()
     assert (same.grad==0).all()
 
 def test_names():
-    for name,cls in dict(arcface=ArcFaceLoss, cos_face=CosFaceLoss, normface=NormFaceLoss, subcenter=SubCenterArcFaceLoss, soft_triple=SoftTripleLoss).items():
-        assert register_loss[name] is cls
+    for name,cls in zip(('normface','cos_face','arcface','subcenter','soft_triple'), EACH): assert register_loss[name] is cls
     for bad in (0, 1.5, -1, math.nan):
         with pytest.raises(ValueError, match='^ArcFaceLoss: sample must be a number greater than 0 and at most 1'): ArcFaceLoss(sample=bad)

@@ -1,4 +1,4 @@
-"""Losses that classify: cross-entropy over a learned vector for each class, with a margin, several vectors a class, or a sample of many classes.
+"""Losses that classify: cross-entropy over a learned vector for each class, with a margin, or with several vectors a class.
 
 Docs: https://dmlfast.github.io/dmlfast/api/losses/softmax.html.md"""
 
