@@ -40,10 +40,7 @@ def fresh(sample, opt):
 def steps_table():
     rows = ['| optimiser | sample | forward and backward, ms | step, ms | together | of the whole | memory, MiB |', '|---|---|---|---|---|---|---|']
     for opt in ('adam','sgd'):
-        runs = {s:[] for s in SHARES}
-        for _ in range(3): # in turn
-            for s in SHARES: runs[s].append(fresh(s, opt))
-        res = {s:[median(o) for o in zip(*r)] for s,r in runs.items()}
+        res = {s:fresh(s, opt) for s in SHARES}
         for s,(f,o,m) in res.items(): rows.append(f'| {opt} | {s:g} | {f:.0f} | {o:.0f} | {f+o:.0f} | {(f+o)/sum(res[1.][:2]):.2f} | {m:.0f} |')
     return '\n'.join(rows)
 
@@ -81,7 +78,7 @@ def main():
     if sys.argv[1:2]==['glyphs']: return print(*glyphs_table())
     table,n = glyphs_table()
     text = (f'# A sample of many classes\n\n`python benchmarks/partial_fc.py`, torch {torch.__version__}, {os.cpu_count()} cores, one thread, load {os.getloadavg()[0]:.1f}. '
-        f'`ArcFaceLoss(sample=...)`, {N:,} classes, {D} dimensions, batch {B}, with the optimisers of fastai. CPU times, medians of three processes in turn, each the median of twelve steps; '
+        f'`ArcFaceLoss(sample=...)`, {N:,} classes, {D} dimensions, batch {B}, with the optimisers of fastai. CPU times, medians of twelve steps in a process of its own; '
         f'memory is the peak on top of the weights (59 MiB) and the libraries.\n\n{steps_table()}\n\n## Accuracy\n\nGlyphs, {n} classes in training, `test_resnet` from random weights, 6 epochs, batch 128 of 4 a class; test classes, three seeds.\n\n{table}\n')
     Path(__file__).with_suffix('.md').write_text(text)
 
