@@ -1,5 +1,5 @@
 "Time and memory of our losses, forward and backward, against PyTorch Metric Learning and the literal form: writes losses.md"
-import argparse, os, platform, subprocess, sys, time
+import argparse, math, os, platform, subprocess, sys, time
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -38,6 +38,7 @@ class Mined(torch.nn.Module):
 
 PML_NCA = lambda c,d: pml.ProxyNCALoss(c, d, softmax_scale=9)
 PML_T,PML_MS = lambda: pml.TripletMarginLoss(margin=.2),lambda: Mined(pml.MultiSimilarityLoss(), pml_miners.MultiSimilarityMiner())
+PML_ARC = lambda c,d: pml.ArcFaceLoss(c, d, margin=math.degrees(.5), scale=16)
 PML_M = lambda: Mined(pml.MarginLoss(), pml_miners.DistanceWeightedMiner())
 # what, (batch, per class, dimensions), ours, theirs, the least ratio of their time to ours that is promised
 CASES = [
@@ -54,6 +55,15 @@ CASES = [
     ('plain ProxyNCA / PML, 11,318 classes', (128,4,512), lambda: ProxyNCALoss(11318, 512), lambda: PML_NCA(11318, 512), 1/.65),
     ('DR-ProxyNCA / PML ProxyNCA, 11,318 classes', (128,4,512), lambda: DRProxyNCALoss(11318, 512),
         lambda: PML_NCA(11318, 512), 1/1.1),
+    ('NormFace / PML, 11,318 classes', (128,4,512), lambda: NormFaceLoss(11318, 512),
+        lambda: pml.NormalizedSoftmaxLoss(11318, 512, temperature=1/16), 1/.9),
+    ('CosFace / PML, 11,318 classes', (128,4,512), lambda: CosFaceLoss(11318, 512), lambda: pml.CosFaceLoss(11318, 512, scale=16), 1/.9),
+    ('ArcFace / PML, 11,318 classes', (128,4,512), lambda: ArcFaceLoss(11318, 512), lambda: PML_ARC(11318, 512), 1/.9),
+    ('DR-ArcFace / PML ArcFace, 11,318 classes', (128,4,512), lambda: ArcFaceLoss(11318, 512, gamma=.3), lambda: PML_ARC(11318, 512), None),
+    ('sub-centre ArcFace / PML, 3×11,318', (128,4,512), lambda: SubCenterArcFaceLoss(11318, 512), lambda: pml.SubCenterArcFaceLoss(
+        num_classes=11318, embedding_size=512, margin=math.degrees(.5), scale=16), 1/.9),
+    ('SoftTriple without τ / PML, 10×11,318', (128,4,512), lambda: SoftTripleLoss(11318, 512, tau=0), lambda: pml.SoftTripleLoss(11318, 512), 1),
+    ('SoftTriple / PML without τ, 10×11,318', (128,4,512), lambda: SoftTripleLoss(11318, 512), lambda: pml.SoftTripleLoss(11318, 512), None),
     ('margin / PML, distance-weighted', (128,4,512), MarginLoss, PML_M, 5),
     ('margin / PML, distance-weighted', (512,4,512), MarginLoss, PML_M, 5),
     ('contrastive / PML', (512,4,512), ContrastiveLoss, pml.ContrastiveLoss, None),

@@ -161,7 +161,7 @@ def test_several_losses_and_a_function(make_learner):
     assert np.isfinite(learn.recorder.values[-1][0])
 
 @pytest.mark.parametrize('loss', [ProxyNCALoss, DRMultiSimilarityLoss, MarginLoss, ContrastiveLoss, NPairLoss, ProxyAnchorLoss,
-    partial(TripletLoss, miner=SemiHardMiner())])
+    partial(TripletLoss, miner=SemiHardMiner()), CosFaceLoss, partial(SubCenterArcFaceLoss, sample=.5), SoftTripleLoss])
 def test_every_loss_trains(make_learner, loss):
     learn = make_learner(loss())
     learn.fit(1, 1e-3)

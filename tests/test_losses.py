@@ -26,9 +26,13 @@ ALL = dict(triplet=TripletLoss, triplet_mined=partial(TripletLoss, miner=BatchHa
     margin_one=partial(MarginLoss, miner=BatchHardMiner()), npair=NPairLoss, ms=partial(MultiSimilarityLoss, lam=.7),
     supcon=SupConLoss, circle=CircleLoss, recall=partial(RecallAtKLoss, t2=.1),
     anchor=partial(ProxyAnchorLoss, 5, 16), nca=partial(ProxyNCALoss, 5, 16),
-    nca_plain=partial(ProxyNCALoss, 5, 16, squared=False, include_positive=False))
+    nca_plain=partial(ProxyNCALoss, 5, 16, squared=False, include_positive=False),
+    normface=partial(NormFaceLoss, 5, 16), cosface=partial(CosFaceLoss, 5, 16), arcface=partial(ArcFaceLoss, 5, 16),
+    subcenter=partial(SubCenterArcFaceLoss, 5, 16), softtriple=partial(SoftTripleLoss, 5, 16, centers=4))
 MINERS = [RandomMiner(), SemiHardMiner(), SoftHardMiner(), BatchHardMiner(), DistanceWeightedMiner(), MultiSimilarityMiner()]
 SEEN = [k for k,v in ALL.items() if v().seen_only]
+
+SOFTMAX = [NormFaceLoss, CosFaceLoss, ArcFaceLoss, SubCenterArcFaceLoss, SoftTripleLoss]
 
 def make(name, gamma=.3, reduction=None):
     torch.manual_seed(100)
@@ -346,7 +350,7 @@ def test_gradcheck(name, reduction):
     params = list(loss.parameters())
     assert torch.autograd.gradcheck(lambda f,*ps: loss(f, y), (f.requires_grad_(),*params), atol=1e-6)
 
-@pytest.mark.parametrize('name', ['nca','nca_plain','ms'])
+@pytest.mark.parametrize('name', ['nca','nca_plain','ms','normface','arcface','softtriple'])
 def test_none_is_what_mean_averages(name):
     f,y = batch(20, 16, 5)
     each,mean = (make(name, reduction=r)(f, y) for r in ('none','mean'))
@@ -478,6 +482,7 @@ WIDE = dict(mined=lambda: DRTripletLoss(margin=5, miner=RandomMiner()),
     recall=RecallAtKLoss, recall_dr=lambda: RecallAtKLoss(t2=.1, gamma=.3),
     npair=lambda: NPairLoss(gamma=.3),
     anchor=lambda: ProxyAnchorLoss(16, 32, gamma=.3), nca=lambda: DRProxyNCALoss(16, 32),
+    **{f'{cls.__name__}_{g}':partial(cls, 16, 32, gamma=g) for cls in SOFTMAX for g in (0.,.3)},
     nca_plain=lambda: DRProxyNCALoss(16, 32, squared=False, include_positive=False, scale=1.))
 
 @pytest.mark.parametrize('spread', SPREADS)
@@ -490,11 +495,13 @@ def test_gradients_of_tight_classes(name, spread):
         loss.miner = lambda f,y: idx
     assert grad_error(loss, f, y)<1e-4
     if isinstance(loss, ProxyLoss): # and with the proxies in the middle of their classes
-        loss.proxies.data = torch.stack([f[y==c].mean(0) for c in range(16)])
+        middles = torch.stack([f[y==c].mean(0) for c in range(16)]).repeat(loss.centers, 1)
+        loss.proxies.data = middles+.5*spread*torch.randn(len(middles), 32)/32**.5*(loss.centers>1)
         assert grad_error(loss, f, y)<1e-4
 
 PROXY = dict(nca=ProxyNCALoss, excluded=partial(ProxyNCALoss, include_positive=False), plain=partial(ProxyNCALoss, squared=False),
-    free=partial(ProxyNCALoss, normalize_proxies=False), anchor=ProxyAnchorLoss)
+    free=partial(ProxyNCALoss, normalize_proxies=False), anchor=ProxyAnchorLoss, normface=NormFaceLoss, cosface=CosFaceLoss,
+    arcface=ArcFaceLoss)
 
 def proxy_batch(where, gap, n=64, c=16, d=32):
     "Unit embeddings and proxies: one embedding `gap` from another class's proxy, pairs of proxies `gap` apart, or all of them within `gap`"
@@ -596,7 +603,7 @@ def test_duplicates(name):
 def test_embedding_on_a_proxy(name):
     loss = make(name)
     for y in (torch.arange(5), torch.arange(5).roll(1)):
-        l,g = value_grad(loss, normalize(loss.proxies, dim=1), y)
+        l,g = value_grad(loss, normalize(loss.proxies[:5], dim=1), y)
         assert l.isfinite() and g.isfinite().all() and loss.proxies.grad.isfinite().all()
 
 @pytest.mark.parametrize('name', ALL)
@@ -679,7 +686,7 @@ def test_what_is_no_batch(name):
             (f,y.to(torch.complex64),'labels must be integers')]:
         with pytest.raises(ValueError, match=says): EVERY[name]().setup(5, 16)(embs, labels)
 
-WRONG = {'finite':[], 'from 0':[-.1], 'positive':[0,-1], 'count':[0,-3,2.5], 'limit':[0,-1]}
+WRONG = {'finite':[], 'from 0':[-.1], 'positive':[0,-1], 'count':[0,-3,2.5], 'share':[0,1.1], 'limit':[0,-1]}
 
 @pytest.mark.parametrize('name', {**classes(MetricLoss),**classes(Miner)})
 def test_arguments_out_of_range(name):
@@ -740,15 +747,15 @@ def test_unseen_labels_do_not_trouble_one_boundary():
 
 # Weights, names and combinations
 
-@pytest.mark.parametrize('cls', [ProxyNCALoss, DRProxyNCALoss, ProxyAnchorLoss])
+@pytest.mark.parametrize('cls', [ProxyNCALoss, DRProxyNCALoss, ProxyAnchorLoss, *SOFTMAX])
 def test_setup(cls):
     loss = cls()
     assert not list(loss.parameters())
     with pytest.raises(RuntimeError, match='setup'): loss(F12, Y12)
     loss.setup(n_classes=3, emb_sz=8)
     w = loss.proxies
-    assert loss.setup(n_classes=9, emb_sz=5).proxies is w and w.shape==(3,8)
-    assert cls(n_classes=7).setup(n_classes=3, emb_sz=8).proxies.shape==(7,8)
+    assert loss.setup(n_classes=9, emb_sz=5).proxies is w and w.shape==(3*loss.centers,8)
+    assert cls(n_classes=7).setup(n_classes=3, emb_sz=8).proxies.shape==(7*loss.centers,8)
     assert loss(F12, Y12).isfinite()
 
 def test_margin_setup():
@@ -869,7 +876,7 @@ def test_active_of_the_least_batches(name):
         active = loss.active(torch.randn(len(y), 16), torch.tensor(y, dtype=torch.int64))
         assert active is None or 0<=active<=1 and (len(y)>1 or active==0)
 
-PROXIES = ['ProxyNCALoss','DRProxyNCALoss','ProxyAnchorLoss']
+PROXIES = ['ProxyNCALoss','DRProxyNCALoss','ProxyAnchorLoss',*(o.__name__ for o in SOFTMAX)]
 @pytest.mark.parametrize('name', EVERY)
 def test_what_a_loss_compares(name):
     loss = EVERY[name]().setup(5, 16)

@@ -139,9 +139,10 @@ def most_confused(self:RetrievalInterpretation,
 def label_noise(self:RetrievalInterpretation,
     min_sim:float=.9, # Least cosine similarity of a pair
     n:int=20, # How many pairs
+    of=None, # Indices of items: only pairs with one of these, such as the rows that `outliers` of a loss with sub-centres gives
 )->pd.DataFrame: # One row a pair of items `a` and `b`
     "Pairs of items that are nearly equal and have two labels, nearest first"
-    return _near_pairs(self, min_sim, False, n)
+    return _near_pairs(self, min_sim, False, n, of)
 
 @patch
 def duplicates(self:RetrievalInterpretation,
@@ -151,12 +152,13 @@ def duplicates(self:RetrievalInterpretation,
     "Pairs of items that are nearly equal and have one label, nearest first"
     return _near_pairs(self, min_sim, True, n)
 
-def _near_pairs(self, min_sim, same, n):
+def _near_pairs(self, min_sim, same, n, of=None):
     "Table of the pairs of near neighbours under one label or under two, nearest first"
     s,i = self.among_all
     a = torch.arange(len(self))[:,None].expand_as(i)
     own = self.labels[i]==self.labels[:,None]
     keep = (s>=min_sim)&(own if same else ~own)
+    if of is not None: keep &= torch.isin(a, torch.as_tensor(of))|torch.isin(i, torch.as_tensor(of))
     df = pd.DataFrame({k:o[keep].numpy() for k,o in dict(a=torch.minimum(a, i), b=torch.maximum(a, i), similarity=s).items()})
     df = df.drop_duplicates(['a','b'], keep='last').sort_values(['similarity','a','b'], ascending=[False,True,True])[:n]
     def agree(u, v):

@@ -58,6 +58,7 @@ kinds = {
     'from 0': ('a number from 0', lambda o: 0<=o<math.inf),
     'positive': ('a number greater than 0', lambda o: 0<o<math.inf),
     'limit': ('a number greater than 0, or None', lambda o: o is None or 0<o), # infinity is a limit, too: a file of settings has no None
+    'share': ('a number greater than 0 and at most 1', lambda o: 0<o<=1),
     'count': ('a whole number from 1, or None', lambda o: o is None or (o>=1 and o==int(o)))}
 
 def check_number(

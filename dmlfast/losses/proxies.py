@@ -20,7 +20,7 @@ from .multisimilarity import *
 class ProxyLoss(MetricLoss):
     "A loss with a learned proxy for each class"
     seen_only = True
-    ranges = dict(n_classes='count', emb_sz='count')
+    ranges = dict(n_classes='count', emb_sz='count', centers='count')
     def __init__(self,
         n_classes:int=None, # Number of training classes; see `setup`
         emb_sz:int=None, # Length of an embedding; see `setup`
@@ -28,9 +28,11 @@ class ProxyLoss(MetricLoss):
         lr_mult:float=100., # Multiplier of the learning rate for the proxies
         reduction:str='mean', # One of `reductions`
         normalize_proxies:bool=True, # Compare with proxies of unit length?
+        centers:int=1, # Proxies of each class; the first ones of all classes come first, then the second ones
     ):
         super().__init__(gamma, reduction)
-        self.n_classes,self.emb_sz,self.lr_mult,self.normalize_proxies = n_classes,emb_sz,lr_mult,normalize_proxies
+        self.n_classes,self.emb_sz,self.lr_mult = n_classes,emb_sz,lr_mult
+        self.normalize_proxies,self.centers = normalize_proxies,int(centers or 1)
         self.register_parameter('proxies', None)
         self.setup()
 
@@ -38,14 +40,18 @@ class ProxyLoss(MetricLoss):
         "Make the proxies once both their number and their length are known; what was given before stays"
         self.n_classes,self.emb_sz = self.n_classes or n_classes,self.emb_sz or emb_sz
         if self.proxies is None and self.n_classes and self.emb_sz:
-            self.proxies = nn.Parameter(torch.randn(self.n_classes, self.emb_sz)/self.emb_sz**.5)
+            self.proxies = nn.Parameter(torch.randn(self.n_classes*self.centers, self.emb_sz)/self.emb_sz**.5)
         return self
 
     @torch.no_grad()
     def start(self, embs, labels):
-        "Begin the proxy of each class at the mean of its embeddings"
+        "Begin the proxy of each class at the mean of its embeddings, and several at the means of as many parts of them"
         if self.proxies is None: return
-        sums = torch.zeros(self.proxies.shape).index_add_(0, labels, embs.float())
+        order,size = labels.argsort(stable=True),labels.bincount(minlength=self.n_classes)
+        part = torch.empty_like(labels).index_copy_(0, order, torch.arange(len(labels))-(size.cumsum(0)-size)[labels[order]])%self.centers
+        sums = torch.zeros(self.proxies.shape).index_add_(0, part*self.n_classes+labels, embs.float())
+        whole = sums.unflatten(0, (self.centers,-1)).sum(0).repeat(self.centers, 1)
+        sums = torch.where(sums.norm(dim=1, keepdim=True)>1e-6, sums, whole) # a class of few images has fewer parts
         there = sums.norm(dim=1)>1e-6
         self.proxies[there.to(self.proxies.device)] = F.normalize(sums[there]).to(self.proxies)
 
@@ -58,8 +64,15 @@ class ProxyLoss(MetricLoss):
         if embs.shape[1]!=self.proxies.shape[-1]:
             raise ValueError(f'{name} has proxies of length {self.proxies.shape[-1]}, not {embs.shape[1]} as the embeddings')
         labels,bad = known_labels(self, labels, self.n_classes)
-        proxies = proxy_norms(self.proxies.to(embs.dtype), self.normalize_proxies)
+        proxies,labels = self.chosen(labels)
+        proxies = proxy_norms(proxies.to(embs.dtype), self.normalize_proxies)
         return mark_unknown(self.compare(embs, labels, *proxies).to(embs.dtype), bad)
+
+    def chosen(self,
+        labels:Tensor, # Class of each row, `(n,)` int64
+    )->tuple[Tensor,Tensor]: # Proxies, `(c,d)`; the class of each row among those that are there, `(n,)` int64
+        "The proxies to compare with: all of them"
+        return self.proxies,labels
 
     def compare(self,
         embs:Tensor, # Embeddings, `(n,d)` float
@@ -107,11 +120,13 @@ def proxy_sims(
     proxies:Tensor, # Proxies, `(c,d)`
     inv:Tensor, # Factors of the proxies, `(c,)` or scalar
     sq:Tensor, # Their squared norms, `(c,)` or scalar
+    pool=None, # Function that makes one similarity a class of `(n,c)`; then `labels` are numbers of classes
 )->Tensor: # `(n,c)`, in `wide_dtype` if an embedding is near the proxy of another class
     "Similarities with all proxies, precise where they hardly differ"
     s = proxy_dots(embs, proxies, inv)
+    if pool: s = pool(s)
     with torch.no_grad(): near = _near_another(s, embs.pow(2).sum(1, keepdim=True)+sq, labels, 2**-11)
-    return proxy_sims(*_widen(embs, labels, proxies, inv)) if near else s
+    return proxy_sims(*_widen(embs, labels, proxies, inv), pool) if near else s
 
 # %% ../../nbs/api/losses/06_proxies.ipynb #7caed473
 def proxy_cos(
