@@ -9,6 +9,9 @@ warnings.simplefilter('ignore')
 from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from dmlfast.all import *
+from dmlfast.models.embedder import make_head
+from dmlfast.models.heads import WithinClass
+from dmlfast.train.baseline import start_head
 
 def seconds(f):
     t = time.perf_counter()

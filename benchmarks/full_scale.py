@@ -6,6 +6,7 @@ warnings.simplefilter('ignore')
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from dmlfast.all import *
+from dmlfast.study.runs import n_epochs
 
 # images and classes for training, images for testing: the data sets' own protocols
 data = dict(cub200=(5864,100,5924), cars196=(8054,98,8131), online_products=(59551,11318,60502), inshop=(25882,3997,26830))

@@ -12,6 +12,7 @@ warnings.simplefilter('ignore')
 import torch
 from pathlib import Path
 from dmlfast.all import *
+from dmlfast.models.lora import add_lora, as_filed
 
 archs,size,bs = ('vit_tiny_patch16_224','vit_small_patch16_224'),112,16
 y = torch.arange(bs)//4

@@ -63,7 +63,7 @@ def reference(rooms):
     "Page of all public names: page -> its title, what it is about, and its symbols"
     from cards import contents
     parts = [f'## [{t}]({k})\n\n{about}\n\n{contents(room)}' for k,(t,about,room) in rooms.items()]
-    return '# All names\n\n> What each module has for users, from the lowest module to the highest: one uses only those before it on this page. `from dmlfast.all import *` gives all of it but the commands.\n\n' + '\n\n'.join(parts) + '\n'
+    return '# All names\n\n> What each module has for users, from the lowest module to the highest: one uses only those before it on this page. `from dmlfast.all import *` gives what one calls, about a hundred names; helpers are imported from their rooms.\n\n' + '\n\n'.join(parts) + '\n'
 
 def build_pages(dest):
     "Write the processed notebooks to `dest`"

@@ -20,6 +20,15 @@ def test_names_are_there():
         'Embedder', 'stage_splitter', 'bn_inception', 'recipes', 'neighbours', 'evaluate_retrieval',
         'show_neighbours'} <= _public('dmlfast.all')
 
+def test_all_gives_what_one_calls():
+    "Losses, miners and data sets that are registered, and not the helpers of rooms"
+    from dmlfast.losses.base import register_loss
+    from dmlfast.losses.miners import register_miner
+    names = _public('dmlfast.all')
+    assert len(names)<=110 and not any(o.startswith('_') for o in names)
+    assert {o.__name__ for table in (register_loss,register_miner) for o in table.values() if o.__module__.startswith('dmlfast.')}<=names
+    assert not {'sqdist','class_index','reduce_terms','WithinClass','body_key'} & names
+
 def test_lower_rooms_do_without_fastai():
     rooms = 'files.images','losses.proxies','models.embedder','models.bninception','retrieval.embedded','files.drawing'
     code = f"import sys, {', '.join(f'dmlfast.{o}' for o in rooms)}; sys.exit('fastai' in sys.modules)"

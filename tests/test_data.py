@@ -5,6 +5,7 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from fastai.vision.all import *
 from dmlfast.all import *
+from dmlfast.data.datasets import glyph_chars
 
 @given(counts=st.lists(st.integers(1, 12), min_size=2, max_size=15), per_class=st.integers(1, 5), p=st.integers(1, 6),
     seed=st.integers(0, 2**31), epoch=st.integers(0, 5))

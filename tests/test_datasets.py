@@ -5,6 +5,8 @@ from PIL import Image
 from fastai.vision.all import *
 from scipy.io import savemat
 from dmlfast.all import *
+from dmlfast.data.datasets import crop_tfms
+from dmlfast.look.page import split_hash
 
 def jpeg(c=0, size=(12,9)):
     "A small JPEG, of a colour for each class"

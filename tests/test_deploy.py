@@ -6,6 +6,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from fastai.vision.all import *
 from dmlfast.all import *
+from dmlfast.deploy.embedder import Preprocess
+from dmlfast.train.export import preprocess_of
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):

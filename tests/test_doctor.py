@@ -4,6 +4,7 @@ import pytest, torch
 from torch import nn
 from fastai.vision.all import *
 from dmlfast.all import *
+from dmlfast.losses.geometry import label_masks, safe_sqrt, sqdist
 from dmlfast.train.doctor import active_share, dr_share, effective_rank
 
 def points(noise=.6, shuffle_labels=False, n=24, per=16, bs=48):

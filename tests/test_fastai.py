@@ -3,6 +3,7 @@ import pytest, re, torch
 from matplotlib import pyplot as plt
 from fastai.vision.all import *
 from dmlfast.all import *
+from dmlfast.train.compat import TensorEmbedding, plot_top_losses
 
 @pytest.fixture(scope='module', params=['proxies', 'proxies and ranking'])
 def learn(request, few, tmp_path_factory):

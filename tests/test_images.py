@@ -5,6 +5,9 @@ from PIL import Image
 from fastai.vision.all import *
 import dmlfast.files.images as images
 from dmlfast.all import *
+from dmlfast.deploy.embedder import Preprocess
+from dmlfast.data.datasets import NamedImage
+from dmlfast.train.export import preprocess_of
 
 H,W = 40,60
 RED,GREEN,BLUE,GREY = (255,0,0),(0,255,0),(0,0,255),(90,90,90)

@@ -2,6 +2,12 @@
 import numpy as np, pytest, torch
 from fastai.vision.all import *
 from dmlfast.all import *
+from dmlfast.losses.geometry import sqdist
+from dmlfast.losses.base import reduce_values
+from dmlfast.models.pooling import GeM
+from dmlfast.train.rates import multiply_lr
+from dmlfast.train.columns import Diverged
+from dmlfast.train.predictions import items_of
 
 @pytest.fixture(scope='module')
 def few_dls(few): return few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0)

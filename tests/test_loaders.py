@@ -2,6 +2,7 @@
 import numpy as np, pytest, torch
 from fastai.vision.all import *
 from dmlfast.all import *
+from dmlfast.train.features import collect
 
 @pytest.fixture(scope='module')
 def learn(few, tmp_path_factory):

@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest, timm, torch
 from fastai.vision.all import *
 from dmlfast.all import *
+from dmlfast.models.embedder import body_stages
+from dmlfast.models.lora import LoraEmbedder, add_lora, as_filed, lora_layers, merge_lora, merged, own_state
 from dmlfast.models import lora as room
 from test_checkpoint import Do, plain, same, scramble, stop
 

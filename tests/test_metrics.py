@@ -1,6 +1,7 @@
 "The table of metrics: a metric registered in a test is known wherever metrics are"
 import numpy as np, pytest, torch
 from dmlfast.all import *
+from dmlfast.retrieval.metrics import metric_meanings, metric_names
 from dmlfast.retrieval.metrics import metric_of
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from fastai.vision.all import *
 from dmlfast.all import *
+from dmlfast.train.baseline import HeadStart
 from dmlfast.look.page import split_hash
 from dmlfast.look.report import plot_curves
 

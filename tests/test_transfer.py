@@ -5,6 +5,14 @@ import numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
 from fastai.vision.all import *
 from dmlfast.all import *
+from dmlfast.models.embedder import mlp_head
+from dmlfast.models.heads import lda_head, pca_head
+from dmlfast.train.columns import is_fitting
+from dmlfast.train.features import body_features, measured_dl, train_features
+from dmlfast.train.baseline import choose_shrinkage, start_head
+from dmlfast.train.export import preprocess_of
+from dmlfast.train.transfer import halves
+from dmlfast.study.checks import with_settings
 from dmlfast.train.baseline import _halves
 from dmlfast.train.features import _kept, body_key, body_state, collect, items_key, weights_hash
 

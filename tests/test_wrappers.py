@@ -4,6 +4,9 @@ from torch import nn
 from torch.nn.functional import normalize
 from pytorch_metric_learning import losses as pml
 from dmlfast.all import *
+from dmlfast.losses.base import asking
+from dmlfast.retrieval.results import ResultsByLength
+from dmlfast.deploy.embedder import Preprocess
 
 f64 = torch.float64
 

@@ -3,6 +3,7 @@
 Run as the plans are, in a folder with the images and weights in data/: python parity.py cars.toml"""
 import argparse, json, torch
 from dmlfast.all import *
+from dmlfast.study.checks import with_settings
 
 p = argparse.ArgumentParser(description=__doc__)
 p.add_argument('plan')

@@ -7,6 +7,7 @@ warnings.simplefilter('ignore')
 import torch, torch.nn.functional as F
 from PIL import Image
 from dmlfast.all import *
+from dmlfast.losses.geometry import dir_cos, label_masks, sqdist
 
 def triplets(x, y):
     "Mean similarity of items of one class and of different ones; and of each item with its farthest positive and its nearest negative: similarities, and the angle in degrees at the anchor between the directions of the two"
