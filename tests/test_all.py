@@ -26,7 +26,7 @@ def test_all_gives_what_one_calls():
     from dmlfast.losses.miners import register_miner
     names = _public('dmlfast.all')
     assert len(names)<=110 and not any(o.startswith('_') for o in names)
-    assert {o.__name__ for table in (register_loss,register_miner) for o in table.values() if o.__module__.startswith('dmlfast.')}<=names
+    assert {o.__name__ for table in (register_loss,register_miner) for _,o in table.items() if o.__module__.startswith('dmlfast.')}<=names
     assert not {'sqdist','class_index','reduce_terms','WithinClass','body_key'} & names
 
 def test_lower_rooms_do_without_fastai():
