@@ -128,6 +128,20 @@ def test_what_stops_a_run_is_the_recipes_unless_said():
     assert _patience(recipe='dr_triplet', fit=dict(monitor='recall@1', patience=0))==[]
     assert _patience(fit=dict(monitor='recall@1'))==[] and _patience(recipe='dr_triplet')==[]
 
+def test_a_rank_in_the_settings_is_lora(few):
+    "It is put on between head and fit, and `fit_transfer` does not look at it"
+    pytest.importorskip('peft', reason='LoRA is an extra')
+    from dmlfast.study.checks import check_settings
+    from dmlfast.study.runs import fit_settings, make_learner
+    tiny = dict(patch_size=8, depth=1, embed_dim=32, num_heads=2)
+    s = dict(model=dict(arch='vit_tiny_patch16_224', pretrained=False, timm=tiny), fit=dict(n_epoch=1, lora=2), batch=dict(bs=32),
+        loss=dict(name='arcface'))
+    learn = make_learner(s, few)
+    with learn.no_bar(), learn.no_logging(): fit_settings(learn, s)
+    assert type(learn.model).__name__=='LoraEmbedder' and {o.shape[0] for k,o in learn.model.named_parameters() if 'lora_A' in k}=={2}
+    with pytest.raises(ValueError, match='`fit.lora` would not be looked at'):
+        check_settings(dict(fit=dict(transfer=True, lora=2)))
+
 def test_views_are_drawn_with_the_seed_of_the_ranking():
     from dmlfast.study.checks import make_ranking
     assert [make_ranking(dict(seed=5, **o), 1).views.seed for o in ({}, dict(views={}), dict(views=dict(seed=7)))]==[5,5,7]

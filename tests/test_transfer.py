@@ -1,7 +1,7 @@
 "Heads that start from the data, features and what they were worth, and the way from them: what reads badly in the notebooks"
 import json, shutil
 from copy import deepcopy
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, timm, torch
 import torch.nn.functional as F
 from fastai.vision.all import *
 from dmlfast.all import *
@@ -211,6 +211,38 @@ def test_recipes_keep_their_start(few, body):
     for name in ('triplet','margin'):
         learn = metric_learner(few.dataloaders(bs=32, per_class=4, num_workers=0), 'test_resnet', weights=body, recipe=name)
         assert learn.model.pending is None and learn.body_share==1 and learn.group_rates(1.)==1.
+
+class Fits(Callback):
+    "What is fitted, one after the other: `'features'` or `'images'`, for how many epochs, and with how much trained"
+    def __init__(self): self.seen = []
+    def before_fit(self):
+        if not is_fitting(self.learn): return
+        what = 'features' if hasattr(self.dls.train, 'features') else 'images'
+        self.seen.append((what, self.n_epoch, any(p.requires_grad for k,p in self.model.named_parameters() if 'patch_embed' in k)))
+
+@pytest.mark.parametrize('name,epochs', [('transfer',3), ('lora',5), ('arcface',3), ('recallk',10)])
+def test_recipes_for_a_trained_body(name, epochs, few, tmp_path):
+    "The head on features, then LoRA if asked for, then everything; and of the way the best"
+    if name=='lora': pytest.importorskip('peft', reason='LoRA is an extra')
+    set_seed(0)
+    tiny,r = dict(patch_size=8, depth=1, embed_dim=32, num_heads=2),recipes[name]
+    body = tmp_path/'body.pth'
+    torch.save(timm.create_model('vit_tiny_patch16_224', num_classes=0, img_size=24, **tiny).state_dict(), body)
+    dls = few.dataloaders(**{**r.data, 'bs':32, 'size':None}, num_workers=0)
+    learn = metric_learner(dls, 'vit_tiny_patch16_224', weights=body, recipe=name, model_kwargs=tiny, cbs=(fits := Fits()), path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.fit_recipe(1, head_epochs=2)
+    assert fits.seen==[('features',2,True), ('images',1,name!='lora')]
+    assert r.fit['n_epoch']==epochs and r.fit['head_epochs']==(20 if name=='lora' else 10)
+    assert learn.between['kept'] in (0,.25,.5,.75,1) and learn.model.freeze_bn is True
+    assert (learn.group_rates(None) if name=='lora' else learn.model.emb_sz)==(slice(1e-3,1e-4) if name=='lora' else 128)
+    assert type(learn.loss_func).__name__==dict(arcface='ArcFaceLoss', recallk='RecallAtKLoss').get(name, 'DRTripletLoss')
+    assert any(isinstance(o, LargeBatch) for o in learn.cbs)==(name=='recallk')
+
+def test_a_recipe_chooses_nothing_by_test_classes(few, body):
+    dls = few.dataloaders(bs=32, per_class=4, valid='test', num_workers=0)
+    learn = metric_learner(dls, 'test_resnet', weights=body, recipe='transfer')
+    with learn.no_bar(), learn.no_logging(): learn.fit_recipe(1, head_epochs=0)
+    assert learn.between is None and not any(isinstance(o, Interpolate) for o in learn.cbs)
 
 class SeenRates(Callback):
     "The learning rates of every step"

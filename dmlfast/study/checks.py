@@ -177,7 +177,7 @@ def _check_transfer(settings):
     "Raise `ValueError` for settings that `fit_transfer` would not look at"
     if not is_trained(settings): raise ValueError("`fit.transfer` is for a trained body, and this one begins with random weights.")
     if settings.get('recipe'): raise ValueError("`fit.transfer` and `recipe` both say how to train: take one of them.")
-    for o in ('sched','steps','factor','patience','monitor','interpolate'):
+    for o in ('sched','steps','factor','patience','monitor','interpolate','lora'):
         if settings['fit'].get(o):
             raise ValueError(f"`fit.transfer` chooses the epoch and the schedule itself, so that `fit.{o}` would not be looked at: take "
                 "one of them.")

@@ -30,6 +30,7 @@ from ..files.writing import *
 from ..train.gain import *
 from ..train.progress import *
 from ..train.recipe import *
+from ..train.fitting import *
 from ..train.learner import *
 from ..models.embedder import *
 from ..look.report import *
@@ -132,11 +133,12 @@ def fit_settings(
     if n_epoch and fit.get('transfer'):
         learn.fit_transfer(n_epoch, cbs=cbs, plan=plan, best=best, **_transfer_args(settings))
         return learn
-    trackers = _trackers(settings)
-    if fit.get('head_epochs'): learn.fit_head(fit['head_epochs'], fit.get('lr'))
-    between = [Interpolate()] if fit.get('interpolate') else []
-    if n_epoch:
-        learn.fit_recipe(n_epoch, _lr(fit), _sched(settings, n_epoch), 0 if trackers else fit.get('patience'), L(cbs)+trackers+between)
+    if not n_epoch:
+        if head := ifnone(fit.get('head_epochs'), recipe_of(settings).fit.get('head_epochs')): learn.fit_head(head, fit.get('lr'))
+        return learn
+    trackers,lora = _trackers(settings),fit.get('lora')
+    learn.fit_recipe(n_epoch, _lr(fit), _sched(settings, n_epoch), 0 if trackers else fit.get('patience'), L(cbs)+trackers,
+        fit.get('head_epochs'), lora and dict(rank=lora), fit.get('interpolate'))
     return learn
 
 def _transfer_args(settings):

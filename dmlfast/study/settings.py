@@ -155,7 +155,8 @@ class MinerSettings:
 @dataclass
 class LossSettings:
     "The loss; further names are its arguments"
-    # triplet, dr_triplet, ms, dr_ms, proxynca, dr_proxynca, proxyanchor, margin, contrastive or npair; the recipe's, or dr_triplet
+    # triplet, dr_triplet, ms, dr_ms, proxynca, dr_proxynca, proxyanchor, margin, contrastive, npair, normface, cosface, arcface, subcenter,
+    # softtriple, supcon, circle or recall; the recipe's, or dr_triplet
     name:str = setting('loss')
     # Rate of proxies and learned boundaries as a multiple of --lr; the loss's own if not given
     lr_mult:float = setting('loss_lr', needs='loss.name')
@@ -191,8 +192,9 @@ class FitSettings:
     lr:float|None = setting(above=0)
     # Rate of the body as a multiple of --lr; 1/3 for a trained body, 1/10 beside a random head, otherwise 1
     body_lr:float|None = setting(above=0)
-    # Passes over the features of the body for the head alone, before the fit; 10 where the transfer is planned, otherwise none
+    # Passes over the features of the body for the head alone, before the fit; the recipe's, 10 where the transfer is planned, otherwise none
     head_epochs:int|None = setting(least=0)
+    lora:int|None = setting(least=1) # Rank of LoRA, which is trained instead of the body; the recipe's, or none
     wd:float|None = setting(least=0) # Weight decay; the recipe's, or fastai's 0.01
     # one_cycle, step, exp or flat; the recipe's, or one_cycle
     sched:str|None = setting(words=('flat','exp','step','one_cycle'),
@@ -213,7 +215,8 @@ class FitSettings:
 class RunSettings:
     "All of a run"
     data:DataSettings = setting('data_args') # More for the reader of the data, such as val_pct=.2,seed=1; nothing more if not given
-    # Set-up of a reproduction, for what is not given: dr_triplet, triplet, dr_proxynca, proxynca, dr_ms, ms, ssr_margin, margin
+    # A set-up, for what is not given: transfer, lora, arcface, recallk, or of a reproduction dr_triplet, triplet, dr_proxynca, proxynca, dr_ms,
+    # ms, ssr_margin, margin
     recipe:str|None = setting()
     model:ModelSettings = setting(arg=False) # The network
     # Arguments of the loss, such as margin=.2,gamma=.3; its own defaults if not given

@@ -8,19 +8,19 @@ Docs: https://dmlfast.github.io/dmlfast/api/train/recipe.html.md"""
 __all__ = ['recipes', 'Recipe']
 
 # %% ../../nbs/api/train/08_recipe.ipynb #fd73244c
-import numpy as np, pandas as pd
+import pandas as pd
 from dataclasses import dataclass, field
 from functools import partial
 from fastcore.all import *
 from fastai.learner import *
 from fastai.optimizer import *
-from fastai.callback.all import *
 from ..files.registry import nearest
 from ..losses.miners import *
 from ..losses import *
 from ..losses.proxies import *
 from .rates import *
 from .ssr import *
+from .largebatch import *
 
 # %% ../../nbs/api/train/08_recipe.ipynb #f66f4407
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ def _resnet50(cbs=()):
     return Recipe('resnet50', 128, loss, dict(freeze_bn=True, init='random'), dict(bs=120, per_class=4, size=224),
         dict(opt_func=_adamw, lr=slice(1e-4,1e-3), wd=4e-4, wd_bn_bias=True), 1., dict(n_epoch=15, sched='step'), cbs,
         ours='batch norm frozen, rate ×0.1 after two thirds')
+
+def _trained(loss, n_epoch, bs=64, learner={}, cbs=(), **fit):
+    "A recipe for a trained body"
+    return Recipe('vit_small_patch14_dinov2.lvd142m', 128, loss, dict(init='lda', freeze_bn=True), dict(bs=bs, per_class=4, size=224),
+        learner, None, dict(n_epoch=n_epoch, sched='one_cycle', interpolate=True, **fit), cbs, 'all of it')
 
 # %% ../../nbs/api/train/08_recipe.ipynb #d8af8414
 class _Recipes(dict):
@@ -92,11 +97,11 @@ recipes = _Recipes(
     dr_ms=_bninception(partial(_ms, gamma=0.28), 80, 5, 3e-5, 5e-4),
     ms=_bninception(_ms, 80, 5, 3e-5, 5e-4),
     ssr_margin=_resnet50((partial(SelfSupervisedRanking, n=4, m=20, gamma=0.8, p=0.8),)),
-    margin=_resnet50())
-
-# %% ../../nbs/api/train/08_recipe.ipynb #de6000a2
-_scheds = dict(flat=lambda lr: SchedNo(lr, lr), exp=lambda lr: SchedExp(lr, lr/10),
-    step=lambda lr: combine_scheds([2/3,1/3], [SchedNo(lr, lr), SchedNo(lr/10, lr/10)]))
+    margin=_resnet50(),
+    transfer=_trained(DRTripletLoss, 3, head_epochs=10),
+    lora=_trained(DRTripletLoss, 5, learner=dict(lr=slice(1e-3,1e-4)), head_epochs=20, lora=dict(rank=8, alpha=16)),
+    arcface=_trained(ArcFaceLoss, 3, head_epochs=10),
+    recallk=_trained(RecallAtKLoss, 10, 512, cbs=(partial(LargeBatch, chunk=64),), head_epochs=10))
 
 # %% ../../nbs/api/train/08_recipe.ipynb #583a263a
 @patch
@@ -104,30 +109,3 @@ def measures_on_test(self:GroupedLearner)->bool:
     "Is the validation loader made of classes that are for test?"
     source = getattr(self.dls, 'source', None)
     return source is not None and not set(self.dls.valid.items).isdisjoint(source.items('test'))
-
-# %% ../../nbs/api/train/08_recipe.ipynb #ee83fd2a
-@patch
-@delegates(Learner.fit, but=['lr','cbs'])
-def fit_recipe(self:GroupedLearner,
-    n_epoch:int=None, # Passes over the training set; the recipe's if not given, as for all of these
-    lr=None, # Learning rate, or `slice` of it for the parameter groups
-    sched=None, # `'flat'`, `'exp'`, `'step'`, `'one_cycle'`, or a function from the rates of the groups to a schedule
-    patience:int=None, # Stop after this many epochs without a better recall@1; 0: never
-    cbs=None, # Callbacks
-    **kwargs
-):
-    "Fit as the learner's recipe says"
-    r = self.recipe.fit
-    n_epoch,sched = ifnone(n_epoch, r.get('n_epoch')),ifnone(sched, r.get('sched', 'flat'))
-    if n_epoch is None:
-        raise ValueError("This learner has no recipe that says for how many epochs to fit: pass `n_epoch`, or make it with `recipe=`.")
-    if not callable(sched) and sched not in ('one_cycle',*_scheds):
-        raise ValueError(f"Schedules are {', '.join(map(repr, _scheds))}, 'one_cycle' or a function; got {sched!r}.")
-    cbs,patience = L(cbs),ifnone(patience, r.get('patience', 0))
-    if patience and sum(map(len, self.dls.loaders[1:])) and not self.measures_on_test():
-        cbs = cbs + EarlyStoppingCallback('recall@1', patience=patience)
-    if sched=='one_cycle': return self.fit_one_cycle(n_epoch, lr, cbs=cbs, **kwargs)
-    if self.opt is None: self.create_opt()
-    self.opt.set_hyper('lr', self.group_rates(lr))
-    lrs = np.array([h['lr'] for h in self.opt.hypers])
-    self.fit(n_epoch, lr, cbs=cbs+ParamScheduler({'lr': (sched if callable(sched) else _scheds[sched])(lrs)}), **kwargs)
