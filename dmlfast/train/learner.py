@@ -400,6 +400,7 @@ def metric_learner(
     if inspect.isfunction(arch): arch = arch.__name__
     trained = not isinstance(arch, nn.Module) and (pretrained or weights is not None)
     if not isinstance(arch, nn.Module):
+        if arch in recipes: raise ValueError(f"{arch!r} is a recipe, and no timm model: pass `recipe={arch!r}`.")
         check_arch(arch, weights)
         given,model_kwargs = _begin(given, r, trained, dls),_sized(dls, arch, model_kwargs or {})
     model = _model(arch, weights, pretrained, loss_func.normalize_embs, r, given, model_kwargs)
