@@ -400,7 +400,8 @@ def test_test_classes_are_not_chosen_by(quiet, few, capsys):
 def test_few_validation_classes_are_said(quiet, few, capsys):
     "With one class every score is 1"
     names = sorted(set(few.df.label[few.df.split=='val']))
-    for keep,said in ((1,'with one validation class all scores are 1'), (2,'to choose by 2 validation classes is little more than a guess')):
+    says = 'with one validation class all scores are 1','to choose by 2 validation classes is little more than a guess'
+    for keep,said in enumerate(says, 1):
         ds = MetricDataset(few.df[(few.df.split!='val') | few.df.label.isin(names[:keep])], few.path, size=None, flip=False)
         learn = quiet(dls=ds.dataloaders(bs=32, per_class=4, seed=0, num_workers=0))
         learn.logger = print
