@@ -192,7 +192,8 @@ class FitSettings:
     lr:float|None = setting(above=0)
     # Rate of the body as a multiple of --lr; 1/3 for a trained body, 1/10 beside a random head, otherwise 1
     body_lr:float|None = setting(above=0)
-    # Passes over the features of the body for the head alone, before the fit; the recipe's, 10 where the transfer is planned, otherwise none
+    # Passes over the features of the body for the head alone, before the fit; the recipe's, 10 where the transfer is planned, otherwise
+    # none
     head_epochs:int|None = setting(least=0)
     lora:int|None = setting(least=1) # Rank of LoRA, which is trained instead of the body; the recipe's, or none
     wd:float|None = setting(least=0) # Weight decay; the recipe's, or fastai's 0.01
@@ -215,8 +216,8 @@ class FitSettings:
 class RunSettings:
     "All of a run"
     data:DataSettings = setting('data_args') # More for the reader of the data, such as val_pct=.2,seed=1; nothing more if not given
-    # A set-up, for what is not given: transfer, lora, arcface, recallk, or of a reproduction dr_triplet, triplet, dr_proxynca, proxynca, dr_ms,
-    # ms, ssr_margin, margin
+    # A set-up, for what is not given: transfer, lora, arcface, recallk, or of a reproduction dr_triplet, triplet, dr_proxynca, proxynca,
+    # dr_ms, ms, ssr_margin, margin
     recipe:str|None = setting()
     model:ModelSettings = setting(arg=False) # The network
     # Arguments of the loss, such as margin=.2,gamma=.3; its own defaults if not given

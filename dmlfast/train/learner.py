@@ -68,7 +68,10 @@ class MetricLearner(GroupedLearner):
         if hasattr(cb, 'attach'): cb.attach(self)
         return super().add_cb(cb)
 
-    def remove_cb(self, cb):
+    def remove_cb(self,
+        cb, # Callback, or a class of callbacks
+    ):
+        "As of any learner; a callback takes back what it attached"
         for o in L(self.cbs).filter(risinstance(cb)) if isinstance(cb, type) else [cb]:
             if hasattr(o, 'detach') and o in self.cbs: o.detach(self)
         return super().remove_cb(cb)
