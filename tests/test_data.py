@@ -145,6 +145,7 @@ def test_hard_pairs_are_the_nearest_prototypes():
         assert hard_pairs(Embedded(x, labels), k)==want
     for emb,k,says in ((Embedded(x),1,'no labels'), (Embedded(x, labels*0),1,'one class'), (Embedded(x, labels),0,'1 or more')):
         with pytest.raises(ValueError, match=says): hard_pairs(emb, k)
+    with pytest.raises(ValueError, match=r'such as `learn.embedded\(learn.dls.train\)`; got a Tensor'): hard_pairs(x)
 
 def test_hard_pairs_go_into_the_loader_of_a_learner(make_learner):
     learn = make_learner()

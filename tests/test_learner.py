@@ -295,6 +295,8 @@ def test_wrong_arguments_are_named(few):
         metric_learner(dls, 'resnet_10t', pretrained=False)
     with pytest.raises(ValueError, match="no timm model 'resnet5O'; the nearest is 'resnet50'"):
         metric_learner(dls, 'resnet5O', pretrained=False)
+    with pytest.raises(ValueError, match="'transfer' is a recipe, and no timm model: pass `recipe='transfer'`"):
+        metric_learner(dls, 'transfer')
     for wrong,right in dict(pooling='pool', loss='loss_func', embsz='emb_sz', pretrain='pretrained').items():
         with pytest.raises(TypeError, match=f"no argument of `metric_learner` '{wrong}'; the nearest is '{right}'"):
             metric_learner(dls, 'test_resnet', **{wrong:1})

@@ -118,6 +118,15 @@ def test_wrong_arguments_are_refused_before_anything_is_changed(kwargs, says):
     with pytest.raises(ValueError, match=says): add_lora(model, **kwargs)
     assert type(model) is Embedder and all(p.requires_grad for p in model.parameters())
 
+def test_a_recipe_is_refused_before_the_head_is_trained(few):
+    dls = few.dataloaders(bs=32, per_class=4, num_workers=0)
+    learn = metric_learner(dls, 'test_resnet', recipe='lora', pretrained=False, normalize=False)
+    def never(*args, **kwargs): raise AssertionError('the head was trained first')
+    learn.fit_head = never
+    with pytest.raises(ValueError, match="has no layers 'qkv'"): learn.fit_recipe(1)
+    with pytest.raises(ValueError, match='`rank` is a whole number'): learn.fit_recipe(1, lora=dict(rank=0))
+    with pytest.raises(ValueError, match=r'such as dict\(rank=8\); got True'): learn.fit_recipe(1, lora=True)
+
 def test_targets():
     model = embedder()
     assert lora_layers(model)==['blocks.0.attn.qkv','blocks.1.attn.qkv']==lora_layers(model, ['attn.qkv'])

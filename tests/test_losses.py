@@ -680,13 +680,24 @@ def test_what_is_no_batch(name):
     for embs,labels,says in [(f.numpy(),y,'embeddings must be a tensor, not ndarray'),
         (f.tolist(),y,'embeddings must be a tensor, not list'),
             (f,y.numpy(),'labels must be a tensor, not ndarray'), (f,y.tolist(),'labels must be a tensor, not list'),
+            (f,list('aabbcc'),'labels .*, not list: torch.as_tensor makes one of whole numbers, which np.unique'),
             (f[0],y,'embeddings must be'), (f[:,:0],y,'embeddings must be'), (f.long(),y,'embeddings must be'), (f,y[:5],'labels must be'),
             (f,y[:,None],'labels must be'),
             (f,y.float(),'labels must be integers'), (f,y>0,'labels must be integers'),
             (f,y.to(torch.complex64),'labels must be integers')]:
         with pytest.raises(ValueError, match=says): EVERY[name]().setup(5, 16)(embs, labels)
 
-WRONG = {'finite':[], 'from 0':[-.1], 'positive':[0,-1], 'count':[0,-3,2.5], 'share':[0,1.1], 'limit':[0,-1]}
+def test_a_loss_in_float64_has_the_type_of_the_embeddings():
+    "fastai's running mean of the loss takes no other"
+    class Wide(MetricLoss):
+        def compute(self, embs, labels): return sqdist(embs).sum()
+    f,y = batch(6, 16, 2, dtype=torch.float32)
+    assert sqdist(f).dtype==torch.float64
+    for loss in (Wide(), OtherLoss(lambda f,y: sqdist(f).sum())):
+        assert loss(f, y).dtype==torch.float32 and loss(f.half(), y).dtype==torch.float32 and loss(f.double(), y).dtype==torch.float64
+
+WRONG = {'finite':[], 'from 0':[-.1], 'positive':[0,-1], 'count':[0,-3,2.5], 'share':[0,1.1], 'limit':[0,-1],
+    'angle':[-.1,math.pi,28.6]}
 
 @pytest.mark.parametrize('name', {**classes(MetricLoss),**classes(Miner)})
 def test_arguments_out_of_range(name):

@@ -397,6 +397,18 @@ def test_test_classes_are_not_chosen_by(quiet, few, capsys):
     assert 'on training classes held out' in out and 'kept' not in learn.transfer and 'were chosen on these classes' not in out
     assert g.a.labels.shape==(len(few.items('test')),)
 
+def test_few_validation_classes_are_said(quiet, few, capsys):
+    "With one class every score is 1"
+    names = sorted(set(few.df.label[few.df.split=='val']))
+    says = 'with one validation class all scores are 1','to choose by 2 validation classes is little more than a guess'
+    for keep,said in enumerate(says, 1):
+        ds = MetricDataset(few.df[(few.df.split!='val') | few.df.label.isin(names[:keep])], few.path, size=None, flip=False)
+        learn = quiet(dls=ds.dataloaders(bs=32, per_class=4, seed=0, num_workers=0))
+        learn.logger = print
+        with learn.no_bar(): learn.plan_transfer(1, body_lr=0, head_epochs=0)
+        assert said in capsys.readouterr().out
+        assert (learn.evaluate(metrics=['map@r'])['map@r']==1)==(keep==1)
+
 def test_not_below_the_start(quiet):
     "On the validation classes, whatever the rate does"
     learn = quiet()

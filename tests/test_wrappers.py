@@ -123,7 +123,11 @@ def test_what_matryoshka_cannot_wrap():
     theirs = pml.ContrastiveLoss()
     f,y = batch()
     torch.testing.assert_close(MatryoshkaLoss(theirs, dims=(16,4))(f, y), theirs(f, y)+theirs(normalize(f[:,:4], dim=1), y))
-    for kw,says in ((dict(dims=(0,)),'dims must be'), (dict(dims=(2.5,)),'dims must be'), (dict(dims=(4,), weights=(1,2)),'1 lengths'),
+    torch.testing.assert_close(MatryoshkaLoss(theirs, dims=4, weights=2.)(f, y), MatryoshkaLoss(theirs, dims=(4,), weights=(2.,))(f, y))
+    for wrap in (MatryoshkaLoss, lambda o: CombinedLoss((TripletLoss(), o))):
+        with pytest.raises(ValueError, match=r'such as ContrastiveLoss\(\), and not its class'): wrap(pml.ContrastiveLoss)
+    for kw,says in ((dict(dims=(0,)),'dims must be'), (dict(dims=0),'dims must be'), (dict(dims=(2.5,)),'dims must be'),
+        (dict(dims=(4,), weights=(1,2)),'1 lengths'),
         (dict(weights=(1,)),'4 lengths'), (dict(weights=(1,1,1,math.nan)),'weights must be')):
         with pytest.raises(ValueError, match=says): MatryoshkaLoss(TripletLoss(), **kw)
     with pytest.raises(ValueError, match='first 17 numbers of an embedding, and there are 16'):

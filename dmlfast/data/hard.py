@@ -19,6 +19,9 @@ def hard_pairs(
     k:int=5, # Neighbours of each class, 1 or more; fewer where there are fewer classes
 )->dict: # Class to its neighbours, nearest first; numbered as the labels are
     "For each class the classes whose prototypes are nearest; raises `ValueError` where there are no labels, or one class"
+    if not isinstance(embedded, Embedded):
+        raise ValueError("What is hard is found among embeddings, such as `learn.embedded(learn.dls.train)`; got a "
+            f"{type(embedded).__name__}.")
     embedded.check_labels()
     if not isinstance(k, int) or k<1: raise ValueError(f"`k` is a number of neighbours, 1 or more; got {k!r}.")
     classes,at = embedded.labels.unique(return_inverse=True)

@@ -56,7 +56,8 @@ class MetricLoss(CheckedArgs, nn.Module):
         "Check and cast the batch, then `compute`"
         self.check_reduction(self.reduction)
         embs,labels = check_batch(embs, labels)
-        with full_precision(embs): return self.compute(embs, labels) if len(embs) else self.of_nothing(embs)
+        with full_precision(embs): res = self.compute(embs, labels) if len(embs) else self.of_nothing(embs)
+        return res.to(embs.dtype) if isinstance(res, Tensor) else res # what was computed with float64, as by `sqdist`, comes back
 
     def check_reduction(self,
         reduction:str, # As given
@@ -219,6 +220,7 @@ class OtherLoss(MetricLoss):
         loss, # Callable `(embs, labels)` that gives a scalar
     ):
         super().__init__()
+        if isinstance(loss, type): raise ValueError(f'a loss is wanted, such as {loss.__name__}(), and not its class')
         self.loss,self.n_classes = loss,None
 
     @property

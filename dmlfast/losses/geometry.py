@@ -263,7 +263,9 @@ def check_batch(
 )->tuple[Tensor,Tensor]: # Plain tensors, float32 or float64 and int64
     "Cast a batch to what a loss computes with, or say what is wrong with it"
     for name,o in (('embeddings',embs),('labels',labels)):
-        if not isinstance(o, Tensor): raise ValueError(f'{name} must be a tensor, not {type(o).__name__}: torch.as_tensor makes one')
+        if isinstance(o, Tensor): continue
+        names = ' of whole numbers, which np.unique(names, return_inverse=True)[1] gives for names'*(name=='labels')
+        raise ValueError(f'{name} must be a tensor, not {type(o).__name__}: torch.as_tensor makes one{names}')
     embs,labels = embs.as_subclass(Tensor),labels.as_subclass(Tensor)
     if embs.ndim!=2 or not embs.shape[1] or not embs.is_floating_point():
         raise ValueError(f'embeddings must be (n,d) floats, not {tuple(embs.shape)} {embs.dtype}')

@@ -56,6 +56,7 @@ def all_triplets(
 kinds = {
     'finite': ('a finite number', lambda o: -math.inf<o<math.inf),
     'from 0': ('a number from 0', lambda o: 0<=o<math.inf),
+    'angle': ('an angle in radians, from 0 and less than π, which is 180 degrees', lambda o: 0<=o<math.pi),
     'positive': ('a number greater than 0', lambda o: 0<o<math.inf),
     'limit': ('a number greater than 0, or None', lambda o: o is None or 0<o), # infinity is a limit, too: a file of settings has no None
     'share': ('a number greater than 0 and at most 1', lambda o: 0<o<=1),

@@ -136,6 +136,7 @@ def small_angle(
 class ArcFaceLoss(CosFaceLoss):
     "`NormFaceLoss` that widens the own angle by a margin"
     space = NormFaceLoss.space | dict(margin=(0.,.7))
+    ranges = dict(margin='angle')
     def __init__(self,
         n_classes:int=None, # Number of training classes; see `setup`
         emb_sz:int=None, # Length of an embedding; see `setup`

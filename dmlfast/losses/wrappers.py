@@ -19,10 +19,11 @@ class MatryoshkaLoss(CombinedLoss):
     "A loss of the first numbers of an embedding too, so that it can be shortened"
     def __init__(self,
         loss, # `MetricLoss`, several to be added up, or any callable `(embs, labels)` without weights of its own
-        dims=None, # How many numbers are kept, each 1 or more; all of them, a half, a quarter and an eighth if not given
+        dims=None, # How many numbers are kept, one or several, each 1 or more; all, a half, a quarter and an eighth if not given
         weights=None, # A factor for each of these; 1 if not given
     ):
         super().__init__([CombinedLoss(loss) if isinstance(loss, (list,tuple)) else loss])
+        dims,weights = ((o,) if isinstance(o, (int,float)) else o for o in (dims,weights))
         for o in dims or (): check_number('MatryoshkaLoss', 'dims', o, 'count')
         for o in weights or (): check_number('MatryoshkaLoss', 'weights', o, 'finite')
         n = 4 if dims is None else len(dims)

@@ -42,8 +42,11 @@ def fit_recipe(self:MetricLearner,
         raise ValueError("This learner has no recipe that says for how many epochs to fit: pass `n_epoch`, or make it with `recipe=`.")
     if not callable(sched) and sched not in ('one_cycle',*_scheds):
         raise ValueError(f"Schedules are {', '.join(map(repr, _scheds))}, 'one_cycle' or a function; got {sched!r}.")
+    if lora := ifnone(lora, r.get('lora')):
+        if not isinstance(lora, dict): raise ValueError(f"`lora` is arguments of `add_lora`, such as dict(rank=8); got {lora!r}.")
+        self.check_lora(**lora) # before the head is trained for nothing
     if head_epochs := ifnone(head_epochs, r.get('head_epochs')): self.fit_head(head_epochs, getattr(lr, 'stop', lr))
-    if lora := ifnone(lora, r.get('lora')): self.add_lora(**lora)
+    if lora: self.add_lora(**lora)
     cbs,patience = L(cbs),ifnone(patience, r.get('patience', 0))
     if sum(map(len, self.dls.loaders[1:])) and not self.measures_on_test():
         if patience: cbs = cbs + EarlyStoppingCallback('recall@1', patience=patience)

@@ -68,7 +68,10 @@ class MetricLearner(GroupedLearner):
         if hasattr(cb, 'attach'): cb.attach(self)
         return super().add_cb(cb)
 
-    def remove_cb(self, cb):
+    def remove_cb(self,
+        cb, # Callback, or a class of callbacks
+    ):
+        "As of any learner; a callback takes back what it attached"
         for o in L(self.cbs).filter(risinstance(cb)) if isinstance(cb, type) else [cb]:
             if hasattr(o, 'detach') and o in self.cbs: o.detach(self)
         return super().remove_cb(cb)
@@ -400,6 +403,7 @@ def metric_learner(
     if inspect.isfunction(arch): arch = arch.__name__
     trained = not isinstance(arch, nn.Module) and (pretrained or weights is not None)
     if not isinstance(arch, nn.Module):
+        if arch in recipes: raise ValueError(f"{arch!r} is a recipe, and no timm model: pass `recipe={arch!r}`.")
         check_arch(arch, weights)
         given,model_kwargs = _begin(given, r, trained, dls),_sized(dls, arch, model_kwargs or {})
     model = _model(arch, weights, pretrained, loss_func.normalize_embs, r, given, model_kwargs)

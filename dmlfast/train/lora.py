@@ -50,6 +50,13 @@ def _put_on(learn, rank, alpha, target):
 
 # %% ../../nbs/api/train/12_lora.ipynb #ad9e19e0
 @patch
+def check_lora(self:MetricLearner,
+    **kwargs # As of `add_lora`
+):
+    "Raise what `add_lora` would, before there is work that could be lost"
+    if not getattr(self, 'lora_from_file', False): check_lora(unwrapped(self.model), **kwargs)
+
+@patch
 def add_lora(self:MetricLearner,
     rank:int=8, # Rank of the difference that is learned, 1 or more
     alpha:float=16, # The difference is multiplied by `alpha/rank`; greater than 0

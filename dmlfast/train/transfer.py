@@ -307,7 +307,9 @@ def plan_transfer(self:MetricLearner,
     given = {k:v for k,v in dict(lr=lr, body_lr=body_lr, freeze_bn=freeze_bn).items() if v is not None}
     self.start_head()
     if choose:
-        if (n := _n_val(self))<20: say(f"Note: to choose by {n} validation classes is little more than a guess; 20 or more are better.")
+        if (n := _n_val(self))<20:
+            say("Note: with one validation class all scores are 1, and nothing can be chosen by them; take 20 or more." if n==1 else
+                f"Note: to choose by {n} validation classes is little more than a guess; 20 or more are better.")
         base,now = (f(metrics=['recall@1','map@r'], n_boot=1) for f in (self.baseline,self.evaluate))
         if base['recall@1']!=base['recall@1']:
             raise ValueError("No two validation images are of one class, so nothing can be scored or chosen: hold out classes with two "
