@@ -28,6 +28,7 @@ from ..train.export import *
 from ..files.registry import *
 from ..files.writing import *
 from ..train.gain import *
+from ..train.processes import *
 from ..train.progress import *
 from ..train.recipe import *
 from ..train.learner import *
@@ -181,7 +182,7 @@ class History(Callback):
         names = [str(o) for o in self.recorder.metric_names][1:-1]
         rows = [[i,*o] for i,o in enumerate(self.recorder.values)]
         csv.writer(text := io.StringIO()).writerows([['epoch',*names],*rows])
-        try: write_whole(self.file, text.getvalue())
+        try: first_does(lambda: write_whole(self.file, text.getvalue()))
         except OSError as e:
             warn(f"The rows up to epoch {self.epoch} were not written to {str(self.file)!r} ({e}); after the next epoch all are written "
                 "again.")

@@ -16,6 +16,7 @@ from fastai.learner import noop # not the same as fastcore's
 from fastai.callback.core import Callback
 from fastprogress.core import format_time
 from .compat import *
+from .processes import *
 from .columns import *
 from .features import *
 from ..models.heads import *
@@ -231,8 +232,10 @@ def _add(self:HeadStart, name, dl, columns, f):
     began = time.perf_counter()
     X,y = self.features(dl)
     if y is None: return
-    res = evaluate_protocol(f(X), y, metrics=columns.names, n_boot=1, **protocol_of(self.learn.dls, dl))
-    self.rows[name] = dict(scores={o:float(res[o]) for o in columns.names}, seconds=time.perf_counter()-began)
+    def _scores():
+        res = evaluate_protocol(f(X), y, metrics=columns.names, n_boot=1, **protocol_of(self.learn.dls, dl))
+        return {o:float(res[o]) for o in columns.names}
+    self.rows[name] = dict(scores=by_first(_scores), seconds=time.perf_counter()-began)
 
 @patch
 def _write(self:HeadStart, name, row):

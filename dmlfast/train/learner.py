@@ -21,6 +21,7 @@ from ..models.embedder import *
 from ..data.batches import *
 from ..data.batches import check_target
 from .compat import *
+from .processes import *
 from .rates import *
 from .columns import *
 from .recipe import *
@@ -78,7 +79,9 @@ class MetricLearner(GroupedLearner):
         self.check_cbs(L(self.cbs) + cbs)
         self.start_head(bool(n_epoch) and not any(isinstance(o, LRFinder) for o in cbs))
         self.between = None
-        super().fit(n_epoch, lr, wd, cbs, **kwargs)
+        with first_prints(): super().fit(n_epoch, lr, wd, cbs, **kwargs)
+
+    def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, False) # what processes share is put together once, and not twice
 
     def one_batch(self,
         i:int, # Number of the batch in its epoch
@@ -86,7 +89,7 @@ class MetricLearner(GroupedLearner):
     ):
         "As any learner; the first batch of a fit is looked at"
         n = getattr(self.dls, 'n_inp', len(b)-1) # as fastai divides a batch
-        if self.training and self.train_iter==0 and len(b)>n: self.check_pairs(b[n])
+        if self.training and self.train_iter==0 and len(b)>n and processes()[1]==1: self.check_pairs(b[n])
         super().one_batch(i, b)
 
     def _backward(self):
