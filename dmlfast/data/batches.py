@@ -289,7 +289,7 @@ class BalancedDL(TfmdDL):
         try: _ = self.shuffle and self.n and self.sampler
         except ValueError as e:
             self.shard = was
-            raise ValueError(f"In {n} processes with bs={self.bs} in each: {e}") from None
+            raise ValueError(f"{n} processes with bs={self.bs} share one batch of {n*self.bs} images. {e}") from None
 
     def after_iter(self): self.epoch += 1
     def set_epoch(self,

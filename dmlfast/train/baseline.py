@@ -129,6 +129,10 @@ class HeadStart(Callback):
         if self.origin is not None or not hasattr(unwrapped(learn.model), 'features'): return
         self.origin,self.kind = {k:v.clone() for k,v in body_state(unwrapped(learn.model)).items()},unwrapped(learn.model).pending
 
+    def part(self):
+        "Several processes have one start"
+        for o in ('origin','kind','rows','said','head_hash'): setattr(self, o, of_first(getattr(self, o)))
+
     @property
     def model(self):
         "The embedder"

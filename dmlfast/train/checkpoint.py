@@ -228,10 +228,10 @@ def restore(self:Checkpoint,
 ):
     "Put everything back as it was after the last stored epoch"
     learn,parts = self.learn,[{},*state.get('others', [])]
-    if len(parts)!=processes()[1]:
+    if len(parts)!=own_part()[1]:
         raise ValueError(f"The run in {str(self.folder)!r} had {len(parts)} process{'es' if len(parts)>1 else ''}, and here "
-            f"{'are' if processes()[1]>1 else 'is'} {processes()[1]}: with as many as then it goes on.")
-    state = state|parts[processes()[0]]
+            f"{'are' if own_part()[1]>1 else 'is'} {own_part()[1]}: with as many as then it goes on.")
+    state = state|parts[own_part()[0]]
     _load_weights(unwrapped(learn.model), state['model'], self.folder)
     learn.opt.load_state_dict(to_device(state['opt'], next(learn.model.parameters()).device))
     if isinstance(getattr(learn.opt, 'hypers', None), list): learn.opt.hypers = L(learn.opt.hypers)

@@ -50,15 +50,11 @@ def distrib_ctx(self:MetricLearner,
         with Learner.distrib_ctx(self, sync_bn, in_notebook and torch.cuda.is_available(), timeout=timeout, **kwargs): yield self
     except RuntimeError as e:
         if not _is_lost(e): raise
-        raise RuntimeError(f"{_waited()} ended, or did not answer within {timeout:g} minutes, and so this one ends as well "
-            f"({str(e).strip().splitlines()[0]}).") from e
+        r,n = dist.get_rank(),dist.get_world_size()
+        raise RuntimeError(f"Another one of the {n} processes ended, or did not answer within {timeout:g} minutes, and so process {r} ends "
+            f"as well ({str(e).strip().splitlines()[0].split('. ')[0]}).") from e
 
 # %% ../../nbs/api/train/19_distributed.ipynb #5e4a8228
-def _waited():
-    "Who waited for whom"
-    r,n = dist.get_rank(),dist.get_world_size()
-    return f"Process {r} of {n} (0 to {n-1}) waited for another one that"
-
 def _is_lost(e):
     "Is this what a process sees when another one ends?"
     lost = isinstance(e, getattr(dist, 'DistError', ())) or any(o in str(e) for o in ('gloo','NCCL','Connection closed by peer'))
@@ -70,19 +66,19 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.n = len(x)
-        res = [torch.empty_like(x) for _ in range(processes()[1])]
+        res = [torch.empty_like(x) for _ in range(own_part()[1])]
         dist.all_gather(res, x)
         return torch.cat(res)
     @staticmethod
     def backward(ctx, g):
-        r,n = processes()
+        r,n = own_part()
         return g[r*ctx.n:(r+1)*ctx.n]*n
 
 def gather_rows(
     x:Tensor, # Rows of this process, as many as each other one has, `(b,...)`
 )->Tensor: # In the order of the processes, `(processes·b,...)`
     "The rows of all processes, with the gradient of the whole"
-    return _Rows.apply(x.as_subclass(Tensor).contiguous()) if processes()[1]>1 else x
+    return _Rows.apply(x.as_subclass(Tensor).contiguous()) if own_part()[1]>1 else x
 
 # %% ../../nbs/api/train/19_distributed.ipynb #801a2519
 class MetricTrainer(Callback):
@@ -93,6 +89,7 @@ class MetricTrainer(Callback):
         sync_bn:bool=True, # Give running batch norm the statistics of all processes, on GPUs?
     ):
         store_attr()
+        self.device = accelerator.device if accelerator.device.type=='cuda' else torch.device('cpu') # and not `cpu:0`, which files do not know
         self.seed,self.states,self.waiting = 0,None,[]
 
     def __getstate__(self): return {**self.__dict__, 'accelerator':None, 'waiting':[]} # an export needs no processes
@@ -104,14 +101,15 @@ class MetricTrainer(Callback):
     ):
         "Let the processes begin with the same weights, and the first one alone show what happens"
         self.said = learn.logger
-        if processes()[0]:
+        if own_part()[0]:
             self.waiting = list(learn.cbs.filter(risinstance(ProgressCallback)))
             learn.remove_cbs(self.waiting)
             learn.logger = noop
-        learn.dls.device = self.accelerator.device
-        model = unwrapped(learn.model).to(self.accelerator.device)
+        learn.dls.device = self.device
+        model = unwrapped(learn.model).to(self.device)
         sync_model(model)
-        if self.sync_bn and self.accelerator.device.type=='cuda' and any(isinstance(o, _BatchNorm) for o in model.modules()):
+        for o in learn.cbs: getattr(o, 'part', noop)()
+        if self.sync_bn and self.device.type=='cuda' and any(isinstance(o, _BatchNorm) for o in model.modules()):
             learn.model = convert_sync_batchnorm(model) # timm's, which knows layers of batch norm and activation in one
         self.share(learn)
 
@@ -134,7 +132,7 @@ class MetricTrainer(Callback):
         (seed,epoch),own = of_first((dl.seed,dl.epoch)),dl.seed
         dl.seed,dl.epoch = seed,epoch
         if seed!=own: dl.share(0, 1), dl.__dict__.pop('sampler', None)
-        dl.share(*processes())
+        dl.share(*own_part())
 
 # %% ../../nbs/api/train/19_distributed.ipynb #c2ca095b
 @patch
@@ -142,7 +140,7 @@ def check_fit(self:MetricTrainer,
     learn, # Learner that is about to be fitted
 ):
     "Raise `ValueError` for loaders and metrics whose work cannot be shared out"
-    if processes()[1]==1: return
+    if own_part()[1]==1: return
     if not isinstance(learn.dls.train, BalancedDL):
         raise ValueError(f"Several processes share out the classes of each batch, and this training loader is a "
             f"{type(learn.dls.train).__name__}: make it with `dl_type=BalancedDL` (`per_class=1` where classes do not matter).")
@@ -154,17 +152,17 @@ def check_fit(self:MetricTrainer,
 @patch
 def before_fit(self:MetricTrainer):
     "Wrap the model, share out the batches, and leave writing to the first process"
-    self.run,self.states = processes()[1]>1,None
+    self.run,self.states = own_part()[1]>1,None
     if not self.run: return
     for o in self.learn.cbs:
-        if isinstance(o, CSVLogger) and processes()[0]: o.run = False
+        if isinstance(o, CSVLogger) and own_part()[0]: o.run = False
     if not (is_fitting(self.learn) or hasattr(self.learn, 'lr_finder')): return
     self.share(self.learn)
     self.learn.model = self.accelerator.prepare(self.learn.model)
     now = torch.Generator()
     now.set_state(torch.get_rng_state())
     self.seed = of_first(torch.randint(2**31, (1,), generator=now).item())
-    if r := processes()[0]: set_seed(self.seed+r)
+    if r := own_part()[0]: set_seed(self.seed+r)
 
 @patch
 def after_fit(self:MetricTrainer):
@@ -195,7 +193,7 @@ def before_validate(self:MetricTrainer):
     self.was,self.learn.model = self.learn.model,unwrapped(self.learn.model) if self.is_wrapped(self.learn) else self.learn.model
     sync_tensors(self.learn.model.buffers())
     self.parts = isinstance(self.dl, BalancedDL) and not hasattr(self.learn, 'gather_preds')
-    if self.parts: self.dl.share(*processes())
+    if self.parts: self.dl.share(*own_part())
 
 @patch
 def after_validate(self:MetricTrainer):
@@ -226,7 +224,7 @@ def load(self:MetricLearner,
     "As of any learner; of several processes the first reads"
     if hasattr(self, 'lr_finder'):
         with alone(): return super(MetricLearner, self).load(file, **kwargs)
-    if processes()[1]>1 and isinstance(file, (str,Path)):
+    if own_part()[1]>1 and isinstance(file, (str,Path)):
         path = join_path_file(file, self.path/self.model_dir, ext='.pth')
         file = io.BytesIO(by_first(Path(path).read_bytes))
     return super(MetricLearner, self).load(file, **kwargs)

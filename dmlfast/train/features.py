@@ -33,10 +33,10 @@ def collect(
 )->tuple: # Outputs `(n,d)` float32 and class ids `(n,)` int64, on the CPU; no ids where there are no labels
     "What a model makes of the items of a loader, in order; raises `ValueError` for an empty one"
     training,device,f,res = model.training,next(model.parameters()).device,f or model,[]
-    shared = processes()[1]>1 and isinstance(dl, BalancedDL) and not dl.shuffle
+    shared = own_part()[1]>1 and isinstance(dl, BalancedDL) and not dl.shuffle
     model.eval()
     try:
-        if shared: dl.share(*processes())
+        if shared: dl.share(*own_part())
         for b in progress_bar(dl, leave=False) if bar else dl:
             # as in a fit: a compiled model takes no other
             b = [o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in to_device(b, device)]

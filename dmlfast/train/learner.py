@@ -89,7 +89,7 @@ class MetricLearner(GroupedLearner):
     ):
         "As any learner; the first batch of a fit is looked at"
         n = getattr(self.dls, 'n_inp', len(b)-1) # as fastai divides a batch
-        if self.training and self.train_iter==0 and len(b)>n and processes()[1]==1: self.check_pairs(b[n])
+        if self.training and self.train_iter==0 and len(b)>n and own_part()[1]==1: self.check_pairs(b[n])
         super().one_batch(i, b)
 
     def _backward(self):

@@ -136,7 +136,7 @@ def part(self:SelfSupervisedRanking):
     "Of several processes all have one coin, and each its own views"
     coin,views = of_first((self.rng.get_state(),self.views.rng.get_state()))
     self.rng.set_state(coin)
-    if r := processes()[0]:
+    if r := own_part()[0]:
         self.views.rng.set_state(views)
         self.views.rng.manual_seed(torch.randint(2**62, (r,), generator=self.views.rng)[-1].item())
 
