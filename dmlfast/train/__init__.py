@@ -1,6 +1,6 @@
 "`metric_learner` and everything that happens in a training"
-from . import (compat, processes, progress, rates, columns, ssr, largebatch, recipe, features, baseline, learner, predictions, checkpoint,
-    export, gain, transfer, doctor, distributed)
+from . import (compat, processes, progress, rates, columns, ssr, largebatch, recipe, features, baseline, learner, predictions,
+    checkpoint, export, gain, transfer, doctor, distributed, launcher)
 from .compat import *
 from .processes import *
 from .progress import *
@@ -19,6 +19,7 @@ from .gain import *
 from .transfer import *
 from .doctor import *
 from .distributed import *
+from .launcher import *
 __all__ = [*compat.__all__, *processes.__all__, *progress.__all__, *rates.__all__, *columns.__all__, *ssr.__all__, *largebatch.__all__,
     *recipe.__all__, *features.__all__, *baseline.__all__, *learner.__all__, *predictions.__all__, *checkpoint.__all__, *export.__all__,
-    *gain.__all__, *transfer.__all__, *doctor.__all__, *distributed.__all__]
+    *gain.__all__, *transfer.__all__, *doctor.__all__, *distributed.__all__, *launcher.__all__]

@@ -51,7 +51,7 @@ def distrib_ctx(self:MetricLearner,
     except RuntimeError as e:
         if not _is_lost(e): raise
         r,n = dist.get_rank(),dist.get_world_size()
-        raise RuntimeError(f"Another one of the {n} processes ended, or did not answer within {timeout:g} minutes, and so process {r} ends "
+        raise LostProcess(f"Another one of the {n} processes ended, or did not answer within {timeout:g} minutes, and so process {r} ends "
             f"as well ({str(e).strip().splitlines()[0].split('. ')[0]}).") from e
 
 # %% ../../nbs/api/train/19_distributed.ipynb #5e4a8228
