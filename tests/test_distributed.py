@@ -1,5 +1,5 @@
 "Several processes with one batch: the weights and the columns of one process; what they share is in `distributed_checks.py`"
-import os, socket, subprocess, sys, time
+import os, signal, socket, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest, torch
 pytest.importorskip('accelerate')
@@ -172,6 +172,45 @@ def test_a_process_that_ends_ends_the_others(few, tmp_path):
     (first,log),(second,_) = launch(few, tmp_path, 'killed', timeout=120)
     assert second==9 and first==1 and 'Another one of the 2 processes ended, or did not answer within 60 minutes' in log
     assert time.monotonic()-began<100
+
+# the command
+
+def train(*args, cwd, until=None, then=None):
+    "Run `dmlfast-train`; when so many further epochs are written, do something to it. Its status, and what it printed"
+    p = subprocess.Popen([Path(sys.executable).parent/'dmlfast-train', '--out', 'run', *map(str, args)], cwd=cwd, text=True, start_new_session=True,
+        stdout=open(cwd/'out.txt', 'w'), stderr=open(cwd/'err.txt', 'w'))
+    end,table = time.monotonic()+150,cwd/'run'/'history.csv'
+    def _epochs(): return len(table.read_text().splitlines())-1 if table.is_file() and (cwd/'run'/'checkpoint'/'checkpoint.pt').is_file() else 0
+    before = _epochs()
+    try:
+        if until:
+            while p.poll() is None and _epochs()<before+until and time.monotonic()<end: time.sleep(.1)
+            then(p.pid)
+        p.wait(max(0, end-time.monotonic()))
+    finally:
+        if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
+    assert not parts_of(p.pid) # none goes on by itself
+    return p.returncode,(cwd/'out.txt').read_text(),(cwd/'err.txt').read_text().strip().splitlines()
+
+def parts_of(session):
+    "Processes of a launcher, in order"
+    rows = [o.split() for o in subprocess.run(['ps','-eo','pid,sid,args'], capture_output=True, text=True).stdout.splitlines()]
+    return sorted(int(o[0]) for o in rows if o[1]==str(session) and 'run_part' in ' '.join(o))
+
+@pytest.mark.skipif(sys.platform!='linux', reason='it looks at processes as Linux has them')
+def test_the_command_ends_all_processes_and_goes_on(few, tmp_path):
+    "Ctrl-C, a process that is killed, and a run to the end: one message each, and nothing is lost"
+    (tmp_path/'own').mkdir()
+    for c in set(few.df.label): (tmp_path/'own'/c).symlink_to(few.path/c)
+    new = '--data own --arch test_resnet --no-pretrained --size 24 --bs 16 --epochs 20 --workers 0 --launch 2'.split()
+    status,_,err = train(*new, cwd=tmp_path, until=1, then=lambda pid: os.killpg(pid, signal.SIGINT))
+    assert status==130 and len(err)==1 and 'goes on with it' in err[0] and '--out run --resume --launch 2' in err[0]
+    again = '--resume','--launch',2
+    status,_,err = train(*again, cwd=tmp_path, until=1, then=lambda pid: os.kill(parts_of(pid)[-1], signal.SIGKILL))
+    assert status==1 and len(err)==1 and 'Process 1 was ended by SIGKILL' in err[0] and 'goes on with it' in err[0]
+    status,out,err = train(*again, cwd=tmp_path)
+    assert status==0 and not err and (tmp_path/'run'/'results.json').is_file()
+    assert len((tmp_path/'run'/'history.csv').read_text().splitlines())==21 and out.count('epoch ')==1
 
 def test_without_accelerate(monkeypatch, make_learner):
     "It is one sentence, and the rest of the library does not need it"

@@ -53,9 +53,9 @@ def _what_failed(notes, e):
     if any(o.get('kind')=='KeyboardInterrupt' for o in notes.values()): return KeyboardInterrupt()
     said = sorted((o for o in notes.values() if 'kind' in o and not o['lost']), key=lambda o: o['at'])
     if said: return getattr(builtins, said[0]['kind'])(said[0]['said'])
-    killed = [o for o in e.failures.values() if o.global_rank not in notes] or [*e.failures.values()]
-    why = f'was ended by the signal {signal.Signals(-killed[0].exitcode).name}' if killed[0].exitcode<0 else f'ended with status {killed[0].exitcode}'
-    return LostProcess(f"Process {killed[0].global_rank} {why}, and so all of them ended.")
+    rank,failed = min(e.failures.items(), key=lambda o: (o[0] in notes, o[1].exitcode==-signal.SIGTERM, o[1].timestamp)) # the launcher ends others so
+    how = f'was ended by {signal.Signals(-failed.exitcode).name}' if failed.exitcode<0 else f'ended with status {failed.exitcode}'
+    return LostProcess(f"Process {rank} {how}, and so all of them ended.")
 
 # %% ../../nbs/api/train/20_launcher.ipynb #63680dc7
 def run_part(
