@@ -74,7 +74,8 @@ def weights(learn): return {k:v.clone() for k,v in learn.model.state_dict().item
 def check_weights(few, n, out):
     "The weights of each loss after three steps"
     return {k:weights(plain(few, o, n)) for k,o in losses().items()} | dict(
-        large=weights(plain(few, DRTripletLoss(), n, [LargeBatch(5)])), accumulated=weights(plain(few, TripletLoss(), n, [GradientAccumulation(64)], 6)))
+        large=weights(plain(few, DRTripletLoss(), n, [LargeBatch(5)])),
+        accumulated=weights(plain(few, TripletLoss(), n, [GradientAccumulation(64)], 6)))
 
 def check_controls(few, n, out):
     "What would come of it without gathering, and without the factor"
@@ -104,7 +105,8 @@ def small(few, out, loss=None, bs=24, seed=0, cbs=None, **kwargs):
     dls = few.dataloaders(bs=bs, per_class=4, seed=5, num_workers=0)
     path = Path(out)/f'of{os.environ.get("RANK", 0)}'
     path.mkdir(parents=True, exist_ok=True)
-    learn = metric_learner(dls, 'test_resnet', loss or TripletLoss(), emb_sz=16, **{**dict(pretrained=False, freeze_bn=True), **kwargs}, path=path, cbs=cbs)
+    kwargs = {**dict(pretrained=False, freeze_bn=True), **kwargs}
+    learn = metric_learner(dls, 'test_resnet', loss or TripletLoss(), emb_sz=16, path=path, cbs=cbs, **kwargs)
     return quiet(learn)
 
 def check_columns(few, n, out):
@@ -112,7 +114,8 @@ def check_columns(few, n, out):
     from fastai.callback.progress import CSVLogger
     learn = small(few, out)
     with learn.distrib_ctx():
-        learn.fit_one_cycle(3, 1e-2, cbs=[CSVLogger(), SaveModelCallback('recall@1', fname='best'), EarlyStoppingCallback('map@r', patience=2)])
+        trackers = SaveModelCallback('recall@1', fname='best'),EarlyStoppingCallback('map@r', patience=2)
+        learn.fit_one_cycle(3, 1e-2, cbs=[CSVLogger(), *trackers])
         values = [list(o) for o in learn.recorder.values]
         valid = list(learn.validate())
         embs,ys = learn.embed(bar=False)
@@ -121,7 +124,8 @@ def check_columns(few, n, out):
         learn.export_embedder(learn.path/'embedder')
         learn.export()
     files = sorted(o.name for o in learn.path.rglob('*') if o.is_file())
-    return dict(values=values, valid=valid, embs=embs, preds=torch.as_tensor(preds), ys=ys, scores={k:o['mean'] for k,o in scores.items()}, weights=weights(learn), files=files,
+    return dict(values=values, valid=valid, embs=embs, preds=torch.as_tensor(preds), ys=ys,
+        scores={k:o['mean'] for k,o in scores.items()}, weights=weights(learn), files=files,
         names=[str(o) for o in learn.recorder.metric_names], n_valid=len(learn.dls.valid), shards=[o.shard for o in learn.dls.loaders])
 
 def check_finding(few, n, out):
@@ -154,8 +158,8 @@ def check_resume(few, n, out):
     whole = run()
     run(Checkpoint(Path(out)/'run'), Kill(0))
     again = run(resume=Path(out)/'run')
-    return dict(whole=weights(whole), again=weights(again), values=[list(o) for o in whole.recorder.values], ssr=whole.self_supervised_ranking.ssr_losses,
-        views=whole.self_supervised_ranking.views.rng.get_state())
+    return dict(whole=weights(whole), again=weights(again), values=[list(o) for o in whole.recorder.values],
+        ssr=whole.self_supervised_ranking.ssr_losses, views=whole.self_supervised_ranking.views.rng.get_state())
 
 def check_head(few, n, out):
     "A head from features, its rows above the table, and `fit_head`, as all processes have them; `fit_transfer` too"

@@ -17,7 +17,7 @@ def launch(few, folder, *names, n=2, timeout=180):
     "Run checks in `n` processes; exit status and output of each. All are ended when time is up"
     few.df.to_pickle(folder/'few.pkl')
     (folder/'where').write_text(str(few.path))
-    env = {**os.environ, **dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port(), OMP_NUM_THREADS='1')}
+    env = {**os.environ, **dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())}
     logs = [open(folder/f'{r}.log', 'w') for r in range(n)]
     ps = [subprocess.Popen([sys.executable, here/'distributed_checks.py', folder, folder, *names], stdout=o, stderr=subprocess.STDOUT,
         env={**env, 'RANK':str(r), 'LOCAL_RANK':str(r)}) for r,o in enumerate(logs)]
@@ -177,40 +177,44 @@ def test_a_process_that_ends_ends_the_others(few, tmp_path):
 
 def train(*args, cwd, until=None, then=None):
     "Run `dmlfast-train`; when so many further epochs are written, do something to it. Its status, and what it printed"
-    p = subprocess.Popen([Path(sys.executable).parent/'dmlfast-train', '--out', 'run', *map(str, args)], cwd=cwd, text=True, start_new_session=True,
-        stdout=open(cwd/'out.txt', 'w'), stderr=open(cwd/'err.txt', 'w'))
-    end,table = time.monotonic()+150,cwd/'run'/'history.csv'
-    def _epochs(): return len(table.read_text().splitlines())-1 if table.is_file() and (cwd/'run'/'checkpoint'/'checkpoint.pt').is_file() else 0
-    before = _epochs()
+    table,stored = cwd/'run'/'history.csv',cwd/'run'/'checkpoint'/'checkpoint.pt'
+    def _epochs(): return len(table.read_text().splitlines())-1 if table.is_file() and stored.is_file() else 0
+    end,before,parts = time.monotonic()+150,_epochs(),[]
+    with open(cwd/'out.txt', 'w') as out, open(cwd/'err.txt', 'w') as err:
+        p = subprocess.Popen([Path(sys.executable).parent/'dmlfast-train', '--out', 'run', *map(str, args)], cwd=cwd, stdout=out,
+            stderr=err, start_new_session=True)
     try:
         if until:
             while p.poll() is None and _epochs()<before+until and time.monotonic()<end: time.sleep(.1)
-            then(p.pid)
+            parts = parts_of(p.pid)
+            assert len(parts)==2, (before, _epochs(), p.poll())
+            then(p.pid, parts)
         p.wait(max(0, end-time.monotonic()))
+        for o in parts: assert not Path(f'/proc/{o}').exists() # none goes on by itself
     finally:
-        if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
-    assert not parts_of(p.pid) # none goes on by itself
+        for o in (p.pid,*parts):
+            if Path(f'/proc/{o}').exists(): os.kill(o, signal.SIGKILL)
     return p.returncode,(cwd/'out.txt').read_text(),(cwd/'err.txt').read_text().strip().splitlines()
 
-def parts_of(session):
+def parts_of(launcher):
     "Processes of a launcher, in order"
-    rows = [o.split() for o in subprocess.run(['ps','-eo','pid,sid,args'], capture_output=True, text=True).stdout.splitlines()]
-    return sorted(int(o[0]) for o in rows if o[1]==str(session) and 'run_part' in ' '.join(o))
+    rows = [o.split() for o in subprocess.run(['ps','-ww','-eo','pid,ppid,args'], capture_output=True, text=True).stdout.splitlines()]
+    return sorted(int(o[0]) for o in rows if o[1]==str(launcher) and 'run_part' in ' '.join(o))
 
 @pytest.mark.skipif(sys.platform!='linux', reason='it looks at processes as Linux has them')
 def test_the_command_ends_all_processes_and_goes_on(few, tmp_path):
     "Ctrl-C, a process that is killed, and a run to the end: one message each, and nothing is lost"
     (tmp_path/'own').mkdir()
     for c in set(few.df.label): (tmp_path/'own'/c).symlink_to(few.path/c)
-    new = '--data own --arch test_resnet --no-pretrained --size 24 --bs 16 --epochs 20 --workers 0 --launch 2'.split()
-    status,_,err = train(*new, cwd=tmp_path, until=1, then=lambda pid: os.killpg(pid, signal.SIGINT))
+    new = '--data own --arch test_resnet --no-pretrained --size 24 --bs 16 --epochs 10 --workers 0 --launch 2'.split()
+    status,_,err = train(*new, cwd=tmp_path, until=1, then=lambda pid, parts: os.kill(pid, signal.SIGINT))
     assert status==130 and len(err)==1 and 'goes on with it' in err[0] and '--out run --resume --launch 2' in err[0]
     again = '--resume','--launch',2
-    status,_,err = train(*again, cwd=tmp_path, until=1, then=lambda pid: os.kill(parts_of(pid)[-1], signal.SIGKILL))
+    status,_,err = train(*again, cwd=tmp_path, until=1, then=lambda pid, parts: os.kill(parts[1], signal.SIGKILL))
     assert status==1 and len(err)==1 and 'Process 1 was ended by SIGKILL' in err[0] and 'goes on with it' in err[0]
     status,out,err = train(*again, cwd=tmp_path)
     assert status==0 and not err and (tmp_path/'run'/'results.json').is_file()
-    assert len((tmp_path/'run'/'history.csv').read_text().splitlines())==21 and out.count('epoch ')==1
+    assert len((tmp_path/'run'/'history.csv').read_text().splitlines())==11 and out.count('epoch ')==1
 
 def test_without_accelerate(monkeypatch, make_learner):
     "It is one sentence, and the rest of the library does not need it"

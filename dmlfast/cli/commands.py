@@ -306,7 +306,8 @@ def _left_by_training(out, n=None):
     again = _resume_with('dmlfast-train', out, n)
     if not (Path(out)/'checkpoint'/'checkpoint.pt').is_file():
         return f"Interrupted in the first epoch. {again} begins it again."
-    return f"Interrupted after {_epochs_done(out)} epochs. The checkpoint is {str(Path(out)/'checkpoint'/'checkpoint.pt')!r}; {again} goes on with it."
+    file = str(Path(out)/'checkpoint'/'checkpoint.pt')
+    return f"Interrupted after {_epochs_done(out)} epochs. The checkpoint is {file!r}; {again} goes on with it."
 
 def _tensorboard(folder):
     "The callback that writes to a folder"

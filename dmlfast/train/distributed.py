@@ -89,7 +89,8 @@ class MetricTrainer(Callback):
         sync_bn:bool=True, # Give running batch norm the statistics of all processes, on GPUs?
     ):
         store_attr()
-        self.device = accelerator.device if accelerator.device.type=='cuda' else torch.device('cpu') # and not `cpu:0`, which files do not know
+        # accelerate says `cpu:0`, which files do not know
+        self.device = accelerator.device if accelerator.device.type=='cuda' else torch.device('cpu')
         self.seed,self.states,self.waiting = 0,None,[]
 
     def __getstate__(self): return {**self.__dict__, 'accelerator':None, 'waiting':[]} # an export needs no processes

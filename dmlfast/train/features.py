@@ -314,7 +314,8 @@ def feature_loaders(
     about = dict(n_train_classes=getattr(dls, 'n_train_classes', None), vocab=getattr(dls, 'vocab', None))
     balanced = {o:getattr(t, o) for o in ('per_class','seed') if hasattr(t, o)} if isinstance(t, BalancedDL) else dict(per_class=1)
     cls = FeatureDL if isinstance(t, BalancedDL) else _PlainFeatureDL
-    res = [cls(FeatureSet(train, dls.train_ds, **about), bs=t.bs*getattr(t, 'shard', (0,1))[1], shuffle=True, drop_last=True, labels=train.labels.numpy(),
+    bs = t.bs*getattr(t, 'shard', (0,1))[1] # of all processes
+    res = [cls(FeatureSet(train, dls.train_ds, **about), bs=bs, shuffle=True, drop_last=True, labels=train.labels.numpy(),
         device=dls.device, num_workers=0, **balanced)]
     if len(dls.loaders)>1 and len(dls.valid.dataset):
         X,y = body_features(model, dls.valid, bar)

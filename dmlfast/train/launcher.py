@@ -20,7 +20,7 @@ def launch(
     n:int, # Processes
     **kwargs # Arguments of the function, which JSON can hold
 ): # What it gives in process 0
-    "Run a function in several processes; raises what it raises in one of them, `KeyboardInterrupt` after Ctrl-C, and `LostProcess` for one that was killed"
+    "Run a function in several processes; raises what it raises there, and `LostProcess` where one was killed"
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -53,7 +53,8 @@ def _what_failed(notes, e):
     if any(o.get('kind')=='KeyboardInterrupt' for o in notes.values()): return KeyboardInterrupt()
     said = sorted((o for o in notes.values() if 'kind' in o and not o['lost']), key=lambda o: o['at'])
     if said: return getattr(builtins, said[0]['kind'])(said[0]['said'])
-    rank,failed = min(e.failures.items(), key=lambda o: (o[0] in notes, o[1].exitcode==-signal.SIGTERM, o[1].timestamp)) # the launcher ends others so
+    def _when(o): return o[0] in notes, o[1].exitcode==-signal.SIGTERM, o[1].timestamp # the launcher ends the others by SIGTERM
+    rank,failed = min(e.failures.items(), key=_when)
     how = f'was ended by {signal.Signals(-failed.exitcode).name}' if failed.exitcode<0 else f'ended with status {failed.exitcode}'
     return LostProcess(f"Process {rank} {how}, and so all of them ended.")
 
@@ -65,6 +66,7 @@ def run_part(
 ):
     "What each process of `launch` does"
     module,_,name = func.partition(':')
+    signal.signal(signal.SIGINT, signal.default_int_handler) # what a shell began in the background is deaf to Ctrl-C
     try:
         with nullcontext() if is_first() else open(os.devnull, 'w') as out, redirect_stdout(out or sys.stdout):
             res = getattr(importlib.import_module(module), name)(**json.loads(kwargs))
