@@ -25,6 +25,9 @@ mutants = [ # room, what its code says, what it says instead, tests
     'test_retrieval.py'),
     ('retrieval.search', "has = (own>=0).nonzero()[:,0]", "has = (own>0).nonzero()[:,0]", 'test_retrieval.py'), # the first item finds itself
     ('train.columns', "(epoch+1)%self.every==0", "epoch%self.every==0", 'test_learner.py -k every_other'),
+    ('train.distributed', "return g[r*ctx.n:(r+1)*ctx.n]*n", "return g[r*ctx.n:(r+1)*ctx.n]", 'test_distributed.py -k one_process'),
+    ('data.batches', ".reshape(len(self), -1, self.bs)[:,self.shard[0]]", ".reshape(len(self), self.bs, -1)[...,self.shard[0]]",
+        'test_distributed.py -k share'), # a class is in two processes
     ('deploy.embedder', "m = min(w/tw, h/th)", "m = max(w/tw, h/th)", 'test_deploy.py'),
     ('deploy.embedder', "if self._index[0] is not self.embs:", "if self._index[0] is None:", 'test_deploy.py'), # what was added later is not found
     ('train.ssr', "self.soft(sim.diff(dim=1)+self.alpha)", "self.soft(sim.diff(dim=1)-self.alpha)", 'test_ranking.py -k loss'),

@@ -81,6 +81,8 @@ def gather_rows(
     return _Rows.apply(x.as_subclass(Tensor).contiguous()) if own_part()[1]>1 else x
 
 # %% ../../nbs/api/train/19_distributed.ipynb #801a2519
+def _is_wrapped(learn): return isinstance(learn.model, torch.nn.parallel.DistributedDataParallel)
+
 class MetricTrainer(Callback):
     "Train in several processes with a loss that sees the batch of all of them"
     order,name = 11,'distributed_trainer' # after MixedPrecision, at 10, and before all that looks at predictions
@@ -118,15 +120,14 @@ class MetricTrainer(Callback):
         learn, # The learner from which it is being removed
     ):
         "Leave a learner for one process"
-        learn.model,learn.logger = unwrapped(learn.model) if self.is_wrapped(learn) else learn.model,self.said
+        learn.model,learn.logger = unwrapped(learn.model) if _is_wrapped(learn) else learn.model,self.said
         learn.add_cbs(self.waiting)
         for dl in learn.dls.loaders: getattr(dl, 'share', noop)(0, 1)
 
     @staticmethod
-    def is_wrapped(learn): return isinstance(learn.model, torch.nn.parallel.DistributedDataParallel)
-
-    @staticmethod
-    def share(learn):
+    def share(
+        learn, # A learner
+    ):
         "Give this process its classes of each training batch, in an order that all have in common"
         dl = learn.dls.train
         if not isinstance(dl, BalancedDL): return
@@ -168,7 +169,7 @@ def before_fit(self:MetricTrainer):
 @patch
 def after_fit(self:MetricTrainer):
     "Take the model out of what wraps it"
-    if self.is_wrapped(self.learn): self.learn.model = self.learn.model.module
+    if _is_wrapped(self.learn): self.learn.model = self.learn.model.module
     self.accelerator.free_memory()
 
 # %% ../../nbs/api/train/19_distributed.ipynb #6d9c9676
@@ -191,7 +192,7 @@ def after_loss(self:MetricTrainer):
 @patch
 def before_validate(self:MetricTrainer):
     "A run of the batches for each process, and the statistics of process 0 in all of them"
-    self.was,self.learn.model = self.learn.model,unwrapped(self.learn.model) if self.is_wrapped(self.learn) else self.learn.model
+    self.was,self.learn.model = self.learn.model,unwrapped(self.learn.model) if _is_wrapped(self.learn) else self.learn.model
     sync_tensors(self.learn.model.buffers())
     self.parts = isinstance(self.dl, BalancedDL) and not hasattr(self.learn, 'gather_preds')
     if self.parts: self.dl.share(*own_part())

@@ -81,7 +81,13 @@ class MetricLearner(GroupedLearner):
         self.between = None
         with first_prints(): super().fit(n_epoch, lr, wd, cbs, **kwargs)
 
-    def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, False) # what processes share is put together once, and not twice
+    def to_detach(self,
+        b, # Tensors
+        cpu:bool=True, # Bring them to the CPU?
+        gather:bool=True # Not used
+    ):
+        "As any learner; of several processes each keeps its own, and what they share is put together once"
+        return to_detach(b, cpu, False)
 
     def one_batch(self,
         i:int, # Number of the batch in its epoch
