@@ -43,6 +43,9 @@ mutants = [ # room, what its code says, what it says instead, tests
     ('train.lora', "o.origin |= {", "_ = {", 'test_lora.py -k features_before'), # what was trained is measured against itself
     ('train.compat', "p.grad = p.grad if p.requires_grad else None", "pass", 'test_lora.py -k two_groups'), # what is frozen decays
     ('train.columns', "(epoch+1)%self.every==0", "epoch%self.every==0", 'test_learner.py -k every_other'),
+    ('train.distributed', "return g[r*ctx.n:(r+1)*ctx.n]*n", "return g[r*ctx.n:(r+1)*ctx.n]", 'test_distributed.py -k one_process'),
+    ('data.batches', ".reshape(len(self), -1, self.bs)[:,self.shard[0]]", ".reshape(len(self), self.bs, -1)[...,self.shard[0]]",
+        'test_distributed.py -k share'), # a class is in two processes
     ('deploy.embedder', "m = min(w/tw, h/th)", "m = max(w/tw, h/th)", 'test_deploy.py'),
     # what was added later is not found
     ('deploy.embedder', "if self._index[0] is not self.embs:", "if self._index[0] is None:", 'test_deploy.py'),
@@ -53,7 +56,7 @@ mutants = [ # room, what its code says, what it says instead, tests
     # a resumed run begins with the first batches
     ('data.batches', "def load_state_dict(self, d): self.n = d['n']",
         "def load_state_dict(self, d): self.n = 0", 'test_checkpoint.py -k killed'),
-    ('train.checkpoint', "('seed','neighbours','share')", "('neighbours','share')", 'test_checkpoint.py -k killed'),
+    ('train.checkpoint', "('seed','neighbours','near_share')", "('neighbours','near_share')", 'test_checkpoint.py -k killed'),
     # judged on what was trained on
     ('train.transfer', "dls.valid.new(_of_items(ds, (~seen)", "dls.valid.new(_of_items(ds, seen", 'test_transfer.py -k halves'),
     # chance with the query in its own gallery

@@ -46,3 +46,11 @@ def test_from_parts(glyph_dir, tmp_path):
     x,y = dls.valid.one_batch()
     assert (y>=dls.n_train_classes).all()
     assert torch.allclose(learn.model.cpu()(x.cpu()).norm(dim=1), torch.ones(len(x)), atol=1e-5)
+
+def test_several_processes(make_learner):
+    "Where a launcher began one process, the line is what a fit is; `test_distributed.py` has it in two"
+    import pytest
+    pytest.importorskip('accelerate')
+    learn = make_learner()
+    with learn.distrib_ctx(): learn.fit_one_cycle(1, 1e-2)
+    assert len(learn.recorder.values)==1

@@ -128,7 +128,7 @@ def test_a_loader_with_neighbours():
     assert dl.get_idxs()==plain.set_neighbours(near).get_idxs()==dl.new().get_idxs()!=make().get_idxs()
     assert plain.set_neighbours().get_idxs()==make().get_idxs()==dl.new(neighbours=None).get_idxs()
     with pytest.raises(ValueError, match='names 99'): dl.set_neighbours({99:[0]}, .1)
-    assert dl.neighbours is near and dl.share==.5 and dl.get_idxs()==make(neighbours=near).get_idxs()
+    assert dl.neighbours is near and dl.near_share==.5 and dl.get_idxs()==make(neighbours=near).get_idxs()
     other = dl.new(list(range(6)), labels=[0,0,1,1,5,5], bs=4) # classes of its own
     assert other.neighbours is None and len(other)==2
 

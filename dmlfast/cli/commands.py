@@ -139,9 +139,10 @@ def stdout_for(
 def resume_with(
     command:str, # Its name in the shell
     out, # Its folder
+    n:int=None, # Processes; one if not given
 )->str:
     "The command that goes on with what was interrupted"
-    return f"`{command} --out {shlex.quote(str(out))} --resume`"
+    return f"`{command} --out {shlex.quote(str(out))} --resume{'' if n is None else f' --launch {n}'}`"
 
 def save_figure(
     fig, # Figure, or what has one

@@ -76,9 +76,9 @@ def _epochs_done(out):
     f = Path(out)/'history.csv'
     return max(0, len(f.read_text(encoding='utf-8').splitlines())-1) if f.is_file() else 0
 
-def _left_by_training(out):
+def _left_by_training(out, n=None):
     "What an interrupted run left, in a sentence"
-    file,again = Path(out)/'checkpoint'/'checkpoint.pt',resume_with('dmlfast-train', out)
+    file,again = Path(out)/'checkpoint'/'checkpoint.pt',resume_with('dmlfast-train', out, n)
     if not (Path(out)/'settings.toml').is_file(): return 'Interrupted before anything was written.'
     if not file.is_file(): return f"Interrupted in the first epoch. {again} begins it again."
     return f"Interrupted after {_epochs_done(out)} epochs. The checkpoint is {str(file)!r}; {again} goes on with it."
@@ -90,6 +90,26 @@ def _tensorboard(folder):
     except ImportError: raise ImportError('--tensorboard needs the extra: pip install "dmlfast[tensorboard]".') from None
     return TensorBoardCallback(folder, trace_model=False, log_preds=False)
 
+def _fit(settings, out, tensorboard, Json=False, **kwargs):
+    "What each process of a training does"
+    from dmlfast.study.runs import train_settings
+    with stdout_for(Json):
+        cbs = [_tensorboard(tensorboard)] if tensorboard else []
+        return train_settings(settings, out, plain=not sys.stdout.isatty(), cbs=cbs, **kwargs)
+
+def _train(n, how, Json):
+    "Train in this process, or in several"
+    if n is None: return _fit(**how)
+    from dmlfast.train.launcher import launch
+    return launch('dmlfast.cli.training:_fit', n, Json=Json, **how)
+
+def _check_launch(n):
+    "Raise `ValueError` for a number of processes that cannot be"
+    import torch
+    if n<1: raise ValueError(f"--launch is a number of processes, 1 or more; got {n}.")
+    have = torch.cuda.device_count()
+    if have and n>have: raise ValueError(f"--launch {n} takes {n} GPUs, one for each process, and this machine has {have}.")
+
 @command
 @takes_settings()
 def dmlfast_train(
@@ -99,23 +119,27 @@ def dmlfast_train(
     tensorboard:str=None, # Folder for TensorBoard; nothing is written for it if not given
     resume:store_true=False, # Go on with the interrupted run in --out?
     overwrite:store_true=False, # Take away the run in --out and begin anew?
+    launch:int=None, # Processes that train together, one for each GPU; --bs images in each, and a loss of all of them
     Json:store_true=False, # Print the results as JSON, and everything else to standard error?
     **kwargs
 ):
     "Train an embedding, measure it on classes it has never seen, and leave everything in a folder"
     with stdout_for(Json):
-        from dmlfast.study.runs import can_resume, check_run_folder, train_settings
+        from dmlfast.study.runs import can_resume, check_run_folder
+        from dmlfast.train.processes import LostProcess, is_first
         with refusing():
-            check_run_folder(Path(out), resume, overwrite)
+            if is_first(): check_run_folder(Path(out), resume, overwrite)
+            if launch is not None: _check_launch(launch)
             settings = resumed_settings(out, kwargs) if resume else run_settings(**kwargs)
             if not (resume or plain): settings = _with_transfer(settings, kwargs)
             settings = _with_epochs(settings)
-            cbs = [_tensorboard(tensorboard)] if tensorboard else []
+            if tensorboard: _tensorboard(tensorboard)
+        how = dict(settings=settings, out=str(out), tensorboard=tensorboard, resume=resume, overwrite=overwrite, report=report)
         try:
-            with refusing(lambda: can_resume(out)):
-                res = train_settings(settings, out, resume=resume, overwrite=overwrite, report=report, plain=not sys.stdout.isatty(),
-                    cbs=cbs)
-        except KeyboardInterrupt: raise Interrupted(_left_by_training(out)) from None
+            with refusing(lambda: can_resume(out)): res = _train(launch, how, Json)
+        except KeyboardInterrupt: raise Interrupted(_left_by_training(out, launch)) from None
+        except LostProcess as e: raise RuntimeError(f'{e} {_left_by_training(out, launch)}') from None
+    if not is_first(): return res
     if Json: print(json.dumps({'out':str(out), **res}))
     else: print('\n'.join(_train_text(out, res)))
     return res

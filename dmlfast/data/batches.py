@@ -292,6 +292,7 @@ def labels_of(
 class BalancedDL(TfmdDL):
     "`TfmdDL` whose shuffled batches have `per_class` items of each of `bs/per_class` classes"
     source = None # The `MetricDataset` of the items
+    shard = 0,1 # Which of how many loaders it is
     @delegates(TfmdDL.__init__)
     def __init__(self,
         dataset, # Dataset of inputs and labels
@@ -303,7 +304,8 @@ class BalancedDL(TfmdDL):
         share:float=.5, # Of the classes in a batch, how many are drawn as neighbours of its others, 0 to 1
         **kwargs
     ):
-        store_attr('per_class,labels,neighbours,share')
+        store_attr('per_class,labels,neighbours')
+        self.near_share = share
         self.seed,self.epoch = random.randint(0, 2**31-1) if seed is None else seed,0
         super().__init__(dataset, bs=bs, **kwargs)
         if self.shuffle and self.n: self.sampler
@@ -312,10 +314,32 @@ class BalancedDL(TfmdDL):
     def sampler(self):
         "The `BalancedSampler` of this loader; raises `ValueError` where its batches cannot be made"
         labels = labels_of(self.dataset) if self.labels is None else self.labels
-        return BalancedSampler(labels, self.bs, self.per_class, self.seed, self.neighbours, self.share)
+        return BalancedSampler(labels, self.bs*self.shard[1], self.per_class, self.seed, self.neighbours, self.near_share)
 
-    def __len__(self): return len(self.sampler) if self.shuffle and self.n else super().__len__()
-    def get_idxs(self): return int_array('q', self.sampler.idxs(self.epoch).tobytes()) if self.shuffle else super().get_idxs()
+    def __len__(self): return len(self.sampler) if self.shuffle and self.n else len(self._run())
+    def _run(self):
+        "Which batches of a pass in order are its own"
+        (i,n),b = self.shard,super().__len__()
+        return range(b*i//n, b*(i+1)//n)
+
+    def get_idxs(self):
+        if self.shuffle: return int_array('q', self.sampler.idxs(self.epoch).reshape(len(self), -1, self.bs)[:,self.shard[0]].tobytes())
+        if self.shard[1]==1: return super().get_idxs()
+        return list(super().get_idxs())[self._run().start*self.bs:self._run().stop*self.bs]
+
+    def share(self,
+        i:int, # Which of the loaders this one is, from 0
+        n:int, # How many loaders share the work; 1: it has it all
+    ):
+        "Be one of `n` loaders: of shuffled batches, which are of `n`·`bs` images, it has its own classes; in order, a run of the batches"
+        if (i,n)==self.shard: return
+        was,self.shard = self.shard,(i,n)
+        self.__dict__.pop('sampler', None)
+        try: _ = self.shuffle and self.n and self.sampler
+        except ValueError as e:
+            self.shard = was
+            raise ValueError(f"{n} processes with bs={self.bs} share one batch of {n*self.bs} images. {e}") from None
+
     def after_iter(self): self.epoch += 1
     def set_epoch(self,
         epoch:int, # Number of the epoch, from 0
@@ -328,17 +352,17 @@ class BalancedDL(TfmdDL):
         share:float=.5, # Of the classes in a batch, how many are drawn as neighbours of its others, 0 to 1
     )->TfmdDL: # Itself
         "Draw classes that look alike together from now on"
-        old,self.neighbours,self.share = (self.neighbours,self.share),neighbours,share
+        old,self.neighbours,self.near_share = (self.neighbours,self.near_share),neighbours,share
         self.__dict__.pop('sampler', None)
         try: self.sampler
         except ValueError:
-            self.neighbours,self.share = old
+            self.neighbours,self.near_share = old
             raise
         return self
 
     def new(self, dataset=None, cls=None, **kwargs):
         mine = dict(per_class=self.per_class, seed=self.seed, labels=self.labels if dataset is None else None,
-            neighbours=self.neighbours if dataset is None else None, share=self.share)
+            neighbours=self.neighbours if dataset is None else None, share=self.near_share)
         res = super().new(dataset, cls, **merge(mine if cls is None or issubclass(cls, BalancedDL) else {}, kwargs))
         res.source = self.source
         return res

@@ -18,6 +18,7 @@ from ..train.gain import *
 from .interpret import *
 from .page import *
 from ..train.learner import *
+from ..train.processes import *
 from ..train.predictions import *
 from ..models.embedder import *
 from ..retrieval.metrics import metric_of
@@ -185,11 +186,11 @@ def report(self:MetricLearner,
     overwrite:bool=False, # Replace a report that is there?
 )->Path: # The page
     "Write a page about the last fit and what came of it; raises `FileExistsError` rather than overwrite one"
-    began,file = time.perf_counter(),page_file(folder, overwrite)
+    began,file = time.perf_counter(),first_does(lambda: page_file(folder, overwrite))
     interp = RetrievalInterpretation.from_learner(self, dl)
     name = f'{getattr(self.model, "arch", type(self.model).__name__)} on {getattr(getattr(self.dls, "source", None), "name", "images")}'
-    return write_page(interp, file, began, code, n_queries, title=title or name, split=_split_name(self, dl), gain=_gain(self, interp, dl),
-        says=getattr(self, 'fitted', False), **_known(self))
+    return first_does(lambda: write_page(interp, file, began, code, n_queries, title=title or name, split=_split_name(self, dl),
+        gain=_gain(self, interp, dl), says=getattr(self, 'fitted', False), **_known(self)))
 
 def _known(learn):
     "What a learner knows of its run, as parts of a page"

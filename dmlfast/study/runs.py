@@ -9,6 +9,7 @@ __all__ = ['n_epochs', 'as_device', 'make_learner', 'fit_settings', 'History', '
 
 # %% ../../nbs/api/study/02_runs.ipynb #465a8370
 import csv, io, json, torch
+from contextlib import nullcontext
 from pathlib import Path
 from fastcore.all import *
 from fastai.callback.core import Callback
@@ -18,7 +19,7 @@ from fastai.callback.schedule import SchedExp
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.data.all import *
 from fastai.learner import *
-from fastai.torch_core import set_seed
+from fastai.torch_core import num_distrib, set_seed
 from ..train.checkpoint import *
 from ..data.datasets import *
 from ..deploy.embedder import *
@@ -28,6 +29,8 @@ from ..train.export import *
 from ..files.registry import *
 from ..files.writing import *
 from ..train.gain import *
+from ..train.processes import *
+from ..train.distributed import *
 from ..train.progress import *
 from ..train.recipe import *
 from ..train.fitting import *
@@ -183,7 +186,7 @@ class History(Callback):
         names = [str(o) for o in self.recorder.metric_names][1:-1]
         rows = [[i,*o] for i,o in enumerate(self.recorder.values)]
         csv.writer(text := io.StringIO()).writerows([['epoch',*names],*rows])
-        try: write_whole(self.file, text.getvalue())
+        try: first_does(lambda: write_whole(self.file, text.getvalue()))
         except OSError as e:
             warn(f"The rows up to epoch {self.epoch} were not written to {str(self.file)!r} ({e}); after the next epoch all are written "
                 "again.")
@@ -191,10 +194,12 @@ class History(Callback):
 # %% ../../nbs/api/study/02_runs.ipynb #645b511c
 def _begin(learn, settings, out, resume, overwrite):
     "Make the folder of a run, and put the learner where its checkpoint left it"
-    if overwrite: remove_files(out, _run_files)
-    out.mkdir(parents=True, exist_ok=True)
-    if not resume: save_settings(absolute_paths(settings), out/'settings.toml')
-    if resume and can_resume(out): learn.resume(out/'checkpoint')
+    def _folder():
+        if overwrite: remove_files(out, _run_files)
+        out.mkdir(parents=True, exist_ok=True)
+        if not resume: save_settings(absolute_paths(settings), out/'settings.toml')
+    first_does(_folder)
+    if of_first(resume and can_resume(out)): learn.resume(out/'checkpoint')
     else: learn.add_cb(Checkpoint(out/'checkpoint'))
 
 def _scores(learn):
@@ -208,9 +213,10 @@ def _plan(learn, settings, out):
     "What a transfer decides, found once for a run and kept in its folder; None where the settings ask for none"
     file = out/'transfer.json'
     if not settings.get('fit', {}).get('transfer') or not n_epochs(settings): return
-    if can_resume(out) and file.is_file(): return json.loads(file.read_text(encoding='utf-8'))
+    def _found(): return json.loads(file.read_text(encoding='utf-8')) if can_resume(out) and file.is_file() else None
+    if res := by_first(_found): return res
     res = learn.plan_transfer(n_epochs(settings), **_transfer_args(settings))
-    write_whole(file, json.dumps(res, indent=1))
+    first_does(lambda: write_whole(file, json.dumps(res, indent=1)))
     return res
 
 def about_run(
@@ -233,7 +239,7 @@ def train_settings(
 )->dict: # What `results.json` holds
     "Train, measure, and leave all in a folder, but nothing of a failed first epoch; raises `FileExistsError` rather than overwrite"
     out = Path(out)
-    check_run_folder(out, resume, overwrite)
+    if is_first(): check_run_folder(out, resume, overwrite)
     if resume and (out/'results.json').is_file(): return json.loads((out/'results.json').read_text(encoding='utf-8'))
     if n_epochs(check_settings(settings)) is None:
         raise ValueError("Nothing says for how many epochs to fit: set `fit.n_epoch`, or a `recipe`.")
@@ -241,7 +247,8 @@ def train_settings(
     learn = make_learner(settings, ds, L(cbs)+TrainingDoctor())
     if plain: plain_table(learn)
     learn.check_cbs(L(learn.cbs)+_trackers(settings))
-    with clear_up(out, _run_files, partial(can_resume, out)):
+    several = learn.distrib_ctx(cpu=learn.dls.device.type=='cpu') if num_distrib()>1 else nullcontext()
+    with several, clear_up(out, _run_files, partial(can_resume, out)) if is_first() else nullcontext():
         _begin(learn, settings, out, resume, overwrite)
         return _run(learn, settings, out, report)
 
@@ -254,7 +261,7 @@ def _run(learn, settings, out, report):
         if learn.between else {}), epochs=len(learn.recorder.__dict__.get('values', [])), seconds=round(learn.training_doctor.seconds, 1),
         findings=[o.text for o in learn.training_doctor.findings], **about_run(learn.dls))
     if report: learn.report(out/'report', overwrite=True)
-    write_whole(out/'results.json', json.dumps(res, indent=1, ensure_ascii=False))
+    first_does(lambda: write_whole(out/'results.json', json.dumps(res, indent=1, ensure_ascii=False)))
     return res
 
 

@@ -16,6 +16,7 @@ from fastai.learner import noop # not the same as fastcore's
 from fastai.callback.core import Callback
 from fastprogress.core import format_time
 from .compat import *
+from .processes import *
 from .columns import *
 from .features import *
 from ..models.heads import *
@@ -129,6 +130,10 @@ class HeadStart(Callback):
         if self.origin is not None or not hasattr(unwrapped(learn.model), 'features'): return
         self.origin,self.kind = {k:v.clone() for k,v in body_state(unwrapped(learn.model)).items()},unwrapped(learn.model).pending
 
+    def part(self):
+        "Several processes have one start"
+        for o in ('origin','kind','rows','said','head_hash'): setattr(self, o, of_first(getattr(self, o)))
+
     @property
     def model(self):
         "The embedder"
@@ -232,8 +237,10 @@ def _add(self:HeadStart, name, dl, columns, f):
     began = time.perf_counter()
     X,y = self.features(dl)
     if y is None: return
-    res = evaluate_protocol(f(X), y, metrics=columns.names, n_boot=1, **protocol_of(self.learn.dls, dl))
-    self.rows[name] = dict(scores={o:float(res[o]) for o in columns.names}, seconds=time.perf_counter()-began)
+    def _scores():
+        res = evaluate_protocol(f(X), y, metrics=columns.names, n_boot=1, **protocol_of(self.learn.dls, dl))
+        return {o:float(res[o]) for o in columns.names}
+    self.rows[name] = dict(scores=by_first(_scores), seconds=time.perf_counter()-began)
 
 @patch
 def _write(self:HeadStart, name, row):

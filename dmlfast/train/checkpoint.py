@@ -16,6 +16,7 @@ from fastai.data.all import *
 from fastai.learner import *
 from fastai.callback.all import *
 from .compat import *
+from .processes import *
 from .columns import *
 from ..files.writing import *
 from ..models.embedder import *
@@ -48,7 +49,7 @@ def _set_random_states(d):
     if 'cuda' in d and torch.cuda.is_available(): torch.cuda.set_rng_state_all(d['cuda'])
 
 # %% ../../nbs/api/train/14_checkpoint.ipynb #bfa9da41
-def _loader_state(dl): return dict(rng=dl.rng.getstate()) | {k:getattr(dl, k) for k in ('seed','neighbours','share') if hasattr(dl, k)}
+def _loader_state(dl): return dict(rng=dl.rng.getstate()) | {k:getattr(dl, k) for k in ('seed','neighbours','near_share') if hasattr(dl, k)}
 
 def _set_loader_state(dl, d):
     dl.rng.setstate(_py_state(d['rng']))
@@ -93,7 +94,8 @@ class Checkpoint(Callback):
     def after_epoch(self):
         self.logs.append(list(self.recorder.log))
         if (self.epoch+1)%self.every and self.epoch+1<self.n_epoch: return
-        try: _write(self.file, self.state())
+        state = self.state() # each process has a part in it
+        try: first_does(lambda: _write(self.file, state))
         except OSError as e: warn(f"No checkpoint was written after epoch {self.epoch} ({e}); the one before it is kept.")
 
 # %% ../../nbs/api/train/14_checkpoint.ipynb #6d1823e1
@@ -127,7 +129,7 @@ def before_fit(self:Checkpoint):
     if not self.run: return
     self.i_fit,self.facts = runs.get(key, -1)+1,_facts(self.learn)
     state = self.learn.__dict__.get('_resumed', {}).get(key)
-    if state is None: self.begin()
+    if state is None: by_first(self.begin)
     elif self.i_fit==state['i_fit'] and state['n_epoch']!=self.n_epoch:
         raise ValueError(f"The interrupted fit was one of {state['n_epoch']} epochs, and this one is of {self.n_epoch}: call it as it was "
             "called.")
@@ -137,6 +139,7 @@ def before_fit(self:Checkpoint):
 @patch
 def begin(self:Checkpoint):
     "Raise `FileExistsError` rather than overwrite another run, and `OSError` where nothing can be written"
+    if not is_first(): return
     if self.file.exists() and not self.overwrite and not self.i_fit:
         raise FileExistsError(f"{str(self.folder)!r} holds the checkpoint of a run: `learn.resume({str(self.folder)!r})` before the fit "
             "goes on with it, "
@@ -159,9 +162,15 @@ def state(self:Checkpoint):
         grads=[p.grad for p in learn.model.parameters()]
         if any(getattr(o, "count", 0) for o in learn.cbs if isinstance(o, GradientAccumulation)) else None,
         scaler=learn.scaler.state_dict() if getattr(learn, 'scaler', None) else None,
-        recorder=recorder_state(self.recorder),
-        logs=self.logs, loaders=[_loader_state(o) for o in learn.dls.loaders],
-        callbacks={k:callback_state(o) for k,o in _cb_names(learn.cbs).items()}, random=_random_states()))
+        recorder=recorder_state(self.recorder), logs=self.logs, **self.parts()))
+
+@patch
+def parts(self:Checkpoint):
+    "What each process remembers for itself: that of the first, and of the others in a list"
+    own = _plain(dict(loaders=[_loader_state(o) for o in self.learn.dls.loaders],
+        callbacks={k:callback_state(o) for k,o in _cb_names(self.learn.cbs).items()}, random=_random_states()))
+    first,*others = gather_objects(own)
+    return first|dict(others=others)
 
 def _classes(dls): return [str(o) for o in getattr(dls, 'vocab', [])]
 
@@ -225,8 +234,12 @@ def restore(self:Checkpoint,
     state:dict, # What `resume` read
 ):
     "Put everything back as it was after the last stored epoch"
-    learn = self.learn
-    _load_weights(learn.model, state['model'], self.folder)
+    learn,parts = self.learn,[{},*state.get('others', [])]
+    if len(parts)!=own_part()[1]:
+        raise ValueError(f"The run in {str(self.folder)!r} had {len(parts)} process{'es' if len(parts)>1 else ''}, and here "
+            f"{'are' if own_part()[1]>1 else 'is'} {own_part()[1]}: with as many as then it goes on.")
+    state = state|parts[own_part()[0]]
+    _load_weights(unwrapped(learn.model), state['model'], self.folder)
     learn.opt.load_state_dict(to_device(state['opt'], next(learn.model.parameters()).device))
     if isinstance(getattr(learn.opt, 'hypers', None), list): learn.opt.hypers = L(learn.opt.hypers)
     for p,g in zip(learn.model.parameters(), state['grads'] or []): p.grad = None if g is None else g.to(p.device)

@@ -14,6 +14,7 @@ from fastcore.all import *
 from fastai.learner import *
 from fastai.callback.core import Callback
 from ..retrieval.metrics import *
+from .processes import *
 
 # %% ../../nbs/api/train/04_columns.ipynb #f81f2323
 def protocol_of(
@@ -83,6 +84,7 @@ def before_fit(self:RetrievalMetrics):
 def before_validate(self:RetrievalMetrics):
     "Forget the last epoch's embeddings"
     self.embs,self.labels = [],[]
+    self.shared = getattr(self.dl, 'shard', (0,1))[1]>1 # has each process a part of the items?
 
 @patch
 def after_pred(self:RetrievalMetrics):
@@ -104,11 +106,18 @@ def after_batch(self:RetrievalMetrics):
 @patch
 def after_validate(self:RetrievalMetrics):
     "Score them"
-    if not self.embs: return
-    embs,labels = torch.cat(self.embs),torch.cat(self.labels)
+    embs,labels = (sum(o, []) for o in zip(*gather_objects((self.embs,self.labels)))) if self.shared else (self.embs,self.labels)
     self.before_validate()
+    if embs: self.scores = by_first(lambda: self.score(torch.cat(embs), torch.cat(labels)))
+
+@patch
+def score(self:RetrievalMetrics,
+    embs, # Embeddings of all items, `(n,d)` float32
+    labels, # Class of each, `(n,)` integer
+)->dict: # By the names of the columns
+    "The columns of a validation"
     res = evaluate_protocol(embs, labels, metrics=self.names, **protocol_of(self.dls, self.dl))
-    self.scores = {o:res[o] for o in self.names}
+    return {o:float(res[o]) for o in self.names}
 
 @patch
 def after_fit(self:RetrievalMetrics):

@@ -6,7 +6,8 @@ Docs: https://dmlfast.github.io/dmlfast/api/train/compat.html.md"""
 
 # %% auto #0
 __all__ = ['BridgedLearner', 'as_callbacks', 'TensorEmbedding', 'plot_top_losses', 'show_embeddings', 'join_last_group',
-           'write_row', 'recorder_state', 'set_recorder_state', 'callback_state', 'set_callback_state', 'with_items']
+           'write_row', 'recorder_state', 'means_of', 'set_recorder_state', 'callback_state', 'set_callback_state',
+           'with_items']
 
 # %% ../../nbs/api/train/00_compat.ipynb #c93c1cca
 import torch
@@ -221,6 +222,12 @@ def recorder_state(
 )->dict: # In fastai's types
     "What a recorder remembers between epochs"
     return {**{o:getattr(rec, o) for o in rec._stateattrs}, 'smooth':(rec.smooth_loss.count, rec.smooth_loss.val)}
+
+def means_of(
+    rec:Recorder, # A recorder in a validation
+)->L: # Metrics with a `total` and a `count`
+    "The metrics of a validation that are means over its images"
+    return rec._valid_mets.filter(lambda o: hasattr(o, 'total') and hasattr(o, 'count'))
 
 def set_recorder_state(
     rec:Recorder, # A recorder in a fit

@@ -16,6 +16,7 @@ from fastai.vision.augment import *
 from ..data.batches import *
 from ..deploy.embedder import *
 from ..deploy.folder import *
+from .processes import *
 from .learner import *
 from .predictions import *
 from ..models.embedder import *
@@ -68,7 +69,7 @@ def export_embedder(self:MetricLearner,
     overwrite:bool=False, # Replace what is there?
 )->ImageEmbedder: # What `load_embedder(folder)` gives
     "Write weights, preprocessing and gallery, without the training; raises `ValueError` for what cannot be described"
-    check_embedder_folder(folder, overwrite)
+    first_does(lambda: check_embedder_folder(folder, overwrite))
     model = unwrapped(self.model)
     if not hasattr(model, 'spec'):
         raise ValueError("Only the models that `metric_learner` makes by name can be built again elsewhere, and this one was given as it "
@@ -79,4 +80,5 @@ def export_embedder(self:MetricLearner,
         gal = self.embedded(gallery)
         gal.check_labels()
         res.add_embs(gal.embs, [gal.label(i) for i in range(len(gal))], _short_names(gal.items or ['']*len(gal), self.dls.path))
-    return load_embedder(res.save(folder, overwrite=overwrite))
+    path = first_does(lambda: res.save(folder, overwrite=overwrite))
+    return load_embedder(path) if path and is_first() else res

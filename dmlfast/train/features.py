@@ -21,6 +21,7 @@ from ..data.batches import labels_of
 from ..files.writing import *
 from ..models.embedder import *
 from ..models.lora import *
+from .processes import *
 
 # %% ../../nbs/api/train/09_features.ipynb #b138b114
 @torch.no_grad()
@@ -33,13 +34,18 @@ def collect(
 )->tuple: # Outputs `(n,d)` float32 and class ids `(n,)` int64, on the CPU; no ids where there are no labels
     "What a model makes of the items of a loader, in order; raises `ValueError` for an empty one"
     training,device,f,res = model.training,next(model.parameters()).device,f or model,[]
+    shared = own_part()[1]>1 and isinstance(dl, BalancedDL) and not dl.shuffle
     model.eval()
     try:
+        if shared: dl.share(*own_part())
         for b in progress_bar(dl, leave=False) if bar else dl:
             # as in a fit: a compiled model takes no other
             b = [o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in to_device(b, device)]
             res.append((f(*b[:n_inp]).as_subclass(Tensor).float().cpu(), b[n_inp].cpu() if len(b)>n_inp else None))
-    finally: model.train(training)
+    finally:
+        if shared: dl.share(0, 1)
+        model.train(training)
+    if shared: res = sum(gather_objects(res), [])
     if not res:
         raise ValueError("This loader has no items to embed; a loaded learner has none until it is given a split's name or a loader.")
     xs,ys = zip(*res)
@@ -140,7 +146,7 @@ def body_features(
     if hasattr(dl, 'features'): return dl.features.rows(range(len(dl.features))),dl.features.labels
     items = items_key(dl)
     key = items and (body_key(model),items)
-    if key in _kept:
+    if all(gather_objects(key in _kept)):
         _kept.move_to_end(key)
         return _kept[key],_class_ids(dl)
     with no_random(): X,y = collect(model, dl, model.features, bar)
@@ -295,7 +301,8 @@ def feature_loaders(
     about = dict(n_train_classes=getattr(dls, 'n_train_classes', None), vocab=getattr(dls, 'vocab', None))
     balanced = {o:getattr(t, o) for o in ('per_class','seed') if hasattr(t, o)} if isinstance(t, BalancedDL) else dict(per_class=1)
     cls = FeatureDL if isinstance(t, BalancedDL) else _PlainFeatureDL
-    res = [cls(FeatureSet(train, dls.train_ds, **about), bs=t.bs, shuffle=True, drop_last=True, labels=train.labels.numpy(),
+    bs = t.bs*getattr(t, 'shard', (0,1))[1] # of all processes
+    res = [cls(FeatureSet(train, dls.train_ds, **about), bs=bs, shuffle=True, drop_last=True, labels=train.labels.numpy(),
         device=dls.device, num_workers=0, **balanced)]
     if len(dls.loaders)>1 and len(dls.valid.dataset):
         X,y = body_features(model, dls.valid, bar)

@@ -23,6 +23,7 @@ from ..models.embedder import *
 from ..data.batches import *
 from ..data.batches import check_target
 from .compat import *
+from .processes import *
 from .rates import *
 from .columns import *
 from .recipe import *
@@ -83,7 +84,15 @@ class MetricLearner(GroupedLearner):
         self.check_cbs(L(self.cbs) + cbs)
         self.start_head(bool(n_epoch) and not any(isinstance(o, LRFinder) for o in cbs))
         self.between = None
-        super().fit(n_epoch, lr, wd, cbs, **kwargs)
+        with first_prints(): super().fit(n_epoch, lr, wd, cbs, **kwargs)
+
+    def to_detach(self,
+        b, # Tensors
+        cpu:bool=True, # Bring them to the CPU?
+        gather:bool=True # Not used
+    ):
+        "As any learner; of several processes each keeps its own, and what they share is put together once"
+        return to_detach(b, cpu, False)
 
     def one_batch(self,
         i:int, # Number of the batch in its epoch
@@ -91,7 +100,7 @@ class MetricLearner(GroupedLearner):
     ):
         "As any learner; the first batch of a fit is looked at"
         n = getattr(self.dls, 'n_inp', len(b)-1) # as fastai divides a batch
-        if self.training and self.train_iter==0 and len(b)>n: self.check_pairs(b[n])
+        if self.training and self.train_iter==0 and len(b)>n and own_part()[1]==1: self.check_pairs(b[n])
         super().one_batch(i, b)
 
     def _backward(self):

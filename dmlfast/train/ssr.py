@@ -21,6 +21,7 @@ from fastai.learner import replacing_yield
 from fastai.torch_core import no_random, norm_bias_params
 from ..losses.geometry import full_precision
 from .compat import *
+from .processes import *
 from ..models.embedder import *
 
 # %% ../../nbs/api/train/05_ssr.ipynb #fbc1a7a6
@@ -128,7 +129,23 @@ def before_fit(self:SelfSupervisedRanking):
     if hasattr(self.learn, 'gather_preds'): return
     self.attach(self.learn)
     self.fresh = True
+    self.part()
     self.learn.metrics = L(self.learn.metrics).filter(lambda o: o is not self.column) + self.column
+
+@patch
+def part(self:SelfSupervisedRanking):
+    "Of several processes all have one coin, and each its own views"
+    coin,views = of_first((self.rng.get_state(),self.views.rng.get_state()))
+    self.rng.set_state(coin)
+    if r := own_part()[0]:
+        self.views.rng.set_state(views)
+        self.views.rng.manual_seed(torch.randint(2**62, (r,), generator=self.views.rng)[-1].item())
+
+@patch
+def after_train(self:SelfSupervisedRanking):
+    "The losses of an epoch are means over the processes"
+    steps = zip(*gather_objects(self.ssr_losses[self.epoch_start:]))
+    self.ssr_losses[self.epoch_start:] = [sum(o)/len(o) for o in steps]
 
 @patch
 def after_fit(self:SelfSupervisedRanking):

@@ -19,6 +19,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.torch_core import no_random
 from .compat import *
+from .processes import *
 from .progress import *
 from .baseline import *
 from .checkpoint import Checkpoint
@@ -56,8 +57,9 @@ def on_features(
     dls,opt,bar = learn.dls,learn.opt,talks(learn) and hasattr(learn, 'progress')
     learn.dls,learn.opt = feature_loaders(unwrapped(learn.model), dls, views, bar, **kwargs),None
     try:
-        with learn.removed_cbs(learn.cbs.filter(risinstance(SelfSupervisedRanking))): yield learn # it makes views of images
+        with alone(), learn.removed_cbs(learn.cbs.filter(risinstance(SelfSupervisedRanking))): yield learn # it makes views of images
     finally: learn.dls,learn.opt = dls,opt
+    sync_model(unwrapped(learn.model)) # each process has done the same
 
 @patch
 @delegates(MetricLearner.fit_one_cycle)
@@ -127,7 +129,7 @@ class Interpolate(Callback):
         except BaseException: # what was trained is not lost
             self.put(model, end, 1)
             raise
-        self.chosen = max(self.at, key=lambda a: (self.curve[a], a))
+        self.chosen = of_first(max(self.at, key=lambda a: (self.curve[a], a)))
         self.put(model, end, self.chosen)
         self.learn.between = dict(metric=self.metric, curve=self.curve, kept=self.chosen) # for the report, when this callback is gone
         if self.say and talks(self.learn): print(self.sentence)
@@ -191,7 +193,7 @@ def halves(
     order += [o for o in vocab if o not in set(order)]
     with no_random(): # loaders draw numbers when they are made
         per = getattr(t, 'per_class', 1)
-        bs = min(t.bs, n*per) if isinstance(t, BalancedDL) else min(t.bs, int(seen.sum()))
+        bs = min(t.bs*t.shard[1], n*per) if isinstance(t, BalancedDL) else min(t.bs, int(seen.sum()))
         train = t.new(_of_items(ds, seen.nonzero().flatten().tolist(), 0, order, n), bs=bs, shuffle=True, drop_last=True)
         valid = dls.valid.new(_of_items(ds, (~seen).nonzero().flatten().tolist(), 1, order, n))
     res = DataLoaders(train, valid, path=dls.path, device=dls.device)
@@ -303,9 +305,15 @@ def plan_transfer(self:MetricLearner,
     "Steps 1 to 3 of `fit_transfer`; raises `ValueError` for a body with random weights"
     self.head_start_of()
     _check_rates(n_epoch, lr, body_lr)
-    res,say,choose = {},(print if talks(self) else noop),_can_choose(self)
-    given = {k:v for k,v in dict(lr=lr, body_lr=body_lr, freeze_bn=freeze_bn).items() if v is not None}
     self.start_head()
+    given = {k:v for k,v in dict(lr=lr, body_lr=body_lr, freeze_bn=freeze_bn).items() if v is not None}
+    res = by_first(lambda: _find_plan(self, n_epoch, given, head_epochs))
+    sync_model(unwrapped(self.model)) # with the head that was tried
+    return res
+
+def _find_plan(self, n_epoch, given, head_epochs):
+    "What steps 1 to 3 decide"
+    res,say,choose = {},(print if talks(self) else noop),_can_choose(self)
     if choose:
         if (n := _n_val(self))<20:
             say("Note: with one validation class all scores are 1, and nothing can be chosen by them; take 20 or more." if n==1 else
