@@ -28,7 +28,7 @@ def label_masks(
     dtype:torch.dtype=torch.bool, # Of the masks; floats of 0 and 1 are several times faster to compute with
 )->tuple[Tensor,Tensor]: # Positives and negatives of each row, two `(n,n)` masks
     "Which rows share a class with each row (itself excluded), and which do not"
-    y = class_index(labels)[0].to(dtype) if dtype.is_floating_point else labels
+    y = labels.unique(return_inverse=True)[1].to(dtype) if dtype.is_floating_point else labels
     pos,neg = (op(y[:,None], y, out=torch.empty(len(y), len(y), dtype=dtype, device=y.device)) for op in (torch.eq,torch.ne))
     return pos.fill_diagonal_(0),neg
 
@@ -39,12 +39,13 @@ def class_mates(
     "The rows of all classes of one size with the other rows of their class, for each size"
     y,order = labels.cpu().sort(stable=True)
     size = y.unique_consecutive(return_counts=True)[1]
-    size = size.repeat_interleave(size)
+    sizes = set(size.tolist())
+    if len(sizes)>1: size = size.repeat_interleave(size)
     def table(k):
-        rows = order[size==k].view(-1, k)
+        rows = (order[size==k] if len(sizes)>1 else order).view(-1, k)
         mates = rows.repeat(1, 2).unfold(1, k-1, 1)[:,1:k+1] # the k-1 that follow each, around the circle
         return rows.flatten(),mates.flatten(0, 1)
-    return [tuple(o.to(labels.device) for o in table(k)) for k in size.unique().tolist() if k>1]
+    return [tuple(o.to(labels.device) for o in table(k)) for k in sorted(sizes) if k>1]
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #eaf5943c
 def mate_blocks(
@@ -65,23 +66,23 @@ def wide_dtype(
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #48caaf1b
 def gram_sqdist(
-    gram:Tensor, # Dot products of all rows, `(n,n)` of `wide_dtype`
+    gram:Tensor, # Dot products of all rows, `(n,n)` of `wide_dtype`; overwritten: new matrices cost more than what is done with them
     eps:float, # Machine epsilon of the rows themselves
-)->Tensor: # Squared distances, `(n,n)`, in a tensor of their own; those within rounding of 0 are 0
+)->Tensor: # Squared distances, `(n,n)`; those within rounding of 0 are 0
     "Squared distances from a Gram matrix"
     sq = gram.diagonal()
     tol = torch.add(sq[:,None], sq)
-    d2 = torch.sub(tol, gram, alpha=2)
+    d2 = torch.sub(tol, gram, alpha=2, out=gram)
     tol.mul_(max(eps**2, 16*torch.finfo(gram.dtype).eps)/2)
     return d2.mul_(torch.gt(d2, tol, out=tol))
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #0639ad46
 def gram_grad(
-    g:Tensor, # Gradient by the squared distances, `(n,n)`; overwritten
+    g:Tensor, # Gradient by the squared distances, `(n,n)`
     d2:Tensor, # The squared distances, `(n,n)`, as from `gram_sqdist`
 )->Tensor: # Symmetric `(n,n)` matrix whose product with the rows is the gradient by the rows
     "Carry a gradient from squared distances to what multiplies the rows"
-    g.mul_(d2.sign())
+    g = d2.sign().mul_(g)
     r = (g+g.T).mul_(-2)
     r.diagonal().sub_(r.sum(1))
     return r
@@ -101,7 +102,7 @@ class _SqDist(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         w,d2 = ctx.saved_tensors
-        return (gram_grad(g.clone(), d2)@w).to(ctx.dtype)
+        return (gram_grad(g, d2)@w).to(ctx.dtype)
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #b89bead4
 def sqdist(
@@ -156,21 +157,25 @@ def hardest_positive(
     pos:Tensor, # Positives of each row, `(n,n)`, 0 or 1 in a float dtype
 )->Tensor: # `(n,)` int64
     "The farthest positive of each row; the row itself where it has none, so that its direction cosines are 0"
-    return torch.add(d2, pos-1, alpha=1e30).argmax(1).where(pos.any(1), torch.arange(len(d2), device=d2.device))
+    far,p = (d2*pos).max(1)
+    return p.where(far>0, torch.arange(len(d2), device=d2.device))
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #342c5d67
 def cos_parts(
     d2:Tensor, # Squared distances, `(n,n)` float64
     p:Tensor, # A positive for each row, `(n,)` int64
+    mask:Tensor=None, # 1 where there are to be cosines and 0 elsewhere, `(n,n)` float
 )->tuple[Tensor,Tensor,Tensor]: # At row i cosines of row j with `p[i]`, `(n,n)`; factors of negatives `(n,n)` and of the positive `(n,1)`
     "Direction cosines of all rows at all anchors, with what `cos_grad` needs"
     ap = d2.gather(1, p[:,None])
     t,r = safe_rsqrt(ap)/2,safe_rsqrt(d2)
-    return torch.sub(d2, d2.index_select(0, p)).add_(ap).mul_(r).mul_(t),r,t
+    if mask is not None: r.mul_(mask)
+    pn = d2.index_select(0, p)
+    return torch.sub(d2, pn, out=pn).add_(ap).mul_(r).mul_(t),r,t
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #24d3c5e1
 def cos_grad(
-    g:Tensor, # Gradient by the cosines, `(n,n)` float64; overwritten
+    g:Tensor, # Gradient by the cosines, `(n,n)` float64
     p:Tensor, # A positive for each row, `(n,)` int64
     c:Tensor, # Cosines, `(n,n)`, as from `cos_parts`, and its factors
     r:Tensor, # Of the negatives, `(n,n)`
@@ -178,9 +183,9 @@ def cos_grad(
 )->Tensor: # Gradient by the squared distances, `(n,n)`
     "Carry a gradient from the cosines to the squared distances"
     gc = c*g
-    tr = g.mul_(r).mul_(t)
+    tr = (g*r).mul_(t)
     gap = tr.sum(1, keepdim=True) - 2*gc.sum(1, keepdim=True)*t*t
-    gd2 = torch.addcmul(tr, gc.mul_(r), r, value=-.5)
+    gd2 = torch.addcmul(tr, gc.mul_(r), r, value=-.5, out=gc)
     return gd2.index_add_(0, p, tr, alpha=-1).scatter_add_(1, p[:,None], gap)
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #ebd8169e
@@ -196,7 +201,7 @@ class _HardCos(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         p,c,r,t = ctx.saved_tensors
-        return cos_grad(g.to(c.dtype, copy=True), p, c, r, t),None,None
+        return cos_grad(g.to(c.dtype), p, c, r, t),None,None
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #1c4b7f5d
 def hard_cos(
@@ -218,31 +223,33 @@ class _SimLoss(torch.autograd.Function):
         pos,neg = label_masks(labels, s.dtype)
         far,saved = s,()
         if gamma:
-            d2 = gram_sqdist(gram, torch.finfo(embs.dtype).eps)
+            d2 = gram_sqdist(gram.clone() if s is gram else gram, torch.finfo(embs.dtype).eps)
             p = hardest_positive(d2, pos)
-            saved = neg,d2,p,*cos_parts(d2, p)
-            far = torch.sub(s, saved[3].to(s.dtype), alpha=gamma)
+            saved = p,*cos_parts(d2, p, neg)
+            far = saved[1].to(s.dtype, copy=True).mul_(-gamma).add_(s)
         values,by_s = weigh(s, far, pos, neg)
         ctx.gamma,ctx.dtype = gamma,embs.dtype
-        ctx.save_for_backward(w, by_s, *saved)
+        ctx.save_for_backward(w, by_s.to(w.dtype), *saved)
         return values.to(embs.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         w,by_s,*saved = ctx.saved_tensors
-        by_s = by_s*g[:,None].to(by_s.dtype)
-        rows = (by_s+by_s.T).to(w.dtype)
-        if ctx.gamma:
-            neg,d2,p,c,r,t = saved
-            rows = gram_grad(cos_grad(by_s.mul_(neg).mul_(-ctx.gamma).to(c.dtype), p, c, r, t), d2).add_(rows)
+        by_s = by_s*g[:,None].to(w.dtype)
+        if ctx.gamma: # a squared distance is the two squared norms less twice the product
+            by_d2 = cos_grad(by_s, *saved)
+            by_s.add_(by_d2, alpha=2*ctx.gamma)
+            rows = by_s+by_s.T
+            rows.diagonal().sub_(by_d2.sum(0).add_(by_d2.sum(1)), alpha=2*ctx.gamma)
+        else: rows = by_s+by_s.T
         return (rows@w).to(ctx.dtype),None,None,None,None
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #8b43327c
 def sim_loss(
     embs:Tensor, # Embeddings, `(n,d)` float32 or float64
     labels:Tensor, # Class of each row, `(n,)` int64
-    weigh, # Callable of similarities `s`, those shifted as of negatives and masks, `(n,n)` each; gives values `(n,)` and gradient `(n,n)`
+    weigh, # Callable of similarities, these with negatives shifted, and masks, `(n,n)` each; gives values `(n,)` and gradient `(n,n)`
     gamma:float=0., # Weight of the direction regulariser
     wide:bool=False, # Compute all of it in float64? Where the weights of positives and negatives cancel
 )->Tensor: # One value per anchor, `(n,)`
