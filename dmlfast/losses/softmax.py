@@ -121,15 +121,36 @@ class CosFaceLoss(NormFaceLoss):
     def shift(self, embs, own): return embs.new_full((len(embs),), -self.margin)
 
 # %% ../../nbs/api/losses/07_softmax.ipynb #a9edd575
+class _SmallAngle(torch.autograd.Function):
+    "`small_angle` with an analytic backward"
+    @staticmethod
+    def forward(ctx, x, y):
+        inv = [1/torch.linalg.vector_norm(o, dim=1, keepdim=True, dtype=wide_dtype(x)).clamp_(min=1e-12) for o in (x,y)]
+        a,b = (o*i for o,i in zip((x,y), inv))
+        v = a-b
+        vv = (v*v).sum(1)
+        vv.mul_(vv>torch.finfo(x.dtype).eps**2)
+        cos,sq = 1-vv/2,(1-vv/4).clamp_(min=0).mul_(vv)
+        r = safe_rsqrt(sq)
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(*inv, a, b, v, cos, r)
+        return cos,sq*r
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, by_cos, by_sin):
+        i,j,a,b,v,cos,r = ctx.saved_tensors
+        v = v*(by_sin*cos*r-by_cos)[:,None] # by `a`, and minus that by `b`
+        by_x = torch.addcmul(v, a, (a*v).sum(1, keepdim=True), value=-1).mul_(i)
+        by_y = (b*(b*v).sum(1, keepdim=True)).sub_(v).mul_(j)
+        return by_x.to(ctx.dtype),by_y.to(ctx.dtype)
+
 def small_angle(
     x:Tensor, # Vectors, `(n,d)`
     y:Tensor, # Others, `(n,d)`
 )->tuple[Tensor,Tensor]: # Cosine and sine of the angle between each two, `(n,)` in `wide_dtype`; 1 and 0 where they coincide
     "Cosines and sines, precise where they are next to 1 and 0"
-    a,b = (F.normalize(o.to(wide_dtype(x)), dim=1) for o in (x,y))
-    vv = (a-b).pow(2).sum(1)
-    vv = vv*(vv.detach()>torch.finfo(x.dtype).eps**2)
-    return 1-vv/2,safe_sqrt(vv*(1-vv/4).clamp(min=0))
+    return _SmallAngle.apply(x, y)
 
 # %% ../../nbs/api/losses/07_softmax.ipynb #70d2a207
 @register_loss
