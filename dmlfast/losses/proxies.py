@@ -96,13 +96,32 @@ def proxy_norms(
     return proxies,1/F.threshold(torch.linalg.vector_norm(proxies, dim=1), 1e-12, 1e-12),one
 
 # %% ../../nbs/api/losses/06_proxies.ipynb #0f1abaec
+def _by_length(g, proxies, inv, dots, by_dots):
+    "Add to the gradient by proxies what goes through the factors `inv`, as those are one over the proxies' lengths; not if a scalar"
+    return g.addcmul_(proxies, ((dots*by_dots).sum(0)*inv*inv)[:,None], value=-1) if inv.ndim else g
+
+class _ProxyDots(torch.autograd.Function):
+    "`proxy_dots` with an analytic backward, which takes few passes over many proxies"
+    @staticmethod
+    def forward(ctx, x, proxies, inv):
+        s = (x@proxies.T).mul_(inv)
+        ctx.save_for_backward(x, proxies, inv, s)
+        return s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x,proxies,inv,s = ctx.saved_tensors
+        gi = g*inv
+        return gi@proxies,_by_length(gi.T@x, proxies, inv, s, g),None
+
 def proxy_dots(
     x:Tensor, # Vectors, `(n,d)`
     proxies:Tensor, # Proxies, `(c,d)`
-    inv:Tensor, # Factors of the proxies, `(c,)` or scalar
+    inv:Tensor, # One over the lengths of the proxies `(c,)`, as from `proxy_norms`, or a scalar
 )->Tensor: # `(n,c)`
     "Dot products of vectors and scaled proxies"
-    return (x@proxies.T)*inv
+    return _ProxyDots.apply(x, proxies, inv)
 
 # %% ../../nbs/api/losses/06_proxies.ipynb #22389693
 def _near_another(s, norms, labels, share):
@@ -168,15 +187,14 @@ class _ProxyCos(torch.autograd.Function):
         by_vf = by_dots[k:].sum(1, keepdim=True).neg_()
         by_dots[k:].add_(by_d2, alpha=2)
         by_dots[:k].index_add_(0, which, by_d2, alpha=-2)
-        by_inv = (by_dots*dots).sum(0)/inv if inv.ndim else None
-        by_dots.mul_(inv)
-        by_x,by_proxies = by_dots@proxies,by_dots.T@x
+        scaled = by_dots*inv
+        by_x,by_proxies = scaled@proxies,_by_length(scaled.T@x, proxies, inv, dots, by_dots)
         by_v = by_x[k:].addcmul_(v, by_vv, value=2).addcmul_(embs, by_vf)
         by_embs = (v*by_vf).addcmul_(embs, by_d2.sum(1, keepdim=True), value=2).sub_(by_v)
         by_own = by_x[:k].to(own.dtype).index_add_(0, which, by_v.to(own.dtype))
         if inv.ndim: by_own = (by_own-own*(own*by_own).sum(1, keepdim=True)).mul_(long)
         by_proxies.index_add_(0, rows, by_own.to(proxies.dtype))
-        return by_embs,None,by_proxies,by_inv,by_d2.sum(0) if sq.ndim else None,None
+        return by_embs,None,by_proxies,None,by_d2.sum(0) if sq.ndim else None,None
 
 def proxy_cos(
     embs:Tensor, # Embeddings, `(n,d)`

@@ -17,6 +17,27 @@ from .base import *
 from .proxies import *
 
 # %% ../../nbs/api/losses/07_softmax.ipynb #bd7f7beb
+class _OwnCos(torch.autograd.Function):
+    "Cosines of rows with the vectors of their class, `(n,k)`, with an analytic backward"
+    @staticmethod
+    def forward(ctx, embs, labels, w):
+        own,f = w[:,labels].to(wide_dtype(embs)),embs.to(wide_dtype(embs))
+        inv = 1/torch.linalg.vector_norm(own, dim=2, keepdim=True).clamp_(min=1e-12)
+        own.mul_(inv)
+        cos = (own*f).sum(2)
+        ctx.sizes = embs.dtype,w.shape
+        ctx.save_for_backward(f, labels, own, inv, cos)
+        return cos.T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        f,labels,own,inv,cos = ctx.saved_tensors
+        dtype,shape = ctx.sizes
+        g = g.T[...,None]
+        by_own = torch.addcmul(f, own, cos[...,None], value=-1).mul_(g*inv).to(dtype)
+        return (own*g).sum(0).to(dtype),None,by_own.new_zeros(shape).index_add_(1, labels, by_own)
+
 @register_loss
 class NormFaceLoss(ProxyLoss):
     "Softmax over the cosines with a learned vector of each class"
@@ -81,8 +102,7 @@ class NormFaceLoss(ProxyLoss):
         proxies:Tensor, # Vectors of the classes, `(k*c,d)`
     )->Tensor: # `(n,k)` in `wide_dtype`
         "Cosines with the vectors of the own class"
-        own = proxies.unflatten(0, (self.centers,-1))[:,labels].to(wide_dtype(embs))
-        return (F.normalize(own, dim=2)*embs).sum(2).T
+        return _OwnCos.apply(embs, labels, proxies.unflatten(0, (self.centers,-1)))
 
     def chosen(self, labels):
         "All vectors; in training with a `sample` those of the classes of the batch and of a share of the others"
@@ -125,25 +145,23 @@ class _SmallAngle(torch.autograd.Function):
     "`small_angle` with an analytic backward"
     @staticmethod
     def forward(ctx, x, y):
-        inv = [1/torch.linalg.vector_norm(o, dim=1, keepdim=True, dtype=wide_dtype(x)).clamp_(min=1e-12) for o in (x,y)]
-        a,b = (o*i for o,i in zip((x,y), inv))
-        v = a-b
-        vv = (v*v).sum(1)
+        wide = wide_dtype(x)
+        i,j = (1/torch.linalg.vector_norm(o, dim=1, keepdim=True, dtype=wide).clamp_(min=1e-12) for o in (x,y))
+        vv = torch.linalg.vector_norm((x*i).sub_(y*j), dim=1).square_()
         vv.mul_(vv>torch.finfo(x.dtype).eps**2)
         cos,sq = 1-vv/2,(1-vv/4).clamp_(min=0).mul_(vv)
         r = safe_rsqrt(sq)
-        ctx.dtype = x.dtype
-        ctx.save_for_backward(*inv, a, b, v, cos, r)
+        ctx.save_for_backward(x, y, i, j, cos, r)
         return cos,sq*r
 
     @staticmethod
     @once_differentiable
     def backward(ctx, by_cos, by_sin):
-        i,j,a,b,v,cos,r = ctx.saved_tensors
-        v = v*(by_sin*cos*r-by_cos)[:,None] # by `a`, and minus that by `b`
-        by_x = torch.addcmul(v, a, (a*v).sum(1, keepdim=True), value=-1).mul_(i)
-        by_y = (b*(b*v).sum(1, keepdim=True)).sub_(v).mul_(j)
-        return by_x.to(ctx.dtype),by_y.to(ctx.dtype)
+        x,y,i,j,cos,r = ctx.saved_tensors
+        h,cos = (by_cos-by_sin*cos*r)[:,None],cos[:,None]
+        a,b = x*i,y*j
+        by_x,by_y = (torch.addcmul(o, u, cos, value=-1).mul_(h*l).to(x.dtype) for o,u,l in ((b,a,i),(a,b,j)))
+        return by_x,by_y
 
 def small_angle(
     x:Tensor, # Vectors, `(n,d)`
