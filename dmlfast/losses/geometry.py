@@ -216,34 +216,39 @@ def hard_cos(
 class _SimLoss(torch.autograd.Function):
     "Losses of anchors, with the weights of pairs as their gradient"
     @staticmethod
-    def forward(ctx, embs, labels, weigh, gamma, wide):
-        w = embs.to(wide_dtype(embs)) if gamma or wide else embs
+    def forward(ctx, embs, labels, weigh, gamma, wide, dist):
+        w = embs.to(wide_dtype(embs)) if gamma or wide or dist else embs
         gram = w@w.T
-        s = gram if wide else gram.to(embs.dtype)
+        s = gram if wide or dist else gram.to(embs.dtype)
+        if gamma or dist: d2 = gram_sqdist(gram.clone() if s is gram and not dist else gram, torch.finfo(embs.dtype).eps)
+        if dist:
+            s = d2.to(embs.dtype)
+            r = safe_rsqrt(s)
+            s = torch.mul(s, r).neg_()
         pos,neg = label_masks(labels, s.dtype)
         far,saved = s,()
         if gamma:
-            d2 = gram_sqdist(gram.clone() if s is gram else gram, torch.finfo(embs.dtype).eps)
             p = hardest_positive(d2, pos)
             saved = p,*cos_parts(d2, p, neg)
             far = saved[1].to(s.dtype, copy=True).mul_(-gamma).add_(s)
         values,by_s = weigh(s, far, pos, neg)
-        ctx.gamma,ctx.dtype = gamma,embs.dtype
-        ctx.save_for_backward(w, by_s.to(w.dtype), *saved)
+        ctx.gamma,ctx.dist,ctx.dtype = gamma,dist,embs.dtype
+        ctx.save_for_backward(w, by_s.to(w.dtype) if gamma else None, by_s*r if dist else by_s, *saved)
         return values.to(embs.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        w,by_s,*saved = ctx.saved_tensors
-        by_s = by_s*g[:,None].to(w.dtype)
-        if ctx.gamma: # a squared distance is the two squared norms less twice the product
-            by_d2 = cos_grad(by_s, *saved)
-            by_s.add_(by_d2, alpha=2*ctx.gamma)
-            rows = by_s+by_s.T
-            rows.diagonal().sub_(by_d2.sum(0).add_(by_d2.sum(1)), alpha=2*ctx.gamma)
-        else: rows = by_s+by_s.T
-        return (rows@w).to(ctx.dtype),None,None,None,None
+        w,by_far,rows,*saved = ctx.saved_tensors # a squared distance is two squared norms less twice a product, so that
+        g = g[:,None].to(w.dtype)
+        rows = rows*g.to(rows.dtype) # this is by products, or -2 times that by squared distances
+        if ctx.gamma:
+            by_d2 = cos_grad(by_far*g, *saved)
+            rows = rows.to(w.dtype).add_(by_d2, alpha=2*ctx.gamma)
+        rows = (rows+rows.T).to(w.dtype)
+        if ctx.dist: rows.diagonal().sub_(rows.sum(1))
+        elif ctx.gamma: rows.diagonal().sub_(by_d2.sum(0).add_(by_d2.sum(1)), alpha=2*ctx.gamma)
+        return (rows@w).to(ctx.dtype),None,None,None,None,None
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #8b43327c
 def sim_loss(
@@ -252,9 +257,10 @@ def sim_loss(
     weigh, # Callable of similarities, these with negatives shifted, and masks, `(n,n)` each; gives values `(n,)` and gradient `(n,n)`
     gamma:float=0., # Weight of the direction regulariser
     wide:bool=False, # Compute all of it in float64? Where the weights of positives and negatives cancel
+    dist:bool=False, # Are the similarities minus the distances? Otherwise dot products
 )->Tensor: # One value per anchor, `(n,)`
     "A loss of similarities, those to negatives with direction regularisation, from its values and weights"
-    return _SimLoss.apply(embs, labels, weigh, gamma, wide)
+    return _SimLoss.apply(embs, labels, weigh, gamma, wide, dist)
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #4d626c49
 def full_precision(

@@ -166,7 +166,7 @@ class _ProxyCos(torch.autograd.Function):
         s = a.index_select(0, which).sub_(w)
         if _near_another(s, norms, labels, 2**-7): return None,None
         d2 = torch.sub(norms, s, alpha=2, out=s)
-        d2.mul_(d2>norms*eps**2)
+        d2.mul_(torch.gt(d2, norms*eps**2, out=torch.empty_like(d2))) # floats of 0 and 1 are faster than bools
         vv.mul_(vv>ff*eps**2)
         y = labels[:,None]
         rv,rd = safe_rsqrt(vv),safe_rsqrt(d2).scatter_(1, y, 0)
@@ -180,13 +180,12 @@ class _ProxyCos(torch.autograd.Function):
         embs,proxies,inv,sq,y,rows,which,own,long,x,dots,c,rv,rd = ctx.saved_tensors
         k,v = len(rows),x[len(rows):]
         t = by_c*c
-        by_vv = torch.where(rv>0, by_d2.gather(1, y)-t.sum(1, keepdim=True).mul_(rv).mul_(rv)/2, 0)
-        by_d2 = by_d2.masked_fill(rd==0, 0).addcmul_(t.mul_(rd), rd, value=-.5)
-        by_dots = torch.zeros_like(dots)
-        torch.mul(by_c, rd, out=by_dots[k:]).mul_(rv)
-        by_vf = by_dots[k:].sum(1, keepdim=True).neg_()
-        by_dots[k:].add_(by_d2, alpha=2)
-        by_dots[:k].index_add_(0, which, by_d2, alpha=-2)
+        by_vv = by_d2.gather(1, y).addcmul_(t.sum(1, keepdim=True), rv*rv, value=-.5).mul_(rv.sign())
+        by_d2 = rd.sign().mul_(by_d2).addcmul_(t.mul_(rd), rd, value=-.5)
+        by_w = (by_c*rd).mul_(rv)
+        by_vf = by_w.sum(1, keepdim=True).neg_()
+        by_a = by_w.new_zeros(k, by_w.shape[1]).index_add_(0, which, by_d2, alpha=-2)
+        by_dots = torch.cat([by_a,by_w.add_(by_d2, alpha=2)])
         scaled = by_dots*inv
         by_x,by_proxies = scaled@proxies,_by_length(scaled.T@x, proxies, inv, dots, by_dots)
         by_v = by_x[k:].addcmul_(v, by_vv, value=2).addcmul_(embs, by_vf)
