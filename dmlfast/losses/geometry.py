@@ -28,9 +28,11 @@ def label_masks(
     dtype:torch.dtype=torch.bool, # Of the masks; floats of 0 and 1 are several times faster to compute with
 )->tuple[Tensor,Tensor]: # Positives and negatives of each row, two `(n,n)` masks
     "Which rows share a class with each row (itself excluded), and which do not"
-    y = labels.unique(return_inverse=True)[1].to(dtype) if dtype.is_floating_point else labels
-    pos,neg = (op(y[:,None], y, out=torch.empty(len(y), len(y), dtype=dtype, device=y.device)) for op in (torch.eq,torch.ne))
-    return pos.fill_diagonal_(0),neg
+    if dtype.is_floating_point and len(labels)>200: # then floats, which compare faster than integers, are worth a sort
+        labels = labels.unique(return_inverse=True)[1].to(dtype)
+    same = torch.eq(labels[:,None], labels, out=torch.empty(len(labels), len(labels), dtype=dtype, device=labels.device))
+    neg = ~same if dtype==torch.bool else 1-same
+    return same.fill_diagonal_(0),neg
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #3921e011
 def class_mates(
@@ -157,8 +159,7 @@ def hardest_positive(
     pos:Tensor, # Positives of each row, `(n,n)`, 0 or 1 in a float dtype
 )->Tensor: # `(n,)` int64
     "The farthest positive of each row; the row itself where it has none, so that its direction cosines are 0"
-    far,p = (d2*pos).max(1)
-    return p.where(far>0, torch.arange(len(d2), device=d2.device))
+    return (d2*pos).fill_diagonal_(torch.finfo(d2.dtype).tiny).max(1)[1]
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #342c5d67
 def cos_parts(
