@@ -21,7 +21,7 @@ class _OwnCos(torch.autograd.Function):
     "Cosines of rows with the vectors of their class, `(n,k)`, with an analytic backward"
     @staticmethod
     def forward(ctx, embs, labels, w):
-        own,f = w[:,labels].to(wide_dtype(embs)),embs.to(wide_dtype(embs))
+        own,f = (o.to(wide_dtype(embs)) for o in (w.index_select(1, labels),embs))
         inv = 1/torch.linalg.vector_norm(own, dim=2, keepdim=True).clamp_(min=1e-12)
         own.mul_(inv)
         cos = (own*f).sum(2)
@@ -64,7 +64,8 @@ class NormFaceLoss(ProxyLoss):
             rows = labels+len(proxies)//self.centers*own.argmax(1)
         s = self.cosines(embs, labels, rows, proxies, inv, sq)
         if own is not None: s = s.scatter(1, labels[:,None], self.pool(own).to(s.dtype)) # which is nearest is decided in `wide_dtype`
-        if (shift := self.shift(embs, proxies[rows])) is not None: s = s.scatter_add(1, labels[:,None], shift.to(s.dtype)[:,None])
+        shift = self.shift(embs, proxies.index_select(0, rows))
+        if shift is not None: s = s.scatter_add(1, labels[:,None], shift.to(s.dtype)[:,None])
         return precise_cross_entropy(s*self.scale, labels, self.reduction)
 
     def cosines(self,
