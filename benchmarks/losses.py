@@ -72,7 +72,8 @@ CASES = [
     ('margin / PML, distance-weighted', (128,4,512), MarginLoss, PML_M, 5),
     ('margin / PML, distance-weighted', (512,4,512), MarginLoss, PML_M, 5),
     *[('contrastive / PML', (n,4,128), ContrastiveLoss, pml.ContrastiveLoss, 1.2) for n in (64,128,256,512)],
-    *[('DR-contrastive / PML contrastive', (n,4,128), lambda: ContrastiveLoss(gamma=.3), pml.ContrastiveLoss, None) for n in (64,128,256,512)],
+    *[('DR-contrastive / PML contrastive', (n,4,128), lambda: ContrastiveLoss(gamma=.3), pml.ContrastiveLoss, None)
+        for n in (64,128,256,512)],
     ('contrastive / PML', (512,4,512), ContrastiveLoss, pml.ContrastiveLoss, None),
     *[('SupCon / PML', (n,4,128), SupConLoss, pml.SupConLoss, 1) for n in (64,128,256,512)],
     ('SupCon / PML', (512,4,512), SupConLoss, pml.SupConLoss, 1),
