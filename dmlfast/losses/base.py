@@ -135,7 +135,7 @@ def reduce_values(
 )->Tensor: # Scalar, or `(n,)`
     "Reduce one value per row; the mean of none is 0"
     if reduction=='none': return values
-    return values.sum()/(max(len(values), 1) if reduction=='mean' else 1)
+    return values.mean() if reduction=='mean' and len(values) else values.sum()
 
 # %% ../../nbs/api/losses/02_base.ipynb #e9e44fa1
 def reduce_anchors(

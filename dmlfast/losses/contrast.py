@@ -30,12 +30,12 @@ class SupConLoss(MetricLoss):
 
     def weigh(self,
         s:Tensor, # Similarities, `(n,n)`
-        far:Tensor, # Those of negatives, shifted by direction regularisation, `(n,n)`
+        far:Tensor, # The same, those of negatives shifted by direction regularisation, `(n,n)`
         pos:Tensor, # Positives of each row, `(n,n)` float of 0 and 1
         neg:Tensor, # Negatives of each row, likewise
     )->tuple[Tensor,Tensor]: # Values `(n,)`, and their gradient by the similarities `(n,n)`
         "For `sim_loss`: a positive's weight is its share of the softmax less that of the targets"
-        x = torch.lerp(s, far, neg).div_(self.temperature).fill_diagonal_(-1e30)
+        x = (far/self.temperature).fill_diagonal_(-1e30)
         x.sub_(x.amax(1, keepdim=True))
         pos = pos/pos.sum(1, keepdim=True).clamp_(min=1)
         near = (pos*x).sum(1)
@@ -71,7 +71,7 @@ class CircleLoss(MetricLoss):
 
     def weigh(self,
         s:Tensor, # Similarities, `(n,n)`
-        far:Tensor, # Those of negatives, shifted by direction regularisation, `(n,n)`
+        far:Tensor, # The same, those of negatives shifted by direction regularisation, `(n,n)`
         pos:Tensor, # Positives of each row, `(n,n)` float of 0 and 1
         neg:Tensor, # Negatives of each row, likewise
     )->tuple[Tensor,Tensor]: # Values `(n,)`, and their gradient by the similarities `(n,n)`

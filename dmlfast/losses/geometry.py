@@ -28,9 +28,11 @@ def label_masks(
     dtype:torch.dtype=torch.bool, # Of the masks; floats of 0 and 1 are several times faster to compute with
 )->tuple[Tensor,Tensor]: # Positives and negatives of each row, two `(n,n)` masks
     "Which rows share a class with each row (itself excluded), and which do not"
-    y = class_index(labels)[0].to(dtype) if dtype.is_floating_point else labels
-    pos,neg = (op(y[:,None], y, out=torch.empty(len(y), len(y), dtype=dtype, device=y.device)) for op in (torch.eq,torch.ne))
-    return pos.fill_diagonal_(0),neg
+    if dtype.is_floating_point and len(labels)>200: # then floats, which compare faster than integers, are worth a sort
+        labels = labels.unique(return_inverse=True)[1].to(dtype)
+    same = torch.eq(labels[:,None], labels, out=torch.empty(len(labels), len(labels), dtype=dtype, device=labels.device))
+    neg = ~same if dtype==torch.bool else 1-same
+    return same.fill_diagonal_(0),neg
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #3921e011
 def class_mates(
@@ -39,12 +41,13 @@ def class_mates(
     "The rows of all classes of one size with the other rows of their class, for each size"
     y,order = labels.cpu().sort(stable=True)
     size = y.unique_consecutive(return_counts=True)[1]
-    size = size.repeat_interleave(size)
+    sizes = set(size.tolist())
+    if len(sizes)>1: size = size.repeat_interleave(size)
     def table(k):
-        rows = order[size==k].view(-1, k)
+        rows = (order[size==k] if len(sizes)>1 else order).view(-1, k)
         mates = rows.repeat(1, 2).unfold(1, k-1, 1)[:,1:k+1] # the k-1 that follow each, around the circle
         return rows.flatten(),mates.flatten(0, 1)
-    return [tuple(o.to(labels.device) for o in table(k)) for k in size.unique().tolist() if k>1]
+    return [tuple(o.to(labels.device) for o in table(k)) for k in sorted(sizes) if k>1]
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #eaf5943c
 def mate_blocks(
@@ -65,23 +68,23 @@ def wide_dtype(
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #48caaf1b
 def gram_sqdist(
-    gram:Tensor, # Dot products of all rows, `(n,n)` of `wide_dtype`
+    gram:Tensor, # Dot products of all rows, `(n,n)` of `wide_dtype`; overwritten: new matrices cost more than what is done with them
     eps:float, # Machine epsilon of the rows themselves
-)->Tensor: # Squared distances, `(n,n)`, in a tensor of their own; those within rounding of 0 are 0
+)->Tensor: # Squared distances, `(n,n)`; those within rounding of 0 are 0
     "Squared distances from a Gram matrix"
     sq = gram.diagonal()
     tol = torch.add(sq[:,None], sq)
-    d2 = torch.sub(tol, gram, alpha=2)
+    d2 = torch.sub(tol, gram, alpha=2, out=gram)
     tol.mul_(max(eps**2, 16*torch.finfo(gram.dtype).eps)/2)
     return d2.mul_(torch.gt(d2, tol, out=tol))
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #0639ad46
 def gram_grad(
-    g:Tensor, # Gradient by the squared distances, `(n,n)`; overwritten
+    g:Tensor, # Gradient by the squared distances, `(n,n)`
     d2:Tensor, # The squared distances, `(n,n)`, as from `gram_sqdist`
 )->Tensor: # Symmetric `(n,n)` matrix whose product with the rows is the gradient by the rows
     "Carry a gradient from squared distances to what multiplies the rows"
-    g.mul_(d2.sign())
+    g = d2.sign().mul_(g)
     r = (g+g.T).mul_(-2)
     r.diagonal().sub_(r.sum(1))
     return r
@@ -101,7 +104,7 @@ class _SqDist(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         w,d2 = ctx.saved_tensors
-        return (gram_grad(g.clone(), d2)@w).to(ctx.dtype)
+        return (gram_grad(g, d2)@w).to(ctx.dtype)
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #b89bead4
 def sqdist(
@@ -156,21 +159,24 @@ def hardest_positive(
     pos:Tensor, # Positives of each row, `(n,n)`, 0 or 1 in a float dtype
 )->Tensor: # `(n,)` int64
     "The farthest positive of each row; the row itself where it has none, so that its direction cosines are 0"
-    return torch.add(d2, pos-1, alpha=1e30).argmax(1).where(pos.any(1), torch.arange(len(d2), device=d2.device))
+    return (d2*pos).fill_diagonal_(torch.finfo(d2.dtype).tiny).max(1)[1]
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #342c5d67
 def cos_parts(
     d2:Tensor, # Squared distances, `(n,n)` float64
     p:Tensor, # A positive for each row, `(n,)` int64
+    mask:Tensor=None, # 1 where there are to be cosines and 0 elsewhere, `(n,n)` float
 )->tuple[Tensor,Tensor,Tensor]: # At row i cosines of row j with `p[i]`, `(n,n)`; factors of negatives `(n,n)` and of the positive `(n,1)`
     "Direction cosines of all rows at all anchors, with what `cos_grad` needs"
     ap = d2.gather(1, p[:,None])
     t,r = safe_rsqrt(ap)/2,safe_rsqrt(d2)
-    return torch.sub(d2, d2.index_select(0, p)).add_(ap).mul_(r).mul_(t),r,t
+    if mask is not None: r.mul_(mask)
+    pn = d2.index_select(0, p)
+    return torch.sub(d2, pn, out=pn).add_(ap).mul_(r).mul_(t),r,t
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #24d3c5e1
 def cos_grad(
-    g:Tensor, # Gradient by the cosines, `(n,n)` float64; overwritten
+    g:Tensor, # Gradient by the cosines, `(n,n)` float64
     p:Tensor, # A positive for each row, `(n,)` int64
     c:Tensor, # Cosines, `(n,n)`, as from `cos_parts`, and its factors
     r:Tensor, # Of the negatives, `(n,n)`
@@ -178,9 +184,9 @@ def cos_grad(
 )->Tensor: # Gradient by the squared distances, `(n,n)`
     "Carry a gradient from the cosines to the squared distances"
     gc = c*g
-    tr = g.mul_(r).mul_(t)
+    tr = (g*r).mul_(t)
     gap = tr.sum(1, keepdim=True) - 2*gc.sum(1, keepdim=True)*t*t
-    gd2 = torch.addcmul(tr, gc.mul_(r), r, value=-.5)
+    gd2 = torch.addcmul(tr, gc.mul_(r), r, value=-.5, out=gc)
     return gd2.index_add_(0, p, tr, alpha=-1).scatter_add_(1, p[:,None], gap)
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #ebd8169e
@@ -196,7 +202,7 @@ class _HardCos(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         p,c,r,t = ctx.saved_tensors
-        return cos_grad(g.to(c.dtype, copy=True), p, c, r, t),None,None
+        return cos_grad(g.to(c.dtype), p, c, r, t),None,None
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #1c4b7f5d
 def hard_cos(
@@ -211,43 +217,51 @@ def hard_cos(
 class _SimLoss(torch.autograd.Function):
     "Losses of anchors, with the weights of pairs as their gradient"
     @staticmethod
-    def forward(ctx, embs, labels, weigh, gamma, wide):
-        w = embs.to(wide_dtype(embs)) if gamma or wide else embs
+    def forward(ctx, embs, labels, weigh, gamma, wide, dist):
+        w = embs.to(wide_dtype(embs)) if gamma or wide or dist else embs
         gram = w@w.T
-        s = gram if wide else gram.to(embs.dtype)
+        s = gram if wide or dist else gram.to(embs.dtype)
+        if gamma or dist: d2 = gram_sqdist(gram.clone() if s is gram and not dist else gram, torch.finfo(embs.dtype).eps)
+        if dist:
+            s = d2.to(embs.dtype)
+            r = safe_rsqrt(s)
+            s = torch.mul(s, r).neg_()
         pos,neg = label_masks(labels, s.dtype)
         far,saved = s,()
         if gamma:
-            d2 = gram_sqdist(gram, torch.finfo(embs.dtype).eps)
             p = hardest_positive(d2, pos)
-            saved = neg,d2,p,*cos_parts(d2, p)
-            far = torch.sub(s, saved[3].to(s.dtype), alpha=gamma)
+            saved = p,*cos_parts(d2, p, neg)
+            far = saved[1].to(s.dtype, copy=True).mul_(-gamma).add_(s)
         values,by_s = weigh(s, far, pos, neg)
-        ctx.gamma,ctx.dtype = gamma,embs.dtype
-        ctx.save_for_backward(w, by_s, *saved)
+        ctx.gamma,ctx.dist,ctx.dtype = gamma,dist,embs.dtype
+        ctx.save_for_backward(w, by_s.to(w.dtype) if gamma else None, by_s*r if dist else by_s, *saved)
         return values.to(embs.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        w,by_s,*saved = ctx.saved_tensors
-        by_s = by_s*g[:,None].to(by_s.dtype)
-        rows = (by_s+by_s.T).to(w.dtype)
+        w,by_far,rows,*saved = ctx.saved_tensors # a squared distance is two squared norms less twice a product, so that
+        g = g[:,None].to(w.dtype)
+        rows = rows*g.to(rows.dtype) # this is by products, or -2 times that by squared distances
         if ctx.gamma:
-            neg,d2,p,c,r,t = saved
-            rows = gram_grad(cos_grad(by_s.mul_(neg).mul_(-ctx.gamma).to(c.dtype), p, c, r, t), d2).add_(rows)
-        return (rows@w).to(ctx.dtype),None,None,None,None
+            by_d2 = cos_grad(by_far*g, *saved)
+            rows = rows.to(w.dtype).add_(by_d2, alpha=2*ctx.gamma)
+        rows = (rows+rows.T).to(w.dtype)
+        if ctx.dist: rows.diagonal().sub_(rows.sum(1))
+        elif ctx.gamma: rows.diagonal().sub_(by_d2.sum(0).add_(by_d2.sum(1)), alpha=2*ctx.gamma)
+        return (rows@w).to(ctx.dtype),None,None,None,None,None
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #8b43327c
 def sim_loss(
     embs:Tensor, # Embeddings, `(n,d)` float32 or float64
     labels:Tensor, # Class of each row, `(n,)` int64
-    weigh, # Callable of similarities `s`, those shifted as of negatives and masks, `(n,n)` each; gives values `(n,)` and gradient `(n,n)`
+    weigh, # Callable of similarities, these with negatives shifted, and masks, `(n,n)` each; gives values `(n,)` and gradient `(n,n)`
     gamma:float=0., # Weight of the direction regulariser
     wide:bool=False, # Compute all of it in float64? Where the weights of positives and negatives cancel
+    dist:bool=False, # Are the similarities minus the distances? Otherwise dot products
 )->Tensor: # One value per anchor, `(n,)`
     "A loss of similarities, those to negatives with direction regularisation, from its values and weights"
-    return _SimLoss.apply(embs, labels, weigh, gamma, wide)
+    return _SimLoss.apply(embs, labels, weigh, gamma, wide, dist)
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #4d626c49
 def full_precision(

@@ -49,8 +49,10 @@ class ContrastiveLoss(MetricLoss):
         self.pos_margin,self.neg_margin,self.miner = pos_margin,neg_margin,miner
 
     def compute(self, embs, labels):
+        if not self.miner:
+            values = sim_loss(embs, labels, self.weigh, self.gamma, dist=True)
+            return values if self.reduction=='none' else values.sum()
         d2 = sqdist(embs)
-        if not self.miner: return self.all_pairs(d2, labels, embs.dtype)
         a,dp,a2,dn = shifted_pairs(call_miner(self.miner, embs, labels, d2), d2, labels, self.gamma)
         hinges = ((dp-self.pos_margin).relu(), a),((self.neg_margin-dn).relu(), a2)
         return sum(reduce_terms(h.to(embs.dtype), i, len(embs), self.reduction) for h,i in hinges)
@@ -66,17 +68,20 @@ class ContrastiveLoss(MetricLoss):
 
 # %% ../../nbs/api/losses/04_pairs.ipynb #1487c323
 @patch
-def all_pairs(self:ContrastiveLoss,
-    d2:Tensor, # Squared distances, `(n,n)` float64
-    labels:Tensor, # Class of each row, `(n,)` int64
-    dtype:torch.dtype, # Of the result
-)->Tensor: # Scalar, or `(n,)`
-    "The loss of all pairs, as matrices"
-    dist = safe_sqrt(d2.to(dtype))
-    pos,neg = label_masks(labels, dtype)
-    far = torch.add(dist, hard_cos(d2, hardest_positive(d2.detach(), pos), dtype), alpha=self.gamma) if self.gamma else dist
-    hinges = ((dist-self.pos_margin).relu(), pos),((self.neg_margin-far).relu(), neg)
-    return sum(reduce_masked(*o, self.reduction) for o in hinges)
+def weigh(self:ContrastiveLoss,
+    s:Tensor, # Minus the distances, `(n,n)`
+    far:Tensor, # The same, those of negatives less the direction regulariser, `(n,n)`
+    pos:Tensor, # Positives of each row, `(n,n)` float of 0 and 1
+    neg:Tensor, # Negatives of each row, likewise
+)->tuple[Tensor,Tensor]: # Each anchor's part of the loss `(n,)`, and the gradient by `s` and `far`, `(n,n)`
+    "For `sim_loss`: the hinges of all pairs"
+    P,N = (s+self.pos_margin).neg_().relu_().mul_(pos),(far+self.neg_margin).relu_().mul_(neg)
+    near,away = P.sum(1),N.sum(1)
+    P.sign_(),N.sign_()
+    if self.reduction=='sum': return near+away,N.sub_(P)
+    dim = 1 if self.reduction=='none' else (0,1)
+    a,b = (o.sum(dim, keepdim=True).clamp_(min=1) for o in ((P,N) if self.reduction=='active' else (pos,neg)))
+    return near/a.squeeze(1)+away/b.squeeze(1),N.div_(b).sub_(P.div_(a))
 
 # %% ../../nbs/api/losses/04_pairs.ipynb #dece913e
 @register_loss

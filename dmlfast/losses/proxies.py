@@ -12,6 +12,7 @@ __all__ = ['ProxyLoss', 'proxy_norms', 'proxy_dots', 'proxy_sims', 'proxy_cos', 
 import math, torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+from torch.autograd.function import once_differentiable
 from .geometry import *
 from .base import *
 from .multisimilarity import *
@@ -95,13 +96,32 @@ def proxy_norms(
     return proxies,1/F.threshold(torch.linalg.vector_norm(proxies, dim=1), 1e-12, 1e-12),one
 
 # %% ../../nbs/api/losses/06_proxies.ipynb #0f1abaec
+def _by_length(g, proxies, inv, dots, by_dots):
+    "Add to the gradient by proxies what goes through the factors `inv`, as those are one over the proxies' lengths; not if a scalar"
+    return g.addcmul_(proxies, ((dots*by_dots).sum(0)*inv*inv)[:,None], value=-1) if inv.ndim else g
+
+class _ProxyDots(torch.autograd.Function):
+    "`proxy_dots` with an analytic backward, which takes few passes over many proxies"
+    @staticmethod
+    def forward(ctx, x, proxies, inv):
+        s = (x@proxies.T).mul_(inv)
+        ctx.save_for_backward(x, proxies, inv, s)
+        return s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x,proxies,inv,s = ctx.saved_tensors
+        gi = g*inv
+        return gi@proxies,_by_length(gi.T@x, proxies, inv, s, g),None
+
 def proxy_dots(
     x:Tensor, # Vectors, `(n,d)`
     proxies:Tensor, # Proxies, `(c,d)`
-    inv:Tensor, # Factors of the proxies, `(c,)` or scalar
+    inv:Tensor, # One over the lengths of the proxies `(c,)`, as from `proxy_norms`, or a scalar
 )->Tensor: # `(n,c)`
     "Dot products of vectors and scaled proxies"
-    return (x@proxies.T)*inv
+    return _ProxyDots.apply(x, proxies, inv)
 
 # %% ../../nbs/api/losses/06_proxies.ipynb #22389693
 def _near_another(s, norms, labels, share):
@@ -129,6 +149,52 @@ def proxy_sims(
     return proxy_sims(*_widen(embs, labels, proxies, inv), pool) if near else s
 
 # %% ../../nbs/api/losses/06_proxies.ipynb #7caed473
+class _ProxyCos(torch.autograd.Function):
+    "`proxy_cos` with an analytic backward; None where an embedding is near the proxy of another class"
+    @staticmethod
+    def forward(ctx, embs, labels, proxies, inv, sq, eps):
+        rows,which = labels.unique(return_inverse=True)
+        own = proxies.index_select(0, rows).to(wide_dtype(embs))
+        long = 1/torch.linalg.vector_norm(own, dim=1, keepdim=True).clamp_(min=1e-12) if inv.ndim else own.new_ones(())
+        own.mul_(long)
+        v = own.index_select(0, which).sub_(embs).to(embs.dtype)
+        x = torch.cat([own.to(embs.dtype),v])
+        dots = (x@proxies.T).mul_(inv)
+        a,w = dots.split([len(rows),len(v)])
+        vv,vf,ff = (o.sum(1, keepdim=True) for o in (v*v,v*embs,embs*embs))
+        norms = ff+sq
+        s = a.index_select(0, which).sub_(w)
+        if _near_another(s, norms, labels, 2**-7): return None,None
+        d2 = torch.sub(norms, s, alpha=2, out=s)
+        d2.mul_(torch.gt(d2, norms*eps**2, out=torch.empty_like(d2))) # floats of 0 and 1 are faster than bools
+        vv.mul_(vv>ff*eps**2)
+        y = labels[:,None]
+        rv,rd = safe_rsqrt(vv),safe_rsqrt(d2).scatter_(1, y, 0)
+        c = torch.sub(w, vf).mul_(rv).mul_(rd)
+        ctx.save_for_backward(embs, proxies, inv, sq, y, rows, which, own, long, x, dots, c, rv, rd)
+        return d2.scatter_(1, y, vv),c
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, by_d2, by_c):
+        embs,proxies,inv,sq,y,rows,which,own,long,x,dots,c,rv,rd = ctx.saved_tensors
+        k,v = len(rows),x[len(rows):]
+        t = by_c*c
+        by_vv = by_d2.gather(1, y).addcmul_(t.sum(1, keepdim=True), rv*rv, value=-.5).mul_(rv.sign())
+        by_d2 = rd.sign().mul_(by_d2).addcmul_(t.mul_(rd), rd, value=-.5)
+        by_w = (by_c*rd).mul_(rv)
+        by_vf = by_w.sum(1, keepdim=True).neg_()
+        by_a = by_w.new_zeros(k, by_w.shape[1]).index_add_(0, which, by_d2, alpha=-2)
+        by_dots = torch.cat([by_a,by_w.add_(by_d2, alpha=2)])
+        scaled = by_dots*inv
+        by_x,by_proxies = scaled@proxies,_by_length(scaled.T@x, proxies, inv, dots, by_dots)
+        by_v = by_x[k:].addcmul_(v, by_vv, value=2).addcmul_(embs, by_vf)
+        by_embs = (v*by_vf).addcmul_(embs, by_d2.sum(1, keepdim=True), value=2).sub_(by_v)
+        by_own = by_x[:k].to(own.dtype).index_add_(0, which, by_v.to(own.dtype))
+        if inv.ndim: by_own = (by_own-own*(own*by_own).sum(1, keepdim=True)).mul_(long)
+        by_proxies.index_add_(0, rows, by_own.to(proxies.dtype))
+        return by_embs,None,by_proxies,None,by_d2.sum(0) if sq.ndim else None,None
+
 def proxy_cos(
     embs:Tensor, # Embeddings, `(n,d)`
     labels:Tensor, # Row of each embedding's own proxy, `(n,)` int64
@@ -139,20 +205,8 @@ def proxy_cos(
 )->tuple[Tensor,Tensor]: # Squared distances and cosines, `(n,c)`; in `wide_dtype` if an embedding is near the proxy of another class
     "Squared distances to all proxies, and direction cosines with respect to the own one; 0 where two points coincide"
     eps = eps or torch.finfo(embs.dtype).eps
-    rows,which = labels.unique(return_inverse=True)
-    own = proxies[rows].to(wide_dtype(embs))
-    if inv.ndim: own = F.normalize(own, dim=1)
-    v = (own[which]-embs).to(embs.dtype)
-    a,w = proxy_dots(torch.cat([own.to(embs.dtype),v]), proxies, inv).split([len(rows),len(v)])
-    vv,vf,ff = (o.sum(1, keepdim=True) for o in (v*v,v*embs,embs*embs))
-    norms = ff+sq
-    s = a.index_select(0, which)-w
-    if _near_another(s.detach(), norms.detach(), labels, 2**-7): return proxy_cos(*_widen(embs, labels, proxies, inv), eps)
-    d2 = torch.sub(norms, s, alpha=2)
-    d2 = d2*(d2.detach()>norms.detach()*eps**2)
-    vv = vv*(vv.detach()>ff.detach()*eps**2)
-    c = (w-vf)*(safe_rsqrt(vv)*safe_rsqrt(d2))
-    return d2.scatter_(1, labels[:,None], vv),c.scatter_(1, labels[:,None], 0)
+    d2,c = _ProxyCos.apply(embs, labels, proxies, inv, sq, eps)
+    return proxy_cos(*_widen(embs, labels, proxies, inv), eps) if c is None else (d2,c)
 
 # %% ../../nbs/api/losses/06_proxies.ipynb #c27d02ed
 @register_loss

@@ -53,12 +53,12 @@ class RecallAtKLoss(MetricLoss):
 def terms(self:RecallAtKLoss,
     labels:Tensor, # Class of each row, `(n,)` int64
     s:Tensor, # Similarities, `(n,n)`
-    far:Tensor, # Those of negatives, shifted by direction regularisation, `(n,n)`
+    far:Tensor, # The same, those of negatives shifted by direction regularisation, `(n,n)`
     pos:Tensor, # Positives of each row, `(n,n)` float of 0 and 1
     neg:Tensor, # Negatives of each row, likewise
 )->tuple[Tensor,Tensor,Tensor]: # Values `(n,)`, their gradient by the similarities `(n,n)`, share of the k whose recall is below 1 `(n,)`
     "The smooth recall of each query and its gradient; 0 for a query without a positive"
-    x = torch.lerp(s, far, neg).fill_diagonal_(-1e30) # the query is nearer than nothing
+    x = far.clone().fill_diagonal_(-1e30) # the query is nearer than nothing
     values,active,by_s = x.new_zeros(len(x)),x.new_zeros(len(x)),torch.zeros_like(x)
     k = torch.tensor([float(o) for o in self.ks], dtype=x.dtype, device=x.device)
     for a,p in mate_blocks(labels, 2**24 if x.is_cuda else 2**17):

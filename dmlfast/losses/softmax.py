@@ -17,6 +17,27 @@ from .base import *
 from .proxies import *
 
 # %% ../../nbs/api/losses/07_softmax.ipynb #bd7f7beb
+class _OwnCos(torch.autograd.Function):
+    "Cosines of rows with the vectors of their class, `(n,k)`, with an analytic backward"
+    @staticmethod
+    def forward(ctx, embs, labels, w):
+        own,f = (o.to(wide_dtype(embs)) for o in (w.index_select(1, labels),embs))
+        inv = 1/torch.linalg.vector_norm(own, dim=2, keepdim=True).clamp_(min=1e-12)
+        own.mul_(inv)
+        cos = (own*f).sum(2)
+        ctx.sizes = embs.dtype,w.shape
+        ctx.save_for_backward(f, labels, own, inv, cos)
+        return cos.T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        f,labels,own,inv,cos = ctx.saved_tensors
+        dtype,shape = ctx.sizes
+        g = g.T[...,None]
+        by_own = torch.addcmul(f, own, cos[...,None], value=-1).mul_(g*inv).to(dtype)
+        return (own*g).sum(0).to(dtype),None,by_own.new_zeros(shape).index_add_(1, labels, by_own)
+
 @register_loss
 class NormFaceLoss(ProxyLoss):
     "Softmax over the cosines with a learned vector of each class"
@@ -43,7 +64,8 @@ class NormFaceLoss(ProxyLoss):
             rows = labels+len(proxies)//self.centers*own.argmax(1)
         s = self.cosines(embs, labels, rows, proxies, inv, sq)
         if own is not None: s = s.scatter(1, labels[:,None], self.pool(own).to(s.dtype)) # which is nearest is decided in `wide_dtype`
-        if (shift := self.shift(embs, proxies[rows])) is not None: s = s.scatter_add(1, labels[:,None], shift.to(s.dtype)[:,None])
+        shift = self.shift(embs, proxies.index_select(0, rows))
+        if shift is not None: s = s.scatter_add(1, labels[:,None], shift.to(s.dtype)[:,None])
         return precise_cross_entropy(s*self.scale, labels, self.reduction)
 
     def cosines(self,
@@ -81,8 +103,7 @@ class NormFaceLoss(ProxyLoss):
         proxies:Tensor, # Vectors of the classes, `(k*c,d)`
     )->Tensor: # `(n,k)` in `wide_dtype`
         "Cosines with the vectors of the own class"
-        own = proxies.unflatten(0, (self.centers,-1))[:,labels].to(wide_dtype(embs))
-        return (F.normalize(own, dim=2)*embs).sum(2).T
+        return _OwnCos.apply(embs, labels, proxies.unflatten(0, (self.centers,-1)))
 
     def chosen(self, labels):
         "All vectors; in training with a `sample` those of the classes of the batch and of a share of the others"
@@ -121,15 +142,34 @@ class CosFaceLoss(NormFaceLoss):
     def shift(self, embs, own): return embs.new_full((len(embs),), -self.margin)
 
 # %% ../../nbs/api/losses/07_softmax.ipynb #a9edd575
+class _SmallAngle(torch.autograd.Function):
+    "`small_angle` with an analytic backward"
+    @staticmethod
+    def forward(ctx, x, y):
+        wide = wide_dtype(x)
+        i,j = (1/torch.linalg.vector_norm(o, dim=1, keepdim=True, dtype=wide).clamp_(min=1e-12) for o in (x,y))
+        vv = torch.linalg.vector_norm((x*i).sub_(y*j), dim=1).square_()
+        vv.mul_(vv>torch.finfo(x.dtype).eps**2)
+        cos,sq = 1-vv/2,(1-vv/4).clamp_(min=0).mul_(vv)
+        r = safe_rsqrt(sq)
+        ctx.save_for_backward(x, y, i, j, cos, r)
+        return cos,sq*r
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, by_cos, by_sin):
+        x,y,i,j,cos,r = ctx.saved_tensors
+        h,cos = (by_cos-by_sin*cos*r)[:,None],cos[:,None]
+        a,b = x*i,y*j
+        by_x,by_y = (torch.addcmul(o, u, cos, value=-1).mul_(h*l).to(x.dtype) for o,u,l in ((b,a,i),(a,b,j)))
+        return by_x,by_y
+
 def small_angle(
     x:Tensor, # Vectors, `(n,d)`
     y:Tensor, # Others, `(n,d)`
 )->tuple[Tensor,Tensor]: # Cosine and sine of the angle between each two, `(n,)` in `wide_dtype`; 1 and 0 where they coincide
     "Cosines and sines, precise where they are next to 1 and 0"
-    a,b = (F.normalize(o.to(wide_dtype(x)), dim=1) for o in (x,y))
-    vv = (a-b).pow(2).sum(1)
-    vv = vv*(vv.detach()>torch.finfo(x.dtype).eps**2)
-    return 1-vv/2,safe_sqrt(vv*(1-vv/4).clamp(min=0))
+    return _SmallAngle.apply(x, y)
 
 # %% ../../nbs/api/losses/07_softmax.ipynb #70d2a207
 @register_loss

@@ -86,14 +86,13 @@ def triplet_terms(
 )->tuple[Tensor,Tensor,Tensor]: # Hinges summed per anchor `(n,)`, how many are positive, gradient of their (weighted) sum by `d2`
     "The hinges of all triplets and their gradient with respect to the squared distances"
     n,g = len(d2),gamma/2
-    y = labels.unique(return_inverse=True)[1].to(dtype)
     total,active,gd2 = d2.new_zeros(n),d2.new_zeros(()),torch.zeros_like(d2)
     for a,p in mate_blocks(labels, 2**24 if d2.is_cuda else 2**17):
         an = d2.index_select(0, a)
         ap,r = an.gather(1, p),safe_rsqrt(an)
         t = safe_rsqrt(ap)
-        dist = torch.eq(y[a,None], y, out=r.new_empty(r.shape, dtype=dtype)).mul_(1e30) # the own class is out of reach
-        dist.add_((an if squared else an*r).to(dtype))
+        dist = (an if squared else an*r).to(dtype, copy=squared)
+        dist.scatter_(1, torch.cat([a[:,None],p], 1), 1e30) # the own class is out of reach
         h = ((ap if squared else ap*t)+margin).to(dtype)[...,None] - dist[:,None]
         if gamma:
             c = d2.index_select(0, p.flatten()).view(*p.shape, n).sub_(ap[...,None])
