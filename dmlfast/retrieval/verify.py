@@ -44,25 +44,37 @@ class ScoreSample:
         return float(low+(at-np.floor(at))*(high-low))
 
 # %% ../../nbs/api/retrieval/02_verify.ipynb #efb71a0e
+def _bins(s, lo, hi, n):
+    "Which of `n` bins from `lo` to `hi` each score is in"
+    return ((s-lo)*(n/(hi-lo))).int().clamp_(0, n-1)
+
 class _Tally:
     "Scores as they come: all of them up to `most`, and beyond that how many lie in each of 20,000 bins"
-    def __init__(self, lo, hi, most):
-        self.lo,self.hi,self.most = lo,hi,most
+    def __init__(self, lo, hi, most, n_bins=20_000):
+        self.lo,self.hi,self.most,self.n_bins = lo,hi,most,n_bins
         self.kept,self.n,self.counts = [],0,None
 
-    def add(self, s):
-        self.kept.append(s)
-        self.n += len(s)
+    def add(self, s, mask):
+        "Add the scores where `mask` is true"
+        if self.counts is not None: return self.count(s, mask)
+        self.kept.append(s[mask])
+        self.n += len(self.kept[-1])
         if self.n<=self.most: return
-        if self.counts is None: self.counts = torch.zeros(20_000, dtype=torch.int64)
-        for o in self.kept: self.counts += torch.histc(o.clamp(self.lo, self.hi), len(self.counts), self.lo, self.hi).long().cpu()
+        self.counts = torch.zeros(self.n_bins, dtype=torch.int64, device=s.device)
+        for o in self.kept: self.count(o)
         self.kept = []
+
+    def count(self, s, mask=None):
+        i = _bins(s, self.lo, self.hi, self.n_bins)
+        if mask is not None: i.masked_fill_(~mask, self.n_bins)
+        self.counts += i.flatten().bincount(minlength=self.n_bins+1)[:self.n_bins]
 
     def sample(self):
         if self.counts is None:
             return ScoreSample(*np.unique(torch.cat(self.kept).double().cpu().numpy() if self.kept else [], return_counts=True))
-        width,i = (self.hi-self.lo)/len(self.counts),self.counts.nonzero()[:,0].numpy()
-        return ScoreSample(self.lo+(i+.5)*width, self.counts.numpy()[i], width)
+        counts,width = self.counts.cpu().numpy(),(self.hi-self.lo)/self.n_bins
+        i = counts.nonzero()[0]
+        return ScoreSample(self.lo+(i+.5)*width, counts[i], width)
 
 # %% ../../nbs/api/retrieval/02_verify.ipynb #a8606f22
 class _Pairs:
@@ -100,16 +112,18 @@ class _Pairs:
 
     def by_class(self, edges):
         "Pairs of each class between `edges`, genuine and impostor, `(c,e+1)` each; an impostor pair counts for both of its classes"
-        edges = torch.as_tensor(edges, dtype=self.q.dtype, device=self.q.device)
-        n,k = int(max(self.c.max(), self.gc.max()))+1,len(edges)+1
-        res = [torch.zeros(n*k, dtype=torch.int64, device=self.q.device) for _ in range(2)]
+        n,k,fine = int(max(self.c.max(), self.gc.max()))+1,len(edges)+1,2**20
+        lo,hi = self.range
+        middles = lo+(torch.arange(fine, dtype=torch.float64)+.5)*((hi-lo)/fine)
+        below = torch.bucketize(middles, torch.as_tensor(edges, dtype=torch.float64), right=True).int().to(self.q.device)
+        rows,columns = (torch.zeros(n*(2*k+1), dtype=torch.int64, device=self.q.device) for _ in range(2))
         for s,same,other,c,gc in self:
-            at = torch.bucketize(s, edges, right=True)
-            rows = c[:,None]*k+at
-            res[0] += rows[same].bincount(minlength=n*k)
-            res[1] += rows[other].bincount(minlength=n*k)
-            res[1] += (gc*k+at)[other].bincount(minlength=n*k)
-        return [o.view(n, k).cpu().numpy() for o in res]
+            at = below.index_select(0, _bins(s, lo, hi, fine).flatten()).view_as(s)
+            at.add_(same.int(), alpha=k).masked_fill_(~(same|other), 2*k) # impostor, genuine, and neither
+            rows += (c.int()[:,None]*(2*k+1)+at).flatten().bincount(minlength=len(rows))
+            columns += (gc.int()*(2*k+1)+at).flatten().bincount(minlength=len(rows))
+        rows,columns = (o.view(n, -1).cpu().numpy() for o in (rows,columns))
+        return rows[:,k:2*k],(rows+columns)[:,:k]
 
 # %% ../../nbs/api/retrieval/02_verify.ipynb #cb2ca182
 class PairScores:
@@ -234,17 +248,18 @@ def _drawn(name, fmr, fnmr, t):
 
 def _edges(self):
     "Thresholds at impostor rates from 1/n to 1, evenly on a log scale, one below and one above all impostor scores"
-    o = self.impostor
-    t = [o.quantile(1-r) for r in np.geomspace(1/max(len(o), 2), 1, 254)]
-    top = np.nextafter(np.float32(o.values[-1]+o.width/2), np.float32(np.inf))
-    return np.unique(np.float32([min(o.values[0], self.genuine.values[0])-max(o.width, self.genuine.width, 1e-6), *t, top]))
+    imp,gen = self.impostor,self.genuine
+    t = [imp.quantile(1-r) for r in np.geomspace(1/max(len(imp), 2), 1, 254)]
+    low,high = min(imp.values[0], gen.values[0]),max(imp.values[-1], gen.values[-1])
+    gap = max(imp.width, gen.width, 4e-6*(high-low), 1e-6) # more than a bin of `by_class`
+    return np.unique([low-gap, *t, imp.values[-1]+gap])
 
 def _curves(self, w):
     "Both rates at the edges and above them, for each row of `w`, `(b,e+1)`, and the edges"
     if self._counts is None:
         e = _edges(self)
         gen,imp = (o.astype(np.float64) for o in self.by_class(e))
-        self._counts = e[None].astype(np.float64),gen.cumsum(1),imp[:,::-1].cumsum(1)[:,::-1] # below or at most in a bin; in it or above
+        self._counts = e,gen.cumsum(1),imp[:,::-1].cumsum(1)[:,::-1] # below or at most in a bin; in it or above
         self.by_class = None # and with it the embeddings
     e,below,above = self._counts
     n = (w@above-above.sum(0)/2)[:,1:]
@@ -252,7 +267,7 @@ def _curves(self, w):
     g,last = w@below,np.ones((len(w),1))
     with np.errstate(invalid='ignore', divide='ignore'):
         fmr,fnmr = n/n[:,:1],g[:,:-1]/g[:,-1:]
-    return np.hstack([fmr,0*last]),np.hstack([fnmr,last]),e
+    return np.hstack([fmr,0*last]),np.hstack([fnmr,last]),e[None]
 
 @patch
 def boots(self:PairScores,
@@ -333,8 +348,8 @@ def pair_scores(
     source = _Pairs(q, g, c[:len(q)], c[len(q):], own, ignored(ignore, q, g, gallery is None), metric, block)
     impostor,genuine = (_Tally(*source.range, most) for _ in range(2))
     for s,same,other,*_ in source:
-        genuine.add(s[same])
-        impostor.add(s[other])
+        genuine.add(s, same)
+        impostor.add(s, other)
     settings = dict(similarity=metric, gallery='the queries' if gallery is None else 'separate', ignoring=ignore is not None)
     return PairScores(genuine.sample(), impostor.sample(), classes.cpu(), source.by_class, settings=settings, **kwargs)
 
