@@ -202,3 +202,18 @@ def test_memory_is_bounded():
         "p = pair_scores(x, y); assert len(p.impostor)+len(p.genuine)==20_000*19_999//2; print(p.auc, peak()-a)")
     auc,mib = map(float, subprocess.run([sys.executable,'-c',code], capture_output=True, text=True, check=True).stdout.split())
     assert mib<400 and auc>.9
+
+# ---- in training ----
+def test_columns_of_a_fit_and_what_keeps_the_best(make_learner):
+    from fastai.callback.tracker import SaveModelCallback
+    from dmlfast.train.columns import RetrievalMetrics
+    from dmlfast.train.transfer import Interpolate
+    from dmlfast.study.tuning import check_metric
+    ms = ['recall@1','fnmr@fmr=1e-1','eer','auc']
+    learn = make_learner(metrics=ms)
+    learn.fit_one_cycle(1, 1e-3, cbs=SaveModelCallback(monitor='eer', comp=np.less))
+    res = learn.evaluate(metrics=ms)
+    np.testing.assert_allclose(learn.recorder.values[-1][2:], [res[o] for o in ms], atol=1e-4)
+    with pytest.raises(ValueError, match='SaveModelCallback keeps what has most of'): learn.fit(1, cbs=SaveModelCallback(monitor='eer'))
+    for f in (lambda: Interpolate(metric='eer'), lambda: check_metric('fnmr@fmr=1e-3')):
+        with pytest.raises(ValueError, match='is better'): f()

@@ -100,7 +100,8 @@ for _o,_says in dict(nmi='how much clusters, as many as there are classes, say o
     register_metric(Contingency.scores, name=_o, kind='clusters', says=_says)
 
 # %% ../../nbs/api/retrieval/03_metrics.ipynb #282ffaa2
-for _o,_less,_says in (('fnmr@fmr=r',True,'share of pairs of one class that score below the threshold above which a share r of the pairs of two classes lies'),
+for _o,_less,_says in (
+    ('fnmr@fmr=r',True,'share of pairs of one class below the threshold above which a share r of the pairs of two classes lies'),
     ('eer',True,'equal error rate: where the share of pairs of two classes above a threshold is that of pairs of one class below it'),
     ('auc',False,'probability that a pair of one class scores above a pair of two classes')):
     register_metric(PairScores.scores, name=_o, kind='pairs', less=_less, says=_says)
@@ -132,7 +133,7 @@ def metric_meanings(
 
 # %% ../../nbs/api/retrieval/03_metrics.ipynb #24a4cc8a
 def metric_names(
-    metrics=None, # Names, `'recall'` for all `ks`, `'module:metric'`; or `'all'` but those of pairs; recall, r_precision and map@r if not given
+    metrics=None, # Names, `'recall'` for all `ks`, `'module:metric'`; `'all'` but those of pairs; recall, r_precision, map@r if not given
     ks=(1,2,4,8), # k of those that end in `@k`, or one of them
     drawn:bool=False, # Is a gallery drawn, so that there are no scores of clusters and of pairs?
     curve:bool=True, # May it be a curve, which is not one number?
@@ -288,11 +289,14 @@ def evaluate_retrieval(
             rel = _Relevant(y, gy)
             blocks = _ranking_blocks(rel.scores(q, g, metric, own, ids, block), rel, _depth(ranked)) if len(rel.queries) else []
             vals,curve = _ranked_values(blocks, ranked, len(q))
-        if clu: whole |= dict.fromkeys(clu, Contingency(y.cpu(), kmeans(unit_(q.clone()) if metric=='cosine' else q, len(y.unique()), seed)))
+        if clu:
+            found = kmeans(unit_(q.clone()) if metric=='cosine' else q, len(y.unique()), seed)
+            whole |= dict.fromkeys(clu, Contingency(y.cpu(), found))
     if pairs: whole |= dict.fromkeys(pairs, pair_scores(embs, y, gallery, gallery_labels, metric, ignore, self_exclude))
     side = 'the queries' if gallery is None else 'separate'
     settings = dict(similarity=metric, gallery=side, n_gallery=len(g), ignoring=ignore is not None)
-    return RetrievalResult(vals, y.cpu(), {o:whole[o] for o in names if o in whole}, curve=curve, ci=ci, n_boot=n_boot, seed=seed, settings=settings)
+    whole = {o:whole[o] for o in names if o in whole} # in the order that was asked for
+    return RetrievalResult(vals, y.cpu(), whole, curve=curve, ci=ci, n_boot=n_boot, seed=seed, settings=settings)
 
 # %% ../../nbs/api/retrieval/03_metrics.ipynb #882c1129
 def _pool(results, items):

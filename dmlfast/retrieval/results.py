@@ -189,7 +189,8 @@ def why_no_interval(self:RetrievalResult,
     name:str, # A metric
 )->str|None: # None if there is an interval
     "Why there is no interval"
-    if name in self.whole: return too_few(len(self.whole[name].classes)) or (None if np.isfinite(self[name]) else f'no {name}: no such pairs')
+    if name in self.whole:
+        return too_few(len(self.whole[name].classes)) or (None if np.isfinite(self[name]) else f'no {name}: no such pairs')
     return too_few(int(_groups(self).max(initial=-1))+1, self.ci)
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #ed8f1a89

@@ -100,7 +100,8 @@ class _Pairs:
 
     def scored(self, rows, cols):
         q,c,gc = self.q[rows],self.c[rows],self.gc[cols]
-        s = as_scores(self.metric, q, q@self.g[cols].T if self.bias is None else torch.addmm(self.bias[cols], q, self.g[cols].T), self.scale)
+        s = q@self.g[cols].T if self.bias is None else torch.addmm(self.bias[cols], q, self.g[cols].T)
+        s = as_scores(self.metric, q, s, self.scale)
         there = torch.ones_like(s, dtype=torch.bool)
         if self.once: there = there.triu_(1)
         elif self.own is not None:
@@ -323,7 +324,8 @@ def to_dict(self:PairScores)->dict:
         for r,k in zip(self.rates, self.keys())]
     return dict(rates=rates, **{k:dict(value=plain_number(self[k]), **ends_of(self.interval(k))) for k in ('eer','auc')},
         n_genuine=len(self.genuine), n_impostor=len(self.impostor), n_classes=len(self.classes),
-        bins=max(self.impostor.width, self.genuine.width), intervals=dict(over='classes', n_boot=self.n_boot, seed=self.seed), **self.settings)
+        bins=max(self.impostor.width, self.genuine.width), intervals=dict(over='classes', n_boot=self.n_boot, seed=self.seed),
+        **self.settings)
 
 # %% ../../nbs/api/retrieval/02_verify.ipynb #9d2aac3f
 def pair_scores(
@@ -481,7 +483,8 @@ def _held_out(y, share, rng):
     classes = y.unique()
     n = round(share*len(classes))
     if not 0<n<len(classes):
-        raise ValueError(f"`unknown` is the share of the {len(classes)} classes that is held out, and must leave some of both; got {share!r}.")
+        raise ValueError(f"`unknown` is the share of the {len(classes)} classes that is held out, and must leave some of both; got "
+            f"{share!r}.")
     return classes[torch.from_numpy(np.sort(rng.permutation(len(classes))[:n]))]
 
 def _half_of_each(y, items, rng):

@@ -24,6 +24,7 @@ from ..data.datasets import *
 from ..deploy.embedder import *
 from ..train.doctor import *
 from ..train.columns import is_fitting
+from ..retrieval.metrics import less_is_better
 from ..train.export import *
 from ..files.registry import *
 from ..files.writing import *
@@ -115,8 +116,9 @@ def _trackers(settings):
     "Callbacks that keep the best epoch and stop when there is no better one, if there is a column to go by"
     fit = {**recipe_of(settings).fit, **settings.get('fit', {})}
     if not (monitor := fit.get('monitor')): return L()
-    stop = [EarlyStoppingCallback(monitor, patience=fit['patience'])] if fit.get('patience') else []
-    return L(SaveModelCallback(monitor, fname='best')) + stop
+    comp = np.less if less_is_better(monitor) else None # None: as fastai chooses
+    stop = [EarlyStoppingCallback(monitor, comp, patience=fit['patience'])] if fit.get('patience') else []
+    return L(SaveModelCallback(monitor, comp, fname='best')) + stop
 
 def fit_settings(
     learn:MetricLearner, # Learner of `make_learner`
