@@ -115,7 +115,7 @@ def test_a_draw_is_the_weighted_set():
     np.testing.assert_allclose(got['fnmr@fmr=0.1'], 1-np.interp(.1, fpr, tpr), atol=.02)
 
 def test_intervals_hold_what_new_classes_give():
-    "Sixty classes drawn anew thirty times: the interval holds the value of very many classes nearly always, and is no wider than it must be"
+    "Sixty classes drawn anew thirty times: the interval holds the value of very many classes nearly always, and is not much wider"
     many = pair_scores(*data(500, 6, seed=100))
     hit,wide,vals = [],[],[]
     for s in range(30):
