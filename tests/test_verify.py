@@ -217,3 +217,83 @@ def test_columns_of_a_fit_and_what_keeps_the_best(make_learner):
     with pytest.raises(ValueError, match='SaveModelCallback keeps what has most of'): learn.fit(1, cbs=SaveModelCallback(monitor='eer'))
     for f in (lambda: Interpolate(metric='eer'), lambda: check_metric('fnmr@fmr=1e-3')):
         with pytest.raises(ValueError, match='is better'): f()
+
+# ---- in an embedder ----
+class Colour(torch.nn.Module):
+    def forward(self, x): return torch.nn.functional.normalize(x.mean((2,3)), dim=1)
+
+def colour(*rgb): return np.full((4,4,3), rgb, dtype=np.uint8)
+
+def finder(**kwargs):
+    from dmlfast.deploy import ImageEmbedder
+    from dmlfast.deploy.embedder import Preprocess
+    return ImageEmbedder(Colour(), Preprocess(), **kwargs)
+
+def test_search_may_find_nothing():
+    f = finder().add([colour(250,0,0),colour(0,250,0)], ['red','green'], ['a','b'])
+    blue,orange = colour(0,0,250),colour(250,100,0)
+    assert len(f.search(blue))==2 and f.threshold is None
+    for call in (lambda: f.search(blue, unknown=True), lambda: f.classify(blue, unknown=True), lambda: f.same(blue, blue)):
+        with pytest.raises(ValueError, match='no calibrated threshold'): call()
+    assert f.search(blue, min_score=.5)==[] and [o.label for o in f.search(orange, min_score=.5)]==['red']
+    f.calibration = dict(threshold=.8, fmr=1e-3)
+    assert f.search([blue,orange], unknown=True)[0]==[] and [o.label for o in f.search([blue,orange], unknown=True)[1]]==['red']
+    a,b = f.same(colour(250,0,0), orange),f.same(orange, blue)
+    assert a and not b and a.score==pytest.approx(250/np.hypot(250, 100), abs=1e-5) and b==(False,0.,.8)
+    assert not f.same(colour(250,0,0), orange, min_score=.99)
+    with pytest.raises(ValueError, match='gallery is empty'): finder().classify(blue)
+
+def test_labels_from_neighbours():
+    f = finder().add([colour(250,0,0),colour(250,30,0),colour(250,60,0),colour(250,90,0)], 'red').add(colour(120,250,0), 'new')
+    near = colour(150,250,0)
+    assert [f.classify(near, how=o).label for o in ('vote','prototype','nearest')]==['new']*3 # one photo against four
+    rows = [np.array(o)/np.linalg.norm(o) for o in ([250,0,0],[250,30,0],[250,60,0],[250,90,0])]
+    mean,q = np.mean(rows, 0),np.array([250,10,0])/np.hypot(250, 10)
+    got = f.classify(colour(250,10,0), how='prototype')
+    assert got.label=='red' and got.score==pytest.approx(q@mean/np.linalg.norm(mean), abs=1e-5)
+    f.add(colour(0,0,250), 'blue') # prototypes are made anew
+    assert f.classify(colour(0,9,250), how='prototype').label=='blue'
+    # two at .995 have more weight than one at .998, and one at 1 more than both would have at .9
+    hits = [('a',.998),('b',.995),('b',.995),('c',.2)]
+    votes = {k:sum(np.exp(s/.07) for a,s in hits if a==k) for k in 'abc'}
+    g = finder().add_embs(torch.tensor([[s,np.sqrt(1-s*s),0.] for _,s in hits]), [o for o,_ in hits], [''] * 4)
+    assert g.classify(colour(250,0,0)).label==max(votes, key=votes.get)=='b'
+    assert g.classify(colour(250,0,0), k=1).label==g.classify(colour(250,0,0), how='nearest').label=='a'
+    assert g.classify([colour(0,0,250)], min_score=.5)==[(None,pytest.approx(0, abs=1e-6))]
+    with pytest.raises(ValueError, match="'vote', 'prototype' or 'nearest'"): g.classify(near, how='mean')
+
+def test_calibration():
+    x,y = data(30, 8)
+    e = Embedded(x, y, facts=dict(measured_on='noise, val'))
+    f = finder().calibrate(e, 1e-2, split_hash='abc')
+    gen,imp = brute(x, y)
+    assert f.threshold==pytest.approx(np.quantile(imp, .99), abs=1e-6) and f.calibration['fnmr']==pytest.approx((gen<f.threshold).mean())
+    c = f.calibration
+    assert c['interval'][0]<f.threshold<c['interval'][1] and (c['classes'],c['measured_on'],c['split_hash'])==(30,'noise, val','abc')
+    with pytest.raises(ValueError, match='20 classes or more, and these items are of 5'): finder().calibrate(Embedded(x[:40], y[:40]), .1)
+    assert finder().calibrate(Embedded(x[:40], y[:40]), .1, min_classes=5).calibration['interval'] is None
+    with pytest.raises(ValueError, match='10,000 pairs of two classes'): finder().calibrate(Embedded(x[:80], y[:80]), 1e-4, min_classes=5)
+
+def test_a_threshold_travels(make_learner, tmp_path):
+    from dmlfast.deploy import load_embedder
+    learn = make_learner()
+    n = int(learn.embedded().labels.unique().numel())
+    with pytest.raises(ValueError, match=f'20 validation classes or more, and there are {n}'): learn.export_embedder(tmp_path/'e', fmr=.1)
+    assert not (tmp_path/'e').exists()
+    f = learn.export_embedder(tmp_path/'e', gallery='val', fmr=.1, min_classes=2)
+    want = learn.embedded().verify([.1]).threshold(.1)
+    assert f.threshold==pytest.approx(want, abs=1e-6) and f.calibration['fmr']==.1 and len(f.calibration['split_hash'])==64
+    about = json.loads((tmp_path/'e'/'embedder.json').read_text())
+    assert about['calibration']==f.calibration and about['format']==2
+    assert f.shorten(4).threshold is None
+    for bad in (dict(threshold=3, fmr=.1), dict(threshold=.5), [], 'x', dict(threshold=True, fmr=.1), dict(threshold=.5, fmr=0)):
+        (tmp_path/'e'/'embedder.json').write_text(json.dumps(about|dict(calibration=bad)))
+        with pytest.raises(ValueError, match='`calibration` must be null, or an object'): load_embedder(tmp_path/'e')
+    for old in (about|dict(calibration=None), {k:o for k,o in about.items() if k!='calibration'}):
+        (tmp_path/'e'/'embedder.json').write_text(json.dumps(old))
+        assert load_embedder(tmp_path/'e').threshold is None
+
+def test_trained_classes_calibrate_nothing(make_learner, tmp_path):
+    learn = make_learner()
+    learn.dls.n_train_classes = len(learn.dls.vocab)
+    with pytest.raises(ValueError, match='not trained on'): learn.export_embedder(tmp_path/'e', fmr=.1, min_classes=2)

@@ -189,6 +189,23 @@ def add_embs(self:ImageEmbedder,
     self.labels,self.items = self.labels+[str(o.item() if hasattr(o, 'item') else o) for o in labels],self.items+[str(o) for o in items]
     return self
 
+@patch(as_prop=True)
+def threshold(self:ImageEmbedder)->float|None:
+    "The similarity from which on two images count as one class; None where it was not calibrated"
+    return (self.calibration or {}).get('threshold')
+
+@patch
+def least(self:ImageEmbedder,
+    unknown:bool=True, # By the calibrated threshold?
+    min_score:float=None, # This instead
+)->float: # Minus infinity for neither
+    "The least score of what is found; raises `ValueError` where there is no calibrated threshold"
+    if min_score is not None: return min_score
+    if unknown and self.threshold is None:
+        raise ValueError("This embedder has no calibrated threshold, so it cannot say what is unknown: export it with `fmr=1e-3`, or give "
+            "a score of your own.")
+    return self.threshold if unknown else -float('inf')
+
 @patch
 def search(self:ImageEmbedder,
     images, # One image or several, as `embed` takes them
@@ -222,23 +239,6 @@ def hits(self:ImageEmbedder,
 Same = namedtuple('Same', 'same score threshold')
 Same.__doc__ = "Are two images of one class? True in `if` where they are; with their cosine similarity and the threshold"
 Same.__bool__ = lambda self: self.same
-
-@patch(as_prop=True)
-def threshold(self:ImageEmbedder)->float|None:
-    "The similarity from which on two images count as one class; None where it was not calibrated"
-    return (self.calibration or {}).get('threshold')
-
-@patch
-def least(self:ImageEmbedder,
-    unknown:bool=True, # By the calibrated threshold?
-    min_score:float=None, # This instead
-)->float: # Minus infinity for neither
-    "The least score of what is found; raises `ValueError` where there is no calibrated threshold"
-    if min_score is not None: return min_score
-    if unknown and self.threshold is None:
-        raise ValueError("This embedder has no calibrated threshold, so it cannot say what is unknown: export it with `fmr=1e-3`, or give "
-            "a score of your own.")
-    return self.threshold if unknown else -float('inf')
 
 @patch
 def calibrate(self:ImageEmbedder,

@@ -241,6 +241,7 @@ def train_settings(
     learn = make_learner(settings, ds, L(cbs)+TrainingDoctor())
     if plain: plain_table(learn)
     learn.check_cbs(L(learn.cbs)+_trackers(settings))
+    if settings.get('fit', {}).get('fmr'): check_calibration(learn.dls)
     with clear_up(out, _run_files, partial(can_resume, out)):
         _begin(learn, settings, out, resume, overwrite)
         return _run(learn, settings, out, report)
@@ -249,7 +250,7 @@ def _run(learn, settings, out, report):
     "Fit, measure and write"
     learn.path,learn.model_dir = out,'.'
     fit_settings(learn, settings, cbs=History(out/'history.csv'), plan=_plan(learn, settings, out), best=(out/'best').absolute())
-    learn.export_embedder(out/'embedder', overwrite=True)
+    learn.export_embedder(out/'embedder', overwrite=True, fmr=settings.get('fit', {}).get('fmr'))
     res = dict(**_scores(learn), **(dict(transfer=learn.transfer) if hasattr(learn, 'transfer') else dict(between=learn.between)
         if learn.between else {}), epochs=len(learn.recorder.__dict__.get('values', [])), seconds=round(learn.training_doctor.seconds, 1),
         findings=[o.text for o in learn.training_doctor.findings], **about_run(learn.dls))
