@@ -104,12 +104,15 @@ def test_counts_by_class_are_those_of_the_pairs():
 
 def test_a_draw_is_the_weighted_set():
     "A class that is drawn twice is there twice; its pairs with others count as often as both are drawn, to first order"
-    x,y = data(12, 6, noise=1.1)
-    p,w = pair_scores(x, y),np.array([[1]*9+[2,1,0]])
+    x,y = data(12, 6, noise=.6)
+    x[y==0] = x[y>0].reshape(11, 6, -1).sum(0)/4 # a class that is near to all others
+    p,w = pair_scores(x, y),np.array([[8]+[1]*9+[2,1]])
     i,j = np.triu_indices(len(y), 1)
     s,same = (unit(x)@unit(x).T)[i,j],y[i]==y[j]
     v = np.where(same, w[0,y[i]], w[0,y[i]]+w[0,y[j]]-1)
-    got = p.scores(w, ['auc','eer','fnmr@fmr=0.1'])
+    got = p.scores(w, ['auc','fnmr@fmr=0.1','threshold@fmr=0.1'])
+    t = np.sort(np.repeat(s[~same], v[~same]))
+    np.testing.assert_allclose(got['threshold@fmr=0.1'], t[-len(t)//10], atol=.01)
     np.testing.assert_allclose(got['auc'], roc_auc_score(same[v>0], s[v>0], sample_weight=v[v>0]), atol=3e-3)
     fpr,tpr,_ = roc_curve(same[v>0], s[v>0], sample_weight=v[v>0])
     np.testing.assert_allclose(got['fnmr@fmr=0.1'], 1-np.interp(.1, fpr, tpr), atol=.02)
