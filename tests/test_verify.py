@@ -135,6 +135,7 @@ def test_few_classes_have_no_interval_and_missing_pairs_no_value():
     p = pair_scores(x, np.arange(20)) # no genuine pair
     assert np.isnan(p.eer) and np.isnan(p.auc) and p.interval('eer') is None
     json.dumps(p.to_dict(), allow_nan=False)
+    with pytest.raises(ValueError, match='0 pairs of one class and 190 of two'): finder().calibrate(Embedded(x, np.arange(20)), .1)
     r = evaluate_retrieval(x, np.arange(20), metrics=['eer'])
     assert np.isnan(r['eer']) and 'no such pairs' in r.why_no_interval('eer')
     json.loads(r.to_json())

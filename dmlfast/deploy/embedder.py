@@ -253,6 +253,7 @@ def calibrate(self:ImageEmbedder,
     if n<min_classes:
         raise ValueError(f"A threshold takes {min_classes} classes or more, and these items are of {n}: `min_classes={n}` takes them all "
             "the same.")
+    pairs.check()
     if len(pairs.impostor)*fmr<1:
         raise ValueError(f"A false-match rate of {fmr:g} takes {round(1/fmr):,} pairs of two classes or more, and there are "
             f"{len(pairs.impostor):,}.")
@@ -320,7 +321,7 @@ def classify(self:ImageEmbedder,
 def shorten(self:ImageEmbedder,
     d:int, # Numbers kept, 1 or more
 )->ImageEmbedder: # Another, which shares the body; this one stays as it is
-    "An embedder of the first `d` numbers, and its gallery; raises `ValueError` where there are fewer, or the head is not known"
+    "An embedder of the first `d` numbers, and its gallery, without a threshold; raises `ValueError` where there are fewer, or the head is not known"
     model = unwrapped(self.model)
     if not hasattr(model, 'head') or not hasattr(model, 'emb_sz'):
         raise ValueError(f"Only an `Embedder` can be shortened, and this is a {type(model).__name__}: its head is not known.")

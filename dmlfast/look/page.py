@@ -170,8 +170,8 @@ without a head.</p>
 {{ pictures(['curves_retrieval']) }}
 <h2 id="thresholds">Thresholds</h2>
 <p>Which similarity says that two items are of one class? At the threshold for a false-match rate (fmr) that share of the pairs of two
-classes is taken for one class; the false non-match rate (fnmr) is the share of the pairs of one class that is missed. At the equal error rate (eer)
-both are the same; auc is the probability that a pair of one class is more similar than one of two.</p>
+classes is taken for one class; the false non-match rate (fnmr) is the share of the pairs of one class that is missed. At the equal error
+rate (eer) both are the same; auc is the probability that a pair of one class is more similar than one of two.</p>
 {{ table(*thresholds[:2]) }}{% for o in thresholds[2] %}<p class="note">{{ o }}</p>{% endfor %}
 {{ pictures(['decisions']) }}
 <h2 id="neighbours">Neighbours</h2>
@@ -230,10 +230,11 @@ def _figures(interp, n, images, confused, pairs):
     yield 'curves_retrieval',fig,('Left: the share of queries with their class among their k nearest. Middle: of the items that are '
         'listed until a share of the right ones is found (recall), how many are right (precision). '
         'Right: the similarities of pairs of one class and of two; the less they overlap, the better.')
-    fig,axs = plt.subplots(1, 2, figsize=(8,3.4), layout='constrained')
-    interp.plot_roc(axs[0], pairs), interp.plot_scores(pairs.rates[0], axs[1], pairs)
-    yield ('decisions',fig,'Left: of the pairs of one class, the share above a threshold, by the share of pairs of two classes above it; '
-        'points are the rates of the table. Right: the scores of both kinds, and the threshold for the first rate.')
+    if len(pairs.genuine) and len(pairs.impostor):
+        fig,axs = plt.subplots(1, 2, figsize=(8,3.4), layout='constrained')
+        interp.plot_roc(axs[0], pairs), interp.plot_scores(pairs.rates[0], axs[1], pairs)
+        yield ('decisions',fig,'Left: of the pairs of one class, the share above a threshold, by the share of pairs of two classes above '
+            'it; points are the rates of the table. Right: the scores of both kinds, and the threshold for the first rate.')
     if images:
         yield ('neighbours',interp.plot_neighbours(max_n=n),'Queries drawn at random and their nearest neighbours, nearest first. A tick '
             'and a green frame: right; a cross and a red frame: wrong. Below, the cosine similarity.')

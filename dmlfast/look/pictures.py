@@ -192,6 +192,7 @@ def plot_roc(self:Embedded,
 )->plt.Axes:
     "Draw the share of true matches at each false-match rate, and where the rates of `verify` are"
     p = pairs or self.verify()
+    p.check()
     fmr,fnmr,_ = p.roc()
     ax = light_axes(ax, xlabel='false-match rate', ylabel='true-match rate', ylim=(0,1.02),
         title=f'True and false matches\nEER {p.eer:.3f}, AUC {p.auc:.3f}')
@@ -214,16 +215,16 @@ def plot_scores(self:Embedded,
 )->plt.Axes:
     "Draw the scores of genuine and of impostor pairs, and the threshold for a false-match rate"
     p = pairs or self.verify()
-    t = p.threshold(fmr)
-    ends = [o.values[i] for o in (p.genuine,p.impostor) for i in ([0,-1] if len(o) else [])]
-    edges = np.linspace(min(ends), max(ends), bins+1) if len(set(ends))>1 else np.linspace(-1, 1, bins+1)
+    p.check()
+    t,ends = p.threshold(fmr),[o.values[i] for o in (p.genuine,p.impostor) for i in (0,-1)]
+    edges = np.linspace(min(ends), max(ends) if len(set(ends))>1 else min(ends)+1, bins+1)
     ax = light_axes(ax, xlabel='similarity', ylabel=f'share of pairs per {edges[1]-edges[0]:.2f}, %',
         title=f'Scores of pairs\nat a false-match rate of {fmr:g} {p.fnmr(fmr):.1%} are missed')
     for o,color,ls,what in ((p.impostor,orange,'--','different classes'),(p.genuine,blue,'-','same class')):
-        h = 100*np.histogram(o.values, edges, weights=o.counts)[0]/max(len(o), 1)
+        h = 100*np.histogram(o.values, edges, weights=o.counts)[0]/len(o)
         ax.stairs(h, edges, fill=True, color=color, alpha=.25)
         ax.stairs(h, edges, color=color, ls=ls, lw=1.5, label=what)
-    if np.isfinite(t): ax.axvline(t, color='black', lw=1.2, label=f'threshold {t:.3f}')
+    ax.axvline(t, color='black', lw=1.2, label=f'threshold {t:.3f}')
     ax.legend(frameon=False)
     return ax
 

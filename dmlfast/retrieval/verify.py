@@ -144,6 +144,11 @@ class PairScores:
         self.n_boot,self.seed,self.settings = n_boot,seed,settings or {}
         self._counts,self._boots = None,{}
 
+    def check(self):
+        "Raise `ValueError` where there are no pairs of one class, or none of two"
+        if not len(self.genuine) or not len(self.impostor):
+            raise ValueError(f"There are {len(self.genuine):,} pairs of one class and {len(self.impostor):,} of two: it takes both kinds.")
+
     def threshold(self,
         fmr:float, # False-match rate, above 0 and below 1
     )->float:
