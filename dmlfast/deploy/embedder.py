@@ -321,7 +321,7 @@ def classify(self:ImageEmbedder,
 def shorten(self:ImageEmbedder,
     d:int, # Numbers kept, 1 or more
 )->ImageEmbedder: # Another, which shares the body; this one stays as it is
-    "An embedder of the first `d` numbers, and its gallery, without a threshold; raises `ValueError` where there are fewer, or the head is not known"
+    "An embedder of the first `d` numbers, its gallery, no threshold; raises `ValueError` where there are fewer, or the head is not known"
     model = unwrapped(self.model)
     if not hasattr(model, 'head') or not hasattr(model, 'emb_sz'):
         raise ValueError(f"Only an `Embedder` can be shortened, and this is a {type(model).__name__}: its head is not known.")

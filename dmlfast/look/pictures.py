@@ -219,13 +219,14 @@ def plot_scores(self:Embedded,
     t,ends = p.threshold(fmr),[o.values[i] for o in (p.genuine,p.impostor) for i in (0,-1)]
     edges = np.linspace(min(ends), max(ends) if len(set(ends))>1 else min(ends)+1, bins+1)
     ax = light_axes(ax, xlabel='similarity', ylabel=f'share of pairs per {edges[1]-edges[0]:.2f}, %',
-        title=f'Scores of pairs\nat a false-match rate of {fmr:g} {p.fnmr(fmr):.1%} are missed')
+        title=f'Scores of pairs\nfalse matches {fmr:.3g}, missed {p.fnmr(fmr):.3g}')
     for o,color,ls,what in ((p.impostor,orange,'--','different classes'),(p.genuine,blue,'-','same class')):
         h = 100*np.histogram(o.values, edges, weights=o.counts)[0]/len(o)
         ax.stairs(h, edges, fill=True, color=color, alpha=.25)
         ax.stairs(h, edges, color=color, ls=ls, lw=1.5, label=what)
     ax.axvline(t, color='black', lw=1.2, label=f'threshold {t:.3f}')
-    ax.legend(frameon=False)
+    ax.set_ylim(0, 1.3*ax.get_ylim()[1]) # room for the legend
+    ax.legend(frameon=False, loc='upper left')
     return ax
 
 # %% ../../nbs/api/look/01_pictures.ipynb #92df33ad
