@@ -36,6 +36,15 @@ mutants = [ # room, what its code says, what it says instead, tests
     ('train.baseline', "for fit,score in (parts,parts[::-1]):", "for fit,score in zip(parts, parts):", 'test_transfer.py -k shrinkage'),
     ('retrieval.metrics', "return (ranks<=there.sum(1)[:,None]) & there",
         "return (ranks<there.sum(1)[:,None]) & there", 'test_retrieval.py'),
+    # pairs of an item with itself
+    ('retrieval.verify', "there = there.triu_(1)", "there = there.triu_(0)", 'test_verify.py -k "brute or scikit or draw"'),
+    # a score at an edge is below it
+    ('retrieval.verify', "np.searchsorted(self.values, t)", "np.searchsorted(self.values, t, side='right')", 'test_verify.py -k scikit'),
+    # a pair counts as if both of its classes were drawn independently of its weight
+    ('retrieval.verify', "n = (w@above-above.sum(0)/2)[:,1:]", "n = (w@above)[:,1:]", 'test_verify.py -k draw'),
+    # what is unknown gets a label
+    ('deploy.embedder', "res = [o if hits[0].score>=least else Label(None, hits[0].score)",
+        "res = [o if True else Label(None, hits[0].score)", 'test_verify.py -k "find_nothing or labels_from"'),
     # the first item finds itself
     ('retrieval.search', "has = (own>=0).nonzero()[:,0]", "has = (own>0).nonzero()[:,0]", 'test_retrieval.py'),
     ('models.lora', "self.frozen = list(dict.fromkeys([*self.frozen, *own]))", "pass", 'test_lora.py -k two_groups'), # the body is trained

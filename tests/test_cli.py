@@ -256,10 +256,13 @@ def test_evaluation(trained, folder, tmp_path, monkeypatch):
     assert got['data_hash']==trained['data_hash']
     status,text,err = do(dmlfast_eval, run, '--workers', 0, '--metrics', 'recall@1', 'map@r')
     assert status==0 and 'few, test' in text and 'recall@1' in text and 'nmi' not in text, err
+    assert 'fnmr@fmr=0.001' in text and 'impostor pairs of' in text
     status,text,err = do(dmlfast_eval, run/'embedder', '--data', folder, '--workers', 0, '--out', tmp_path/'scores', '--report')
     assert status==0 and 'own, all' in text, err
     assert sorted(o.name for o in (tmp_path/'scores').iterdir())==['curves.png','neighbours.png','report','results.json','worst.png']
     assert json.loads((tmp_path/'scores'/'results.json').read_text())['scores']['n_queries']==len(list(folder.rglob('*.png')))
+    rates = json.loads((tmp_path/'scores'/'results.json').read_text())['verification']['rates']
+    assert [o['fmr'] for o in rates]==[1e-3,1e-2,1e-1] and rates[0]['threshold']>rates[2]['threshold']
     page = (tmp_path/'scores'/'report'/'index.html').read_text(encoding='utf-8')
     for o in ('measured on own, all','DRTripletLoss(','<th scope="row">trained on</th><td>few</td>',
         '<th scope="row">fit.n_epoch</th><td>1</td>','hash of the splits'):
@@ -326,6 +329,8 @@ def test_refused_before_any_work(folder, tmp_path):
     assert "for the schedule 'step'" in no('--steps', 3)
     assert 'would choose an epoch' in no('--valid', 'test', '--monitor', 'recall@1')
     assert "There is no file 'c.toml'" in no('--config', 'c.toml')
+    assert '`fit.fmr`' in no('--fmr', 1.5)
+    assert 'calibrated on 20 validation classes or more' in no('--data', folder, *small, '--epochs', 1, '--fmr', .01)
     assert not (tmp_path/'x').exists()
     assert "no timm model 'resnett'" in said(dmlfast_train, '--data', folder, '--arch', 'resnett', '--bs', 8, '--out', tmp_path/'x')
     assert not (tmp_path/'x').exists()

@@ -6,7 +6,7 @@ from fastai.vision.all import *
 from scipy.io import savemat
 from dmlfast.all import *
 from dmlfast.data.datasets import crop_tfms
-from dmlfast.look.page import split_hash
+from dmlfast.train.export import split_hash
 
 def jpeg(c=0, size=(12,9)):
     "A small JPEG, of a colour for each class"

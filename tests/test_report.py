@@ -6,7 +6,7 @@ from PIL import Image
 from fastai.vision.all import *
 from dmlfast.all import *
 from dmlfast.train.baseline import HeadStart
-from dmlfast.look.page import split_hash
+from dmlfast.train.export import split_hash
 from dmlfast.look.report import plot_curves
 
 class Page(HTMLParser):
@@ -75,7 +75,7 @@ def test_it_loads_nothing(page):
     assert {o[1:] for o in page.refs if o.startswith('#')}<=set(page.ids) and len(set(page.ids))==len(page.ids)
 
 def test_pictures_are_whole_and_described(page):
-    assert list(page.ims)==['fig-curves_retrieval','fig-neighbours','fig-worst','fig-confused','fig-curves','fig-doctor']
+    assert list(page.ims)==['fig-curves_retrieval','fig-decisions','fig-neighbours','fig-worst','fig-confused','fig-curves','fig-doctor']
     for d in page.ims.values():
         im = Image.open(io.BytesIO(base64.b64decode(d['src'].split(',')[1])))
         im.load()
@@ -182,7 +182,7 @@ def test_items_that_are_no_images(tmp_path):
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-3)
         p = Page(learn.report(tmp_path/'r'))
-    assert 'no images that could be drawn' in p.text and list(p.ims)==['fig-curves_retrieval','fig-curves']
+    assert 'no images that could be drawn' in p.text and list(p.ims)==['fig-curves_retrieval','fig-decisions','fig-curves']
     assert re.search('time of the last epoch', p.text)
 
 def test_the_hash_is_of_items_labels_and_splits(few):
@@ -344,7 +344,7 @@ def test_the_console_is_empty(run, gained, tmp_path):
         assert said==[]
     assert '<h2 id="gain">' in dom
     dom,_ = browse(run[1], tmp_path/'profile', 1280, '--dump-dom')
-    assert '<h2 id="versions">' in dom and dom.count('<img')==6
+    assert '<h2 id="versions">' in dom and dom.count('<img')==7
 
 @needs_browser
 def test_an_error_would_be_seen(run, tmp_path):

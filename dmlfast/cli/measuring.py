@@ -118,8 +118,10 @@ def dmlfast_eval(
             embedder = load_embedder(folder, as_device(device))
             emb = _embedded(embedder)
             res = emb.evaluate(metrics or 'all', ci=ci, n_boot=n_boot, seed=seed)
+            rates = emb.verify(n_boot=n_boot, seed=seed)
         gain = file and _run_gain(file, embedder, res, _embedded)
-        found = dict(run=str(run), split=split, scores=res.to_dict(), **(dict(gain=gain.to_dict()) if gain else {}), **about_run(ds))
+        found = dict(run=str(run), split=split, scores=res.to_dict(), verification=rates.to_dict(),
+            **(dict(gain=gain.to_dict()) if gain else {}), **about_run(ds))
         if out:
             with clear_up(out, _eval_files):
                 if overwrite: remove_files(out, _eval_files)
@@ -130,7 +132,7 @@ def dmlfast_eval(
                 write_whole(out/'results.json', json.dumps(found, indent=1, ensure_ascii=False))
     if Json: print(json.dumps(found))
     else:
-        print(f'{ds.name}, {split}\n\n{res}')
+        print(f'{ds.name}, {split}\n\n{res}\n\n{rates}')
         if gain: print(f'\n{features_row(gain.to_dict())}\n{gain.sentence}')
         if out: print(f"\nScores and pictures are in {str(out)!r}.")
     return found

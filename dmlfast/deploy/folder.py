@@ -66,11 +66,13 @@ _rules = { # for each field what it may be, and how that is said
     'preprocess.std': (lambda o: _is_channels(o, 1e-6, 1e3), 'null, or 1 or 3 numbers from 0.000001 to 1,000'),
     'preprocess.mode': (lambda o: o in ('RGB','L'), "'RGB' or 'L'"),
     'preprocess.background': (lambda o: o is None or isinstance(o, str) and len(o)<=40, 'null, or the name of a colour'),
+    'calibration': (lambda o: o is None or isinstance(o, dict) and _number(o.get('threshold'), -1, 1) and _number(o.get('fmr'), 1e-12, 1),
+        'null, or an object with `threshold` from -1 to 1 and `fmr` above 0 and up to 1'),
     'facts': (lambda o: o is None or isinstance(o, dict), 'an object'),
     'versions': (lambda o: isinstance(o, dict) and all(isinstance(v, str) for v in o.values()), 'an object of text'),
     'sha256': (lambda o: isinstance(o, dict) and all(map(_is_hash, o.items())), 'an object with 64 hexadecimal digits for the name of '
     'each file, which is in no other folder')}
-_optional = 'facts','versions','preprocess.background'
+_optional = 'facts','versions','preprocess.background','calibration'
 
 # %% ../../nbs/api/deploy/01_folder.ipynb #1b77c72f
 def _refuse(folder, name, field, want, got):
@@ -149,7 +151,8 @@ def _take_place(new, folder):
 def _description(embedder, spec):
     "What `embedder.json` will hold, but for the hashes, as JSON gives it back"
     res = dict(format=_format, model=spec, preprocess=embedder.preprocess.spec(), facts=embedder.facts,
-        versions={o:version(o) for o in ('dmlfast','timm','torch')})
+        versions={o:version(o) for o in ('dmlfast','timm','torch')},
+        **(dict(calibration=embedder.calibration) if embedder.calibration else {}))
     try: text = json.dumps(res, indent=1, ensure_ascii=False).encode()
     except (TypeError,ValueError,RecursionError) as e:
         raise ValueError(f"This embedder's description cannot be written as JSON: {e}.") from e
@@ -182,7 +185,7 @@ def save(self:ImageEmbedder,
             f"{type(self.preprocess).__name__}.")
     _check_spec(spec := model.spec(), folder)
     about = _description(self, spec)
-    _check_about(about, folder, ('sha256',))
+    _check_about(about, folder, ('sha256','calibration'))
     _check_whole(self, about['preprocess'])
     with clear_up(folder.parent, ()):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -344,6 +347,6 @@ def load_embedder(
     try: model.load_state_dict(_tensors(folder, 'weights.safetensors'))
     except RuntimeError as e:
         raise ValueError(f"The weights in {str(folder)!r} do not fit the model that is described there: {_last_line(e)}") from e
-    res = ImageEmbedder(model.to(device), preprocess, about.get('facts'))
+    res = ImageEmbedder(model.to(device), preprocess, about.get('facts'), about.get('calibration'))
     if 'gallery.json' in about['sha256']: res.add_embs(*_gallery(folder, about['model']['emb_sz']))
     return res

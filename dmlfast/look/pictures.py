@@ -16,7 +16,9 @@ from fastcore.basics import patch
 from ..files.drawing import *
 from ..files.drawing import light_axes, blue, draw_image, grey, orange, right, title_height, wrong
 from ..losses import *
+from ..retrieval.embedded import *
 from ..retrieval.search import unit_
+from ..retrieval.verify import *
 from ..data.batches import BalancedSampler
 from .interpret import *
 
@@ -180,6 +182,51 @@ def plot_similarities(self:RetrievalInterpretation,
     there = np.flatnonzero(h['pos']+h['neg'])
     ax.set_xlim(h['edges'][there[0]], h['edges'][there[-1]+1])
     ax.legend(frameon=False)
+    return ax
+
+# %% ../../nbs/api/look/01_pictures.ipynb #d2eef0a9
+@patch
+def plot_roc(self:Embedded,
+    ax:plt.Axes=None, # Where to; a new figure if not given
+    pairs:PairScores=None, # What `verify` gave, if it is there already
+)->plt.Axes:
+    "Draw the share of true matches at each false-match rate, and where the rates of `verify` are"
+    p = pairs or self.verify()
+    p.check()
+    fmr,fnmr,_ = p.roc()
+    ax = light_axes(ax, xlabel='false-match rate', ylabel='true-match rate', ylim=(0,1.02),
+        title=f'True and false matches\nEER {p.eer:.3f}, AUC {p.auc:.3f}')
+    ax.plot(fmr, 1-fnmr, color=blue, lw=2, label='this embedding')
+    x = np.geomspace(max(min(fmr[fmr>0], default=1), 1e-7), 1, 50)
+    ax.plot(x, x, color=grey, ls='--', label='chance')
+    ax.set(xscale='log', xlim=(x[0],1))
+    for r in p.rates:
+        if ends := p.interval(f'fnmr@fmr={r:g}'): ax.vlines(r, 1-ends[1], 1-ends[0], color=orange, lw=2)
+        ax.plot(r, 1-p.fnmr(r), 'o', color=orange, label='95 % interval' if r==p.rates[0] and ends else None)
+    ax.legend(frameon=False, loc='best')
+    return ax
+
+@patch
+def plot_scores(self:Embedded,
+    fmr:float=1e-3, # False-match rate whose threshold is drawn
+    ax:plt.Axes=None, # Where to; a new figure if not given
+    pairs:PairScores=None, # What `verify` gave, if it is there already
+    bins:int=100, # From the least score to the greatest
+)->plt.Axes:
+    "Draw the scores of genuine and of impostor pairs, and the threshold for a false-match rate"
+    p = pairs or self.verify()
+    p.check()
+    t,ends = p.threshold(fmr),[o.values[i] for o in (p.genuine,p.impostor) for i in (0,-1)]
+    edges = np.linspace(min(ends), max(ends) if len(set(ends))>1 else min(ends)+1, bins+1)
+    ax = light_axes(ax, xlabel='similarity', ylabel=f'share of pairs per {edges[1]-edges[0]:.2f}, %',
+        title=f'Scores of pairs\nfalse matches {fmr:.3g}, missed {p.fnmr(fmr):.3g}')
+    for o,color,ls,what in ((p.impostor,orange,'--','different classes'),(p.genuine,blue,'-','same class')):
+        h = 100*np.histogram(o.values, edges, weights=o.counts)[0]/len(o)
+        ax.stairs(h, edges, fill=True, color=color, alpha=.25)
+        ax.stairs(h, edges, color=color, ls=ls, lw=1.5, label=what)
+    ax.axvline(t, color='black', lw=1.2, label=f'threshold {t:.3f}')
+    ax.set_ylim(0, 1.3*ax.get_ylim()[1]) # room for the legend
+    ax.legend(frameon=False, loc='upper left')
     return ax
 
 # %% ../../nbs/api/look/01_pictures.ipynb #92df33ad

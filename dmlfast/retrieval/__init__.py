@@ -1,7 +1,8 @@
 "Search, the metrics of retrieval, and what they say"
-from . import results, search, metrics, embedded
+from . import results, search, verify, metrics, embedded
 from .results import *
 from .search import *
+from .verify import *
 from .metrics import *
 from .embedded import *
-__all__ = [*results.__all__, *search.__all__, *metrics.__all__, *embedded.__all__]
+__all__ = [*results.__all__, *search.__all__, *verify.__all__, *metrics.__all__, *embedded.__all__]

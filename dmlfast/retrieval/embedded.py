@@ -19,6 +19,7 @@ from torch import Tensor
 from ..files.registry import Registry
 from ..files.writing import *
 from .results import *
+from .verify import *
 from .metrics import *
 from .search import *
 from .search import as_embeddings, as_labels
@@ -188,6 +189,32 @@ def evaluate(self:Embedded,
 def __sub__(self:Embedded, other):
     "What these embeddings have more than others of the same items, with paired intervals"
     return self.evaluate()-other.evaluate()
+
+# %% ../../nbs/api/retrieval/06_embedded.ipynb #9f497b01
+@patch
+def pairs(self:Embedded)->dict:
+    "Who is compared with whom, as arguments of `pair_scores` and `open_set`; raises `ValueError` where the items have no labels"
+    self.check_labels()
+    if self.all_search: return dict(embs=self.embs, labels=self.labels, ignore=self.ignore)
+    q,g,own = self.search
+    return dict(embs=self.embs[q], labels=self.labels[q], gallery=self.embs[g], gallery_labels=self.labels[g], self_exclude=own[q],
+        ignore=None if self.ignore is None else (self.ignore[q],self.ignore[g]))
+
+@patch
+def verify(self:Embedded,
+    rates=(1e-3,1e-2,1e-1), # False-match rates, above 0 and below 1
+    **kwargs # Passed to `pair_scores`: `metric`, `n_boot`, `seed`, `most`, `block`
+)->PairScores:
+    "Thresholds for false-match rates, what they miss, the equal error rate and the area under the curve, with intervals over classes"
+    return pair_scores(**self.pairs(), rates=rates, **kwargs)
+
+@patch
+def open_set(self:Embedded,
+    rates=(1e-2,1e-1), # False-alarm rates, above 0 and below 1
+    **kwargs # Passed to the function `open_set`: `unknown`, `seed`, `metric`, `n_boot`
+)->OpenSet:
+    "How many queries are recognised where some are of classes that are not in the gallery"
+    return open_set(**self.pairs(), rates=rates, **kwargs)
 
 # %% ../../nbs/api/retrieval/06_embedded.ipynb #ead040e3
 def check_lengths(

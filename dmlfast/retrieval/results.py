@@ -13,7 +13,12 @@ from fastcore.basics import patch
 from html import escape
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #a4c67896
-def _draws(n, n_boot, seed, size=2**22):
+def class_draws(
+    n:int, # How many units there are, such as classes
+    n_boot:int, # How many samples
+    seed:int, # Of the samples
+    size:int=2**22, # Numbers in a block
+):
     "How often each of `n` units occurs in each of `n_boot` samples of `n` with replacement, in blocks `(b,n)`"
     rng = np.random.default_rng(seed)
     step = max(1, size//n)
@@ -28,7 +33,7 @@ def _boot_means(values, groups, n_boot, seed):
     n = groups.max()+1
     sums = np.stack([np.bincount(groups, v, n) for v in values.T], 1)
     count = np.bincount(groups, minlength=n)
-    return np.concatenate([(w@sums)/(w@count)[:,None] for w in _draws(n, n_boot, seed)])
+    return np.concatenate([(w@sums)/(w@count)[:,None] for w in class_draws(n, n_boot, seed)])
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #8ab42995
 class Contingency:
@@ -51,6 +56,15 @@ class Contingency:
         if w is None: w = np.ones((1,len(self.size)))
         m = np.add.reduceat(w[:,self.c]*self.n, np.flatnonzero(np.diff(self.k, prepend=-1)), axis=1)
         return {o:_cluster_scores[o](self, w, m, w@self.size) for o in names}
+
+    def boots(self,
+        draws, # How often each class is drawn, in blocks `(b,classes)`
+        names, # Which scores
+    )->dict: # Name to values, as many as there are samples
+        "Scores of samples of the classes, shifted to have the score of the whole as their mean"
+        bs,own = [self.scores(w, names) for w in draws],self.scores(names=names)
+        bs = {k:np.concatenate([b[k] for b in bs]) for k in names}
+        return {k:np.minimum(b-b.mean()+own[k], 1) for k,b in bs.items()}
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #901669f7
 def _nlogn(x): return x*np.log(np.where(x>0, x, 1))
@@ -99,13 +113,16 @@ def _expected_info(a, m):
     return (c[i]*np.exp(logp)*n/N*np.log(n*N/(a*m))).sum()
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #c0e357aa
+def _by_source(whole):
+    "What gives scores of the whole set, each with the names of its scores"
+    return [(o,[k for k,a in whole.items() if a is o]) for o in {id(a):a for a in whole.values()}.values()]
+
 class RetrievalResult:
     "Retrieval metrics of a set of queries"
     def __init__(self,
         values:dict, # Name of each metric to its value for each query, (q,) float, nan where nothing is relevant
         labels, # Label of each query, (q,) int64
-        contingency=None, # `Contingency` of labels and clusters, for `nmi`, `ami` and `f1`
-        cluster_names=(), # Which of these three
+        whole:dict=None, # Name of each score of the whole set to what gives it and is drawn from, such as a `Contingency`
         items=None, # Which item each query is, (q,) int, if one item is a query more than once
         curve=None, # Recall levels and the mean precision at each, `(2,101)`
         ci:str='classes', # Draw `'classes'` or `'queries'` for intervals
@@ -117,20 +134,20 @@ class RetrievalResult:
         if n_boot<1: raise ValueError(f"`n_boot` is a number of samples, 1 or more; got {n_boot}.")
         self.values,self.labels = {k:np.asarray(v) for k,v in values.items()},np.asarray(labels)
         self.items = np.arange(len(self.labels)) if items is None else np.asarray(items)
-        self.contingency,self.cluster_names,self.curve = contingency,list(cluster_names),curve
+        self.whole,self.curve = dict(whole or {}),curve
         self.ci,self.n_boot,self.seed,self.settings = ci,n_boot,seed,settings or {}
         self.used = ~np.isnan(next(iter(self.values.values()))) if values else np.zeros(len(self.labels), bool)
         self.n_left_out = int((~self.used).sum()) if values else 0
-        self._clusters = {} if contingency is None else {k:float(v[0]) for k,v in contingency.scores(names=cluster_names).items()}
+        self._whole = {k:float(v[0]) for o,names in _by_source(self.whole) for k,v in o.scores(names=names).items()}
         self._boots = {}
 
     def keys(self):
         "Names of the metrics"
-        return [*self.values, *self.cluster_names]
+        return [*self.values, *self.whole]
 
     def __getitem__(self, name):
         "Mean over queries"
-        if name in self._clusters: return self._clusters[name]
+        if name in self._whole: return self._whole[name]
         return float(self._each(name).mean()) if self.used.any() else float('nan')
 
     def _each(self, name):
@@ -140,9 +157,8 @@ class RetrievalResult:
     def per_class(self,
         name:str, # A metric that has a value for each query
     )->dict: # Label to mean
-        "Mean over the queries of each class; raises `ValueError` for a clustering's score, which is of the whole set, and for the curve"
-        if name in self._clusters:
-            raise ValueError(f'{name!r} is a score of the clusters of the whole set, and has no value for each class')
+        "Mean over the queries of each class; raises `ValueError` for a score of the whole set, and for the curve"
+        if name in self._whole: raise ValueError(f'{name!r} is a score of the whole set, and has no value for each class')
         if name=='pr_curve' and self.curve is not None:
             raise ValueError("'pr_curve' is the mean curve of all queries, in `curve`, and has no value for each class: "
                 "'map' is its height on average")
@@ -152,11 +168,18 @@ class RetrievalResult:
 
     def macro(self,
         name:str, # A metric
-    )->float: # nan for a clustering's score, which is of the whole set
+    )->float: # nan for a score of the whole set
         "Mean over classes of their means"
-        return float('nan') if name in self._clusters or not self.used.any() else float(np.mean([*self.per_class(name).values()]))
+        return float('nan') if name in self._whole or not self.used.any() else float(np.mean([*self.per_class(name).values()]))
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #965bcb11
+def too_few(
+    n:int, # How many classes there are
+    what:str='classes', # What they are called
+)->str|None: # None if they are enough
+    "Why there is no interval, where there are fewer than 10 classes to draw from"
+    return None if n>=10 else f'no interval: {n} {what} to draw from, fewer than 10'
+
 def _groups(self):
     "Unit of each query that is used, from 0"
     return np.unique((self.labels if self.ci=='classes' else self.items)[self.used], return_inverse=True)[1]
@@ -166,9 +189,9 @@ def why_no_interval(self:RetrievalResult,
     name:str, # A metric
 )->str|None: # None if there is an interval
     "Why there is no interval"
-    clu = name in self._clusters
-    n = len(self.contingency.classes) if clu else int(_groups(self).max(initial=-1))+1
-    return None if n>=10 else f'no interval: {n} {"classes" if clu else self.ci} to draw from, fewer than 10'
+    if name in self.whole:
+        return too_few(len(self.whole[name].classes)) or (None if np.isfinite(self[name]) else f'no {name}: no such pairs')
+    return too_few(int(_groups(self).max(initial=-1))+1, self.ci)
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #ed8f1a89
 @patch
@@ -176,27 +199,30 @@ def boot(self:RetrievalResult,
     name:str, # A metric
 )->np.ndarray: # `(n_boot,)`
     "The metric in samples of the classes (or queries): the same samples for all results on these queries with this seed"
-    if name not in self._boots: self._boots |= _boot_clusters(self) if name in self._clusters else _boot_values(self)
+    if name not in self._boots: self._boots |= _boot_whole(self, self.whole[name]) if name in self.whole else _boot_values(self)
     return self._boots[name]
 
 def _boot_values(self):
     v = np.stack([o[self.used] for o in self.values.values()], 1)
     return dict(zip(self.values, _boot_means(v, _groups(self), self.n_boot, self.seed).T))
 
-def _boot_clusters(self):
-    bs = [self.contingency.scores(w, self.cluster_names) for w in _draws(len(self.contingency.classes), self.n_boot, self.seed)]
-    bs = {k:np.concatenate([b[k] for b in bs]) for k in self.cluster_names}
-    return {k:np.minimum(b-b.mean()+self[k], 1) for k,b in bs.items()}
+def _boot_whole(self, source):
+    "Samples of all scores that `source` gives"
+    return source.boots(class_draws(len(source.classes), self.n_boot, self.seed), next(o for a,o in _by_source(self.whole) if a is source))
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #90fdeae4
-def _percentiles(x): return tuple(np.percentile(x, [2.5,97.5]).tolist())
+def percentiles(
+    x, # Values of a score in samples, `(n_boot,)`
+)->tuple: # Lower and upper end
+    "A 95 % interval"
+    return tuple(np.percentile(x, [2.5,97.5]).tolist())
 
 @patch
 def interval(self:RetrievalResult,
     name:str, # A metric
 )->tuple|None: # Lower and upper end, or None: see `why_no_interval`
     "95 % interval of the mean"
-    return None if self.why_no_interval(name) else _percentiles(self.boot(name))
+    return None if self.why_no_interval(name) else percentiles(self.boot(name))
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #6d1327a1
 def _frame(self, name):
@@ -207,9 +233,19 @@ def _frame(self, name):
 
 _shown = dict(float_format='{:.4f}'.format, na_rep='')
 
-def _text(frame, notes): return '\n'.join([frame.to_string(col_space=8, **_shown)]*bool(len(frame)) + notes)
+def as_text(
+    frame, # `pandas.DataFrame`
+    notes:list, # Lines below it
+)->str:
+    "A table and what stands below it, as text"
+    return '\n'.join([frame.to_string(col_space=8, **_shown)]*bool(len(frame)) + notes)
 
-def _html(frame, notes): return frame.to_html(**_shown)+''.join(f'<p>{escape(o)}</p>' for o in notes)
+def as_html(
+    frame, # `pandas.DataFrame`
+    notes:list, # Lines below it
+)->str:
+    "A table and what stands below it, as HTML"
+    return frame.to_html(**_shown)+''.join(f'<p>{escape(o)}</p>' for o in notes)
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #8bff47f6
 @patch
@@ -225,25 +261,33 @@ def _notes(self:RetrievalResult):
     return notes+list(dict.fromkeys(filter(None, map(self.why_no_interval, self.keys()))))
 
 @patch
-def __repr__(self:RetrievalResult): return _text(self.to_frame(), self._notes())
+def __repr__(self:RetrievalResult): return as_text(self.to_frame(), self._notes())
 
 @patch
-def _repr_html_(self:RetrievalResult): return _html(self.to_frame(), self._notes())
+def _repr_html_(self:RetrievalResult): return as_html(self.to_frame(), self._notes())
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #3fc3b82b
-def _number(x): return None if x is None or np.isnan(x) else float(x)
+def plain_number(
+    x, # A number, or None
+)->float|None: # None for nan, too
+    "A number as JSON can hold it"
+    return None if x is None or np.isnan(x) else float(x)
 
-def _ends(i): return dict(low=i[0], high=i[1]) if i else dict(low=None, high=None)
+def ends_of(
+    i, # An interval, or None
+)->dict: # `low` and `high`
+    "Ends of an interval as JSON can hold them"
+    return dict(low=i[0], high=i[1]) if i else dict(low=None, high=None)
 
 @patch
 def to_dict(self:RetrievalResult)->dict:
     "Means, macro means and intervals, and how they were obtained, as plain numbers and strings"
-    ms = {k:dict(mean=_number(self[k]), macro=_number(self.macro(k)), **_ends(self.interval(k))) for k in self.keys()}
+    ms = {k:dict(mean=plain_number(self[k]), macro=plain_number(self.macro(k)), **ends_of(self.interval(k))) for k in self.keys()}
     res = dict(metrics=ms, n_queries=len(self.labels), n_left_out=self.n_left_out,
         n_classes=len(np.unique(self.labels[self.used] if self.values else self.labels)),
         intervals=dict(over=self.ci, n_boot=self.n_boot, seed=self.seed, none=[o for o in map(self.why_no_interval, self.keys()) if o]),
         **self.settings)
-    if self.curve is not None: res['pr_curve'] = dict(recall=self.curve[0].tolist(), precision=[_number(o) for o in self.curve[1]])
+    if self.curve is not None: res['pr_curve'] = dict(recall=self.curve[0].tolist(), precision=[plain_number(o) for o in self.curve[1]])
     return res
 
 @patch
@@ -285,7 +329,7 @@ class RetrievalDifference:
         name:str, # A metric
     )->tuple|None: # Lower and upper end
         "Paired 95 % interval"
-        return None if self.a.why_no_interval(name) else _percentiles(self.a.boot(name)-self.b.boot(name))
+        return None if self.a.why_no_interval(name) else percentiles(self.a.boot(name)-self.b.boot(name))
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #bb28d293
 @patch
@@ -302,7 +346,7 @@ def __sub__(self:RetrievalResult, other): return self.compare(other)
 @patch
 def to_dict(self:RetrievalDifference)->dict:
     "Differences and their intervals as plain numbers"
-    ms = {k:dict(difference=_number(self[k]), macro=_number(self.macro(k)), **_ends(self.interval(k))) for k in self.keys()}
+    ms = {k:dict(difference=plain_number(self[k]), macro=plain_number(self.macro(k)), **ends_of(self.interval(k))) for k in self.keys()}
     return dict(metrics=ms, intervals=dict(over=self.a.ci, n_boot=self.a.n_boot, seed=self.a.seed, paired=True))
 
 @patch
@@ -323,10 +367,10 @@ def _notes(self:RetrievalDifference):
     return list(dict.fromkeys(filter(None, map(self.a.why_no_interval, self.keys()))))
 
 @patch
-def __repr__(self:RetrievalDifference): return _text(self.to_frame(), self._notes())
+def __repr__(self:RetrievalDifference): return as_text(self.to_frame(), self._notes())
 
 @patch
-def _repr_html_(self:RetrievalDifference): return _html(self.to_frame(), self._notes())
+def _repr_html_(self:RetrievalDifference): return as_html(self.to_frame(), self._notes())
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #bbe923ad
 class ResultsByLength(dict):
@@ -337,8 +381,8 @@ class ResultsByLength(dict):
         return pd.DataFrame({d:{k:r[k] for k in r.keys()} for d,r in sorted(self.items())}).T.rename_axis(columns='numbers')
 
     def _notes(self): return [f'means of {len(next(iter(self.values())).labels)} queries; `plot` draws intervals']
-    def __repr__(self): return _text(self.to_frame(), self._notes())
-    def _repr_html_(self): return _html(self.to_frame(), self._notes())
+    def __repr__(self): return as_text(self.to_frame(), self._notes())
+    def _repr_html_(self): return as_html(self.to_frame(), self._notes())
 
     def to_dict(self)->dict:
         "Each result's `to_dict`, by the numbers kept"

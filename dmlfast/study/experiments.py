@@ -208,8 +208,8 @@ def _tested(self:Experiment, method, embs, labels, **facts):
 
 @patch
 def _score(self:Experiment, emb):
-    "Scores of the test classes; 0 for a run that diverged"
-    if emb is None: return dict.fromkeys(self.measures, 0.)
+    "Scores of the test classes; the worst for a run that diverged"
+    if emb is None: return {k:float(less_is_better(k)) for k in self.measures} # the worst there is
     res = emb.evaluate(self.measures)
     return {k:round(float(res[k]), 6) for k in self.measures}
 

@@ -25,6 +25,7 @@ from ..data.datasets import *
 from ..deploy.embedder import *
 from ..train.doctor import *
 from ..train.columns import is_fitting
+from ..retrieval.metrics import less_is_better
 from ..train.export import *
 from ..files.registry import *
 from ..files.writing import *
@@ -119,8 +120,9 @@ def _trackers(settings):
     "Callbacks that keep the best epoch and stop when there is no better one, if there is a column to go by"
     fit = {**recipe_of(settings).fit, **settings.get('fit', {})}
     if not (monitor := fit.get('monitor')): return L()
-    stop = [EarlyStoppingCallback(monitor, patience=fit['patience'])] if fit.get('patience') else []
-    return L(SaveModelCallback(monitor, fname='best')) + stop
+    comp = np.less if less_is_better(monitor) else None # None: as fastai chooses
+    stop = [EarlyStoppingCallback(monitor, comp, patience=fit['patience'])] if fit.get('patience') else []
+    return L(SaveModelCallback(monitor, comp, fname='best')) + stop
 
 def fit_settings(
     learn:MetricLearner, # Learner of `make_learner`
@@ -247,6 +249,7 @@ def train_settings(
     learn = make_learner(settings, ds, L(cbs)+TrainingDoctor())
     if plain: plain_table(learn)
     learn.check_cbs(L(learn.cbs)+_trackers(settings))
+    if settings.get('fit', {}).get('fmr'): check_calibration(learn.dls)
     several = learn.distrib_ctx(cpu=learn.dls.device.type=='cpu') if num_distrib()>1 else nullcontext()
     with several, clear_up(out, _run_files, partial(can_resume, out)) if is_first() else nullcontext():
         _begin(learn, settings, out, resume, overwrite)
@@ -256,7 +259,7 @@ def _run(learn, settings, out, report):
     "Fit, measure and write"
     learn.path,learn.model_dir = out,'.'
     fit_settings(learn, settings, cbs=History(out/'history.csv'), plan=_plan(learn, settings, out), best=(out/'best').absolute())
-    learn.export_embedder(out/'embedder', overwrite=True)
+    learn.export_embedder(out/'embedder', overwrite=True, fmr=settings.get('fit', {}).get('fmr'))
     res = dict(**_scores(learn), **(dict(transfer=learn.transfer) if hasattr(learn, 'transfer') else dict(between=learn.between)
         if learn.between else {}), epochs=len(learn.recorder.__dict__.get('values', [])), seconds=round(learn.training_doctor.seconds, 1),
         findings=[o.text for o in learn.training_doctor.findings], **about_run(learn.dls))

@@ -206,6 +206,8 @@ class FitSettings:
     monitor:str|None = setting(tune=False)
     transfer:bool|None = setting(arg=False) # Let `fit_transfer` train, which chooses epoch and schedule itself?
     interpolate:bool|None = setting(arg=False) # Keep the best weights between start and end?
+    # False-match rate of the embedder's threshold, calibrated on the validation classes; no threshold if not given
+    fmr:float|None = setting(above=0, most=.5, tune=False)
     # Half precision: fp16 or bf16; none if not given
     precision:str|None = setting('half', words=('fp16','bf16'), apply=lambda learn, o: getattr(learn, f'to_{o}')())
     # Keep the channels of an image side by side, which makes a CPU half as fast again? Yes if not given

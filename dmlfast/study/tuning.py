@@ -20,7 +20,7 @@ from ..data.datasets import *
 from ..train.columns import *
 from ..train.learner import *
 from ..train.ssr import *
-from ..retrieval.metrics import metric_names
+from ..retrieval.metrics import less_is_better, metric_names
 from .runs import *
 from .settings import *
 from .checks import *
@@ -231,6 +231,7 @@ def check_metric(
     "Raise `ValueError` for what is no metric that a column of this name shows"
     if not isinstance(metric, str) or metric_names(metric, curve=False)!=[metric]:
         raise ValueError(f"The score of a search is one metric, such as 'map@r' or 'recall@1'; got {metric!r}.")
+    if less_is_better(metric): raise ValueError(f"A search takes the greatest score, and less of {metric!r} is better: 'auc' may do.")
 
 def check_count(
     name:str, # What it is called in the sentence

@@ -17,6 +17,7 @@ from fastai.learner import *
 from fastai.callback.all import *
 from fastai.torch_core import no_random
 from ..files.registry import nearest
+from ..retrieval.metrics import less_is_better
 from ..losses import *
 from ..models.bodies import *
 from ..models.embedder import *
@@ -146,6 +147,8 @@ def check_tracker(self:MetricLearner,
             raise ValueError(f"{type(o).__name__} monitors {o.monitor!r}, and the columns are {', '.join(columns)}.")
         if o.monitor!='train_loss' and not sum(map(len, self.dls.loaders[1:])):
             raise ValueError(f"{type(o).__name__} monitors {o.monitor!r}, and there are no validation items to measure it on.")
+    if less_is_better(o.monitor) and o.comp is not np.less:
+        raise ValueError(f"{type(o).__name__} keeps what has most of {o.monitor!r}, and less of it is better: give it comp=np.less.")
     if getattr(o, 'patience', math.inf)<columns.get(o.monitor, 1)>1:
         raise ValueError(f"{type(o).__name__} has a patience of {o.patience}, and {o.monitor!r} is new only every {columns[o.monitor]} "
             "epochs: it takes a patience of as many or more.")
