@@ -190,12 +190,13 @@ def add_embs(self:ImageEmbedder,
 def search(self:ImageEmbedder,
     images, # One image or several, as `embed` takes them
     k:int=5, # How many to find, at most as many as there are
+    rerank=None, # Name of a re-ranker, or a function, which ranks anew what was found; none if not given
 )->list: # `Hit`s of an image, nearest first; a list of these for several
     "The nearest items of the gallery; raises `ValueError` if it is empty"
     if not len(self): raise ValueError("The gallery is empty: `add` images first, or export with `gallery=`.")
     embs = self.embed(images)
-    if self._index[0] is not self.embs: self._index = self.embs,Gallery(self.embs)
-    scores,idx = neighbours(embs.reshape(-1, embs.shape[-1]), self._index[1], k=min(k, len(self)))
+    if self._index[0] is not self.embs: self._index = self.embs,Embedded(self.embs)
+    scores,idx = self._index[1].find(embs.reshape(-1, embs.shape[-1]), k, rerank)
     res = [[Hit(self.labels[j], self.items[j], s) for s,j in zip(*o)] for o in zip(scores.tolist(), idx.tolist())]
     return res[0] if _is_one(images) else res
 

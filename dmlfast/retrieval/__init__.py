@@ -1,7 +1,8 @@
 "Search, the metrics of retrieval, and what they say"
-from . import results, search, metrics, embedded
+from . import results, search, metrics, rerank, embedded
 from .results import *
 from .search import *
 from .metrics import *
+from .rerank import *
 from .embedded import *
-__all__ = [*results.__all__, *search.__all__, *metrics.__all__, *embedded.__all__]
+__all__ = [*results.__all__, *search.__all__, *metrics.__all__, *rerank.__all__, *embedded.__all__]
