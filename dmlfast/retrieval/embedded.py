@@ -134,7 +134,7 @@ def n_others(self:Embedded,
 
 # %% ../../nbs/api/retrieval/06_embedded.ipynb #9a591a4e
 Sides = namedtuple('Sides', 'query gallery own ignore items')
-Sides.__doc__ = "Embeddings that search and that are searched; where in these each query is; ids of both, to ignore; which items the gallery is"
+Sides.__doc__ = "Embeddings that search and that are searched; where these each query is; ids of both, to ignore; items of the gallery"
 
 @patch
 def sides(self:Embedded,

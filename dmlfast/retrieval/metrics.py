@@ -16,7 +16,8 @@ from numbers import Integral, Real
 from ..files.registry import *
 from .results import *
 from .search import *
-from .search import Scores, as_embeddings, as_labels, full_precision, ignored, lowest, matched, top_values, unit_
+from .search import (
+    Rows, Scores, as_embeddings, as_labels, full_precision, ignored, lowest, matched, order_keys, top_values, unit_)
 
 # %% ../../nbs/api/retrieval/02_metrics.ipynb #e79c2a5b
 @dataclass
@@ -69,10 +70,10 @@ def _r_precision(ranks, there): return _within_r(ranks, there).sum(1)/there.sum(
 
 @register_metric(name='map@r', depth='R', says='the same as r_precision, and right ones count for more the nearer they stand (mean '
     'average precision at R)')
-def _map_r(ranks, there): return (precision_at(ranks, there)*_within_r(ranks, there)).sum(1).double()/there.sum(1)
+def _map_r(ranks, there): return (precision_at(ranks, there)*_within_r(ranks, there)).sum(1, dtype=torch.float64)/there.sum(1)
 
 @register_metric(name='map', says='mean average precision: the precision at each right item of the whole ranking, averaged')
-def _map(ranks, there): return precision_at(ranks, there).sum(1).double()/there.sum(1)
+def _map(ranks, there): return precision_at(ranks, there).sum(1, dtype=torch.float64)/there.sum(1)
 
 @register_metric(name='mrr', says='mean reciprocal rank: 1 divided by the rank of the nearest right one')
 def _mrr(ranks, there): return 1/ranks[:,0].double()
@@ -209,6 +210,91 @@ def _ranking_blocks(scores, relevant, k):
     for rows in torch.cat(todo).split(max(1, scores.block//4)):
         if len(rows): yield relevant.queries[rows],*count(rows, scores.keys)[:2]
 
+# %% ../../nbs/api/retrieval/02_metrics.ipynb #dfbce0dc
+def _even(x, m): return torch.nn.functional.pad(x, (0,0,0,-len(x)%m))
+
+class _InFile:
+    "Counts of a gallery that is read in blocks, as `_ranking_blocks` gives them"
+    def __init__(self, q, rows, rel, metric, own, ids, k):
+        if metric not in ('cosine','dot'): raise ValueError(f"Rows in a file are compared by 'cosine' or 'dot', not by {metric!r}.")
+        self.unit,self.rows,self.k,self.rel,o = metric=='cosine',rows,k,rel,rel.queries
+        self.q = _even((unit_(q.clone()) if self.unit else q)[o], 16)
+        self.own,self.ids = None if own is None else own[o],None if ids is None else (ids[0][o],ids[1])
+        self.place = torch.empty_like(self.rel.columns) # of each row of the file in the order of classes
+        self.place[self.rel.columns] = torch.arange(len(rows))
+
+    def read(self, rows):
+        x = self.rows[rows]
+        return _even(unit_(x) if self.unit else x, 64)
+
+    def keys(self, s, columns):
+        "Whole numbers that order scores, equal ones by their place in the file"
+        return order_keys(s, len(self.rows)-1-columns)
+
+    def masked(self, s, a, columns):
+        "Put $-\\infty$ where queries from `a` on must not look"
+        o = slice(a, a+len(s))
+        if self.own is not None:
+            here = ((self.own[o]>=columns.min())&(self.own[o]<=columns.max())).nonzero()[:,0]
+            s[here] = s[here].masked_fill_(self.own[o][here,None]==columns, -torch.inf)
+        if self.ids is not None: s.masked_fill_(self.ids[0][o,None]==self.ids[1][columns], -torch.inf)
+        return s
+
+    def relevant(self, a, b):
+        "Keys of what is relevant to queries `a` to `b`, best first, `(b-a,R)`, the least number where there is less"
+        lo,hi = (o[a:b,0] for o in (self.rel.lo,self.rel.hi))
+        res = torch.full((b-a,int((hi-lo).max())), torch.iinfo(torch.int64).min)
+        last = 0
+        for c,n in zip(*(o.tolist() for o in lo.unique_consecutive(return_counts=True))):
+            first,last = last,last+n
+            for j in range(c, int(hi[first]), 2**14):
+                columns = self.rel.columns[j:min(j+2**14, int(hi[first]))].sort().values
+                s = (_even(self.q[a+first:a+last], 16)@self.read(columns).T)[:last-first,:len(columns)]
+                res[first:last,j-c:j-c+len(columns)] = self.keys(self.masked(s, a+first, columns), columns)
+        return res.sort(dim=1, descending=True).values
+
+    def count(self, a, x, columns, lo, hi, keys):
+        "Irrelevant rows of a block before each of `keys`"
+        def scores(m):
+            s = self.masked(torch.mm(self.q[a:a+16*-(-m//16)], x.T)[:m,:len(columns)], a, columns)
+            width = max(1, int((hi-lo).max()))
+            pos = lo[:,None]+torch.arange(width)
+            return s,torch.where(pos<hi[:,None], pos, len(columns)),width
+        m = len(keys)
+        s,pos,_ = scores(m)
+        s = torch.nn.functional.pad(s, (0,1)).scatter_(1, pos, -torch.inf)[:,:-1]
+        k = min(max(self.k, keys.shape[1]) if self.k else s.shape[1], s.shape[1])
+        p = ((keys>>32) ^ ((keys>>63) & 0x7fffffff)).int().view(torch.float32).masked_fill_(keys==lowest(keys), -torch.inf).flip(1)
+        top = top_values(s.contiguous(), k)
+        place = torch.searchsorted(top, p.contiguous(), right=True)
+        tied = ((top.gather(1, (place-1).clamp_(min=0))==p) & (p>-torch.inf)).any(1).nonzero()[:,0]
+        res = (k-place).flip(1)
+        if len(tied):
+            s,pos,_ = scores(m)
+            w = torch.nn.functional.pad(self.keys(s, columns)[tied], (0,1)).scatter_(1, pos[tied], lowest(keys))[:,:-1]
+            place = torch.searchsorted(top_values(w.contiguous(), k), keys[tied].flip(1), right=True)
+            res[tied] = (k-place).flip(1)
+        return res
+
+    def __iter__(self):
+        "For blocks of queries: which ones, irrelevant items before each relevant one, best first, which are there"
+        n,step = len(self.rel.queries),max(16, 2**23//max(1, self.rel.most)//16*16)
+        for a in range(0, n, step):
+            b = min(a+step, n)
+            keys = self.relevant(a, b)
+            counts = torch.zeros(keys.shape, dtype=torch.int64)
+            for o in self.rows.blocks():
+                at,order = self.place[o].sort()
+                x,columns = self.read(o)[:o.stop-o.start][order],order+o.start
+                x = _even(x, 64)
+                lo,hi = (torch.searchsorted(at, v[a:b,0].contiguous()) for v in (self.rel.lo,self.rel.hi))
+                r = max(16, 2**22//len(x)//16*16)
+                for i in range(0, b-a, r):
+                    j = slice(i, min(i+r, b-a))
+                    counts[j] += self.count(a+i, x, columns, lo[j], hi[j], keys[j])
+            most = max(self.k, keys.shape[1]) if self.k else len(self.rows)
+            yield self.rel.queries[a:b],counts.clamp_(max=most),keys>lowest(keys)
+
 # %% ../../nbs/api/retrieval/02_metrics.ipynb #83d5e301
 def _in_order_of(found, blocks, y, gy):
     "The same blocks, with the nearest items of each query as in `found`"
@@ -253,7 +339,7 @@ def _ranked_values(blocks, names, n_queries):
 def evaluate_retrieval(
     embs, # Embeddings of the queries, (q,d) float
     labels, # Their classes, (q,) int
-    gallery=None, # Embeddings to search, (n,d) float; the queries themselves if not given, each without itself
+    gallery=None, # Embeddings to search, (n,d) float, or rows in a file; the queries themselves if not given, each without itself
     gallery_labels=None, # Their classes, (n,) int
     metrics=None, # Names from the tables above, `'recall'` for all `ks`, or `'all'`; recall, r_precision and map@r if not given
     ks=(1,2,4,8), # k of recall@k, or one of them
@@ -281,7 +367,9 @@ def evaluate_retrieval(
             rel = _Relevant(y, gy)
             deep = _depth(ranked)
             if found is not None and deep: deep = max(deep, found.shape[1])
-            blocks = _ranking_blocks(rel.scores(q, g, metric, own, ids, block), rel, deep) if len(rel.queries) else []
+            if isinstance(g, Rows): blocks = _InFile(q, g, rel, metric, own, ids, deep)
+            else: blocks = _ranking_blocks(rel.scores(q, g, metric, own, ids, block), rel, deep)
+            if not len(rel.queries): blocks = []
             if found is not None: blocks = _in_order_of(found, blocks, y, gy)
             vals,curve = _ranked_values(blocks, ranked, len(q))
         if clu: table = Contingency(y.cpu(), kmeans(unit_(q.clone()) if metric=='cosine' else q, len(y.unique()), seed))

@@ -182,8 +182,8 @@ class RerankedResult(RetrievalResult):
         again:RetrievalResult, # Of the same queries, ranked anew
         name:str, # What the re-ranker is called
     ):
-        drawn = dict(ci=plain.ci, n_boot=plain.n_boot, seed=plain.seed)
-        super().__init__(again.values, again.labels, items=again.items, curve=again.curve, settings=plain.settings|dict(rerank=name), **drawn)
+        super().__init__(again.values, again.labels, items=again.items, curve=again.curve, ci=plain.ci, n_boot=plain.n_boot,
+            seed=plain.seed, settings=plain.settings|dict(rerank=name))
         self.plain,self.name = plain,name
 
     @property
