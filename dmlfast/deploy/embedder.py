@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/deploy/embedder.html.md"""
 __all__ = ['Hit', 'Preprocess', 'ImageEmbedder']
 
 # %% ../../nbs/api/deploy/00_embedder.ipynb #69d40456
-import numbers, os
+import math, numbers, os
 import numpy as np, torch
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ from ..models.embedder import unwrapped
 from ..models.heads import shorten_head
 from ..retrieval.embedded import *
 from ..retrieval.embedded import check_lengths, first_numbers
-from ..retrieval.search import *
+from ..retrieval.index import *
 
 # %% ../../nbs/api/deploy/00_embedder.ipynb #61ab4539
 def _fit(im, size, resample):
@@ -96,7 +96,7 @@ class ImageEmbedder:
         facts:dict=None, # What is known of its training; anything that JSON holds
     ):
         self.model,self.preprocess,self.facts = model.eval(),preprocess,facts or {}
-        self.embs,self.labels,self.items,self._index = None,[],[],(None,None)
+        self.embs,self.labels,self.items,self._index,self.index_kind = None,[],[],(None,None),None
 
     @property
     def device(self):
@@ -182,7 +182,10 @@ def add_embs(self:ImageEmbedder,
         raise ValueError(f"{len(embs)} images, {len(labels)} labels and {len(items)} names do not go together.")
     if self.embs is not None and embs.shape[1]!=self.embs.shape[1]:
         raise ValueError(f"The gallery holds embeddings of {self.embs.shape[1]} numbers, and not of {embs.shape[1]}.")
+    old,found = self._index
     self.embs = embs.float() if self.embs is None else torch.cat([self.embs, embs.float()])
+    if old is not None and self.index_kind and len(self)==len(old): # what took long to make grows
+        self._index = self.embs,found.grown(self.embs)
     self.labels,self.items = self.labels+[str(o.item() if hasattr(o, 'item') else o) for o in labels],self.items+[str(o) for o in items]
     return self
 
@@ -195,10 +198,40 @@ def search(self:ImageEmbedder,
     "The nearest items of the gallery; raises `ValueError` if it is empty"
     if not len(self): raise ValueError("The gallery is empty: `add` images first, or export with `gallery=`.")
     embs = self.embed(images)
-    if self._index[0] is not self.embs: self._index = self.embs,Embedded(self.embs)
-    scores,idx = self._index[1].find(embs.reshape(-1, embs.shape[-1]), k, rerank)
-    res = [[Hit(self.labels[j], self.items[j], s) for s,j in zip(*o)] for o in zip(scores.tolist(), idx.tolist())]
+    scores,idx = self.searched().find(embs.reshape(-1, embs.shape[-1]), k, rerank)
+    found = [[(s,j) for s,j in zip(*o) if s>-math.inf] for o in zip(scores.tolist(), idx.tolist())] # an index may find fewer
+    res = [[Hit(self.labels[j], self.items[j], s) for s,j in o] for o in found]
     return res[0] if _is_one(images) else res
+
+@patch
+def searched(self:ImageEmbedder,
+    index=None, # An index of the gallery that is there already
+)->Embedded:
+    "The gallery as it is searched: made ready where it has changed"
+    if self._index[0] is not self.embs or index is not None:
+        self._index = self.embs,Embedded(self.embs)
+        if index is not None: self._index[1].indexed = index
+        elif self.index_kind: self._index[1].index(self.index_kind)
+    return self._index[1]
+
+@patch
+def index(self:ImageEmbedder,
+    kind:str='auto', # `'hnsw'`, `'ivf'`, `'int8'`, `'bits'`, `'auto'`, None for exact search, or what faiss's index_factory takes
+)->ImageEmbedder: # Itself
+    "Search by an index, which grows with the gallery and is saved with it; raises `ValueError` for a kind that faiss does not know"
+    index_kind(kind, len(self))
+    self.index_kind,self._index = kind,(None,None)
+    if len(self): self.searched()
+    return self
+
+@patch
+def index_report(self:ImageEmbedder,
+    n:int=1000, # Items that are searched for
+    k:int=10, # Neighbours of each
+): # `pandas.DataFrame`: share of the exact neighbours that is found, bytes an item, milliseconds a query
+    "What the index finds and costs, beside the exact search; raises `ValueError` if the gallery is empty"
+    if not len(self): raise ValueError("The gallery is empty: `add` images first, or export with `gallery=`.")
+    return (self.searched().indexed or Index(self.embs, None)).report(n, k)
 
 # %% ../../nbs/api/deploy/00_embedder.ipynb #b4835349
 @patch

@@ -24,6 +24,7 @@ from .metrics import pooled
 from .search import *
 from .search import as_embeddings, as_labels
 from .rerank import *
+from .index import *
 
 # %% ../../nbs/api/retrieval/06_embedded.ipynb #0d01bd77
 def in_order(
@@ -66,7 +67,7 @@ class Embedded:
         self.items,self.vocab = (None if o is None else [str(a) for a in o] for o in (items,vocab))
         self.draw = image
         self.random_gallery,self.ks,self.facts = random_gallery,tuple(ks),dict(facts or {})
-        self._found,self._once = None,{}
+        self._found,self._once,self.indexed = None,{},None
 
     def __len__(self): return len(self.embs)
     def __repr__(self):
@@ -162,10 +163,12 @@ def _search(self, queries, k, rerank, **kwargs):
     outside = o.own is None
     if rerank is not None and kwargs.get('metric', 'cosine')!='cosine': raise ValueError("Re-ranking is of a search by 'cosine'.")
     k = min(k, len(self) if outside else self.n_others(self.queries if queries is None else queries))
-    if hasattr(rerank, 'expand'): (q,g),rerank = rerank.expand(self, queries),None
-    else: q,g = o.query,self.once('gallery', lambda: Gallery(o.gallery)) if outside else o.gallery # made ready once, for many searches
+    q,g,index = o.query,o.gallery,self.indexed if outside else None
+    if hasattr(rerank, 'expand'): (q,g),rerank,index = rerank.expand(self, queries),None,None
+    elif outside and index is None: g = self.once('gallery', lambda: Gallery(g)) # made ready once, for many searches
     deep = max(k, min(getattr(rerank, 'depth', 0), len(g)-int(not outside and (o.own>=0).any().item())))
-    s,i = neighbours(q, g, k=deep, self_exclude=o.own, ignore=o.ignore, **kwargs)
+    if index is not None: s,i = index.search(q, deep)
+    else: s,i = neighbours(q, g, k=deep, self_exclude=o.own, ignore=o.ignore, **kwargs)
     if rerank is None: return s,o.items[i]
     return tuple(a[:,:k] for a in rerank(s, o.items[i], self, queries if outside or queries is not None else self.queries))
 
@@ -188,6 +191,25 @@ def find(self:Embedded,
 )->tuple: # Scores, `(q,k)` float32; indices of items, `(q,k)` int64
     "The items nearest to other embeddings, by cosine, nearest first"
     return _search(self, as_embeddings(embs, 'query').cpu(), k, rerank)
+
+@patch
+def index(self:Embedded,
+    kind:str='auto', # `'hnsw'`, `'ivf'`, `'int8'`, `'bits'`, `'auto'`, None for exact search, or what faiss's index_factory takes
+)->Index:
+    "Make an index of all items, in which `find` then searches"
+    self.indexed = Index(self.embs, kind)
+    return self.indexed
+
+@patch
+def grown(self:Embedded,
+    embs, # These embeddings and, behind them, more, `(m,d)` float
+)->Embedded: # Another, of embeddings alone
+    "All of them, with the index of these grown"
+    res = Embedded(embs)
+    if self.indexed is not None:
+        res.indexed = self.indexed.add(res.embs[len(self):])
+        res.indexed.embs = res.embs # one copy
+    return res
 
 # %% ../../nbs/api/retrieval/06_embedded.ipynb #57d8f5d9
 @patch
@@ -285,7 +307,7 @@ def shorten(self:Embedded,
     "The first `d` numbers of each embedding; raises `ValueError` where there are fewer"
     check_lengths(d, self.embs.shape[1])
     res = copy.copy(self)
-    res.embs,res._once = first_numbers(self.embs, d),{}
+    res.embs,res._once,res.indexed = first_numbers(self.embs, d),{},None
     res.facts = {'shortened_from':self.embs.shape[1], **self.facts}
     return res
 

@@ -255,26 +255,21 @@ class _InFile:
 
     def count(self, a, x, columns, lo, hi, keys):
         "Irrelevant rows of a block before each of `keys`"
-        def scores(m):
-            s = self.masked(torch.mm(self.q[a:a+16*-(-m//16)], x.T)[:m,:len(columns)], a, columns)
-            width = max(1, int((hi-lo).max()))
-            pos = lo[:,None]+torch.arange(width)
-            return s,torch.where(pos<hi[:,None], pos, len(columns)),width
         m = len(keys)
-        s,pos,_ = scores(m)
-        s = torch.nn.functional.pad(s, (0,1)).scatter_(1, pos, -torch.inf)[:,:-1]
-        k = min(max(self.k, keys.shape[1]) if self.k else s.shape[1], s.shape[1])
+        pos = lo[:,None]+torch.arange(max(1, int((hi-lo).max())))
+        r,c = (pos<hi[:,None]).nonzero().T
+        def scores():
+            s = torch.mm(self.q[a:a+16*-(-m//16)], x.T)[:m,:len(columns)]
+            return self.masked(s, a, columns).index_put_((r,pos[r,c]), torch.tensor(-torch.inf))
+        k = min(max(self.k, keys.shape[1]) if self.k else len(columns), len(columns))
         p = ((keys>>32) ^ ((keys>>63) & 0x7fffffff)).int().view(torch.float32).masked_fill_(keys==lowest(keys), -torch.inf).flip(1)
-        top = top_values(s.contiguous(), k)
+        top = top_values(scores(), k).contiguous()
         place = torch.searchsorted(top, p.contiguous(), right=True)
         tied = ((top.gather(1, (place-1).clamp_(min=0))==p) & (p>-torch.inf)).any(1).nonzero()[:,0]
-        res = (k-place).flip(1)
         if len(tied):
-            s,pos,_ = scores(m)
-            w = torch.nn.functional.pad(self.keys(s, columns)[tied], (0,1)).scatter_(1, pos[tied], lowest(keys))[:,:-1]
-            place = torch.searchsorted(top_values(w.contiguous(), k), keys[tied].flip(1), right=True)
-            res[tied] = (k-place).flip(1)
-        return res
+            w = top_values(self.keys(scores()[tied], columns), k).contiguous()
+            place[tied] = torch.searchsorted(w, keys[tied].flip(1), right=True)
+        return (k-place).flip(1)
 
     def __iter__(self):
         "For blocks of queries: which ones, irrelevant items before each relevant one, best first, which are there"
