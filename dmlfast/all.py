@@ -10,7 +10,7 @@ from .losses import (
 from .models import Embedder, bn_inception, embedder_splitter, stage_splitter
 from .retrieval import (
     Embedded, RetrievalResult, evaluate_retrieval, evaluate_protocol, evaluate_random_gallery, neighbours, register_metric,
-    register_reranker)
+    register_reranker, QueryExpansion, KReciprocal)
 from .deploy import ImageEmbedder, load_embedder
 from .data import (
     ClassSplitter, ClassBlock, BalancedSampler, BalancedDL, SetEpoch, hard_pairs, register_reader, MetricDataset, data_folder,

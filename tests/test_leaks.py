@@ -6,7 +6,8 @@ from dmlfast.retrieval import Embedded
 
 def data(role=False, n=60):
     rng = np.random.default_rng(0)
-    df = pd.DataFrame(dict(path=[f'{i}.png' for i in range(n)], label=[f'c{i//4}' for i in range(n)], split=['train']*28+['val']*16+['test']*16))
+    df = pd.DataFrame(dict(path=[f'{i}.png' for i in range(n)], label=[f'c{i//4}' for i in range(n)],
+        split=['train']*28+['val']*16+['test']*16))
     if role: df['role'] = ['']*44+['query','gallery']*8
     ds = MetricDataset(df, 'nowhere', check_files=False)
     x = rng.normal(size=(n,6))
@@ -43,7 +44,8 @@ def test_a_part_of_the_images():
 def test_refused():
     ds,x = data()
     with pytest.raises(ValueError, match='have no names'): ds.leaks(Embedded(x))
-    with pytest.raises(ValueError, match="60 of 60 embeddings are of no image of images, such as 'x'"): ds.leaks(Embedded(x, items=['x']*60))
+    with pytest.raises(ValueError, match="60 of 60 embeddings are of no image of images, such as 'x'"):
+        ds.leaks(Embedded(x, items=['x']*60))
     none = ds.leaks(Embedded(np.eye(60), items=ds.items()))
     assert not len(none) and len(ds.without(none))==60
     with pytest.raises(ValueError, match='no leaks to draw'): ds.plot_leaks(none)

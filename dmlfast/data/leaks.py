@@ -11,7 +11,7 @@ __all__ = []
 import copy, numpy as np, pandas as pd, torch
 import matplotlib.pyplot as plt
 from fastcore.basics import patch
-from ..files.drawing import *
+from ..files.drawing import draw_image
 from ..files.images import open_image
 from ..retrieval.embedded import *
 from ..retrieval.search import *

@@ -214,6 +214,7 @@ def searched(self:ImageEmbedder,
         elif self.index_kind: self._index[1].index(self.index_kind)
     return self._index[1]
 
+# %% ../../nbs/api/deploy/00_embedder.ipynb #1403827b
 @patch
 def index(self:ImageEmbedder,
     kind:str='auto', # `'hnsw'`, `'ivf'`, `'int8'`, `'bits'`, `'auto'`, None for exact search, or what faiss's index_factory takes
@@ -244,6 +245,7 @@ def shorten(self:ImageEmbedder,
         raise ValueError(f"Only an `Embedder` can be shortened, and this is a {type(model).__name__}: its head is not known.")
     check_lengths(d, model.emb_sz)
     res = ImageEmbedder(shorten_head(model, d), self.preprocess, {'shortened_from':model.emb_sz, **self.facts})
+    res.index_kind = self.index_kind
     return res.add_embs(first_numbers(self.embs, d), self.labels, self.items) if len(self) else res
 
 # %% ../../nbs/api/deploy/00_embedder.ipynb #17e10b77

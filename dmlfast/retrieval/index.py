@@ -84,31 +84,6 @@ class Index:
         self.core.add(unit_(x.clone()))
         return self
 
-# %% ../../nbs/api/retrieval/05_index.ipynb #2d5de375
-@patch
-def report(self:Index,
-    n:int=1000, # Items that are searched for
-    k:int=10, # Neighbours of each
-    seed:int=0, # Of the draw
-): # `pandas.DataFrame`: share of the exact neighbours found, bytes an item of what is searched, milliseconds a query, one at a time
-    "What the index finds and costs, beside the exact search"
-    import pandas as pd
-    rows = torch.from_numpy(np.random.default_rng(seed).permutation(len(self))[:n])
-    k,q = min(k, len(self)-1),self.embs[rows]
-    if k<1: raise ValueError("A report compares neighbours: it needs two items at least.")
-    exact = Index(self.embs, None) if self.kind else self
-    want = exact.search(q, k+1)[1]
-    def others(found): return [[j for j in f if j!=r][:k] for f,r in zip(found.tolist(), rows.tolist())]
-    def share(found): return np.mean([len({*a}&{*b})/k for a,b in zip(others(found), others(want))])
-    def ms(index):
-        index.search(q[:1], k)
-        start = time.perf_counter()
-        for o in q[:50]: index.search(o[None], k)
-        return (time.perf_counter()-start)/len(q[:50])*1e3
-    made = {'exact':exact} | ({self.kind:self} if self.kind else {})
-    return pd.DataFrame({name:{f'recall@{k}':share(o.search(q, k+1)[1]), 'bytes an item':o.core.nbytes()/len(o), 'ms a query':ms(o)}
-        for name,o in made.items()}).T.rename_axis(index='index')
-
 # %% ../../nbs/api/retrieval/05_index.ipynb #9b5ded38
 class _Exact:
     def __init__(self, x, kind, ready): self.gallery = Gallery(x)
@@ -119,14 +94,14 @@ class _Exact:
 class _Bytes:
     def __init__(self, x, kind, ready):
         self.low = x.amin(0)
-        self.step = ((x.amax(0)-self.low)/255).clamp_(min=1e-12)
+        self.span = (x.amax(0)-self.low).clamp_(min=1e-12)
         self.codes = self.coded(x)
-    def coded(self, x): return ((x-self.low)/self.step).round_().clamp_(0, 255).sub_(128).to(torch.int8)
+    def coded(self, x): return ((x-self.low)/self.span*255).round_().clamp_(0, 255).sub_(128).to(torch.int8)
     def add(self, x): self.codes = torch.cat([self.codes,self.coded(x)])
     def nbytes(self): return self.codes.nbytes
     def search(self, q, k):
         best = q.new_empty(len(q), 0),torch.empty(len(q), 0, dtype=torch.int64)
-        q = q*self.step
+        q = q*self.span
         for a in range(0, len(self.codes), 2**16):
             c = self.codes[a:a+2**16].float()
             s,i = (q@c.T).topk(min(k, len(c)), dim=1)
@@ -166,6 +141,31 @@ class _Faiss:
     def nbytes(self): return len(faiss_or_none().serialize_index(self.index))
 
 _cores = {None:_Exact, 'int8':_Bytes, 'bits':_Bits}
+
+# %% ../../nbs/api/retrieval/05_index.ipynb #2d5de375
+@patch
+def report(self:Index,
+    n:int=1000, # Items that are searched for
+    k:int=10, # Neighbours of each
+    seed:int=0, # Of the draw
+): # `pandas.DataFrame`: share of the exact neighbours found, bytes an item of what is searched, milliseconds a query, one at a time
+    "What the index finds and costs, beside the exact search"
+    import pandas as pd
+    rows = torch.from_numpy(np.random.default_rng(seed).permutation(len(self))[:n])
+    k,q = min(k, len(self)-1),self.embs[rows]
+    if k<1: raise ValueError("A report compares neighbours: it needs two items at least.")
+    exact = Index(self.embs, None) if self.kind else self
+    want = exact.search(q, k+1)[1]
+    def others(found): return [[j for j in f if j!=r][:k] for f,r in zip(found.tolist(), rows.tolist())]
+    def share(found): return np.mean([len({*a}&{*b})/k for a,b in zip(others(found), others(want))])
+    def ms(index):
+        index.search(q[:1], k)
+        start = time.perf_counter()
+        for o in q[:50]: index.search(o[None], k)
+        return (time.perf_counter()-start)/len(q[:50])*1e3
+    made = {'exact':exact} | ({self.kind:self} if self.kind else {})
+    return pd.DataFrame({name:{f'recall@{k}':share(o.search(q, k+1)[1]), 'bytes an item':o.core.nbytes()/len(o), 'ms a query':ms(o)}
+        for name,o in made.items()}).T.rename_axis(index='index')
 
 # %% ../../nbs/api/retrieval/05_index.ipynb #2538b0de
 @patch
