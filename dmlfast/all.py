@@ -9,8 +9,8 @@ from .losses import (
     ThresholdConsistency, AntiCollapse)
 from .models import Embedder, bn_inception, embedder_splitter, stage_splitter
 from .retrieval import (
-    Embedded, RetrievalResult, evaluate_retrieval, evaluate_protocol, evaluate_random_gallery, neighbours, pair_scores, open_set,
-    register_metric, register_reranker)
+    Embedded, RetrievalResult, evaluate_retrieval, evaluate_protocol, evaluate_random_gallery, neighbours, register_metric,
+    register_reranker, QueryExpansion, KReciprocal)
 from .deploy import ImageEmbedder, load_embedder
 from .data import (
     ClassSplitter, ClassBlock, BalancedSampler, BalancedDL, SetEpoch, hard_pairs, register_reader, MetricDataset, data_folder,

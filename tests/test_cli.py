@@ -257,6 +257,8 @@ def test_evaluation(trained, folder, tmp_path, monkeypatch):
     status,text,err = do(dmlfast_eval, run, '--workers', 0, '--metrics', 'recall@1', 'map@r')
     assert status==0 and 'few, test' in text and 'recall@1' in text and 'nmi' not in text, err
     assert 'fnmr@fmr=0.001' in text and 'impostor pairs of' in text
+    status,text,err = do(dmlfast_eval, run, '--workers', 0, '--metrics', 'map@r', 'nmi', '--rerank', 'qe')
+    assert status==0 and re.search(r'metric +plain +qe +difference', text) and 'clusters, which have no ranking: nmi' in text, err
     status,text,err = do(dmlfast_eval, run/'embedder', '--data', folder, '--workers', 0, '--out', tmp_path/'scores', '--report')
     assert status==0 and 'own, all' in text, err
     assert sorted(o.name for o in (tmp_path/'scores').iterdir())==['curves.png','neighbours.png','report','results.json','worst.png']
@@ -275,6 +277,7 @@ def test_evaluation(trained, folder, tmp_path, monkeypatch):
     assert 'is neither a run' in no(tmp_path/'nowhere')
     assert "has no split 'tset'" in no(run, '--split', 'tset')
     assert "no metric 'recal'; the nearest is 'recall'" in no(run, '--metrics', 'recal')
+    assert "no reranker 'k-recip'; the nearest is 'k-reciprocal'" in no(run, '--rerank', 'k-recip')
     (tmp_path/'my_metrics.py').write_text("from dmlfast.retrieval.metrics import register_metric\n@register_metric(depth=1)\ndef "
         "first(ranks, there): return ranks[:,0]==1\n")
     monkeypatch.syspath_prepend(tmp_path)

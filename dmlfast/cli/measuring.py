@@ -85,6 +85,7 @@ def dmlfast_eval(
     # train, val, test, a part of it, or all; test for the run's own data set and those by name, otherwise all if not given
     split:str=None,
     metrics:Annotated[str, dict(nargs='*', action='extend')]=None, # Such as recall@1 map@r nmi; all if not given
+    rerank:str=None, # Also rank anew what is found, by qe, dba, dba+qe or k-reciprocal, and compare; only the plain search if not given
     ci:str='classes', # What to draw for the intervals: classes or queries
     n_boot:int=1000, # Number of samples for the intervals
     seed:int=0, # Of these samples
@@ -101,6 +102,7 @@ def dmlfast_eval(
     with stdout_for(Json):
         from dmlfast.deploy import load_embedder
         from dmlfast.retrieval.metrics import metric_names
+        from dmlfast.retrieval.rerank import register_reranker
         from dmlfast.look.interpret import RetrievalInterpretation
         from fastprogress.fastprogress import progress_bar
         from dmlfast.study.runs import about_run, as_device
@@ -110,6 +112,7 @@ def dmlfast_eval(
             if ci not in ('classes','queries'): raise ValueError(f"--ci is classes or queries; got {ci!r}.")
             if min(bs, n_boot, queries)<1: raise ValueError("--bs, --n-boot and --queries are 1 or more.")
             metric_names(metrics or 'all', (1,))
+            if rerank is not None: register_reranker.full_name(rerank) # before anything is embedded
             if out: _check_eval_folder(out, overwrite)
             ds,split = _eval_data(file, data, path, data_args, split, dict(per_class=1, bs=bs, num_workers=workers, device=device))
             def _embedded(o):
@@ -117,9 +120,9 @@ def dmlfast_eval(
                     progress=progress_bar if sys.stdout.isatty() else iter)
             embedder = load_embedder(folder, as_device(device))
             emb = _embedded(embedder)
-            res = emb.evaluate(metrics or 'all', ci=ci, n_boot=n_boot, seed=seed)
+            res = emb.evaluate(metrics or 'all', rerank=rerank, ci=ci, n_boot=n_boot, seed=seed)
             rates = emb.verify(n_boot=n_boot, seed=seed)
-        gain = file and _run_gain(file, embedder, res, _embedded)
+        gain = file and _run_gain(file, embedder, getattr(res, 'plain', res), _embedded)
         found = dict(run=str(run), split=split, scores=res.to_dict(), verification=rates.to_dict(),
             **(dict(gain=gain.to_dict()) if gain else {}), **about_run(ds))
         if out:

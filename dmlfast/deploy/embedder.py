@@ -24,7 +24,7 @@ from ..models.embedder import unwrapped
 from ..models.heads import shorten_head
 from ..retrieval.embedded import *
 from ..retrieval.embedded import check_lengths, first_numbers
-from ..retrieval.search import *
+from ..retrieval.index import *
 
 # %% ../../nbs/api/deploy/00_embedder.ipynb #61ab4539
 def _fit(im, size, resample):
@@ -98,7 +98,7 @@ class ImageEmbedder:
         calibration:dict=None, # What `calibrate` found: `threshold`, `fmr` and where they are from
     ):
         self.model,self.preprocess,self.facts = model.eval(),preprocess,facts or {}
-        self.embs,self.labels,self.items,self._index = None,[],[],(None,None)
+        self.embs,self.labels,self.items,self._index,self.index_kind = None,[],[],(None,None),None
         self.calibration,self._prototypes = calibration,(None,None)
 
     @property
@@ -185,7 +185,10 @@ def add_embs(self:ImageEmbedder,
         raise ValueError(f"{len(embs)} images, {len(labels)} labels and {len(items)} names do not go together.")
     if self.embs is not None and embs.shape[1]!=self.embs.shape[1]:
         raise ValueError(f"The gallery holds embeddings of {self.embs.shape[1]} numbers, and not of {embs.shape[1]}.")
+    old,found = self._index
     self.embs = embs.float() if self.embs is None else torch.cat([self.embs, embs.float()])
+    if old is not None and self.index_kind and len(self)==len(old): # what took long to make grows
+        self._index = self.embs,found.grown(self.embs)
     self.labels,self.items = self.labels+[str(o.item() if hasattr(o, 'item') else o) for o in labels],self.items+[str(o) for o in items]
     return self
 
@@ -212,12 +215,15 @@ def search(self:ImageEmbedder,
     k:int=5, # How many to find, at most as many as there are
     unknown:bool=False, # Leave out what is below the calibrated threshold, so that nothing is found for what is unknown?
     min_score:float=None, # Leave out what is below this
+    rerank=None, # Name of a re-ranker, or a function, which ranks anew what was found; none if not given
 )->list: # `Hit`s of an image, nearest first; a list of these for several
     "The nearest items of the gallery; raises `ValueError` if it is empty, or if there is no threshold for what is unknown"
     least = self.least(unknown, min_score)
+    if rerank is not None and least>-math.inf:
+        raise ValueError("A threshold is one of cosine similarities, and a re-ranker has scores of its own: take one of the two.")
     self.check_gallery()
     embs = self.embed(images)
-    res = [[o for o in hits if o.score>=least] for hits in self.hits(embs.reshape(-1, embs.shape[-1]), k)]
+    res = [[o for o in hits if o.score>=least] for hits in self.hits(embs.reshape(-1, embs.shape[-1]), k, rerank)]
     return res[0] if _is_one(images) else res
 
 @patch
@@ -229,11 +235,43 @@ def check_gallery(self:ImageEmbedder):
 def hits(self:ImageEmbedder,
     embs:Tensor, # Embeddings that this embedder made, `(n,emb_sz)` float
     k:int=5, # How many to find of each, at most as many as there are
+    rerank=None, # As of `search`
 )->list: # For each a list of `Hit`s, nearest first
     "The nearest items of the gallery to embeddings"
-    if self._index[0] is not self.embs: self._index = self.embs,Gallery(self.embs)
-    scores,idx = neighbours(embs, self._index[1], k=min(k, len(self)))
-    return [[Hit(self.labels[j], self.items[j], s) for s,j in zip(*o)] for o in zip(scores.tolist(), idx.tolist())]
+    scores,idx = self.searched().find(embs, k, rerank)
+    found = [[(s,j) for s,j in zip(*o) if s>-math.inf] for o in zip(scores.tolist(), idx.tolist())] # an index may find fewer
+    return [[Hit(self.labels[j], self.items[j], s) for s,j in o] for o in found]
+
+@patch
+def searched(self:ImageEmbedder,
+    index=None, # An index of the gallery that is there already
+)->Embedded:
+    "The gallery as it is searched: made ready where it has changed"
+    if self._index[0] is not self.embs or index is not None:
+        self._index = self.embs,Embedded(self.embs)
+        if index is not None: self._index[1].indexed = index
+        elif self.index_kind: self._index[1].index(self.index_kind)
+    return self._index[1]
+
+# %% ../../nbs/api/deploy/00_embedder.ipynb #1403827b
+@patch
+def index(self:ImageEmbedder,
+    kind:str='auto', # `'hnsw'`, `'ivf'`, `'int8'`, `'bits'`, `'auto'`, None for exact search, or what faiss's index_factory takes
+)->ImageEmbedder: # Itself
+    "Search by an index, which grows with the gallery and is saved with it; raises `ValueError` for a kind that faiss does not know"
+    index_kind(kind, len(self))
+    self.index_kind,self._index = kind,(None,None)
+    if len(self): self.searched()
+    return self
+
+@patch
+def index_report(self:ImageEmbedder,
+    n:int=1000, # Items that are searched for
+    k:int=10, # Neighbours of each
+): # `pandas.DataFrame`: share of the exact neighbours that is found, bytes an item, milliseconds a query
+    "What the index finds and costs, beside the exact search; raises `ValueError` if the gallery is empty"
+    if not len(self): raise ValueError("The gallery is empty: `add` images first, or export with `gallery=`.")
+    return (self.searched().indexed or Index(self.embs, None)).report(n, k)
 
 # %% ../../nbs/api/deploy/00_embedder.ipynb #4e982f61
 Same = namedtuple('Same', 'same score threshold')
@@ -327,6 +365,7 @@ def shorten(self:ImageEmbedder,
         raise ValueError(f"Only an `Embedder` can be shortened, and this is a {type(model).__name__}: its head is not known.")
     check_lengths(d, model.emb_sz)
     res = ImageEmbedder(shorten_head(model, d), self.preprocess, {'shortened_from':model.emb_sz, **self.facts})
+    res.index_kind = self.index_kind
     return res.add_embs(first_numbers(self.embs, d), self.labels, self.items) if len(self) else res
 
 # %% ../../nbs/api/deploy/00_embedder.ipynb #17e10b77

@@ -23,6 +23,8 @@ from ..models.bodies import *
 from ..models.bodies import misfits, misfits_said
 from ..models.pooling import *
 from ..models.embedder import named_heads
+from ..retrieval.index import *
+from ..retrieval.index import index_kinds, read_index
 from ..files.writing import check_folder, clear_up
 
 # %% ../../nbs/api/deploy/01_folder.ipynb #cd3fb98f
@@ -218,6 +220,9 @@ def write(self:ImageEmbedder,
         save_file({'embs':self.embs.contiguous()}, folder/'gallery.safetensors')
         (folder/'gallery.json').write_text(json.dumps(dict(labels=self.labels, items=self.items), ensure_ascii=False), encoding='utf-8',
             errors='surrogateescape')
+    if len(self) and self.index_kind:
+        (folder/'index.json').write_text(json.dumps(dict(kind=self.index_kind)), encoding='utf-8')
+        self.searched().indexed.save(folder/'index.faiss')
     about['sha256'] = {o.name:_sha(o) for o in sorted(folder.iterdir())}
     (folder/'embedder.json').write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding='utf-8')
     for o in folder.iterdir(): o.chmod(0o644) # safetensors lets the owner alone read
@@ -332,6 +337,17 @@ def _gallery(folder, emb_sz):
             _refuse(folder, 'gallery.json', k, f"a list of text, one for each of {at.shape[0]:,} rows in 'gallery.safetensors'", got)
     return _tensors(folder, 'gallery.safetensors')['embs'],g['labels'],g['items']
 
+def _load_index(embedder, folder, has_file):
+    "Give an embedder the index of its folder; a kind of faiss's own that is not there is not made from a stranger's words"
+    about = _json(folder, 'index.json')
+    kind = about.get('kind') if isinstance(about, dict) else about
+    if not isinstance(kind, str) or len(kind)>100 or not has_file and kind not in index_kinds:
+        _refuse(folder, 'index.json', 'kind', f"{', '.join(map(repr, index_kinds))}, or that of 'index.faiss'", kind)
+    try:
+        embedder.index_kind = kind
+        if has_file: embedder.searched(read_index(embedder.embs, kind, folder/'index.faiss'))
+    except ValueError as e: raise ValueError(f"The index in {str(folder)!r} cannot be used: {_last_line(e)}") from e
+
 # %% ../../nbs/api/deploy/01_folder.ipynb #ec0f94a0
 def load_embedder(
     folder, # What `export_embedder` or `ImageEmbedder.save` wrote
@@ -348,5 +364,7 @@ def load_embedder(
     except RuntimeError as e:
         raise ValueError(f"The weights in {str(folder)!r} do not fit the model that is described there: {_last_line(e)}") from e
     res = ImageEmbedder(model.to(device), preprocess, about.get('facts'), about.get('calibration'))
-    if 'gallery.json' in about['sha256']: res.add_embs(*_gallery(folder, about['model']['emb_sz']))
+    if 'gallery.json' in about['sha256']:
+        res.add_embs(*_gallery(folder, about['model']['emb_sz']))
+        if 'index.json' in about['sha256']: _load_index(res, folder, 'index.faiss' in about['sha256'])
     return res

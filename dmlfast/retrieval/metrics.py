@@ -6,7 +6,8 @@ Docs: https://dmlfast.github.io/dmlfast/api/retrieval/metrics.html.md"""
 
 # %% auto #0
 __all__ = ['register_metric', 'precision_at', 'metric_of', 'less_is_better', 'metric_meanings', 'metric_names',
-           'evaluate_retrieval', 'draw_gallery', 'evaluate_random_gallery', 'query_gallery', 'evaluate_protocol']
+           'evaluate_retrieval', 'pooled', 'draw_gallery', 'evaluate_random_gallery', 'query_gallery',
+           'evaluate_protocol']
 
 # %% ../../nbs/api/retrieval/03_metrics.ipynb #130b1ba5
 import math, numpy as np, torch
@@ -18,7 +19,8 @@ from .results import *
 from .search import *
 from .verify import *
 from .verify import rate_of
-from .search import Scores, as_embeddings, as_labels, full_precision, ignored, lowest, matched, top_values, unit_
+from .search import (
+    Rows, Scores, as_embeddings, as_labels, full_precision, ignored, lowest, matched, order_keys, top_values, unit_)
 
 # %% ../../nbs/api/retrieval/03_metrics.ipynb #e79c2a5b
 @dataclass
@@ -73,10 +75,10 @@ def _r_precision(ranks, there): return _within_r(ranks, there).sum(1)/there.sum(
 
 @register_metric(name='map@r', depth='R', says='the same as r_precision, and right ones count for more the nearer they stand (mean '
     'average precision at R)')
-def _map_r(ranks, there): return (precision_at(ranks, there)*_within_r(ranks, there)).sum(1).double()/there.sum(1)
+def _map_r(ranks, there): return (precision_at(ranks, there)*_within_r(ranks, there)).sum(1, dtype=torch.float64)/there.sum(1)
 
 @register_metric(name='map', says='mean average precision: the precision at each right item of the whole ranking, averaged')
-def _map(ranks, there): return precision_at(ranks, there).sum(1).double()/there.sum(1)
+def _map(ranks, there): return precision_at(ranks, there).sum(1, dtype=torch.float64)/there.sum(1)
 
 @register_metric(name='mrr', says='mean reciprocal rank: 1 divided by the rank of the nearest right one')
 def _mrr(ranks, there): return 1/ranks[:,0].double()
@@ -230,6 +232,98 @@ def _ranking_blocks(scores, relevant, k):
     for rows in torch.cat(todo).split(max(1, scores.block//4)):
         if len(rows): yield relevant.queries[rows],*count(rows, scores.keys)[:2]
 
+# %% ../../nbs/api/retrieval/03_metrics.ipynb #dfbce0dc
+def _even(x, m): return torch.nn.functional.pad(x, (0,0,0,-len(x)%m))
+
+class _InFile:
+    "Counts of a gallery that is read in blocks, as `_ranking_blocks` gives them"
+    def __init__(self, q, rows, rel, metric, own, ids, k):
+        if metric not in ('cosine','dot'): raise ValueError(f"Rows in a file are compared by 'cosine' or 'dot', not by {metric!r}.")
+        self.unit,self.rows,self.k,self.rel,o = metric=='cosine',rows,k,rel,rel.queries
+        self.q = _even((unit_(q.clone()) if self.unit else q)[o], 16)
+        self.own,self.ids = None if own is None else own[o],None if ids is None else (ids[0][o],ids[1])
+        self.place = torch.empty_like(self.rel.columns) # of each row of the file in the order of classes
+        self.place[self.rel.columns] = torch.arange(len(rows))
+
+    def read(self, rows):
+        x = self.rows[rows]
+        return _even(unit_(x) if self.unit else x, 64)
+
+    def keys(self, s, columns):
+        "Whole numbers that order scores, equal ones by their place in the file"
+        return order_keys(s, len(self.rows)-1-columns)
+
+    def masked(self, s, a, columns):
+        "Put $-\\infty$ where queries from `a` on must not look"
+        o = slice(a, a+len(s))
+        if self.own is not None:
+            here = ((self.own[o]>=columns.min())&(self.own[o]<=columns.max())).nonzero()[:,0]
+            s[here] = s[here].masked_fill_(self.own[o][here,None]==columns, -torch.inf)
+        if self.ids is not None: s.masked_fill_(self.ids[0][o,None]==self.ids[1][columns], -torch.inf)
+        return s
+
+    def relevant(self, a, b):
+        "Keys of what is relevant to queries `a` to `b`, best first, `(b-a,R)`, the least number where there is less"
+        lo,hi = (o[a:b,0] for o in (self.rel.lo,self.rel.hi))
+        res = torch.full((b-a,int((hi-lo).max())), torch.iinfo(torch.int64).min)
+        last = 0
+        for c,n in zip(*(o.tolist() for o in lo.unique_consecutive(return_counts=True))):
+            first,last = last,last+n
+            for j in range(c, int(hi[first]), 2**14):
+                columns = self.rel.columns[j:min(j+2**14, int(hi[first]))].sort().values
+                s = (_even(self.q[a+first:a+last], 16)@self.read(columns).T)[:last-first,:len(columns)]
+                res[first:last,j-c:j-c+len(columns)] = self.keys(self.masked(s, a+first, columns), columns)
+        return res.sort(dim=1, descending=True).values
+
+    def count(self, a, x, columns, lo, hi, keys):
+        "Irrelevant rows of a block before each of `keys`"
+        m = len(keys)
+        pos = lo[:,None]+torch.arange(max(1, int((hi-lo).max())))
+        r,c = (pos<hi[:,None]).nonzero().T
+        def scores():
+            s = torch.mm(self.q[a:a+16*-(-m//16)], x.T)[:m,:len(columns)]
+            return self.masked(s, a, columns).index_put_((r,pos[r,c]), torch.tensor(-torch.inf))
+        k = min(max(self.k, keys.shape[1]) if self.k else len(columns), len(columns))
+        p = ((keys>>32) ^ ((keys>>63) & 0x7fffffff)).int().view(torch.float32).masked_fill_(keys==lowest(keys), -torch.inf).flip(1)
+        top = top_values(scores(), k).contiguous()
+        place = torch.searchsorted(top, p.contiguous(), right=True)
+        tied = ((top.gather(1, (place-1).clamp_(min=0))==p) & (p>-torch.inf)).any(1).nonzero()[:,0]
+        if len(tied):
+            w = top_values(self.keys(scores()[tied], columns), k).contiguous()
+            place[tied] = torch.searchsorted(w, keys[tied].flip(1), right=True)
+        return (k-place).flip(1)
+
+    def __iter__(self):
+        "For blocks of queries: which ones, irrelevant items before each relevant one, best first, which are there"
+        n,step = len(self.rel.queries),max(16, 2**23//max(1, self.rel.most)//16*16)
+        for a in range(0, n, step):
+            b = min(a+step, n)
+            keys = self.relevant(a, b)
+            counts = torch.zeros(keys.shape, dtype=torch.int64)
+            for o in self.rows.blocks():
+                at,order = self.place[o].sort()
+                x,columns = self.read(o)[:o.stop-o.start][order],order+o.start
+                x = _even(x, 64)
+                lo,hi = (torch.searchsorted(at, v[a:b,0].contiguous()) for v in (self.rel.lo,self.rel.hi))
+                r = max(16, 2**22//len(x)//16*16)
+                for i in range(0, b-a, r):
+                    j = slice(i, min(i+r, b-a))
+                    counts[j] += self.count(a+i, x, columns, lo[j], hi[j], keys[j])
+            most = max(self.k, keys.shape[1]) if self.k else len(self.rows)
+            yield self.rel.queries[a:b],counts.clamp_(max=most),keys>lowest(keys)
+
+# %% ../../nbs/api/retrieval/03_metrics.ipynb #83d5e301
+def _in_order_of(found, blocks, y, gy):
+    "The same blocks, with the nearest items of each query as in `found`"
+    found = torch.as_tensor(found)
+    m = found.shape[1]
+    for rows,b,there in blocks:
+        f,n = found[rows.to(found.device)].to(y.device),torch.arange(1, b.shape[1]+1, device=b.device, dtype=b.dtype)
+        right = (gy[f.clamp(min=0)]==y[rows,None])&(f>=0)
+        at = torch.where(right, torch.arange(1, m+1, device=f.device), m+1).sort(dim=1).values[:,:len(n)]
+        at,first = torch.nn.functional.pad(at, (0,len(n)-at.shape[1])).to(b.dtype),right.sum(1)[:,None]
+        yield rows,torch.where(n<=first, at, torch.maximum(b+n, m+n-first.to(b.dtype)))-n,there
+
 # %% ../../nbs/api/retrieval/03_metrics.ipynb #d6c97d08
 def _depth(names):
     "How many irrelevant items must be told apart, beside the R of each query; 0 for all"
@@ -262,7 +356,7 @@ def _ranked_values(blocks, names, n_queries):
 def evaluate_retrieval(
     embs, # Embeddings of the queries, (q,d) float
     labels, # Their classes, (q,) int
-    gallery=None, # Embeddings to search, (n,d) float; the queries themselves if not given, each without itself
+    gallery=None, # Embeddings to search, (n,d) float, or rows in a file; the queries themselves if not given, each without itself
     gallery_labels=None, # Their classes, (n,) int
     metrics=None, # Names from the tables above, `'recall'` for all `ks`, or `'all'`; recall, r_precision and map@r if not given
     ks=(1,2,4,8), # k of recall@k, or one of them
@@ -273,6 +367,7 @@ def evaluate_retrieval(
     n_boot:int=1000, # Samples drawn for an interval
     seed:int=0, # Of the samples and of the clusters
     block:int|None=None, # Queries scored at a time; about 64 MiB of scores if not given
+    found=None, # The nearest items of each query in an order of your own, (q,m) int, -1 for none; those behind them keep their places
 )->RetrievalResult: # Values for each query, means and intervals
     "Retrieval metrics of `embs`: where do the items with a query's label stand in its ranking of the gallery?"
     names = metric_names(metrics, ks)
@@ -287,7 +382,12 @@ def evaluate_retrieval(
     with full_precision(q.device):
         if ranked:
             rel = _Relevant(y, gy)
-            blocks = _ranking_blocks(rel.scores(q, g, metric, own, ids, block), rel, _depth(ranked)) if len(rel.queries) else []
+            deep = _depth(ranked)
+            if found is not None and deep: deep = max(deep, found.shape[1])
+            if isinstance(g, Rows): blocks = _InFile(q, g, rel, metric, own, ids, deep)
+            else: blocks = _ranking_blocks(rel.scores(q, g, metric, own, ids, block), rel, deep)
+            if not len(rel.queries): blocks = []
+            if found is not None: blocks = _in_order_of(found, blocks, y, gy)
             vals,curve = _ranked_values(blocks, ranked, len(q))
         if clu:
             found = kmeans(unit_(q.clone()) if metric=='cosine' else q, len(y.unique()), seed)
@@ -299,7 +399,10 @@ def evaluate_retrieval(
     return RetrievalResult(vals, y.cpu(), whole, curve=curve, ci=ci, n_boot=n_boot, seed=seed, settings=settings)
 
 # %% ../../nbs/api/retrieval/03_metrics.ipynb #882c1129
-def _pool(results, items):
+def pooled(
+    results, # `RetrievalResult`s of several galleries
+    items, # Which items the queries of each are
+)->RetrievalResult:
     "One result with all values of `results`"
     vals = {k:np.concatenate([r.values[k] for r in results]) for k in results[0].values}
     curve = None if results[0].curve is None else np.mean([r.curve for r in results], 0)
@@ -339,7 +442,7 @@ def evaluate_random_gallery(
         ids = None if ignore is None else (as_labels(ignore, len(x), 'ignore').cpu()[q],as_labels(ignore, len(x), 'ignore').cpu()[g])
         res.append(evaluate_retrieval(x[q], y[q], x[g], y[g], metrics=metrics, ignore=ids, seed=seed, **kwargs))
         items.append(q)
-    return _pool(res, items)
+    return pooled(res, items)
 
 # %% ../../nbs/api/retrieval/03_metrics.ipynb #1deeddc2
 def query_gallery(
