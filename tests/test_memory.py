@@ -2,7 +2,11 @@
 import copy, pytest, torch
 from functools import partial
 from torch.nn.functional import normalize
+from fastai.callback.core import Callback
+from fastai.optimizer import SGD
+from fastai.torch_core import set_seed
 from pytorch_metric_learning import losses as pml
+from dmlfast.all import BatchMemory, Checkpoint, LargeBatch
 from dmlfast.losses import *
 
 f64 = torch.float64
@@ -124,3 +128,75 @@ def test_one_that_can_is_enough():
 def test_others_of_another_length():
     x,y,ox,oy = some(5, 6)
     with pytest.raises(ValueError, match='embeddings have 6 numbers, and the others 4'): TripletLoss()(x, y, ox[:,:4], oy)
+
+class Steps(Callback):
+    "What each step compared, and with what value"
+    order,run_valid = 71,False
+    def before_fit(self): self.seen = []
+    def before_batch(self): self.batch = self.yb
+    def after_loss(self):
+        assert self.yb is self.batch or len(self.yb)==1 # as it was, for whoever comes after
+        self.seen.append((self.pred.detach().clone(), self.yb[0].clone(), self.learn.loss.item()))
+
+@pytest.mark.parametrize('size', [20,70,10_000])
+def test_each_batch_is_compared_with_the_last_steps(make_learner, size):
+    "With the embeddings as they were then, those of the oldest first to go; with none before `start`, and none of validation images"
+    loss = MultiSimilarityLoss()
+    learn,steps = make_learner(loss),Steps()
+    learn.fit(2, 1e-2, cbs=[BatchMemory(size, start=3), steps])
+    assert len(steps.seen)>6
+    for t,(x,y,value) in enumerate(steps.seen):
+        past = () if t<3 else [torch.cat([o[k] for o in steps.seen[:t]])[-size:] for k in (0,1)]
+        assert value==pytest.approx(loss(x, y, *past).item(), rel=1e-5)
+        assert not len(past) or value!=pytest.approx(loss(x, y).item(), rel=1e-5)
+
+def test_chunks_do_not_matter(make_learner):
+    "Of a large batch, the memory gets the embeddings of all chunks"
+    def run(*cbs, memory=True):
+        learn = make_learner(DRMultiSimilarityLoss(), freeze_bn=True, opt_func=SGD)
+        learn.fit(1, 1e-2, cbs=[*cbs, *([BatchMemory(100, start=0)] if memory else [])])
+        return learn.model.state_dict()
+    def far(a, b): return max((a[k]-b[k]).abs().max().item() for k in a)
+    whole = run()
+    assert far(whole, run(LargeBatch(7)))<1e-5<1e-4<far(whole, run(memory=False))
+
+@pytest.mark.parametrize('size', [50,400])
+def test_a_run_is_resumed_with_its_memory(make_learner, tmp_path, size):
+    def go(learn, *cbs): learn.fit_one_cycle(3, 1e-2, cbs=[BatchMemory(size, start=4), *cbs])
+    class Stop(Callback):
+        run_valid = False
+        def before_batch(self):
+            if self.epoch==2: raise KeyboardInterrupt
+    whole = make_learner()
+    go(whole)
+    with pytest.raises(KeyboardInterrupt): go(make_learner(), Checkpoint(tmp_path/'run'), Stop())
+    set_seed(5)
+    learn = make_learner(seed=9).resume(tmp_path/'run')
+    go(learn, Checkpoint(tmp_path/'run'))
+    assert [float(o) for o in learn.recorder.losses]==[float(o) for o in whole.recorder.losses]
+    for k,v in whole.model.state_dict().items(): assert torch.equal(v, learn.model.state_dict()[k])
+    other = make_learner(seed=9)
+    with pytest.raises(KeyboardInterrupt): go(other, Checkpoint(tmp_path/'other'), Stop())
+    with pytest.raises(ValueError, match=fr'remembered {size} embeddings: go on with `BatchMemory\({size}\)`'):
+        make_learner().resume(tmp_path/'other').fit_one_cycle(3, 1e-2, cbs=[BatchMemory(7, start=4), Checkpoint(tmp_path/'other')])
+
+def test_the_learner_refuses_what_cannot_remember(make_learner):
+    with pytest.raises(ValueError, match='BatchMemory has nothing to remember: ProxyNCALoss does not compare'):
+        make_learner(ProxyNCALoss()).fit(1, cbs=BatchMemory())
+    with pytest.raises(ValueError, match='BatchMemory has nothing to remember: the miner of TripletLoss'):
+        make_learner(TripletLoss(miner=lambda e,y: all_triplets(y))).fit(1, cbs=BatchMemory())
+    learn = make_learner(pml.MultiSimilarityLoss())
+    learn.fit(1, 1e-3, cbs=BatchMemory(50, start=1))
+
+def test_a_fit_that_is_too_short_says_so(make_learner):
+    learn = make_learner()
+    with pytest.warns(UserWarning, match='used after 1000 steps, and this fit has .*: give it a smaller `start`'): learn.fit(1, 1e-3, cbs=BatchMemory())
+
+def test_finding_a_rate_leaves_no_memory(make_learner):
+    learn = make_learner(cbs=BatchMemory(100, start=0))
+    learn.lr_find(num_it=4, show_plot=False)
+    assert learn.batch_memory.embs is None
+
+@pytest.mark.parametrize('args', [dict(size=0), dict(size=2.5), dict(start=-1), dict(start=None)], ids=str)
+def test_odd_arguments(args):
+    with pytest.raises(ValueError, match=next(iter(args))): BatchMemory(**args)
