@@ -4,13 +4,15 @@
     python benchmarks/scale.py chunks     # a step of `LargeBatch` beside one of the whole batch: 256 images of 64 pixels, a small body
     python benchmarks/scale.py memory     # 128 rows against 4,096 remembered ones, beside a plain rectangle and the square of them all
 
-Each measurement of memory is a process of its own: its peak less what it had before the step. What would take more than 6 GiB is stopped and says so.
-Time is processor time of one thread, the median of a few steps, since a machine may be shared."""
+Each measurement of memory is a process of its own: its peak less what it had before the step. What would take more than 6 GiB is stopped, and
+says so. Time is processor time of one thread, the median of a few steps, since a machine may be shared."""
 import json, os, resource, statistics, subprocess, sys, time, warnings
 warnings.simplefilter('ignore')
 limit,d,ns = 6,128,(256,1024,4096,16384)
-names = dict(TripletLoss='TripletLoss()', DRTripletLoss='DRTripletLoss()', MultiSimilarityLoss='MultiSimilarityLoss()', DRMultiSimilarityLoss='DRMultiSimilarityLoss()',
-    ContrastiveLoss='ContrastiveLoss()', SupConLoss='SupConLoss()', RecallAtKLoss='RecallAtKLoss()', ProxyNCALoss='ProxyNCALoss(11_318, 128)')
+names = dict(TripletLoss='TripletLoss()', DRTripletLoss='DRTripletLoss()', MultiSimilarityLoss='MultiSimilarityLoss()',
+    DRMultiSimilarityLoss='DRMultiSimilarityLoss()',
+ContrastiveLoss='ContrastiveLoss()',
+    SupConLoss='SupConLoss()', RecallAtKLoss='RecallAtKLoss()', ProxyNCALoss='ProxyNCALoss(11_318, 128)')
 remembered = {k:v for k,v in names.items() if k!='ProxyNCALoss'} | {'DRTripletLoss, hardest':'DRTripletLoss(miner=BatchHardMiner())'}
 
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
@@ -18,16 +20,17 @@ def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
 def batch(n, seed=0, classes=None):
     import torch
     g = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(n, d, generator=g), dim=1),torch.randint(classes, (n,), generator=g) if classes else torch.arange(n)//4
+    x = torch.nn.functional.normalize(torch.randn(n, d, generator=g), dim=1)
+    return x,torch.randint(classes, (n,), generator=g) if classes else torch.arange(n)//4
 
 def step(loss, x, *more):
     x = x.clone().requires_grad_()
     loss(x, *more).backward()
 
-def timed(f, at_least=1.):
+def timed(f, at_least=.5):
     "Median seconds of one thread, of three or more calls, or of one that is long"
     res = []
-    while not res or (sum(res)<at_least and len(res)<25) or (len(res)<3 and sum(res)<20):
+    while not res or (sum(res)<at_least and len(res)<25) or (len(res)<3 and sum(res)<10):
         t = time.process_time()
         f()
         res.append(time.process_time()-t)
@@ -84,35 +87,36 @@ def one_memory(name, classes, way, n=128, m=4096):
 
 def child(*args):
     "A measurement in a process of its own, stopped where it takes more than `limit` GiB"
-    code = f'import resource; resource.setrlimit(resource.RLIMIT_DATA, ({limit}<<30,)*2); import runpy; runpy.run_path({__file__!r}, run_name="__main__")'
-    res = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'), timeout=900)
+    code = f'import resource, runpy; resource.setrlimit(resource.RLIMIT_DATA, ({limit}<<30,)*2); runpy.run_path({__file__!r}, run_name="__main__")'
+    res = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True,
+        env=dict(os.environ, OMP_NUM_THREADS='1'), timeout=900)
     if res.returncode: return None if 'alloc' in res.stderr or 'Memory' in res.stderr or res.returncode<0 else sys.exit(res.stderr)
     return json.loads(res.stdout.splitlines()[-1])
 
 def show(res, unit=1): return 'over 6 GiB' if res is None else f"{res['seconds']*unit:.3g} / {res['mib']:,.0f}"
 
-def losses():
+def losses(*only):
     print('| loss, s / MiB | '+' | '.join(f'{n:,}' for n in ns)+' |\n|---'*1+'|---'*len(ns)+'|')
-    for name in names: print(f'| {name} | '+' | '.join(show(child('loss', name, str(n))) for n in ns)+' |', flush=True)
+    for name in only or names: print(f'| {name} | '+' | '.join(show(child('one_loss', name, str(n))) for n in ns)+' |', flush=True)
 
 def chunks():
     print('| chunk | s a step | MiB |\n|---|---|---|')
     for c in (0,128,64,32,16):
-        r = child('chunk', str(c))
+        r = child('one_chunk', str(c))
         print(f"| {c or 'whole batch'} | {r['seconds']:.2f} | {r['mib']:,.0f} |" if r else f'| {c} | over 6 GiB | |', flush=True)
 
 def memory():
-    print('| loss, ms / MiB | classes | 128 and 4,096 remembered | the square of 4,224 |\n|---|---|---|---|')
-    for c in ('1000','100'):
-        print(f"| plain rectangle | {c} | {show(child('memory', 'plain rectangle', c, 'memory'), 1e3)} | |", flush=True)
-        for name in remembered:
-            print(f'| {name} | {c} | '+' | '.join(show(child('memory', name, c, way), 1e3) for way in ('memory','square'))+' |', flush=True)
+    print('| loss, ms / MiB | 1,000 classes | 100 classes | the square of 4,224, 1,000 classes |\n|---|---|---|---|')
+    print(f"| plain rectangle | {show(child('one_memory', 'plain rectangle', '1000', 'memory'), 1e3)} | | |", flush=True)
+    for name in remembered:
+        res = [show(child('one_memory', name, *o), 1e3) for o in (('1000','memory'),('100','memory'),('1000','square'))]
+        print(f'| {name} | '+' | '.join(res)+' |', flush=True)
 
 if __name__=='__main__':
     what,*args = sys.argv[1:] or ['']
-    if what in ('loss','chunk','memory') and args: print(json.dumps(dict(loss=one_loss, chunk=one_chunk, memory=one_memory)[what](*args)))
+    if what.startswith('one_'): print(json.dumps(globals()[what](*args)))
     elif what in ('losses','chunks','memory'):
         import torch
         print(f'{os.cpu_count()} CPUs, one thread, load {os.getloadavg()[0]:.0f}, torch {torch.__version__}\n')
-        globals()[what]()
+        globals()[what](*args)
     else: print(__doc__)

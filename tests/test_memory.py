@@ -10,8 +10,10 @@ from dmlfast.all import BatchMemory, Checkpoint, LargeBatch
 from dmlfast.losses import *
 
 f64 = torch.float64
-LOSSES = dict(triplet=TripletLoss, triplet_squared=partial(TripletLoss, squared=True), triplet_hard=partial(TripletLoss, miner=BatchHardMiner()),
-    contrastive=partial(ContrastiveLoss, neg_margin=1.3), contrastive_mined=partial(ContrastiveLoss, neg_margin=1.3, miner=MultiSimilarityMiner()),
+LOSSES = dict(triplet=TripletLoss, triplet_squared=partial(TripletLoss, squared=True),
+    triplet_hard=partial(TripletLoss, miner=BatchHardMiner()),
+    contrastive=partial(ContrastiveLoss, neg_margin=1.3),
+    contrastive_mined=partial(ContrastiveLoss, neg_margin=1.3, miner=MultiSimilarityMiner()),
     contrastive_hard=partial(ContrastiveLoss, neg_margin=1.3, miner=BatchHardMiner()), margin=partial(MarginLoss, 9, miner=None, nu=.01),
     margin_pairs=partial(MarginLoss, miner=MultiSimilarityMiner()), npair=NPairLoss, ms=partial(MultiSimilarityLoss, lam=.7),
     ms_mined=partial(MultiSimilarityLoss, miner=BatchHardMiner()), supcon=SupConLoss, circle=CircleLoss,
@@ -84,7 +86,8 @@ def test_no_others_are_the_plain_loss(name, gamma):
     loss = LOSSES[name](gamma=gamma)
     for a,b in zip(grads(lambda x: loss(x, y, ox[:0], oy[:0]), x), grads(lambda x: loss(x, y), x)): assert torch.equal(a, b)
 
-@pytest.mark.parametrize('miner', [RandomMiner(), SemiHardMiner(), SoftHardMiner(), BatchHardMiner(), DistanceWeightedMiner(), MultiSimilarityMiner()], ids=str)
+@pytest.mark.parametrize('miner', [RandomMiner(), SemiHardMiner(), SoftHardMiner(), BatchHardMiner(), DistanceWeightedMiner(),
+    MultiSimilarityMiner()], ids=str)
 def test_miners_see_the_rectangle(miner):
     "Anchors of the batch alone, and positives and negatives in both"
     x,y,ox,oy = some(12, 30)
@@ -98,20 +101,22 @@ def test_miners_see_the_rectangle(miner):
     for got,want in ((torch.stack([a, p]),torch.stack(full[:2])), (torch.stack([a2, n]),torch.stack(full[2:]))):
         assert torch.equal(got, want[:,want[0]<12])
 
-@pytest.mark.parametrize('theirs', [pml.TripletMarginLoss(margin=.3), pml.MultiSimilarityLoss(), pml.ContrastiveLoss(neg_margin=1.2), pml.SupConLoss()],
-    ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize('theirs', [pml.TripletMarginLoss(margin=.3), pml.MultiSimilarityLoss(), pml.ContrastiveLoss(neg_margin=1.2),
+    pml.SupConLoss()], ids=lambda o: type(o).__name__)
 def test_losses_from_elsewhere_take_their_own_arguments(theirs):
     "PyTorch Metric Learning's compare with `ref_emb`; no row is a pair with itself"
     x,y,ox,oy = some(9, 14)
-    ours = {'TripletMarginLoss':TripletLoss(margin=.3, reduction='active'), 'MultiSimilarityLoss':None, 'ContrastiveLoss':ContrastiveLoss(neg_margin=1.2),
-        'SupConLoss':SupConLoss()}[type(theirs).__name__]
+    ours = dict(TripletMarginLoss=TripletLoss(margin=.3), MultiSimilarityLoss=None, ContrastiveLoss=ContrastiveLoss(neg_margin=1.2),
+        SupConLoss=SupConLoss())[type(theirs).__name__]
     value = OtherLoss(theirs)(x, y, ox, oy)
     if ours is not None: torch.testing.assert_close(value, ours(x, y, ox, oy), rtol=1e-5, atol=1e-6) # they add up in float32 here and there
     assert value.item()!=pytest.approx(OtherLoss(theirs)(x, y).item())
 
-@pytest.mark.parametrize('loss,why', [(ProxyNCALoss(4, 6),'ProxyNCALoss does not compare images with each other'), (ArcFaceLoss(4, 6),'ArcFaceLoss does not'),
+@pytest.mark.parametrize('loss,why', [(ProxyNCALoss(4, 6),'ProxyNCALoss does not compare images with each other'),
+    (ArcFaceLoss(4, 6),'ArcFaceLoss does not'),
     (AntiCollapse(),'AntiCollapse does not'), (CombinedLoss([ProxyNCALoss(4, 6), AntiCollapse()]),'ProxyNCALoss does not'),
-    (OtherLoss(pml.ProxyNCALoss(4, 6)),'ProxyNCALoss compares images with weights of its own'), (OtherLoss(lambda e,y: e.sum()),'takes no others'),
+    (OtherLoss(pml.ProxyNCALoss(4, 6)),'ProxyNCALoss compares images with weights of its own'),
+    (OtherLoss(lambda e,y: e.sum()),'takes no others: it has no indices_tuple, ref_emb, ref_labels'),
     (TripletLoss(miner=lambda e,y: all_triplets(y)),'the miner of TripletLoss, .*, chooses within a batch alone')], ids=str)
 def test_what_has_nothing_to_compare_is_refused(loss, why):
     x,y,ox,oy = some(5, 6)
@@ -191,7 +196,8 @@ def test_the_learner_refuses_what_cannot_remember(make_learner):
 
 def test_a_fit_that_is_too_short_says_so(make_learner):
     learn = make_learner()
-    with pytest.warns(UserWarning, match='used after 1000 steps, and this fit has .*: give it a smaller `start`'): learn.fit(1, 1e-3, cbs=BatchMemory())
+    with pytest.warns(UserWarning, match='used after 1000 steps, and this fit has .*: give it a smaller `start`'):
+        learn.fit(1, 1e-3, cbs=BatchMemory())
 
 def test_finding_a_rate_leaves_no_memory(make_learner):
     learn = make_learner(cbs=BatchMemory(100, start=0))

@@ -83,7 +83,7 @@ class MetricLoss(CheckedArgs, nn.Module):
         embs:Tensor, # Embeddings, `(n,d)` float32 or float64
         labels:Tensor, # Class of each row, `(n,)` int64
     )->Tensor: # Scalar, or `(n,)` if `reduction` is `'none'`
-        "What a subclass defines: the loss of finite float embeddings and int64 labels; one that takes others has a third argument, `n=None`"
+        "What a subclass defines: the loss of finite float embeddings and int64 labels; with a third argument `n=None` it takes others"
         raise NotImplementedError
 
     def setup(self,
@@ -269,11 +269,12 @@ class OtherLoss(MetricLoss):
 
     def no_others(self):
         "PyTorch Metric Learning's losses can: they take `ref_emb`"
-        try: takes = {'indices_tuple','ref_emb','ref_labels'} <= inspect.signature(getattr(self.loss, 'forward', self.loss)).parameters.keys()
-        except ValueError: takes = False # a function of C does not say
-        if takes and not self.seen_only: return None
-        return f"{getattr(self.loss, '__name__', type(self.loss).__name__)} compares " + ("images with weights of its own, and not with each "
-            "other" if self.seen_only else "the images of a batch, and takes no others (`indices_tuple`, `ref_emb` and `ref_labels`)")
+        name = getattr(self.loss, '__name__', type(self.loss).__name__)
+        if self.seen_only: return f"{name} compares images with weights of its own, and not with each other"
+        try: has = inspect.signature(getattr(self.loss, 'forward', self.loss)).parameters.keys()
+        except ValueError: has = () # a function of C does not say
+        if missing := {'indices_tuple','ref_emb','ref_labels'}-set(has):
+            return f"{name} compares the images of a batch, and takes no others: it has no {', '.join(sorted(missing))}"
 
     def compute(self, embs, labels, n=None):
         unseen = self.seen_only and not self.training and self.n_classes and (labels>=self.n_classes).any()

@@ -96,7 +96,7 @@ class Miner(CheckedArgs):
     def __call__(self,
         embs:Tensor, # Embeddings, `(m,d)` float
         labels:Tensor, # Class of each row, `(m,)` integer
-        d2:Tensor=None, # Squared distances of the anchors, the first `n` rows, to all, `(n,m)`, where they are at hand; all are anchors if not
+        d2:Tensor=None, # Squared distances of the anchors, the first `n` rows, to all, `(n,m)`; those of all rows if not given
     )->tuple: # `(a,p,n)` or `(a,p,a2,n)`, int64 vectors
         "Index vectors of the triplets or pairs to learn from"
         if d2 is None: embs,labels = check_batch(embs, labels)
@@ -125,7 +125,7 @@ def call_miner(
     "What the miner finds, without a gradient, sparing our own miners a second Gram matrix"
     if isinstance(miner, type) or not callable(miner): raise ValueError(f'a miner is a callable such as SemiHardMiner(), not {miner!r}')
     if len(d2)<len(embs) and not getattr(miner, 'takes_others', False):
-        raise ValueError(f'{miner!r} chooses among the images of a batch, and there are others: a `Miner` that can says `takes_others = True`')
+        raise ValueError(f'{miner!r} chooses within a batch alone, and there are others: a `Miner` that can says `takes_others = True`')
     args = (embs.detach(), labels)
     return miner(*args, d2.detach()) if isinstance(miner, Miner) else miner(*args)
 
