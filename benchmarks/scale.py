@@ -4,15 +4,14 @@
     python benchmarks/scale.py chunks     # a step of `LargeBatch` beside one of the whole batch: 256 images of 64 pixels, a small body
     python benchmarks/scale.py memory     # 128 rows against 4,096 remembered ones, beside a plain rectangle and the square of them all
 
-Each measurement of memory is a process of its own: its peak less what it had before the step. What would take more than 6 GiB is stopped, and
-says so. Time is processor time of one thread, the median of a few steps, since a machine may be shared."""
+Each measurement of memory is a process of its own: its peak less what it had before the step. What would take more than 6 GiB is stopped,
+and says so. Time is processor time of one thread, the median of a few steps, since a machine may be shared."""
 import json, os, resource, statistics, subprocess, sys, time, warnings
 warnings.simplefilter('ignore')
 limit,d,ns = 6,128,(256,1024,4096,16384)
 names = dict(TripletLoss='TripletLoss()', DRTripletLoss='DRTripletLoss()', MultiSimilarityLoss='MultiSimilarityLoss()',
-    DRMultiSimilarityLoss='DRMultiSimilarityLoss()',
-ContrastiveLoss='ContrastiveLoss()',
-    SupConLoss='SupConLoss()', RecallAtKLoss='RecallAtKLoss()', ProxyNCALoss='ProxyNCALoss(11_318, 128)')
+    DRMultiSimilarityLoss='DRMultiSimilarityLoss()', ContrastiveLoss='ContrastiveLoss()', SupConLoss='SupConLoss()',
+    RecallAtKLoss='RecallAtKLoss()', ProxyNCALoss='ProxyNCALoss(11_318, 128)')
 remembered = {k:v for k,v in names.items() if k!='ProxyNCALoss'} | {'DRTripletLoss, hardest':'DRTripletLoss(miner=BatchHardMiner())'}
 
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
@@ -87,7 +86,8 @@ def one_memory(name, classes, way, n=128, m=4096):
 
 def child(*args):
     "A measurement in a process of its own, stopped where it takes more than `limit` GiB"
-    code = f'import resource, runpy; resource.setrlimit(resource.RLIMIT_DATA, ({limit}<<30,)*2); runpy.run_path({__file__!r}, run_name="__main__")'
+    code = (f'import resource, runpy; resource.setrlimit(resource.RLIMIT_DATA, ({limit}<<30,)*2);'
+        f'runpy.run_path({__file__!r}, run_name="__main__")')
     res = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True,
         env=dict(os.environ, OMP_NUM_THREADS='1'), timeout=900)
     if res.returncode: return None if 'alloc' in res.stderr or 'Memory' in res.stderr or res.returncode<0 else sys.exit(res.stderr)

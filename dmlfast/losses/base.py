@@ -142,6 +142,15 @@ class MetricLoss(CheckedArgs, nn.Module):
         args = (f'{o}={getattr(self,o)!r}' for o in inspect.signature(type(self).__init__).parameters if o!='self')
         return f"{type(self).__name__}({', '.join(args)})"
 
+# %% ../../nbs/api/losses/02_base.ipynb #3e0244ae
+def reduce_values(
+    values:Tensor, # One value per row, `(n,)`
+    reduction:str, # `'mean'`, `'sum'` or `'none'`
+)->Tensor: # Scalar, or `(n,)`
+    "Reduce one value per row; the mean of none is 0"
+    if reduction=='none': return values
+    return values.sum()/(max(len(values), 1) if reduction=='mean' else 1)
+
 # %% ../../nbs/api/losses/02_base.ipynb #b2806b0f
 @patch
 def beside(self:MetricLoss,
@@ -155,15 +164,6 @@ def beside(self:MetricLoss,
     others,other_labels = check_batch(others.detach(), other_labels)
     if others.shape[1]!=embs.shape[1]: raise ValueError(f'embeddings have {embs.shape[1]} numbers, and the others {others.shape[1]}')
     return torch.cat([embs, others.to(embs)]),torch.cat([labels, other_labels.to(labels.device)])
-
-# %% ../../nbs/api/losses/02_base.ipynb #3e0244ae
-def reduce_values(
-    values:Tensor, # One value per row, `(n,)`
-    reduction:str, # `'mean'`, `'sum'` or `'none'`
-)->Tensor: # Scalar, or `(n,)`
-    "Reduce one value per row; the mean of none is 0"
-    if reduction=='none': return values
-    return values.sum()/(max(len(values), 1) if reduction=='mean' else 1)
 
 # %% ../../nbs/api/losses/02_base.ipynb #e9e44fa1
 def reduce_anchors(
