@@ -43,6 +43,7 @@ def class_mates(
 )->list[tuple[Tensor,Tensor]]: # For each class size k>1: anchors `(r,)` and their class-mates `(r,k-1)`, int64
     "The anchors of all classes of one size with the other rows of their class, for each size"
     y,order = labels.cpu().sort(stable=True)
+    if n==len(y): n = None
     if n is not None: y,order = (o[torch.isin(y, labels[:n].cpu())] for o in (y,order))
     size = y.unique_consecutive(return_counts=True)[1]
     sizes = set(size.tolist())
