@@ -60,7 +60,11 @@ def unit_(
     return x.div_(n.masked_fill_(n==0, 1))
 
 # %% ../../nbs/api/retrieval/01_search.ipynb #90b2ea9f
-def _prepare_(query, gallery, metric):
+def prepare_(
+    query, # `(q,d)` float
+    gallery, # `(n,d)` float, or `query` itself
+    metric:str, # `'cosine'`, `'l2'` or `'dot'`
+)->tuple:
     "Rows, overwritten, whose inner product plus a bias ranks the gallery: the bias, and the scale to multiply shown scores by"
     xs = [gallery] if query is gallery else [query,gallery]
     if metric=='cosine':
@@ -156,7 +160,7 @@ class Scores:
     ):
         if isinstance(gallery, Gallery): self.q,self.g,self.twins,self.bias,self.scale = unit_(query),gallery.rows,gallery.twins,None,1.
         else:
-            self.q,(self.bias,self.scale) = query,_prepare_(query, gallery, metric)
+            self.q,(self.bias,self.scale) = query,prepare_(query, gallery, metric)
             self.g,self.twins = _distinct(gallery)
             if self.twins and self.bias is not None: self.bias = self.bias[self.twins[0]]
         self.metric,self.self_idx,self.ignore,self.n = metric,self_idx,ignore,len(gallery)
@@ -358,11 +362,16 @@ def _topk_faiss(scores, k, vals, idxs):
     return torch.cat(todo)
 
 # %% ../../nbs/api/retrieval/01_search.ipynb #1e8fdb8e
-def _as_scores(scores, v):
+def as_scores(
+    metric:str, # `'cosine'`, `'l2'` or `'dot'`
+    q, # Queries that `prepare_` made, `(r,d)` float
+    v, # Inner products with the gallery plus the bias, `(r,k)` float
+    scale:float, # As `prepare_` gave it
+)->Tensor: # `(r,k)` float
     "What is ranked by as what is shown: the similarity, a cosine within [-1,1], or minus the distance"
-    if scores.metric=='cosine': return torch.where(v.isinf(), v, v.clamp(-1, 1)) # a rounded sum of squares can be above 1
-    if scores.metric=='dot': return v*scores.scale
-    return -(scores.q.pow(2).sum(1, keepdim=True) - 2*v).clamp(min=0).sqrt()*scores.scale
+    if metric=='cosine': return torch.where(v.isinf(), v, v.clamp(-1, 1)) # a rounded sum of squares can be above 1
+    if metric=='dot': return v*scale
+    return -(q.pow(2).sum(1, keepdim=True) - 2*v).clamp(min=0).sqrt()*scale
 
 # %% ../../nbs/api/retrieval/01_search.ipynb #81fda4b6
 def ignored(
@@ -421,7 +430,7 @@ def neighbours(
         if backend=='auto' and len(q)<4 and g.shape[0]*g.shape[1]>=2**22 and not q.is_cuda and faiss_or_none(): backend = 'faiss'
         if backend=='faiss' and ids is None and _faiss(): todo = _topk_faiss(scores, k, v, i)
         if len(todo): _topk_torch(scores, k, v, i, todo)
-        return _as_scores(scores, v),i
+        return as_scores(metric, scores.q, v, scores.scale),i
 
 # %% ../../nbs/api/retrieval/01_search.ipynb #28b9f3d1
 def _kmeans_faiss(faiss, x, start, n_iter):
