@@ -24,6 +24,7 @@ from ..models.embedder import unwrapped
 from ..models.heads import shorten_head
 from ..retrieval.embedded import *
 from ..retrieval.embedded import check_lengths, first_numbers
+from ..retrieval.search import *
 from ..retrieval.index import *
 
 # %% ../../nbs/api/deploy/00_embedder.ipynb #61ab4539
