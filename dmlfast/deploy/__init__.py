@@ -1,5 +1,6 @@
 "An embedder with its gallery, without its training"
-from . import embedder, folder
+from . import gallery, embedder, folder
+from .gallery import *
 from .embedder import *
 from .folder import *
-__all__ = [*embedder.__all__, *folder.__all__]
+__all__ = [*gallery.__all__, *embedder.__all__, *folder.__all__]
