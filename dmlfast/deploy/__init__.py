@@ -1,6 +1,7 @@
 "An embedder with its gallery, without its training"
-from . import gallery, embedder, folder
+from . import gallery, embedder, lance, folder
 from .gallery import *
 from .embedder import *
+from .lance import *
 from .folder import *
-__all__ = [*gallery.__all__, *embedder.__all__, *folder.__all__]
+__all__ = [*gallery.__all__, *embedder.__all__, *lance.__all__, *folder.__all__]
