@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/deploy/folder.html.md"""
 __all__ = ['check_embedder_folder', 'load_embedder']
 
 # %% ../../nbs/api/deploy/04_folder.ipynb #03ac7f77
-import contextlib, hashlib, json, math, re, reprlib, shutil, tempfile, threading, torch
+import contextlib, json, math, re, reprlib, shutil, tempfile, threading, torch
 from fastcore.basics import patch
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,11 @@ from safetensors.torch import load_file, save_file
 from timm.layers import to_2tuple
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from types import SimpleNamespace
+from .gallery import *
+from .gallery import as_facts
 from .embedder import *
+from .lance import *
+from .journal import *
 from ..models.embedder import *
 from ..models.bodies import *
 from ..models.bodies import misfits, misfits_said
@@ -26,7 +30,7 @@ from ..models.embedder import named_heads
 from ..files.writing import check_folder, clear_up
 
 # %% ../../nbs/api/deploy/04_folder.ipynb #cd3fb98f
-_format = 2 # 1: nothing said how images are opened, and they were taken as they are stored
+_format = 3 # 1: nothing said how images are opened, and they were taken as they are stored; 2: no changes of the gallery
 _max_about,_max_deep,_max_side,_max_px,_max_emb = 2**20,16,2**14,2**24,2**16
 
 def _is_plain(o, deep=_max_deep):
@@ -123,9 +127,6 @@ def _check_finite(tensors, what):
         raise ValueError(f"{what}: {bad[0]!r} holds nan or infinite numbers, and an embedder's must be finite.")
 
 # %% ../../nbs/api/deploy/04_folder.ipynb #10e0645a
-def _sha(path):
-    with path.open('rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-
 def check_embedder_folder(
     folder, # Where an embedder is to be written
     overwrite:bool=False, # May it take the place of another?
@@ -148,7 +149,7 @@ def _take_place(new, folder):
 
 def _description(embedder, spec):
     "What `embedder.json` will hold, but for the hashes, as JSON gives it back"
-    res = dict(format=_format, model=spec, preprocess=embedder.preprocess.spec(), facts=embedder.facts,
+    res = dict(format=2, model=spec, preprocess=embedder.preprocess.spec(), facts=embedder.facts,
         versions={o:version(o) for o in ('dmlfast','timm','torch')})
     try: text = json.dumps(res, indent=1, ensure_ascii=False).encode()
     except (TypeError,ValueError,RecursionError) as e:
@@ -158,14 +159,17 @@ def _description(embedder, spec):
             "facts.")
     return json.loads(text)
 
+def _has_rows(embedder): return isinstance(embedder.gallery, MemoryGallery) and len(embedder)>0 # a table stays where it is
+
 def _check_whole(embedder, preprocess):
     "Raise `ValueError` for an embedder that would be refused when it is read"
     model = unwrapped(embedder.model)
     _check_finite(model.embedder_state(), 'The model cannot be written')
     n = model.emb_sz
-    if len(embedder) and embedder.embs.shape[1]!=n:
-        raise ValueError(f"The gallery holds embeddings of {embedder.embs.shape[1]} numbers, and the model makes {n}.")
-    if len(embedder): _check_finite(dict(gallery=embedder.embs), 'The embedder cannot be written')
+    if _has_rows(embedder):
+        if embedder.embs.shape[1]!=n:
+            raise ValueError(f"The gallery holds embeddings of {embedder.embs.shape[1]} numbers, and the model makes {n}.")
+        _check_finite(dict(gallery=embedder.embs), 'The embedder cannot be written')
     try: _probe(model, preprocess)
     except Exception as e: raise ValueError(f"The model cannot take the images that its preprocessing makes: {_last_line(e)}") from e
 
@@ -195,6 +199,7 @@ def save(self:ImageEmbedder,
             tmp.chmod(0o755)
             _take_place(tmp, folder)
         finally: shutil.rmtree(tmp, ignore_errors=True)
+    if self.gallery.journal and self.gallery.journal.folder==folder: self.gallery.journal = Journal(folder)
     return folder
 
 def _prove(tmp, folder):
@@ -211,11 +216,12 @@ def write(self:ImageEmbedder,
 ):
     "Write the files, the one with the hashes last"
     save_file({k:v.detach().cpu().contiguous() for k,v in unwrapped(self.model).embedder_state().items()}, folder/'weights.safetensors')
-    if len(self):
+    if _has_rows(self):
         save_file({'embs':self.embs.contiguous()}, folder/'gallery.safetensors')
-        (folder/'gallery.json').write_text(json.dumps(dict(labels=self.labels, items=self.items), ensure_ascii=False), encoding='utf-8',
-            errors='surrogateescape')
-    about['sha256'] = {o.name:_sha(o) for o in sorted(folder.iterdir())}
+        facts = {'facts':self.gallery.facts} if self.gallery.facts else {}
+        (folder/'gallery.json').write_text(json.dumps(dict(labels=self.labels, items=self.items, **facts), ensure_ascii=False),
+            encoding='utf-8', errors='surrogateescape')
+    about['sha256'] = {o.name:hash_of(o) for o in sorted(folder.iterdir())}
     (folder/'embedder.json').write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding='utf-8')
     for o in folder.iterdir(): o.chmod(0o644) # safetensors lets the owner alone read
 
@@ -239,14 +245,15 @@ def _about(folder):
 
 def _check_files(sha256, folder):
     "Raise `FileNotFoundError` or `ValueError` where a file is not there, has no hash, or another one"
-    parts = 'gallery.json','gallery.safetensors'
-    want = ['weights.safetensors',*parts] if any(o in sha256 or (folder/o).exists() for o in parts) else ['weights.safetensors']
+    parts,changed = ('gallery.json','gallery.safetensors'),changes_in(sha256)
+    has = any(o in sha256 or not changed and (folder/o).exists() for o in parts) # changes can have taken their place
+    want = ['weights.safetensors',*parts] if has else ['weights.safetensors']
     for name in dict.fromkeys([*want,*sha256]):
         if not (folder/name).is_file(): raise FileNotFoundError(f"{str(folder)!r} is incomplete: there is no {name!r}.")
         if name not in sha256:
             raise ValueError(f"'embedder.json' in {str(folder)!r} lacks sha256 of {name!r}: every file that is read must have its hash "
                 "there.")
-        if _sha(folder/name)!=sha256[name]: raise ValueError(f"{name!r} in {str(folder)!r} was changed or cut off since it was written.")
+        if hash_of(folder/name)!=sha256[name]: raise ValueError(f"{name!r} in {str(folder)!r} was changed or cut off since it was written.")
 
 # %% ../../nbs/api/deploy/04_folder.ipynb #b11fa3de
 def _header(folder, name):
@@ -327,15 +334,29 @@ def _gallery(folder, emb_sz):
         got = g.get(k) if isinstance(g, dict) else g
         if not isinstance(got, list) or len(got)!=at.shape[0] or not all(isinstance(o, str) for o in got):
             _refuse(folder, 'gallery.json', k, f"a list of text, one for each of {at.shape[0]:,} rows in 'gallery.safetensors'", got)
-    return _tensors(folder, 'gallery.safetensors')['embs'],g['labels'],g['items']
+    try: facts = as_facts(g.get('facts'), at.shape[0], {})
+    except (ValueError,TypeError,KeyError) as e:
+        raise ValueError(f"'gallery.json' in {str(folder)!r}: `facts` must be an object of lists, one value for each row: {e}") from e
+    return _tensors(folder, 'gallery.safetensors')['embs'],g['labels'],g['items'],facts
 
 # %% ../../nbs/api/deploy/04_folder.ipynb #ec0f94a0
 def load_embedder(
     folder, # What `export_embedder` or `ImageEmbedder.save` wrote
     device='cpu', # Where the model shall be
+    write:bool=False, # Keep each change of the gallery in the folder?
+    gallery=None, # A table of LanceDB to search, which `to_lancedb` wrote, `.lance`; the folder's own gallery if not given
 )->ImageEmbedder:
     "Read an embedder; raises `FileNotFoundError` or `ValueError` where the folder is not one, whole and as it was written"
     folder = Path(folder)
+    while True:
+        text = _text(folder)
+        try: return _load(folder, device, write, gallery, text)
+        except (FileNotFoundError,ValueError): # a writer can have put one file in the place of many meanwhile
+            if _text(folder)==text: raise
+
+def _text(folder): return o.read_bytes() if (o := folder/'embedder.json').is_file() and o.stat().st_size<=_max_about else None
+
+def _load(folder, device, write, gallery, text):
     about = _about(folder)
     try: preprocess = Preprocess(**{'background':None, **about['preprocess']})
     except (TypeError,ValueError) as e:
@@ -345,5 +366,13 @@ def load_embedder(
     except RuntimeError as e:
         raise ValueError(f"The weights in {str(folder)!r} do not fit the model that is described there: {_last_line(e)}") from e
     res = ImageEmbedder(model.to(device), preprocess, about.get('facts'))
-    if 'gallery.json' in about['sha256']: res.add_embs(*_gallery(folder, about['model']['emb_sz']))
+    if gallery is not None: res.gallery = open_lance(gallery, model)
+    else: _read_gallery(res.gallery, about, folder)
+    if write and gallery is None: res.gallery.journal = Journal(folder, text.decode())
     return res
+
+def _read_gallery(gallery, about, folder):
+    "The gallery as it was written, and then its changes"
+    n = about['model']['emb_sz']
+    if 'gallery.json' in about['sha256']: gallery.add(*_gallery(folder, n))
+    for o in changes_in(about['sha256']): read_change(gallery, folder/o, n)
