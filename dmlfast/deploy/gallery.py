@@ -38,7 +38,7 @@ def as_facts(
     n:int, # Items
     kinds:dict, # What columns that are there already hold, as `kind_of` says it
 )->dict: # Column -> list
-    "Facts as files can hold them; raises `ValueError` for another number of them, or another kind than the column has"
+    "Facts as files can hold them, without columns of nothing; raises `ValueError` for another number of them, or another kind than the column has"
     res = {}
     for k,v in ({} if facts is None else {k:facts[k] for k in facts}).items():
         if not isinstance(k, str) or not k.isidentifier() or k in ('label','item','seq','vector'):
@@ -49,6 +49,7 @@ def as_facts(
         if len(held-{None})>1:
             said = ' and '.join(sorted({str:'text', float:'numbers', bool:'true and false'}[o] for o in held if o))
             raise ValueError(f"A column of facts holds one kind, and {k!r} holds {said}.")
+        if held=={None} and k not in kinds: del res[k] # nothing is known yet, not even the kind
     return res
 
 # %% ../../nbs/api/deploy/00_gallery.ipynb #9051458b
@@ -122,7 +123,7 @@ def refuse_none(
     "Raise `ValueError`, with the nearest name"
     near = [o for k,v in where.items() if k in columns and not callable(v) for w in v if isinstance(w, str)
         for o in get_close_matches(w, {c for c in columns[k] if isinstance(c, str)}, 1)]
-    raise ValueError(f"Nothing in the gallery has {said(where)}." + f" Did you mean {near[0]!r}?"*bool(near))
+    raise ValueError(f"Nothing in the gallery has {said(where)}." + (f" Did you mean {near[0]!r}?" if near else ''))
 
 # %% ../../nbs/api/deploy/00_gallery.ipynb #a43226ed
 @patch
