@@ -21,6 +21,12 @@ def empty(tmp_path_factory):
     return Machine.folder
 
 @pytest.fixture
+def one_model(empty, monkeypatch):
+    "The network is built once, since that takes the most time"
+    model = load_embedder(empty).model
+    monkeypatch.setattr('dmlfast.deploy.folder._model', lambda *args: model)
+
+@pytest.fixture
 def folder(empty, tmp_path): return Path(shutil.copytree(empty, tmp_path/'e'))
 
 def stub(finder):
@@ -127,12 +133,12 @@ class Machine(RuleBasedStateMachine):
 
 class LanceMachine(Machine): lance = True
 
-def test_a_gallery_in_memory_and_its_folder_is_a_list(empty):
+def test_a_gallery_in_memory_and_its_folder_is_a_list(empty, one_model):
     from hypothesis.stateful import run_state_machine_as_test
     run_state_machine_as_test(Machine, settings=settings(max_examples=25, stateful_step_count=20, deadline=None, derandomize=True,
         database=None))
 
-def test_a_table_is_a_list(empty):
+def test_a_table_is_a_list(empty, one_model):
     from hypothesis.stateful import run_state_machine_as_test
     run_state_machine_as_test(LanceMachine, settings=settings(max_examples=12, stateful_step_count=16, deadline=None, derandomize=True,
         database=None))
@@ -141,8 +147,11 @@ def test_a_table_is_a_list(empty):
 script = '''
 import os, random, signal, sys, time, torch
 from dmlfast.deploy import MemoryGallery, load_embedder
+import dmlfast.deploy.folder as rooms
 assert 'lancedb' not in sys.modules and 'fastai' not in sys.modules
 folder,kills = sys.argv[1],int(sys.argv[2])
+model = load_embedder(folder).model
+rooms._model = lambda *args: model # the network does not change, and takes the most time
 
 def step(g, i):
     "Change number `i` of a gallery: what it is follows from `i` and from what is there"
@@ -211,10 +220,10 @@ print(done, between, len(left))
 
 def test_what_was_acknowledged_is_there_after_a_kill(folder):
     "At random moments and in random calls: nothing is lost and nothing is half there, also for a reader beside the writer"
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', script, str(folder), '40'], capture_output=True, text=True)
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', script, str(folder), '24'], capture_output=True, text=True)
     assert not res.returncode, res.stderr
     done,between,left = map(int, res.stdout.split())
-    assert done>100 and between>0 and left<12
+    assert done>50 and between>0 and left<12
 
 # ---- folders ----
 def test_a_folder_that_changed(folder):
@@ -260,7 +269,7 @@ def test_changes_that_were_tampered_with(folder):
         'one row replaces one': dict(change=text(op='replace'), embs=torch.ones(2,d), **rows),
         '`name` must be text': dict(change=text(op='name', column='embs', name='x'), **rows),
         'KeyError': rows, 'JSONDecodeError': dict(change=torch.tensor([91], dtype=torch.uint8)),
-        'TypeError|ValueError': dict(change=text()[:0])}.items():
+        'TypeError': dict(change=torch.tensor([*b'null'], dtype=torch.uint8))}.items():
         save_file(o, folder/name)
         with pytest.raises(ValueError, match=f"'{name}' in .* was changed or cut off since it was written"): load_embedder(folder)
         about = json.loads((folder/'embedder.json').read_text())
@@ -306,14 +315,14 @@ def test_what_is_refused(folder, tmp_path, lance):
     assert len(e)==4 and e.search(np.ones(d), filter='cats')==[]
     assert [o.item for o in e.search(np.eye(d)[0], k=9, filter=['cat','dog'])]==['1','2','3']
     import pandas as pd
-    e.add([np.ones(d)]*2, 'owl', 'ab', pd.DataFrame(dict(price=[7,None], day=pd.to_datetime(['2024-06-01',None]))))
+    e.add([np.ones(d)]*2, 'owl', ['a','b'], pd.DataFrame(dict(price=[7,None], day=pd.to_datetime(['2024-06-01',None]))))
     assert [o.item for o in e.search(np.ones(d), filter=dict(day=lambda o: o>='2024-06'))]==['a']
 
 def test_tables(folder, tmp_path, monkeypatch):
     "An index is near the exact answer, filtered or not; another network, a stranger's table and no LanceDB are a sentence"
     e,g = stub(load_embedder(folder)),torch.Generator().manual_seed(0)
     x = torch.randn(3000, d, generator=g)
-    e.add_embs(x, [f'{i%5}' for i in range(3000)], map(str, range(3000)) and [str(i) for i in range(3000)])
+    e.add_embs(x, [f'{i%5}' for i in range(3000)], [str(i) for i in range(3000)])
     qs = [*torch.randn(20, d, generator=g).numpy()]
     want = [[o.item for o in h] for f in (None,'3') for h in e.search(qs, 10, filter=f)]
     e.to_lancedb(tmp_path/'g.lance')

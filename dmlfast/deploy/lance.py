@@ -228,7 +228,9 @@ def index(self:LanceGallery,
     if len(self)<256: raise ValueError(f"An index is built from at least 256 rows, and there are {len(self)}: fewer are searched without.")
     d = self.width
     sub = sub_vectors or next(o for o in (d//8,d//4,d//2,d) if o and d%o==0)
-    self.table.create_index(metric='cosine', num_partitions=partitions or max(1, round(len(self)**.5)), num_sub_vectors=sub)
+    from lancedb.index import IvfPq
+    lists = partitions or max(1, round(len(self)**.5))
+    self.table.create_index('vector', config=IvfPq(distance_type='cosine', num_partitions=lists, num_sub_vectors=sub))
 
 # %% ../../nbs/api/deploy/02_lance.ipynb #9bad7317
 def _made_by(model): return weights_hash(unwrapped(model).state_dict())
