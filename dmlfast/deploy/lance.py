@@ -221,7 +221,7 @@ def _tidy(self:LanceGallery, every=200):
 
 @patch
 def index(self:LanceGallery,
-    partitions:int=None, # Lists that rows are divided into; about the square root of their number if not given
+    partitions:int=None, # Lists that rows are divided into; one for 4,096 rows if not given
     sub_vectors:int=None, # Bytes a row in the index; an eighth of the numbers of an embedding if not given, where that divides them
 ):
     "Build LanceDB's IVF-PQ index; rows that are added later are searched beside it, and join it as the table is tidied up"
@@ -229,7 +229,7 @@ def index(self:LanceGallery,
     d = self.width
     sub = sub_vectors or next(o for o in (d//8,d//4,d//2,d) if o and d%o==0)
     from lancedb.index import IvfPq
-    lists = partitions or max(1, round(len(self)**.5))
+    lists = partitions or math.ceil(len(self)/4096)
     self.table.create_index('vector', config=IvfPq(distance_type='cosine', num_partitions=lists, num_sub_vectors=sub))
 
 # %% ../../nbs/api/deploy/02_lance.ipynb #9bad7317
