@@ -2,7 +2,8 @@
 
     python benchmarks/lance.py 100000 1000000
 
-Rows are of 128 numbers around 10,000 centres and come in batches of 50,000, so that no process holds them all. Each step is a process of its own, whose peak of resident memory is counted from what the imports take."""
+Rows are of 128 numbers around 10,000 centres and come in batches of 50,000, so that no process holds them all. Each step is a process of
+its own, whose peak of resident memory is counted from what the imports take."""
 import json, os, resource, subprocess, sys, tempfile, time
 from pathlib import Path
 
@@ -36,9 +37,14 @@ def build(finder, path, n):
 
 def index(finder, path, n): finder.gallery.index()
 
-def found(finder, **kwargs):
+def queries(keep=lambda c: c>=0):
+    "Those of centres that count"
+    x,c = rows(10**6, 50*n_queries)
+    return x[keep(c)][:n_queries]
+
+def found(finder, keep=lambda c: c>=0, **kwargs):
     "Names found for the queries, and milliseconds a query"
-    q = rows(10**6, n_queries)[0]
+    q = queries(keep)
     finder.gallery.find(q[:1], k, **kwargs)
     start = time.perf_counter()
     res = finder.gallery.find(q, k, **kwargs)
@@ -47,7 +53,7 @@ def found(finder, **kwargs):
 def nearest(n, keep=lambda c: c>=0):
     "The exact answer, a batch of rows at a time"
     import torch
-    q,best,names = rows(10**6, n_queries)[0],torch.zeros(n_queries, 0),torch.zeros(n_queries, 0, dtype=torch.int64)
+    q,best,names = queries(keep),torch.zeros(n_queries, 0),torch.zeros(n_queries, 0, dtype=torch.int64)
     for i in range(n//batch):
         x,c = rows(i)
         s = (q@x.T).masked_fill(~keep(c), -2)
@@ -70,8 +76,9 @@ def search(finder, path, n, probes=50): # as `find` has it
 def few_lists(finder, path, n): return search(finder, path, n, 20)
 
 def filtered(finder, path, n):
-    got,res = found(finder, filter=dict(price=lambda p: p<10))
-    return dict(res, recall=recall(got, nearest(n, lambda c: c%100<10)))
+    def keep(c): return c%100<10
+    got,res = found(finder, keep, filter=dict(price=lambda p: p<10))
+    return dict(res, recall=recall(got, nearest(n, keep)))
 
 def change(finder, path, n):
     "Milliseconds of each change, and that it is found"
@@ -108,7 +115,8 @@ def main(sizes):
     for n in sizes:
         with tempfile.TemporaryDirectory() as tmp:
             for name in steps:
-                out = subprocess.run([sys.executable, '-W', 'ignore', __file__, name, f'{tmp}/g.lance', str(n)], capture_output=True, text=True)
+                args = [sys.executable, '-W', 'ignore', __file__, name, f'{tmp}/g.lance', str(n)]
+                out = subprocess.run(args, capture_output=True, text=True)
                 if out.returncode: sys.exit(out.stderr)
                 o = json.loads(out.stdout.splitlines()[-1])
                 ms,rec = (f'{o[c]:{f}}' if c in o else '' for c,f in (('ms','.1f'),('recall','.3f')))

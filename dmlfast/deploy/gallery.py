@@ -38,7 +38,7 @@ def as_facts(
     n:int, # Items
     kinds:dict, # What columns that are there already hold, as `kind_of` says it
 )->dict: # Column -> list
-    "Facts as files can hold them, without columns of nothing; raises `ValueError` for another number of them, or another kind than the column has"
+    "Facts as files can hold them, without columns of nothing; raises `ValueError` for another number, or another kind than is there"
     res = {}
     for k,v in ({} if facts is None else {k:facts[k] for k in facts}).items():
         if not isinstance(k, str) or not k.isidentifier() or k in ('label','item','seq','vector'):
@@ -79,7 +79,8 @@ def said(
     where:dict, # A filter by column
 )->str:
     "A filter in words, for messages"
-    return ' and '.join(f"{k} {'that the function accepts' if callable(v) else ' or '.join(repr(o) for o in v[:3])}" for k,v in where.items())
+    def _listed(v): return 'that the function accepts' if callable(v) else ' or '.join(repr(o) for o in v[:3])
+    return ' and '.join(f'{k} {_listed(v)}' for k,v in where.items())
 
 # %% ../../nbs/api/deploy/00_gallery.ipynb #bf5508d5
 class MemoryGallery:
@@ -247,4 +248,5 @@ def check_one(
     n:int, # Items that have it
 ):
     "Raise `ValueError` unless `n` is 1"
-    if n!=1: raise ValueError(f"{item!r} is the name of {n} items, and one image replaces one: `remove` them and `add` it, or `rename` them.")
+    if n==1: return
+    raise ValueError(f"{item!r} is the name of {n} items, and one image replaces one: `remove` them and `add` it, or `rename` them.")

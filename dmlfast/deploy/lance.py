@@ -274,5 +274,6 @@ def open_lance(
     res = LanceGallery(path)
     about = (res.table.schema.metadata or {}).get(b'dmlfast')
     if about is None or json.loads(about).get('made_by')!=_made_by(model):
-        raise ValueError(f"The embeddings in {str(path)!r} were made by another network than this one: `to_lancedb` with this one's gallery.")
+        raise ValueError(f"The embeddings in {str(path)!r} were made by another network than this one: write a table with `to_lancedb` "
+            "from its own gallery.")
     return res
