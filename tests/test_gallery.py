@@ -356,3 +356,81 @@ def test_tables(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, '__import__', without)
     with pytest.raises(ImportError, match=r"needs lancedb: pip install 'dmlfast\[lance\]'"):
         load_embedder(folder, gallery=tmp_path/'g.lance')
+
+# ---- with an index, a threshold and a second look ----
+def near(rows, q, k):
+    "Names of the nearest of `(name, embedding)`s, by hand"
+    s = [x@q/np.linalg.norm(x)/np.linalg.norm(q) for _,x in rows]
+    return [rows[i][0] for i in np.argsort(-np.array(s))[:k]]
+
+@pytest.mark.parametrize('kind', ['hnsw','int8','SQ8',None])
+def test_an_index_follows_the_changes(folder, kind):
+    if kind not in ('int8',None): pytest.importorskip('faiss')
+    rng = np.random.RandomState(0)
+    xs,q = [*rng.randn(40, d).astype('float32')],rng.randn(d).astype('float32')
+    e = stub(load_embedder(folder)).add(xs, ['a','b']*20, [f'{i}' for i in range(40)]).index(kind)
+    e.save(folder, overwrite=True)
+    rows = {f'{i}':x for i,x in enumerate(xs)}
+    def check(e):
+        for q in rng.randn(5, d).astype('float32'):
+            assert [o.item for o in e.search(q, 5)]==near([*rows.items()], q, 5)
+            odd = [o for o in rows.items() if int(o[0])%2]
+            assert [o.item for o in e.search(q, 5, filter=dict(item=lambda o: int(o)%2))]==near(odd, q, 5)
+            assert [o.item for o in e.search(q, 50, rerank='k-reciprocal', filter=dict(item=['1','3']))] in (['1','3'],['3','1'])
+    def change(f):
+        w = stub(load_embedder(folder, write=True))
+        f(w)
+        f(e)
+        check(e)
+        again = stub(load_embedder(folder))
+        check(again)
+        return again.gallery
+    check(stub(load_embedder(folder)))
+    rows['40'] = q
+    g = change(lambda e: e.add([q], 'c', '40'))
+    assert g.index_kind==kind and len(g.searched())==41
+    if kind=='hnsw': assert g.searched().indexed.core.index.ntotal==41
+    rows['2'] = -q
+    g = change(lambda e: e.replace('2', -q))
+    assert g.index_kind==(None if kind=='SQ8' else kind) # a string of faiss's own is not made from a stranger's words
+    del rows['3'], rows['5']
+    rows['1'],rows['3'] = rows['1'],rows.pop('7')
+    change(lambda e: e.remove(item=['3','5']).rename('7', '3', 'item'))
+
+@pytest.mark.parametrize('kind', ['int8','SQ8'])
+def test_the_change_of_all_has_no_index(folder, kind):
+    if kind=='SQ8': pytest.importorskip('faiss')
+    stub(load_embedder(folder)).add([*np.eye(d)], list('abcd'), list('1234')).index(kind).save(folder, overwrite=True)
+    e = stub(load_embedder(folder, write=True))
+    e.calibration = dict(threshold=.5, fmr=.1)
+    e.gallery.journal.most = 2
+    for i in range(3): e.rename('abcd'[i], f'{i}')
+    assert e.index_kind==kind and not [o.name for o in folder.iterdir() if o.name.startswith('index')]
+    again = load_embedder(folder)
+    assert again.labels==['0','1','2','d'] and again.index_kind is None
+    again = load_embedder(e.save(folder, overwrite=True))
+    assert again.labels==['0','1','2','d'] and again.index_kind==kind and again.threshold==.5
+
+def test_a_threshold_stays_with_changes(folder):
+    e = load_embedder(folder)
+    e.calibration = dict(threshold=.9, fmr=.1)
+    e.save(folder, overwrite=True)
+    w = stub(load_embedder(folder, write=True)).add([*np.eye(d)], list('aabb'), list('1234'))
+    w.prototypes
+    w.rename('b', 'c')
+    for e in (w,stub(load_embedder(folder))):
+        assert e.threshold==.9 and e.search(np.ones(d), unknown=True)==[] and e.prototypes[0]==['a','c']
+        assert e.classify(np.eye(d)[2], how='prototype').label=='c'
+        assert [o.item for o in e.search(np.eye(d)[0], unknown=True, filter=['a','c'])]==['1']
+        assert e.search(np.eye(d)[0], unknown=True, filter='c')==[]
+
+def test_a_table_has_thresholds_and_no_second_look(folder, tmp_path):
+    e = stub(load_embedder(folder)).add([*np.eye(d)], list('aabb'), list('1234')).to_lancedb(tmp_path/'g.lance')
+    q = np.array([.1,1,0,0])
+    assert [o.item for o in e.search(q, 4, min_score=.9)]==['2'] and e.search(-q, min_score=.9)==[]
+    assert e.search(q, 4, min_score=.9, filter='b')==[]
+    assert e.classify(q).label==e.classify(q, how='nearest').label=='a' and e.classify(-q, min_score=.5).label is None
+    for says,f in {'not ranked anew': lambda: e.search(q, rerank='qe'), 'an index of its own': lambda: e.index('hnsw'),
+        'compares an index': lambda: e.index_report(), "classify by 'vote' or 'nearest'": lambda: e.classify(q, how='prototype'),
+        'at least 256 rows': lambda: e.index()}.items():
+        with pytest.raises(ValueError, match=says): f()
