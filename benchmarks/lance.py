@@ -35,7 +35,7 @@ def build(finder, path, n):
         x,c = rows(i)
         finder.add_embs(x, c.tolist(), [f'{i*batch+j}.jpg' for j in range(batch)], dict(price=(c%100).tolist()))
 
-def index(finder, path, n): finder.gallery.index()
+def index(finder, path, n): finder.index()
 
 def queries(keep=lambda c: c>=0):
     "Those of centres that count"

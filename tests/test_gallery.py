@@ -331,7 +331,7 @@ def test_tables(folder, tmp_path, monkeypatch):
     want = [[o.item for o in h] for f in (None,'3') for h in e.search(qs, 10, filter=f)]
     e.to_lancedb(tmp_path/'g.lance')
     assert [[o.item for o in h] for f in (None,'3') for h in e.search(qs, 10, filter=f)]==want
-    e.gallery.index()
+    e.index()
     e.add([qs[0]], '3', 'new')
     assert e.search(qs[0], 1)[0][1]=='new'
     e.remove(item='new')

@@ -113,9 +113,9 @@ class ImageEmbedder:
         name = getattr(self.model, 'arch', type(self.model).__name__)
         return f"ImageEmbedder({name}, {self.preprocess!r}, {len(self)} items of {len(self.gallery.classes())} classes in the gallery)"
 
-    embs,labels,items,index_kind = (property(lambda self, k=k: getattr(self.gallery, k), lambda self, v, k=k: setattr(self.gallery, k, v), doc=doc)
-        for k,doc in dict(embs="Embeddings in the gallery, `(n,emb_sz)` float32; None if it is empty", labels="Their labels",
-        items="Their names",
+    embs,labels,items,index_kind = (
+        property(lambda self, k=k: getattr(self.gallery, k), lambda self, v, k=k: setattr(self.gallery, k, v), doc=doc) for k,doc in dict(
+        embs="Embeddings in the gallery, `(n,emb_sz)` float32; None if it is empty", labels="Their labels", items="Their names",
         index_kind="Kind of its index; None for exact search").items())
 
 # %% ../../nbs/api/deploy/01_embedder.ipynb #1d5ff145

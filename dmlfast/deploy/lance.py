@@ -244,7 +244,7 @@ def index_report(self:LanceGallery, n=None, k=None):
 @patch
 def prototypes(self:LanceGallery):
     "Raise `ValueError`: the means of classes take all embeddings"
-    raise ValueError("Prototypes are means of all embeddings, and a table of LanceDB is not read into memory: classify by 'vote' or 'nearest'.")
+    raise ValueError("Prototypes take all embeddings, and a table of LanceDB is not read into memory: classify by 'vote' or 'nearest'.")
 
 # %% ../../nbs/api/deploy/02_lance.ipynb #9bad7317
 def _made_by(model): return weights_hash(unwrapped(model).state_dict())
