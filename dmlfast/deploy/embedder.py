@@ -236,39 +236,6 @@ def hits(self:ImageEmbedder,
     "The nearest items of the gallery to embeddings"
     return self.gallery.find(embs, k, filter, rerank)
 
-# %% ../../nbs/api/deploy/01_embedder.ipynb #b0ca4a16
-@patch
-def remove(self:ImageEmbedder,
-    label=None, # A label, several, or a function of it
-    item=None, # A name, several, or a function of it
-    **facts, # The same of columns of facts
-)->ImageEmbedder: # Itself
-    "Take items out of the gallery, those that fulfil all that is said; raises `ValueError` where there is none"
-    where = {k:v for k,v in dict(label=label, item=item).items() if v is not None}|facts
-    if not where: raise ValueError("Say what to remove: `label=` or `item=`, a name, several, or a function.")
-    self.gallery.remove(where)
-    return self
-
-@patch
-def rename(self:ImageEmbedder,
-    old:str, # As it is called
-    new:str, # As it shall be called; two classes become one if it is there already
-    column:str='label', # `'label'` for a class, `'item'` for an item
-)->ImageEmbedder: # Itself
-    "Give a class of the gallery another name, or an item; raises `ValueError` where there is none"
-    if column not in ('label','item'): raise ValueError(f"What is renamed is a 'label' or an 'item'; got {column!r}.")
-    self.gallery.rename(column, str(old), str(new))
-    return self
-
-@patch
-def replace(self:ImageEmbedder,
-    item:str, # Name of an item
-    image, # The image to take its place, as `embed` takes it
-)->ImageEmbedder: # Itself
-    "Another image for an item, which keeps its label and facts; raises `ValueError` unless the name is of one item"
-    self.gallery.replace(str(item), self.embed([image]))
-    return self
-
 # %% ../../nbs/api/deploy/01_embedder.ipynb #1403827b
 @patch
 def index(self:ImageEmbedder,
@@ -362,6 +329,39 @@ def classify(self:ImageEmbedder,
     else: res = [*map(_vote, found)]
     res = [o if hits[0].score>=least else Label(None, hits[0].score) for o,hits in zip(res, found)]
     return res[0] if one else res
+
+# %% ../../nbs/api/deploy/01_embedder.ipynb #b0ca4a16
+@patch
+def remove(self:ImageEmbedder,
+    label=None, # A label, several, or a function of it
+    item=None, # A name, several, or a function of it
+    **facts, # The same of columns of facts
+)->ImageEmbedder: # Itself
+    "Take items out of the gallery, those that fulfil all that is said; raises `ValueError` where there is none"
+    where = {k:v for k,v in dict(label=label, item=item).items() if v is not None}|facts
+    if not where: raise ValueError("Say what to remove: `label=` or `item=`, a name, several, or a function.")
+    self.gallery.remove(where)
+    return self
+
+@patch
+def rename(self:ImageEmbedder,
+    old:str, # As it is called
+    new:str, # As it shall be called; two classes become one if it is there already
+    column:str='label', # `'label'` for a class, `'item'` for an item
+)->ImageEmbedder: # Itself
+    "Give a class of the gallery another name, or an item; raises `ValueError` where there is none"
+    if column not in ('label','item'): raise ValueError(f"What is renamed is a 'label' or an 'item'; got {column!r}.")
+    self.gallery.rename(column, str(old), str(new))
+    return self
+
+@patch
+def replace(self:ImageEmbedder,
+    item:str, # Name of an item
+    image, # The image to take its place, as `embed` takes it
+)->ImageEmbedder: # Itself
+    "Another image for an item, which keeps its label and facts; raises `ValueError` unless the name is of one item"
+    self.gallery.replace(str(item), self.embed([image]))
+    return self
 
 # %% ../../nbs/api/deploy/01_embedder.ipynb #b4835349
 @patch
