@@ -57,7 +57,10 @@ mutants = [ # room, what its code says, what it says instead, tests
         'test_distributed.py -k share'), # a class is in two processes
     ('deploy.embedder', "m = min(w/tw, h/th)", "m = max(w/tw, h/th)", 'test_deploy.py'),
     # what was added later is not found
-    ('deploy.embedder', "if self._index[0] is not self.embs:", "if self._index[0] is None:", 'test_deploy.py'),
+    ('deploy.gallery', "self.embs is not None and self._ready[0] is self.embs", "self._ready[0] is not None", 'test_deploy.py'),
+    ('deploy.lance', "elif at: res,at = [*res,tuple(at)],None", "elif at: pass", 'test_gallery.py -k table_is'), # ranges hold others
+    ('deploy.journal', "read_text(encoding='utf-8')!=self.text:", "read_text(encoding='utf-8')=='':", 'test_gallery.py -k changed'),
+    ('deploy.journal', "write_whole(self._list, text)", "self._list.write_text(text)", 'test_gallery.py -k kill'), # half a list
     ('train.ssr', "self.soft(sim.diff(dim=1)+self.alpha)", "self.soft(sim.diff(dim=1)-self.alpha)", 'test_ranking.py -k loss'),
     ('train.ssr', "torch.randperm(len(x), generator=self.rng)", "torch.randperm(len(x))", 'test_ranking.py -k gradients_add_up'),
     ('train.rates', "return slice(lr*self.body_share, lr)", "return slice(lr, lr*self.body_share)", 'test_transfer.py -k rate'),
