@@ -58,3 +58,14 @@ def test_several_processes(make_learner):
     learn = make_learner()
     with learn.distrib_ctx(): learn.fit_one_cycle(1, 1e-2)
     assert len(learn.recorder.values)==1
+
+def test_a_gallery_that_changes(glyph_dir, tmp_path):
+    ds = glyphs(glyph_dir.parent, size=24)
+    learn = metric_learner(ds.dataloaders(bs=32, num_workers=0), 'test_resnet', emb_sz=16, pretrained=False, path=tmp_path)
+    with learn.no_bar(): learn.export_embedder(tmp_path/'birds', gallery='val')
+    photos,finder = ds.items('test')[:3],load_embedder(tmp_path/'birds')
+    old,n = finder.labels[0],len(finder)
+    finder.add(photos, 'a new species'); finder.remove(label=old)
+    assert finder.search(photos[0], k=1)[0].label=='a new species' and old not in finder.labels and 3<len(finder)<n
+    finder.to_lancedb(tmp_path/'birds.lance')
+    assert load_embedder(tmp_path/'birds', gallery=tmp_path/'birds.lance').search(photos[0], k=1)[0].label=='a new species'

@@ -110,7 +110,7 @@ def test_an_embedder_with_an_index(made, kind, tmp_path):
     finder = made().index(kind)
     assert [o[0].item for o in finder.search([image(3),image(40)], 20)]==['3.png','40.png'] # 20, as bits of 8 numbers tell little apart
     finder.add([image(100)], 'new', ['100.png'])
-    assert finder.search(image(100), 20)[0].label=='new' and len(finder.searched())==61
+    assert finder.search(image(100), 20)[0].label=='new' and len(finder.gallery.searched())==61
     again = load_embedder(finder.save(tmp_path/'e'))
     assert again.index_kind==kind and (tmp_path/'e'/'index.faiss').exists()==(kind in ('hnsw','SQ8'))
     assert [o.item for o in again.search(image(5), 4)]==[o.item for o in finder.search(image(5), 4)]
@@ -118,11 +118,11 @@ def test_an_embedder_with_an_index(made, kind, tmp_path):
 
 def test_a_grown_index_is_not_made_again(made, monkeypatch):
     finder = made().index('hnsw')
-    core = finder.searched().indexed.core
+    core = finder.gallery.searched().indexed.core
     finder.add([image(100)], 'new')
-    assert finder.searched().indexed.core is core and core.index.ntotal==61
+    assert finder.gallery.searched().indexed.core is core and core.index.ntotal==61
     finder.index(None)
-    assert finder.searched().indexed is None
+    assert finder.gallery.searched().indexed is None
 
 def test_a_folder_whose_index_is_not_as_it_was(made, tmp_path):
     folder = made().index('hnsw').save(tmp_path/'e')

@@ -1,0 +1,436 @@
+"A gallery that changes: against a plain list, in memory and in LanceDB, and in a process that is killed at any moment"
+import builtins, json, shutil, subprocess, sys
+import hypothesis.strategies as st, numpy as np, pytest, torch
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from tempfile import TemporaryDirectory
+from dmlfast.deploy import ImageEmbedder, Journal, LanceGallery, MemoryGallery, Preprocess, load_embedder
+from dmlfast.deploy.journal import hash_of
+from dmlfast.models.embedder import Embedder
+
+d = 4
+
+@pytest.fixture(scope='module')
+def empty(tmp_path_factory):
+    "The folder of a small embedder without a gallery"
+    torch.manual_seed(0)
+    e = ImageEmbedder(Embedder('test_resnet', d, pretrained=False), Preprocess([('fit', (32,32), 2)]))
+    Machine.folder = e.save(tmp_path_factory.mktemp('empty')/'e')
+    return Machine.folder
+
+@pytest.fixture
+def one_model(empty, monkeypatch):
+    "The network is built once, since that takes the most time"
+    model = load_embedder(empty).model
+    monkeypatch.setattr('dmlfast.deploy.folder._model', lambda *args: model)
+
+@pytest.fixture
+def folder(empty, tmp_path): return Path(shutil.copytree(empty, tmp_path/'e'))
+
+def stub(finder):
+    "An embedder for which an array of `d` numbers is an image, and its own embedding"
+    def embed(images):
+        one = isinstance(images, np.ndarray)
+        x = torch.from_numpy(np.stack([images] if one else images)).float()
+        return x[0] if one else x
+    finder.embed = embed
+    return finder
+
+# ---- a plain list ----
+labels,names = st.sampled_from(['a','b',"c's"]),st.sampled_from(['1.jpg','2.jpg','ö 3.jpg'])
+known = st.fixed_dictionaries({}, optional=dict(price=st.sampled_from([1,2.5,-3,None]), camera=st.sampled_from(['A','B`',None]),
+    sold=st.booleans()))
+conditions = st.one_of(labels.map(lambda v: dict(label=v)), st.lists(labels, max_size=2).map(lambda v: dict(label=v)),
+    names.map(lambda v: dict(item=v)), st.sampled_from([dict(label=lambda v: v>'a'), dict(price=lambda p: p>1), dict(price=[None,1]),
+    dict(camera='A'), dict(camera=lambda o: o in 'B`', label=['a','b']), dict(sold=True), dict(price=lambda p: p in (-3,2.5))]))
+
+def passes(row, where):
+    def ok(v, want):
+        if callable(want): return v is not None and want(v)
+        return v in want if isinstance(want, list) else v==want
+    return all(ok(row.get(k), w) for k,w in where.items())
+
+class Machine(RuleBasedStateMachine):
+    "What is done to a finder is done to a list of dictionaries"
+    lance = False
+
+    @initialize()
+    def begin(self):
+        self.tmp,self.rows,self.rng,self.columns = TemporaryDirectory(),[],np.random.RandomState(0),set()
+        self.at = shutil.copytree(self.folder, Path(self.tmp.name)/'e')
+        self.finder = stub(load_embedder(self.at, write=True))
+        if self.lance: self.finder.to_lancedb(self.table)
+        else: self.finder.gallery.journal.most = 4
+
+    @property
+    def table(self): return Path(self.tmp.name)/'g.lance'
+    def teardown(self):
+        if hasattr(self, 'tmp'): self.tmp.cleanup()
+
+    @rule(new=st.lists(st.tuples(labels, names), min_size=1, max_size=4), facts=known)
+    def add(self, new, facts):
+        xs = self.rng.randn(len(new), d).astype('float32')
+        self.finder.add([*xs], [l for l,_ in new], [n for _,n in new], {k:[v]*len(new) for k,v in facts.items()})
+        self.rows += [dict(label=l, item=n, x=x, **facts) for (l,n),x in zip(new, xs)]
+        self.columns |= {k for k,v in facts.items() if v is not None}
+
+    def has(self, where): return all(k in ('label','item',*self.columns) for k in where)
+    def changes(self, f, where, change):
+        "`f` changes the rows that `where` lets through, or says that there are none"
+        hit = [o for o in self.rows if passes(o, where)]
+        if hit:
+            f()
+            change(hit)
+        else:
+            with pytest.raises(ValueError, match='Nothing in the gallery has '): f()
+
+    @rule(where=conditions)
+    def remove(self, where):
+        if not self.has(where): return
+        def gone(hit): self.rows = [o for o in self.rows if not any(o is h for h in hit)]
+        self.changes(lambda: self.finder.remove(**where), where, gone)
+
+    @rule(column=st.sampled_from(['label','item']), data=st.data())
+    def rename(self, column, data):
+        old,new = (data.draw(dict(label=labels, item=names)[column]) for _ in range(2))
+        self.changes(lambda: self.finder.rename(old, new, column), {column:old}, lambda hit: [o.update({column:new}) for o in hit])
+
+    @rule(item=names)
+    def replace(self, item):
+        x,n = self.rng.randn(d).astype('float32'),sum(o['item']==item for o in self.rows)
+        if n>1:
+            with pytest.raises(ValueError, match=f'is the name of {n} items'): self.finder.replace(item, x)
+        else: self.changes(lambda: self.finder.replace(item, x), dict(item=item), lambda hit: hit[0].update(x=x))
+
+    @rule(where=conditions | st.none(), k=st.integers(1, 6))
+    def search(self, where, k):
+        if not self.rows or where is not None and not self.has(where): return
+        qs = [*self.rng.randn(2, d).astype('float32')]
+        rows = [o for o in self.rows if where is None or passes(o, where)]
+        for q,hits in zip(qs, self.finder.search(qs, k, filter=where)):
+            s = np.array([o['x']@q/np.linalg.norm(o['x'])/np.linalg.norm(q) for o in rows])
+            want = [rows[i] for i in (-s).argsort()[:k]]
+            assert [(o.label, o.item) for o in hits]==[(o['label'], o['item']) for o in want]
+            assert np.allclose([o.score for o in hits], np.sort(s)[::-1][:k], atol=1e-5)
+
+    @rule()
+    def load(self): self.finder = stub(load_embedder(self.at, write=True, gallery=self.table if self.lance else None))
+
+    @precondition(lambda self: not self.lance)
+    @rule()
+    def save(self): self.finder.save(self.at, overwrite=True)
+
+    @invariant()
+    def same(self):
+        g = self.finder.gallery
+        assert isinstance(g, LanceGallery if self.lance else MemoryGallery) and len(self.finder)==len(self.rows)
+        assert (g.labels, g.items)==([o['label'] for o in self.rows], [o['item'] for o in self.rows])
+        assert g.classes()==sorted({o['label'] for o in self.rows})
+        for k in self.columns: assert g.facts.get(k, [None]*len(self.rows))==[o.get(k) for o in self.rows]
+        if self.rows: assert np.array_equal(g.embs.numpy(), np.stack([o['x'] for o in self.rows]))
+
+class LanceMachine(Machine): lance = True
+
+def test_a_gallery_in_memory_and_its_folder_is_a_list(empty, one_model):
+    from hypothesis.stateful import run_state_machine_as_test
+    run_state_machine_as_test(Machine, settings=settings(max_examples=25, stateful_step_count=20, deadline=None, derandomize=True,
+        database=None))
+
+def test_a_table_is_a_list(empty, one_model):
+    from hypothesis.stateful import run_state_machine_as_test
+    run_state_machine_as_test(LanceMachine, settings=settings(max_examples=12, stateful_step_count=16, deadline=None, derandomize=True,
+        database=None))
+
+# ---- a process that is killed ----
+script = '''
+import os, random, signal, sys, time, torch
+from dmlfast.deploy import MemoryGallery, load_embedder
+import dmlfast.deploy.folder as rooms
+assert 'lancedb' not in sys.modules and 'fastai' not in sys.modules
+folder,kills = sys.argv[1],int(sys.argv[2])
+model = load_embedder(folder).model
+rooms._model = lambda *args: model # the network does not change, and takes the most time
+
+def step(g, i):
+    "Change number `i` of a gallery: what it is follows from `i` and from what is there"
+    r,n = random.Random(i),len(g)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(i))
+    todo = r.choice(['add','remove','rename','replace'] if n>3 else ['add'])
+    if todo=='add': g.add(x, [f'{i%3}']*3, [f'{i}-{j}' for j in range(3)], dict(price=[i,None,i/2]))
+    elif todo=='remove': g.remove(dict(item=r.sample(g.items, n-6 if n>30 else 2)))
+    elif todo=='rename': g.rename('item', r.choice(g.items), f'new {i}')
+    else: g.replace(r.choice(g.items), x[:1])
+
+touching = 'open','replace','fsync','write','close','chmod','unlink','serialize_file','read','__exit__','listdir','scandir'
+
+def state(g): return g.labels,g.items,g.facts,None if g.embs is None else g.embs.tolist()
+
+def work(at, pipe, die):
+    "Make changes from number `at` on, and say so after each; it kills itself at call `die` that touches a file"
+    g = load_embedder(folder, write=True).gallery
+    g.journal.most = 4
+    calls = 0
+    def count(frame, event, arg):
+        nonlocal calls
+        calls += event in ('c_call','c_return') and arg.__name__ in touching
+        if calls==die: os.kill(os.getpid(), signal.SIGKILL)
+    os.write(pipe, b'!')
+    if die: sys.setprofile(count)
+    while True:
+        step(g, at)
+        at += 1
+        os.write(pipe, b'.')
+
+truth,done,rng,between = MemoryGallery(),0,random.Random(0),0
+for kill in range(kills):
+    out,pipe = os.pipe()
+    die = rng.randint(1, 90) if kill%2 else None
+    if not (pid := os.fork()):
+        signal.alarm(60) # whatever becomes of the test
+        try: work(done, pipe, die)
+        finally: os._exit(1)
+    os.close(pipe)
+    assert os.read(out, 1)==b'!'
+    seen = None
+    if not die:
+        time.sleep(rng.random()*.15)
+        if kill%4==0: seen = state(load_embedder(folder).gallery) # a reader beside the writer
+        os.kill(pid, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1])==signal.SIGKILL
+    said = b''
+    while o := os.read(out, 2**16): said += o
+    os.close(out)
+    states = [state(truth)]
+    for i in range(len(said)):
+        step(truth, done+i)
+        states.append(state(truth))
+    done += len(said)
+    got = state(load_embedder(folder).gallery)
+    if got!=states[-1]: # the change that nobody was told of is there whole
+        step(truth, done)
+        done += 1
+        between += 1
+        states.append(state(truth))
+    assert got==states[-1], f'{kill}: {len(said)} changes were acknowledged'
+    assert seen is None or seen in states, f'{kill}: a reader saw something else'
+g = load_embedder(folder, write=True).gallery
+left = sorted(o for o in os.listdir(folder))
+assert not [o for o in left if o.startswith('.') and o!='.writing'], left
+print(done, between, len(left))
+'''
+
+def test_what_was_acknowledged_is_there_after_a_kill(folder):
+    "At random moments and in random calls: nothing is lost and nothing is half there, also for a reader beside the writer"
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', script, str(folder), '24'], capture_output=True, text=True, timeout=300)
+    assert not res.returncode, res.stderr
+    done,between,left = map(int, res.stdout.split())
+    assert done>12 and between>0 and left<12 # how many depends on the load of the machine
+
+# ---- folders ----
+def test_a_folder_that_changed(folder):
+    about = json.loads((folder/'embedder.json').read_text())
+    e = stub(load_embedder(folder, write=True))
+    assert json.loads((folder/'embedder.json').read_text())==about and about['format']==2
+    a,b = load_embedder(folder, write=True),stub(load_embedder(folder, write=True))
+    e.add([np.ones(d)], 'a', 'x', dict(price=1))
+    assert json.loads((folder/'embedder.json').read_text())['format']==3
+    with pytest.raises(ValueError, match='changed by another process since it was read: load it again'): b.add([np.ones(d)], 'b', 'y')
+    assert len(b)==len(a)==0 and len(load_embedder(folder))==1
+    whole = load_embedder(load_embedder(folder).save(folder.parent/'whole'))
+    assert whole.gallery.facts==dict(price=[1]) and whole.labels==['a']
+    assert json.loads((folder.parent/'whole'/'embedder.json').read_text())['format']==2
+
+def test_a_full_disk_leaves_what_was_there(folder, monkeypatch):
+    e = stub(load_embedder(folder, write=True))
+    e.add([np.ones(d)], 'a', 'x')
+    def full(*args): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('dmlfast.deploy.journal.write_whole', full)
+    with pytest.raises(OSError): e.remove('a')
+    monkeypatch.undo()
+    assert len(e)==1 and len(load_embedder(folder))==1
+    assert len(load_embedder(folder, write=True).remove('a'))==0 and len(load_embedder(folder))==0
+
+def test_changes_that_were_tampered_with(folder):
+    name = 'gallery-000002.safetensors'
+    e = stub(load_embedder(folder, write=True)).add([*np.eye(d)], list('aabb'), list('1234'), dict(price=[1,2,3,4])).remove(item='2')
+    def text(**how): return torch.tensor(list(json.dumps(how).encode()), dtype=torch.uint8)
+    add = dict(op='add', labels=['a'], items=['1'], facts={})
+    rows = dict(rows=torch.tensor([1]))
+    for says,o in {'`rows` must be of 4 rows': dict(change=text(op='remove'), rows=torch.tensor([4])),
+        'rows, ascending': dict(change=text(op='remove'), rows=torch.tensor([1,1])),
+        'rows` must be of': dict(change=text(op='remove'), rows=torch.tensor([0.])),
+        'must be tensors': dict(change=text(op='remove', rows=[1])),
+        'must have the parts of a change': dict(change=text(op='wipe'), **rows),
+        'the parts of': dict(change=text(op=['add']), **rows),
+        'finite float32 numbers, 4 a row': dict(change=text(**add), embs=torch.ones(1,5)),
+        'finite float32': dict(change=text(**add), embs=torch.full((1,d), torch.nan)),
+        '`labels` and `items` must be text, one a row': dict(change=text(**add), embs=torch.ones(2,d)),
+        'one kind': dict(change=text(**{**add, 'facts':dict(price=['x'])}), embs=torch.ones(1,d)),
+        '`facts` must be lists': dict(change=text(**{**add, 'facts':dict(price='x')}), embs=torch.ones(1,d)),
+        'one row replaces one': dict(change=text(op='replace'), embs=torch.ones(2,d), **rows),
+        '`name` must be text': dict(change=text(op='name', column='embs', name='x'), **rows),
+        'KeyError': rows, 'JSONDecodeError': dict(change=torch.tensor([91], dtype=torch.uint8)),
+        'TypeError': dict(change=torch.tensor([*b'null'], dtype=torch.uint8))}.items():
+        save_file(o, folder/name)
+        with pytest.raises(ValueError, match=f"'{name}' in .* was changed or cut off since it was written"): load_embedder(folder)
+        about = json.loads((folder/'embedder.json').read_text())
+        (folder/'embedder.json').write_text(json.dumps({**about, 'sha256':{**about['sha256'], name:hash_of(folder/name)}}))
+        with pytest.raises(ValueError, match=f"'{name}' in .* is no change of a gallery: .*({says})") as err: load_embedder(folder)
+        assert '\n' not in str(err.value)
+        (folder/'embedder.json').write_text(json.dumps(about))
+    (folder/name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"incomplete: there is no '{name}'"): load_embedder(folder)
+
+def test_a_gallery_with_facts_that_was_tampered_with(folder):
+    e = stub(load_embedder(folder)).add([*np.eye(d)], 'a', list('1234'), dict(price=[1,2,3,4]))
+    whole = e.save(folder.parent/'whole')
+    g = json.loads((whole/'gallery.json').read_text())
+    for facts in (dict(price=[1]), dict(price=[1,2,3,'x']), 7, ['price'], dict(label=[1]*4), dict(price=[[1]]*4)):
+        (whole/'gallery.json').write_text(json.dumps({**g, 'facts':facts}))
+        about = json.loads((whole/'embedder.json').read_text())
+        about['sha256']['gallery.json'] = hash_of(whole/'gallery.json')
+        (whole/'embedder.json').write_text(json.dumps(about))
+        with pytest.raises(ValueError, match="'gallery.json' in .*`facts` must be an object of lists"): load_embedder(whole)
+
+# ---- what is asked for wrongly ----
+@pytest.mark.parametrize('lance', [False,True])
+def test_what_is_refused(folder, tmp_path, lance):
+    e = stub(load_embedder(folder))
+    if lance: e.to_lancedb(tmp_path/'g.lance')
+    with pytest.raises(ValueError, match='gallery is empty'): e.search(np.ones(d))
+    e.add([*np.eye(d)], ['cat','cat','dog','cow'], ['1','2','3','3'], dict(price=[1,2,3,None], day=np.array(['2024-05-01']*4, 'M8[D]')))
+    assert e.gallery.facts['day']==['2024-05-01']*4
+    for says,f in {
+        "There is no column 'colour': the gallery has label, item, price, day": lambda: e.search(np.ones(d), filter=dict(colour=1)),
+        "no column 'colour'": lambda: e.remove(colour='red'),
+        "Nothing in the gallery has label 'cats'. Did you mean 'cat'\\?": lambda: e.remove('cats'),
+        "has item '9'": lambda: e.replace('9', np.ones(d)),
+        "'3' is the name of 2 items": lambda: e.replace('3', np.ones(d)),
+        'Say what to remove': lambda: e.remove(),
+        "is a 'label' or an 'item'; got 'price'": lambda: e.rename('1', '2', 'price'),
+        "one kind, and 'price' holds numbers and text": lambda: e.add([np.ones(d)], 'a', 'b', dict(price='cheap')),
+        '1 images and 2 facts': lambda: e.add([np.ones(d)], 'a', 'b', dict(price=[1,2])),
+        "a name of letters and digits": lambda: e.add([np.ones(d)], 'a', 'b', {'a`b':1}),
+        'A fact is text, a number': lambda: e.add([np.ones(d)], 'a', 'b', dict(price=[{}])),
+        'embeddings of 4 numbers, and not of 3': lambda: e.add([np.ones(3)], 'a', 'b')}.items():
+        with pytest.raises(ValueError, match=says): f()
+    assert len(e)==4 and e.search(np.ones(d), filter='cats')==[]
+    assert [o.item for o in e.search(np.eye(d)[0], k=9, filter=['cat','dog'])]==['1','2','3']
+    import pandas as pd
+    e.add([np.ones(d)]*2, 'owl', ['a','b'], pd.DataFrame(dict(price=[7,None], day=pd.to_datetime(['2024-06-01',None]))))
+    assert [o.item for o in e.search(np.ones(d), filter=dict(day=lambda o: o>='2024-06'))]==['a']
+
+def test_tables(folder, tmp_path, monkeypatch):
+    "An index is near the exact answer, filtered or not; another network, a stranger's table and no LanceDB are a sentence"
+    e,g = stub(load_embedder(folder)),torch.Generator().manual_seed(0)
+    x = torch.randn(3000, d, generator=g)
+    e.add_embs(x, [f'{i%5}' for i in range(3000)], [str(i) for i in range(3000)])
+    qs = [*torch.randn(20, d, generator=g).numpy()]
+    want = [[o.item for o in h] for f in (None,'3') for h in e.search(qs, 10, filter=f)]
+    e.to_lancedb(tmp_path/'g.lance')
+    assert [[o.item for o in h] for f in (None,'3') for h in e.search(qs, 10, filter=f)]==want
+    e.index()
+    e.add([qs[0]], '3', 'new')
+    assert e.search(qs[0], 1)[0][1]=='new'
+    e.remove(item='new')
+    got = [[o.item for o in h] for f in (None,'3') for h in e.search(qs, 10, filter=f)]
+    assert np.mean([len({*a}&{*b})/10 for a,b in zip(want, got)])>.95
+    again = load_embedder(folder, gallery=tmp_path/'g.lance')
+    assert len(again)==3000 and repr(again).endswith('3000 items of 5 classes in the gallery)')
+    assert len(load_embedder(again.save(tmp_path/'alone')))==0 # the table stays where it is
+    torch.manual_seed(1)
+    other = ImageEmbedder(Embedder('test_resnet', d, pretrained=False), Preprocess([('fit', (32,32), 2)])).save(tmp_path/'other')
+    with pytest.raises(ValueError, match='were made by another network than this one'): load_embedder(other, gallery=tmp_path/'g.lance')
+    nowhere = tmp_path/'nowhere.lance'
+    with pytest.raises(FileNotFoundError, match="There is no gallery '.*nowhere.lance'"): load_embedder(other, gallery=nowhere)
+    with pytest.raises(ValueError, match="ends in '.lance'"): e.to_lancedb(tmp_path/'g')
+    with pytest.raises(FileExistsError, match='overwrite=True'): e.to_lancedb(tmp_path/'g.lance')
+    (tmp_path/'none.lance').mkdir()
+    with pytest.raises(ValueError, match="none.lance' is no table of LanceDB"): load_embedder(folder, gallery=tmp_path/'none.lance')
+    imported = builtins.__import__
+    def without(name, *args, **kwargs):
+        if name=='lancedb': raise ModuleNotFoundError('No module', name='lancedb')
+        return imported(name, *args, **kwargs)
+    monkeypatch.setattr(builtins, '__import__', without)
+    with pytest.raises(ImportError, match=r"needs lancedb: pip install 'dmlfast\[lance\]'"):
+        load_embedder(folder, gallery=tmp_path/'g.lance')
+
+# ---- with an index, a threshold and a second look ----
+def near(rows, q, k):
+    "Names of the nearest of `(name, embedding)`s, by hand"
+    s = [x@q/np.linalg.norm(x)/np.linalg.norm(q) for _,x in rows]
+    return [rows[i][0] for i in np.argsort(-np.array(s))[:k]]
+
+@pytest.mark.parametrize('kind', ['hnsw','int8','SQ8',None])
+def test_an_index_follows_the_changes(folder, kind):
+    if kind not in ('int8',None): pytest.importorskip('faiss')
+    rng = np.random.RandomState(0)
+    xs,q = [*rng.randn(40, d).astype('float32')],rng.randn(d).astype('float32')
+    e = stub(load_embedder(folder)).add(xs, ['a','b']*20, [f'{i}' for i in range(40)]).index(kind)
+    e.save(folder, overwrite=True)
+    rows = {f'{i}':x for i,x in enumerate(xs)}
+    def check(e):
+        for q in rng.randn(5, d).astype('float32'):
+            assert [o.item for o in e.search(q, 5)]==near([*rows.items()], q, 5)
+            odd = [o for o in rows.items() if int(o[0])%2]
+            assert [o.item for o in e.search(q, 5, filter=dict(item=lambda o: int(o)%2))]==near(odd, q, 5)
+            assert [o.item for o in e.search(q, 50, rerank='k-reciprocal', filter=dict(item=['1','3']))] in (['1','3'],['3','1'])
+    def change(f):
+        w = stub(load_embedder(folder, write=True))
+        f(w)
+        f(e)
+        check(e)
+        again = stub(load_embedder(folder))
+        check(again)
+        return again.gallery
+    check(stub(load_embedder(folder)))
+    rows['40'] = q
+    g = change(lambda e: e.add([q], 'c', '40'))
+    assert g.index_kind==kind and len(g.searched())==41
+    if kind=='hnsw': assert g.searched().indexed.core.index.ntotal==41
+    rows['2'] = -q
+    g = change(lambda e: e.replace('2', -q))
+    assert g.index_kind==(None if kind=='SQ8' else kind) # a string of faiss's own is not made from a stranger's words
+    del rows['3'], rows['5']
+    rows['1'],rows['3'] = rows['1'],rows.pop('7')
+    change(lambda e: e.remove(item=['3','5']).rename('7', '3', 'item'))
+
+@pytest.mark.parametrize('kind', ['int8','SQ8'])
+def test_the_change_of_all_has_no_index(folder, kind):
+    if kind=='SQ8': pytest.importorskip('faiss')
+    stub(load_embedder(folder)).add([*np.eye(d)], list('abcd'), list('1234')).index(kind).save(folder, overwrite=True)
+    e = stub(load_embedder(folder, write=True))
+    e.calibration = dict(threshold=.5, fmr=.1)
+    e.gallery.journal.most = 2
+    for i in range(3): e.rename('abcd'[i], f'{i}')
+    assert e.index_kind==kind and not [o.name for o in folder.iterdir() if o.name.startswith('index')]
+    again = load_embedder(folder)
+    assert again.labels==['0','1','2','d'] and again.index_kind is None
+    again = load_embedder(e.save(folder, overwrite=True))
+    assert again.labels==['0','1','2','d'] and again.index_kind==kind and again.threshold==.5
+
+def test_a_threshold_stays_with_changes(folder):
+    e = load_embedder(folder)
+    e.calibration = dict(threshold=.9, fmr=.1)
+    e.save(folder, overwrite=True)
+    w = stub(load_embedder(folder, write=True)).add([*np.eye(d)], list('aabb'), list('1234'))
+    w.prototypes
+    w.rename('b', 'c')
+    for e in (w,stub(load_embedder(folder))):
+        assert e.threshold==.9 and e.search(np.ones(d), unknown=True)==[] and e.prototypes[0]==['a','c']
+        assert e.classify(np.eye(d)[2], how='prototype').label=='c'
+        assert [o.item for o in e.search(np.eye(d)[0], unknown=True, filter=['a','c'])]==['1']
+        assert e.search(np.eye(d)[0], unknown=True, filter='c')==[]
+
+def test_a_table_has_thresholds_and_no_second_look(folder, tmp_path):
+    e = stub(load_embedder(folder)).add([*np.eye(d)], list('aabb'), list('1234')).to_lancedb(tmp_path/'g.lance')
+    q = np.array([.1,1,0,0])
+    assert [o.item for o in e.search(q, 4, min_score=.9)]==['2'] and e.search(-q, min_score=.9)==[]
+    assert e.search(q, 4, min_score=.9, filter='b')==[]
+    assert e.classify(q).label==e.classify(q, how='nearest').label=='a' and e.classify(-q, min_score=.5).label is None
+    for says,f in {'not ranked anew': lambda: e.search(q, rerank='qe'), 'an index of its own': lambda: e.index('hnsw'),
+        'compares an index': lambda: e.index_report(), "classify by 'vote' or 'nearest'": lambda: e.classify(q, how='prototype'),
+        'at least 256 rows': lambda: e.index()}.items():
+        with pytest.raises(ValueError, match=says): f()
