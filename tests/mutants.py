@@ -5,6 +5,9 @@ from pathlib import Path
 root = Path(__file__).parent.parent
 mutants = [ # room, what its code says, what it says instead, tests
     ('losses.geometry', "return g+g.T if n==g.shape[1]", "return g+g if n==g.shape[1]", 'test_losses.py'), # the transpose is forgotten
+    # a remembered positive and an anchor are no pair
+    ('losses.geometry', "(g[:,:n]*~anchor).T", "(g[:,:n]*0).T", 'test_memory.py -k square'),
+    ('losses.geometry', "by_d2[:,:len(g)].sum(0)", "by_d2[:,-len(g):].sum(0)", 'test_memory.py -k square'), # other rows than the anchors
     ('losses.geometry', "(ap + (an-pn))", "(ap + (an+pn))", 'test_geometry.py'),
     # a negative as near as the positive
     ('losses.miners', "torch.searchsorted(far, edges, right=True)",
