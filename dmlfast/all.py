@@ -17,7 +17,7 @@ from .data import (
     bad_images, cub200, cars196, online_products, inshop, vehicle_id, glyphs)
 from .train import (
     metric_learner, MetricLearner, recipes, Recipe, RetrievalMetrics, SelfSupervisedRanking, RankingLoss, GradedViews, LargeBatch,
-    TrainingDoctor, Checkpoint, Interpolate, plain_progress, FeatureSet, Gain)
+    BatchMemory, TrainingDoctor, Checkpoint, Interpolate, plain_progress, FeatureSet, Gain)
 from .look import RetrievalInterpretation, triplet_table, plot_curves
 from .study import (
     Experiment, mean_interval, tune, plot_study, importances, make_learner, train_settings, tune_settings, check_settings, load_settings,

@@ -11,7 +11,7 @@ from nbdev.processors import (FilterDefaults, add_links, clean_magics, filter_st
 
 captions = dict(tutorials='Tutorials', explanations='Explanations', api='Reference') # folders of `nbs/`, as the navigation names them
 wings = ['files','losses','models','retrieval','deploy','data','train','look','study','cli'] # folders of `nbs/api`, the lowest first: one imports only from those before it
-reading_order = ['transfer','bodies','metrics','measuring','unknown','direction_regularization','ranking','evidence','fastai','design'] # of explanations; the others go by their numbers
+reading_order = ['transfer','which_loss','bodies','metrics','measuring','unknown','direction_regularization','ranking','large_batches','evidence','fastai','design'] # of explanations; the others go by their numbers
 project_pages = dict(CONTRIBUTING='contributing', CHANGELOG='changelog')
 
 def drop_stderr(cell):

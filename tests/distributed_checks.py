@@ -129,8 +129,8 @@ def check_columns(few, n, out):
         names=[str(o) for o in learn.recorder.metric_names], n_valid=len(learn.dls.valid), shards=[o.shard for o in learn.dls.loaders])
 
 def check_finding(few, n, out):
-    "`lr_find` puts back what was there, in all processes; `fine_tune` agrees"
-    learn = small(few, out)
+    "`lr_find` puts back what was there, in all processes; `fine_tune` agrees, running batch norm included"
+    learn = small(few, out, freeze_bn=False)
     with learn.distrib_ctx():
         before = weights(learn)
         rate = learn.lr_find(num_it=20, show_plot=False).valley

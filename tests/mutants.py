@@ -4,7 +4,7 @@ from pathlib import Path
 
 root = Path(__file__).parent.parent
 mutants = [ # room, what its code says, what it says instead, tests
-    ('losses.geometry', "r = (g+g.T).mul_(-2)", "r = (g+g).mul_(-2)", 'test_losses.py'), # the transpose is forgotten
+    ('losses.geometry', "return g+g.T if n==g.shape[1]", "return g+g if n==g.shape[1]", 'test_losses.py'), # the transpose is forgotten
     ('losses.geometry', "(ap + (an-pn))", "(ap + (an+pn))", 'test_geometry.py'),
     # a negative as near as the positive
     ('losses.miners', "torch.searchsorted(far, edges, right=True)",
@@ -18,7 +18,7 @@ mutants = [ # room, what its code says, what it says instead, tests
     # the mean of all for that of those above 0
     ('losses.base', "(terms.detach().sign() if reduction=='active' else mask)",
         "(mask if reduction=='active' else mask)", 'test_losses.py'),
-    ('losses.proxies', "if inv.ndim: own = F.normalize(own, dim=1)", "if not inv.ndim: own = F.normalize(own, dim=1)", 'test_losses.py'),
+    ('losses.proxies', "if inv.ndim else own.new_ones(())", "if not inv.ndim else own.new_ones(())", 'test_losses.py -k proxy'),
     ('files.images', "6:'ROTATE_270'", "6:'ROTATE_90'", 'test_images.py'),
     # what is hidden shows
     ('files.images', "return Image.alpha_composite(Image.new('RGBA', im.size, background), im).convert(mode)",
@@ -74,7 +74,7 @@ mutants = [ # room, what its code says, what it says instead, tests
     # chance with the query in its own gallery
     ('look.pictures', "n,r = len(g)-_count(self.ids[q], self.ids[g])",
         "n,r = len(g)-0*_count(self.ids[q], self.ids[g])", 'test_interpret.py'),
-    ('losses.wrappers', "labels, d) for d,w in", "labels, embs.shape[1]) for d,w in", 'test_wrappers.py -k matryoshka'),
+    ('losses.wrappers', "labels, d, n) for d,w in", "labels, embs.shape[1], n) for d,w in", 'test_wrappers.py -k matryoshka'),
     ('losses.wrappers', "gram*(d/(n*self.distortion))", "gram*(n/(d*self.distortion))", 'test_wrappers.py -k anti_collapse'),
     # classes with many neighbours come more often
     ('data.batches', "if j>=p-n_near and not full else ()", "if j>=p-n_near else ()", 'test_data.py -k neighbours'),

@@ -284,9 +284,9 @@ def test_evaluation(trained, folder, tmp_path, monkeypatch):
     from dmlfast.retrieval.metrics import register_metric
     try:
         got = json.loads(do(dmlfast_eval, run, '--workers', 0, '--metrics', 'recall@1', 'my_metrics:first',
-            '--json')[1])['scores']['metrics']
+            'fnmr@fmr=1e-2', '--json')[1])['scores']['metrics']
     finally: register_metric.remove('first')
-    assert got['first']==got['recall@1']
+    assert got['first']==got['recall@1'] and 0<=got['fnmr@fmr=1e-2']['mean']<=1
     assert 'classes or queries' in no(run, '--ci', 'images')
     with monkeypatch.context() as m:
         m.chdir(tmp_path)

@@ -13,7 +13,7 @@ def free_port():
         s.bind(('127.0.0.1', 0))
         return str(s.getsockname()[1])
 
-def launch(few, folder, *names, n=2, timeout=180):
+def launch(few, folder, *names, n=2, timeout=300):
     "Run checks in `n` processes; exit status and output of each. All are ended when time is up"
     few.df.to_pickle(folder/'few.pkl')
     (folder/'where').write_text(str(few.path))

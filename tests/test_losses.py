@@ -86,7 +86,7 @@ def test_blocks_do_not_matter(monkeypatch):
     import dmlfast.losses.triplet as m
     f,y = batch(40, 4, 5)
     want = value_grad(DRTripletLoss(), f, y)
-    monkeypatch.setattr(m, 'mate_blocks', lambda y,sz: mate_blocks(y, 1))
+    monkeypatch.setattr(m, 'mate_blocks', lambda y,sz,n: mate_blocks(y, 1))
     got = value_grad(DRTripletLoss(), f, y)
     for g,w in zip(got,want): torch.testing.assert_close(g, w)
 
@@ -94,7 +94,7 @@ def test_blocks_of_ranks_do_not_matter(monkeypatch):
     import dmlfast.losses.recallk as m
     f,y = batch(40, 4, 5)
     want,sizes = value_grad(RecallAtKLoss(t2=.1), f, y),[]
-    def blocks(y, sz):
+    def blocks(y, sz, n):
         for a,p in mate_blocks(y, 1):
             sizes.append(len(a))
             yield a,p

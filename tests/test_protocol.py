@@ -182,7 +182,7 @@ def test_our_own_methods(few, tmp_path):
 def test_kept_embeddings(few, tmp_path):
     "What was written down can be computed from them again, and what was not thought of, too; rows are as without them"
     def plan(**kwargs):
-        res = dict(_plan(tmp_path), seeds=1, **kwargs)
+        res = dict(_plan(tmp_path), seeds=1, measures=['recall@1','map@r','eer'], **kwargs)
         ours = dict(trainer=res['methods']['a']['trainer'], space={})
         res['methods'] = {'a.5':dict(ours, settings=dict(toy=dict(noise=.5))),
             'lost':dict(ours, settings=dict(toy=dict(noise=1., diverge=True)))}
@@ -196,6 +196,7 @@ def test_kept_embeddings(few, tmp_path):
     assert emb.items==list(test.path) and [emb.label(i) for i in range(len(emb))]==list(test.label) and emb.image(0).size==(24,24)
     assert emb.facts['method']=='a.5' and emb.facts['seed']==0 and emb.facts['data_hash']==row['data_hash']
     assert emb.facts['settings']==row['settings']
+    assert 0<row['scores']['eer']<1 and exp.rows('run', 'lost')[0]['scores']=={'recall@1':0,'map@r':0,'eer':1} # less is better
     assert [o.name for o in (tmp_path/'r-embeddings').iterdir()]==['a.5-0.safetensors'] # nothing of a run that diverged
     for seed,method,says in ((1,'a.5','keep_embeddings = true'), (0,'lost','There are no embeddings'), (0,'a',"no method 'a'")):
         with pytest.raises(ValueError, match=says): again.embedded(method, seed)

@@ -52,11 +52,16 @@ class MetricLoss(CheckedArgs, nn.Module):
     def forward(self,
         embs:Tensor, # Embeddings, `(n,d)` float
         labels:Tensor, # Class of each row, `(n,)` integer
+        others:Tensor=None, # Embeddings to compare these with beside each other, `(m,d)` float; constants, which get no gradient
+        other_labels:Tensor=None, # Class of each of them, `(m,)` integer
     )->Tensor: # Scalar, or `(n,)` if `reduction` is `'none'`
         "Check and cast the batch, then `compute`"
         self.check_reduction(self.reduction)
         embs,labels = check_batch(embs, labels)
-        with full_precision(embs): res = self.compute(embs, labels) if len(embs) else self.of_nothing(embs)
+        with full_precision(embs):
+            if not len(embs): res = self.of_nothing(embs)
+            elif others is None or not len(others): res = self.compute(embs, labels)
+            else: res = self.compute(*self.beside(embs, labels, others, other_labels), len(embs))
         return res.to(embs.dtype) if isinstance(res, Tensor) else res # what was computed with float64, as by `sqdist`, comes back
 
     def check_reduction(self,
@@ -79,7 +84,7 @@ class MetricLoss(CheckedArgs, nn.Module):
         embs:Tensor, # Embeddings, `(n,d)` float32 or float64
         labels:Tensor, # Class of each row, `(n,)` int64
     )->Tensor: # Scalar, or `(n,)` if `reduction` is `'none'`
-        "What a subclass defines: the loss of finite float embeddings and int64 labels"
+        "What a subclass defines: the loss of finite float embeddings and int64 labels; with a third argument `n=None` it takes others"
         raise NotImplementedError
 
     def setup(self,
@@ -100,6 +105,13 @@ class MetricLoss(CheckedArgs, nn.Module):
         "Does it compare the images of a batch with each other? One with weights for each class compares with those"
         return not self.seen_only
 
+    def no_others(self)->str|None:
+        "Why it cannot compare a batch with more than the batch, such as remembered embeddings; None where it can"
+        name,miner = type(self).__name__,getattr(self, 'miner', None)
+        if not self.compares: return f"{name} does not compare images with each other"
+        if 'n' not in inspect.signature(self.compute).parameters: return f"{name} compares the images of a batch alone"
+        if miner and not getattr(miner, 'takes_others', False): return f"the miner of {name}, {miner!r}, chooses within a batch alone"
+
     def active(self,
         embs:Tensor, # Embeddings, `(n,d)` float32 or float64
         labels:Tensor, # Class of each row, `(n,)` int64
@@ -119,10 +131,13 @@ class MetricLoss(CheckedArgs, nn.Module):
         d:int, # Numbers of an embedding that are kept
         embs:Tensor, # Embeddings, `(n,D)` float
         labels:Tensor, # Class of each row, `(n,)` integer
+        others:Tensor=None, # As of `forward`
+        other_labels:Tensor=None, # As of `forward`
     )->Tensor: # As of `forward`
         "The loss of the first `d` numbers of embeddings alone, of length 1 again where it wants unit rows"
-        x = embs[:,:d]
-        return functional_call(self, self.cut(d), (F.normalize(x, dim=1) if self.normalize_embs else x, labels))
+        def part(x): return F.normalize(x[:,:d], dim=1) if self.normalize_embs else x[:,:d]
+        more = () if others is None else (part(others),other_labels)
+        return functional_call(self, self.cut(d), (part(embs), labels, *more))
 
     def __repr__(self):
         args = (f'{o}={getattr(self,o)!r}' for o in inspect.signature(type(self).__init__).parameters if o!='self')
@@ -137,15 +152,29 @@ def reduce_values(
     if reduction=='none': return values
     return values.mean() if reduction=='mean' and len(values) else values.sum()
 
+# %% ../../nbs/api/losses/02_base.ipynb #b2806b0f
+@patch
+def beside(self:MetricLoss,
+    embs:Tensor, # Embeddings, `(n,d)` float
+    labels:Tensor, # Class of each row, `(n,)` int64
+    others:Tensor, # Embeddings of others, `(m,d)` float
+    other_labels:Tensor, # Class of each of them, `(m,)` integer
+)->tuple[Tensor,Tensor]: # Embeddings `(n+m,d)` and labels `(n+m,)`
+    "A batch with others behind it; raises `ValueError` where the loss cannot compare it with them"
+    if why := self.no_others(): raise ValueError(f"{why}, so there is nothing to compare a batch with others for.")
+    others,other_labels = check_batch(others.detach(), other_labels)
+    if others.shape[1]!=embs.shape[1]: raise ValueError(f'embeddings have {embs.shape[1]} numbers, and the others {others.shape[1]}')
+    return torch.cat([embs, others.to(embs)]),torch.cat([labels, other_labels.to(labels.device)])
+
 # %% ../../nbs/api/losses/02_base.ipynb #e9e44fa1
 def reduce_anchors(
     values:Tensor, # One finite value per anchor, `(n,)`
-    labels:Tensor, # Class of each row, `(n,)` int64
+    labels:Tensor, # Class of each row, `(m,)` int64; the first ones are the anchors
     reduction:str, # `'mean'`, `'sum'` or `'none'`
 )->Tensor: # Scalar, or `(n,)`
     "Reduce one value per anchor; one without a positive or without a negative costs 0 and is left out of the mean"
-    size = class_index(labels)[1]
-    some = (size>1)&(size<len(size))
+    size = class_index(labels)[1][:len(values)]
+    some = (size>1)&(size<len(labels))
     values = values*some
     return values.sum()/some.sum().clamp(min=1) if reduction=='mean' else reduce_values(values, reduction)
 
@@ -200,10 +229,10 @@ def known_labels(
 # %% ../../nbs/api/losses/02_base.ipynb #8dff68cf
 def mark_unknown(
     res:Tensor, # A loss, scalar or `(n,)`
-    bad:Tensor|None, # Rows of unknown label, `(n,)` bool
+    bad:Tensor|None, # Rows of unknown label, `(n,)` bool, or more rows behind those
 )->Tensor: # The same, nan where it does not exist
     "A loss over labels that it has no weights for does not exist"
-    return res if bad is None else res.masked_fill(bad if res.ndim else bad.any(), math.nan)
+    return res if bad is None else res.masked_fill(bad[:len(res)] if res.ndim else bad.any(), math.nan)
 
 # %% ../../nbs/api/losses/02_base.ipynb #690facfb
 def _copy_of(loss):
@@ -240,10 +269,21 @@ class OtherLoss(MetricLoss):
         raise ValueError(f"{type(self.loss).__name__} has weights, and does not say how they are cut with the embeddings: take a loss of "
             "this package, or derive one from `MetricLoss` that has `cut`.")
 
-    def compute(self, embs, labels):
+    def no_others(self):
+        "PyTorch Metric Learning's losses can: they take `ref_emb`"
+        name = getattr(self.loss, '__name__', type(self.loss).__name__)
+        if self.seen_only: return f"{name} compares images with weights of its own, and not with each other"
+        try: has = inspect.signature(getattr(self.loss, 'forward', self.loss)).parameters.keys()
+        except ValueError: has = () # a function of C does not say
+        if missing := {'indices_tuple','ref_emb','ref_labels'}-set(has):
+            return f"{name} compares the images of a batch, and takes no others: it has no {', '.join(sorted(missing))}"
+
+    def compute(self, embs, labels, n=None):
         unseen = self.seen_only and not self.training and self.n_classes and (labels>=self.n_classes).any()
         if unseen: return embs.sum()*math.nan
-        return (self.loss if self.training else _copy_of(self.loss))(embs, labels) # a copy may remember what it likes
+        loss = self.loss if self.training else _copy_of(self.loss) # a copy may remember what it likes
+        if n is None: return loss(embs, labels)
+        return loss(embs[:n], labels[:n], indices_tuple=all_pairs(labels, n), ref_emb=embs, ref_labels=labels) # no row with itself
 
 # %% ../../nbs/api/losses/02_base.ipynb #8f99e7f1
 class CombinedLoss(MetricLoss):
@@ -289,9 +329,14 @@ class CombinedLoss(MetricLoss):
 
     def cut(self, d): return {f'losses.{i}.{k}':w for i,o in enumerate(self.losses) for k,w in o.cut(d).items()}
 
-    def compute(self, embs, labels):
-        parts = [w*self.part(o, embs, labels) for o,w in zip(self.losses, self.weights)]
-        return sum(o.expand(len(embs)) for o in parts) if self.reduction=='none' else sum(parts)
+    def no_others(self):
+        "Where one part can, the others see the batch alone"
+        why = [o.no_others() for o in self.losses]
+        return next(iter(why)) if all(why) else None
+
+    def compute(self, embs, labels, n=None):
+        parts = [w*self.part(o, embs, labels, n=n) for o,w in zip(self.losses, self.weights)]
+        return sum(o.expand(n or len(embs)) for o in parts) if self.reduction=='none' else sum(parts)
 
 # %% ../../nbs/api/losses/02_base.ipynb #34909bce
 @patch
@@ -300,12 +345,14 @@ def part(self:CombinedLoss,
     embs:Tensor, # Embeddings, `(n,d)` float
     labels:Tensor, # Class of each row, `(n,)` int64
     d:int=None, # Compare the first `d` numbers alone; all of them if not given
+    n:int=None, # Only the first `n` rows are the batch; all if not given
 )->Tensor: # Scalar, or `(n,)`
     "The value of one part, reduced in its own way, or not at all if we are not"
     value = loss if d is None else partial(loss.first, d)
-    if self.reduction!='none' or 'none' not in loss.reductions: return value(embs, labels)
+    batch = (embs[:n],labels[:n]) if n is None or loss.no_others() else (embs[:n],labels[:n],embs[n:],labels[n:])
+    if self.reduction!='none' or 'none' not in loss.reductions: return value(*batch)
     old,loss.reduction = loss.reduction,'none'
-    try: return value(embs, labels)
+    try: return value(*batch)
     finally: loss.reduction = old
 
 # %% ../../nbs/api/losses/02_base.ipynb #7532e34c

@@ -43,8 +43,9 @@ class SupConLoss(MetricLoss):
         total = e.sum(1, keepdim=True)
         return total.log().squeeze(1)-near,e.div_(total).sub_(pos).div_(self.temperature)
 
-    def compute(self, embs, labels):
-        return reduce_anchors(sim_loss(embs, labels, self.weigh, self.gamma, wide=True), labels, self.reduction) # shares and targets cancel
+    def compute(self, embs, labels, n=None):
+        values = sim_loss(embs, labels, self.weigh, self.gamma, wide=True, n=n) # shares and targets cancel
+        return reduce_anchors(values, labels, self.reduction)
 
 # %% ../../nbs/api/losses/09_contrast.ipynb #8c370252
 def _masked_softmax(x, mask):
@@ -83,7 +84,8 @@ class CircleLoss(MetricLoss):
         x = near+away
         return softplus(x),P.mul_(pull).addcmul_(N, push).mul_(x.sigmoid().masked_fill(x>20, 1)[:,None]) # softplus is linear from 20
 
-    def compute(self, embs, labels): return reduce_anchors(sim_loss(embs, labels, self.weigh, self.gamma), labels, self.reduction)
+    def compute(self, embs, labels, n=None):
+        return reduce_anchors(sim_loss(embs, labels, self.weigh, self.gamma, n=n), labels, self.reduction)
 
     def active(self, embs, labels):
         "Share of the pairs that are still moved: the factor in front of their exponent is not 0"

@@ -38,18 +38,20 @@ def as_pairs(
 
 # %% ../../nbs/api/losses/01_miners.ipynb #b4a4035c
 def all_pairs(
-    labels:Tensor, # Class of each row, `(n,)` integer
+    labels:Tensor, # Class of each row, `(m,)` integer
+    n:int=None, # Only the first `n` rows are anchors; all if not given
 )->tuple[Tensor,Tensor,Tensor,Tensor]: # Anchors and positives; anchors and negatives
     "All positive and all negative pairs"
-    pos,neg = label_masks(labels)
+    pos,neg = label_masks(labels, n=n)
     return *pos.nonzero(as_tuple=True),*neg.nonzero(as_tuple=True)
 
 # %% ../../nbs/api/losses/01_miners.ipynb #93d2c847
 def all_triplets(
-    labels:Tensor, # Class of each row, `(n,)` integer
+    labels:Tensor, # Class of each row, `(m,)` integer
+    n:int=None, # Only the first `n` rows are anchors; all if not given
 )->tuple[Tensor,Tensor,Tensor]: # Anchors, positives, negatives
-    "All triplets: `n**3` comparisons, for small batches"
-    pos,neg = label_masks(labels)
+    "All triplets: `n*m*m` comparisons, for small batches"
+    pos,neg = label_masks(labels, n=n)
     return (pos[:,:,None]&neg[:,None]).nonzero(as_tuple=True)
 
 # %% ../../nbs/api/losses/01_miners.ipynb #0fd340d1
@@ -91,10 +93,11 @@ register_miner = Registry('miner')
 
 class Miner(CheckedArgs):
     "Chooses pairs or triplets of a batch by their distances"
+    takes_others = False # May there be more rows than anchors, so that `d2` in `mine` has a row for each of the first `n` alone?
     def __call__(self,
-        embs:Tensor, # Embeddings, `(n,d)` float
-        labels:Tensor, # Class of each row, `(n,)` integer
-        d2:Tensor=None, # Their squared distances, `(n,n)`, where they are at hand
+        embs:Tensor, # Embeddings, `(m,d)` float
+        labels:Tensor, # Class of each row, `(m,)` integer
+        d2:Tensor=None, # Squared distances of the anchors, the first `n` rows, to all, `(n,m)`; those of all rows if not given
     )->tuple: # `(a,p,n)` or `(a,p,a2,n)`, int64 vectors
         "Index vectors of the triplets or pairs to learn from"
         if d2 is None: embs,labels = check_batch(embs, labels)
@@ -102,9 +105,9 @@ class Miner(CheckedArgs):
         with torch.no_grad(), full_precision(embs): return self.mine(embs, labels, sqdist(embs) if d2 is None else d2)
 
     def mine(self,
-        embs:Tensor, # Embeddings, `(n,d)` float32 or float64
-        labels:Tensor, # Class of each row, `(n,)` integer
-        d2:Tensor, # Their squared distances, `(n,n)`
+        embs:Tensor, # Embeddings, `(m,d)` float32 or float64
+        labels:Tensor, # Class of each row, `(m,)` integer
+        d2:Tensor, # Squared distances of the anchors, the first `n` rows, to all, `(n,m)`; of all rows unless `takes_others`
     )->tuple: # `(a,p,n)` or `(a,p,a2,n)`, int64 vectors
         "What a subclass defines"
         raise NotImplementedError
@@ -116,12 +119,14 @@ class Miner(CheckedArgs):
 # %% ../../nbs/api/losses/01_miners.ipynb #198bbc8d
 def call_miner(
     miner, # A `Miner`, or any callable `(embs, labels)`
-    embs:Tensor, # Embeddings, `(n,d)` float
-    labels:Tensor, # Class of each row, `(n,)` int64
-    d2:Tensor, # Their squared distances, `(n,n)`
+    embs:Tensor, # Embeddings, `(m,d)` float
+    labels:Tensor, # Class of each row, `(m,)` int64
+    d2:Tensor, # Squared distances of the anchors, the first `n` rows, to all, `(n,m)`
 )->tuple: # `(a,p,n)` or `(a,p,a2,n)`, int64 vectors
     "What the miner finds, without a gradient, sparing our own miners a second Gram matrix"
     if isinstance(miner, type) or not callable(miner): raise ValueError(f'a miner is a callable such as SemiHardMiner(), not {miner!r}')
+    if len(d2)<len(embs) and not getattr(miner, 'takes_others', False):
+        raise ValueError(f'{miner!r} chooses within a batch alone, and there are others: a `Miner` that can says `takes_others = True`')
     args = (embs.detach(), labels)
     return miner(*args, d2.detach()) if isinstance(miner, Miner) else miner(*args)
 
@@ -139,27 +144,30 @@ def pair_negatives(
 
 # %% ../../nbs/api/losses/01_miners.ipynb #47a699f9
 def positive_pairs(
-    labels:Tensor, # Class of each row, `(n,)` integer
+    labels:Tensor, # Class of each row, `(m,)` integer
+    n:int=None, # Only the first `n` rows are anchors; all if not given
 )->tuple[Tensor,Tensor]: # Anchors and positives, `(t,)` int64 each; none if there is only one class
     "All positive pairs whose anchor has a negative too"
-    pos,neg = label_masks(labels)
+    pos,neg = label_masks(labels, n=n)
     return (pos & neg.any(1, keepdim=True)).nonzero(as_tuple=True)
 
 # %% ../../nbs/api/losses/01_miners.ipynb #1e5ba9a1
 def pair_slots(
-    labels:Tensor, # Class of each row, `(n,)` integer
+    labels:Tensor, # Class of each row, `(m,)` integer
     a:Tensor, # Anchors, `(t,)` int64
     p:Tensor, # Positives, `(t,)` int64
+    n:int=None, # Only the first `n` rows are anchors; all if not given
 )->Tensor: # `(t,)` int64, from 0
     "Which one of its anchor's positives, in the order of the batch, each positive is"
-    return label_masks(labels)[0].cumsum(1)[a,p]-1
+    return label_masks(labels, n=n)[0].cumsum(1)[a,p]-1
 
 # %% ../../nbs/api/losses/01_miners.ipynb #f0a69081
 @register_miner
 class RandomMiner(Miner):
     "Every positive pair with a random negative"
+    takes_others = True
     def mine(self, embs, labels, d2):
-        a,p = positive_pairs(labels)
+        a,p = positive_pairs(labels, len(d2))
         return a,p,pair_negatives(labels, a)
 
 # %% ../../nbs/api/losses/01_miners.ipynb #8108555d
@@ -167,22 +175,23 @@ class RandomMiner(Miner):
 class SemiHardMiner(Miner):
     "Every positive pair with a random negative that is farther than the positive by less than `margin`"
     ranges = dict(margin='positive')
+    takes_others = True
     def __init__(self,
         margin:float=.2, # Width of the window, in the embeddings' unit
     ): self.margin = margin
 
     def mine(self, embs, labels, d2):
-        a,p = positive_pairs(labels)
+        a,p = positive_pairs(labels, len(d2))
         d = safe_sqrt(d2)
-        far,order = d.masked_fill(labels[:,None]==labels, float('inf')).sort(1)
-        j = pair_slots(labels, a, p)
+        far,order = d.masked_fill(labels[:len(d),None]==labels, float('inf')).sort(1)
+        j = pair_slots(labels, a, p, len(d))
         edges = d.new_zeros(len(d), int(j.max())+1 if len(j) else 0)
         edges[a,j] = d[a,p]
         lo = torch.searchsorted(far, edges, right=True)[a,j]
         hi = torch.searchsorted(far, edges+self.margin)[a,j]
         pick = lo + (torch.rand(len(a), device=a.device, dtype=d.dtype)*(hi-lo)).long()
         n = pair_negatives(labels, a)
-        return a,p,torch.where(hi>lo, order[a,pick.clamp(max=len(d)-1)], n)
+        return a,p,torch.where(hi>lo, order[a,pick.clamp(max=d.shape[1]-1)], n)
 
 # %% ../../nbs/api/losses/01_miners.ipynb #9b333bb1
 def random_true(
@@ -204,8 +213,9 @@ def hardest(
 @register_miner
 class SoftHardMiner(Miner):
     "For each anchor, a random one of its too-far positives and a random one of its too-near negatives"
+    takes_others = True
     def mine(self, embs, labels, d2):
-        pos,neg = label_masks(labels)
+        pos,neg = label_masks(labels, n=len(d2))
         dp,_,dn,_ = hardest(d2, pos, neg)
         far,near = pos&(d2>dn[:,None]),neg&(d2<dp[:,None])
         p = random_true(torch.where(far.any(1, keepdim=True), far, pos))
@@ -217,8 +227,9 @@ class SoftHardMiner(Miner):
 @register_miner
 class BatchHardMiner(Miner):
     "For each anchor, its farthest positive and its nearest negative"
+    takes_others = True
     def mine(self, embs, labels, d2):
-        pos,neg = label_masks(labels)
+        pos,neg = label_masks(labels, n=len(d2))
         dp,p,dn,n = hardest(d2, pos, neg)
         a = ((dp>=0)&(dn<float('inf'))).nonzero()[:,0]
         return a,p[a],n[a]
@@ -228,43 +239,44 @@ class BatchHardMiner(Miner):
 class DistanceWeightedMiner(Miner):
     "Every positive pair with a negative drawn evenly over distance rather than over rows"
     ranges = dict(cutoff='positive', upper='limit')
+    takes_others = True
     def __init__(self,
         cutoff:float=.5, # Distances are clamped from below here
         upper:float|None=1.4, # And from above here; not if None
     ): self.cutoff,self.upper = cutoff,upper
 
     def weights(self,
-        embs:Tensor, # Embeddings, `(n,d)` float, unit rows
-        labels:Tensor, # Class of each row, `(n,)` integer
-        d2:Tensor, # Their squared distances, `(n,n)`
-    )->Tensor: # `(n,n)`, each row adds up to 1
-        "Probability of each row as the negative of each anchor, `(n,n)`; uniform in rows that have no negative"
+        embs:Tensor, # Embeddings, `(m,d)` float, unit rows
+        labels:Tensor, # Class of each row, `(m,)` integer
+        d2:Tensor, # Squared distances of the anchors, the first `n` rows, to all, `(n,m)`
+    )->Tensor: # `(n,m)`, each row adds up to 1
+        "Probability of each row as the negative of each anchor, `(n,m)`; uniform in rows that have no negative"
         D = embs.shape[1]
         d2 = d2.to(embs.dtype).clamp(min=self.cutoff**2, max=None if self.upper is None else self.upper**2)
         logw = d2.log()*(1-D/2) - (1-d2/4).clamp(min=1e-8).log_()*((D-3)/2)
-        return logw.masked_fill_(labels[:,None]==labels, torch.finfo(logw.dtype).min).softmax(1)
+        return logw.masked_fill_(labels[:len(d2),None]==labels, torch.finfo(logw.dtype).min).softmax(1)
 
     def mine(self, embs, labels, d2):
-        a,p = positive_pairs(labels)
+        a,p = positive_pairs(labels, len(d2))
         if not len(a): return a,p,a
-        j = pair_slots(labels, a, p)
+        j = pair_slots(labels, a, p, len(d2))
         n = self.weights(embs, labels, d2).multinomial(int(j.max())+1, replacement=True)
         return a,p,n[a,j]
 
 # %% ../../nbs/api/losses/01_miners.ipynb #55cabf0f
 def similarities(
-    embs:Tensor, # Embeddings, `(n,d)`
-    d2:Tensor, # Their squared distances, `(n,n)`
-)->Tensor: # Dot products, `(n,n)`, of the dtype of `embs`
+    embs:Tensor, # Embeddings, `(m,d)`
+    d2:Tensor, # Squared distances of the first `n` to all, `(n,m)`
+)->Tensor: # Dot products, `(n,m)`, of the dtype of `embs`
     "Dot products from squared distances, so that one Gram matrix serves both"
     sq = embs.pow(2).sum(1)/2
-    return torch.sub(sq[:,None]+sq, d2.to(embs.dtype), alpha=.5)
+    return torch.sub(sq[:len(d2),None]+sq, d2.to(embs.dtype), alpha=.5)
 
 # %% ../../nbs/api/losses/01_miners.ipynb #da4a55b0
 def ms_masks(
-    sim:Tensor, # Similarities, `(n,n)` float
-    pos:Tensor, # Positives of each row, `(n,n)`, 0 or 1 in the dtype of `sim`
-    neg:Tensor, # Negatives of each row, `(n,n)`, likewise
+    sim:Tensor, # Similarities, `(n,m)` float
+    pos:Tensor, # Positives of each anchor, `(n,m)`, 0 or 1 in the dtype of `sim`
+    neg:Tensor, # Negatives of each anchor, `(n,m)`, likewise
     eps:float=.1, # Slack, a similarity
 )->tuple[Tensor,Tensor]: # Those to learn from, two masks like these
     "Informative pairs in the sense of the multi-similarity loss"
@@ -280,10 +292,11 @@ def ms_masks(
 class MultiSimilarityMiner(Miner):
     "Pairs that are hard relative to the anchor's other pairs"
     ranges = dict(eps='finite')
+    takes_others = True
     def __init__(self,
         eps:float=.1, # Slack, a similarity
     ): self.eps = eps
 
     def mine(self, embs, labels, d2):
-        pos,neg = ms_masks(similarities(embs, d2), *label_masks(labels, embs.dtype), self.eps)
+        pos,neg = ms_masks(similarities(embs, d2), *label_masks(labels, embs.dtype, len(d2)), self.eps)
         return *pos.nonzero(as_tuple=True),*neg.nonzero(as_tuple=True)

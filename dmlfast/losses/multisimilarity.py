@@ -66,26 +66,26 @@ class MultiSimilarityLoss(MetricLoss):
         self.alpha,self.beta,self.lam,self.eps,self.miner = alpha,beta,lam,eps,miner
 
     def masks(self,
-        embs:Tensor, # Embeddings, `(n,d)` float
-        labels:Tensor, # Class of each row, `(n,)` int64
-        sim:Tensor, # Dot products of all rows, `(n,n)`
-        pos:Tensor, # Positives of each row, `(n,n)` float of 0 and 1
-        neg:Tensor, # Negatives of each row, likewise
+        embs:Tensor, # Embeddings, `(m,d)` float
+        labels:Tensor, # Class of each row, `(m,)` int64
+        sim:Tensor, # Dot products of anchors, the first `n` rows, with all, `(n,m)`
+        pos:Tensor, # Positives of each anchor, `(n,m)` float of 0 and 1
+        neg:Tensor, # Negatives of each anchor, likewise
     )->tuple[Tensor,Tensor]: # Masks like `pos` and `neg`
         "Positives and negatives of each row to learn from"
         if not self.miner: return ms_masks(sim, pos, neg, self.eps)
-        a,p,a2,n = as_pairs(call_miner(self.miner, embs, labels, sqdist(embs)))
+        a,p,a2,n = as_pairs(call_miner(self.miner, embs, labels, sqdist(embs, len(sim))))
         pos,neg = torch.zeros_like(pos),torch.zeros_like(neg)
         pos[a,p],neg[a2,n] = 1,1
         return pos,neg
 
-    def compute(self, embs, labels):
+    def compute(self, embs, labels, n=None):
         def weigh(s, far, pos, neg):
             P,N = self.masks(embs, labels, s, pos, neg)
             near,P = _log1p_softmax(torch.rsub(s, self.lam*self.alpha, alpha=self.alpha), P)
             far,N = _log1p_softmax(torch.mul(far, self.beta).sub_(self.beta*self.lam), N)
             return near.div_(self.alpha).add_(far, alpha=1/self.beta),N.sub_(P)
-        return reduce_values(sim_loss(embs, labels, weigh, self.gamma), self.reduction)
+        return reduce_values(sim_loss(embs, labels, weigh, self.gamma, n=n), self.reduction)
 
     def active(self, embs, labels):
         "Share of the pairs that are learned from"

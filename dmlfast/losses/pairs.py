@@ -19,17 +19,18 @@ from .base import *
 # %% ../../nbs/api/losses/04_pairs.ipynb #414e004f
 def shifted_pairs(
     idx:tuple, # `(a,p,n)` or `(a,p,a2,n)`, int64 vectors
-    d2:Tensor, # Squared distances, `(n,n)`
-    labels:Tensor, # Class of each row, `(n,)` int64
+    d2:Tensor, # Squared distances of anchors, the first `n` rows, to all, `(n,m)`
+    embs:Tensor, # Embeddings, `(m,d)`
+    labels:Tensor, # Class of each row, `(m,)` int64
     gamma:float, # Weight of the direction regulariser
 )->tuple[Tensor,Tensor,Tensor,Tensor]: # Anchors and distances of the positive pairs; anchors and shifted distances of the negative pairs
     "Distances of pairs, those to negatives with direction regularisation"
     a,p,a2,n = as_pairs(idx)
     dp,dn = safe_sqrt(d2[a,p]),safe_sqrt(d2[a2,n])
-    if gamma:
-        p2 = p if len(idx)==3 else hardest_positive(d2.detach(), label_masks(labels, d2.dtype)[0])[a2]
-        dn = dn + gamma*dir_cos(d2[a2,p2], d2[a2,n], d2[p2,n])
-    return a,dp,a2,dn
+    if not gamma: return a,dp,a2,dn
+    if len(idx)==3: c = dir_cos(d2[a,p], d2[a,n], pair_sqdist(d2, embs, p, n))
+    else: c = hard_cos(d2, hardest_positive(d2.detach(), label_masks(labels, d2.dtype, len(d2))[0]), d2.dtype, embs)[a2,n]
+    return a,dp,a2,dn+gamma*c
 
 # %% ../../nbs/api/losses/04_pairs.ipynb #c71e0c39
 @register_loss
@@ -48,20 +49,20 @@ class ContrastiveLoss(MetricLoss):
         super().__init__(gamma, reduction)
         self.pos_margin,self.neg_margin,self.miner = pos_margin,neg_margin,miner
 
-    def compute(self, embs, labels):
+    def compute(self, embs, labels, n=None):
         if not self.miner:
-            values = sim_loss(embs, labels, self.weigh, self.gamma, dist=True)
+            values = sim_loss(embs, labels, self.weigh, self.gamma, dist=True, n=n)
             return values if self.reduction=='none' else values.sum()
-        d2 = sqdist(embs)
-        a,dp,a2,dn = shifted_pairs(call_miner(self.miner, embs, labels, d2), d2, labels, self.gamma)
+        d2 = sqdist(embs, n)
+        a,dp,a2,dn = shifted_pairs(call_miner(self.miner, embs, labels, d2), d2, embs, labels, self.gamma)
         hinges = ((dp-self.pos_margin).relu(), a),((self.neg_margin-dn).relu(), a2)
-        return sum(reduce_terms(h.to(embs.dtype), i, len(embs), self.reduction) for h,i in hinges)
+        return sum(reduce_terms(h.to(embs.dtype), i, len(d2), self.reduction) for h,i in hinges)
 
     def active(self, embs, labels):
         "Share of the pairs that are on the wrong side of their margin"
         d2 = sqdist(embs)
         idx = call_miner(self.miner, embs, labels, d2) if self.miner else all_pairs(labels)
-        _,dp,_,dn = shifted_pairs(idx, d2, labels, self.gamma)
+        _,dp,_,dn = shifted_pairs(idx, d2, embs, labels, self.gamma)
         return active_terms(torch.cat([dp-self.pos_margin, self.neg_margin-dn]))
 
     def asks(self): return Margin('neg_margin', self.neg_margin, of='negatives')
@@ -69,11 +70,11 @@ class ContrastiveLoss(MetricLoss):
 # %% ../../nbs/api/losses/04_pairs.ipynb #1487c323
 @patch
 def weigh(self:ContrastiveLoss,
-    s:Tensor, # Minus the distances, `(n,n)`
-    far:Tensor, # The same, those of negatives less the direction regulariser, `(n,n)`
-    pos:Tensor, # Positives of each row, `(n,n)` float of 0 and 1
+    s:Tensor, # Minus the distances, `(n,m)`
+    far:Tensor, # The same, those of negatives less the direction regulariser, `(n,m)`
+    pos:Tensor, # Positives of each anchor, `(n,m)` float of 0 and 1
     neg:Tensor, # Negatives of each row, likewise
-)->tuple[Tensor,Tensor]: # Each anchor's part of the loss `(n,)`, and the gradient by `s` and `far`, `(n,n)`
+)->tuple[Tensor,Tensor]: # Each anchor's part of the loss `(n,)`, and the gradient by `s` and `far`, `(n,m)`
     "For `sim_loss`: the hinges of all pairs"
     P,N = (s+self.pos_margin).neg_().relu_().mul_(pos),(far+self.neg_margin).relu_().mul_(neg)
     near,away = P.sum(1),N.sum(1)
@@ -125,20 +126,21 @@ class MarginLoss(MetricLoss):
     def seen_only(self): return len(self.betas)>1
 
     def terms(self,
-        embs:Tensor, # Embeddings, `(n,d)` float
-        labels:Tensor, # Class of each row, `(n,)` int64
+        embs:Tensor, # Embeddings, `(m,d)` float
+        labels:Tensor, # Class of each row, `(m,)` int64
+        n:int=None, # Only the first `n` rows are anchors; all if not given
     )->tuple[Tensor,Tensor,Tensor|None]: # Hinges before they are cut off at 0, and their anchors, `(t,)` each; rows of unknown label
         "What is to be less than 0: how far pairs are beyond their side of the gap"
-        d2 = sqdist(embs)
-        idx = call_miner(self.miner, embs, labels, d2) if self.miner else all_triplets(labels)
-        a,dp,a2,dn = shifted_pairs(idx, d2, labels, self.gamma)
+        d2 = sqdist(embs, n)
+        idx = call_miner(self.miner, embs, labels, d2) if self.miner else all_triplets(labels, n)
+        a,dp,a2,dn = shifted_pairs(idx, d2, embs, labels, self.gamma)
         rows,bad = known_labels(self, labels, len(self.betas)) if self.seen_only else (torch.zeros_like(labels),None)
         beta = self.betas.to(d2.dtype)[rows]
         return torch.cat([self.margin+dp-beta[a], self.margin-dn+beta[a2]]).to(embs.dtype),torch.cat([a,a2]),bad
 
-    def compute(self, embs, labels):
-        h,a,bad = self.terms(embs, labels)
-        return mark_unknown(reduce_terms(h.relu(), a, len(embs), self.reduction) + self.nu*self.betas.sum().to(embs.dtype), bad)
+    def compute(self, embs, labels, n=None):
+        h,a,bad = self.terms(embs, labels, n)
+        return mark_unknown(reduce_terms(h.relu(), a, n or len(embs), self.reduction) + self.nu*self.betas.sum().to(embs.dtype), bad)
 
     def active(self, embs, labels):
         "Share of the pairs that are not beyond their side of the gap"
@@ -161,16 +163,20 @@ class NPairLoss(MetricLoss):
         super().__init__(gamma)
         self.l2 = l2
 
-    def compute(self, embs, labels):
+    def compute(self, embs, labels, n=None):
         a,p = first_pairs(labels)
+        n = n or len(embs)
+        own = (a<n).nonzero()[:,0] # the pairs that begin in the batch; of a remembered class there is only the negative
+        a = a[own]
         wide = embs.to(wide_dtype(embs)) # differences of the few products are what counts
         logits = wide[a]@wide[p].T
         if self.gamma:
-            d2 = sqdist(embs)
-            c = dir_cos(d2[a,p][:,None], d2[a][:,p], d2[p][:,p]).fill_diagonal_(0)
+            d2 = sqdist(torch.cat([embs[a], embs[p]]))
+            an,pn = d2[:,len(a):].split([len(a),len(p)])
+            c = dir_cos(an.gather(1, own[:,None]), an, pn[own]).scatter(1, own[:,None], 0)
             logits = logits-self.gamma*c
-        terms = F.cross_entropy(logits, torch.arange(len(a), device=a.device), reduction='none').to(embs.dtype)
-        norms = self.l2*embs.pow(2).sum(1)
+        terms = F.cross_entropy(logits, own, reduction='none').to(embs.dtype)
+        norms = self.l2*embs[:n].pow(2).sum(1)
         if self.reduction=='none': return norms.index_add(0, a, terms)
         return terms.sum()/max(len(a), 1) + norms.sum()/max(len(norms), 1)
 

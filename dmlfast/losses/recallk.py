@@ -39,9 +39,9 @@ class RecallAtKLoss(MetricLoss):
         "The numbers k, also where there is one"
         return self.k if isinstance(self.k, (list,tuple)) else (self.k,)
 
-    def compute(self, embs, labels):
+    def compute(self, embs, labels, n=None):
         def weigh(*args): return self.terms(labels, *args)[:2]
-        return reduce_anchors(sim_loss(embs, labels, weigh, self.gamma, wide=True), labels, self.reduction)
+        return reduce_anchors(sim_loss(embs, labels, weigh, self.gamma, wide=True, n=n), labels, self.reduction)
 
     def active(self, embs, labels):
         "Share of the (query, k) whose smooth recall is below 1"
@@ -51,17 +51,17 @@ class RecallAtKLoss(MetricLoss):
 # %% ../../nbs/api/losses/08_recallk.ipynb #18a84eff
 @patch
 def terms(self:RecallAtKLoss,
-    labels:Tensor, # Class of each row, `(n,)` int64
-    s:Tensor, # Similarities, `(n,n)`
-    far:Tensor, # The same, those of negatives shifted by direction regularisation, `(n,n)`
-    pos:Tensor, # Positives of each row, `(n,n)` float of 0 and 1
-    neg:Tensor, # Negatives of each row, likewise
-)->tuple[Tensor,Tensor,Tensor]: # Values `(n,)`, their gradient by the similarities `(n,n)`, share of the k whose recall is below 1 `(n,)`
+    labels:Tensor, # Class of each row, `(m,)` int64
+    s:Tensor, # Similarities, `(n,m)`
+    far:Tensor, # The same, those of negatives shifted by direction regularisation, `(n,m)`
+    pos:Tensor, # Positives of each query, `(n,m)` float of 0 and 1
+    neg:Tensor, # Negatives of each query, likewise
+)->tuple[Tensor,Tensor,Tensor]: # Values `(n,)`, their gradient by the similarities `(n,m)`, share of the k whose recall is below 1 `(n,)`
     "The smooth recall of each query and its gradient; 0 for a query without a positive"
     x = far.clone().fill_diagonal_(-1e30) # the query is nearer than nothing
     values,active,by_s = x.new_zeros(len(x)),x.new_zeros(len(x)),torch.zeros_like(x)
     k = torch.tensor([float(o) for o in self.ks], dtype=x.dtype, device=x.device)
-    for a,p in mate_blocks(labels, 2**24 if x.is_cuda else 2**17):
+    for a,p in mate_blocks(labels, 2**24 if x.is_cuda else 2**17, len(x)):
         xa = x.index_select(0, a)
         near = torch.sub(xa[:,None], xa.gather(1, p)[...,None]).div_(self.t2).sigmoid_() # 1/2 for the positive itself
         rank = near.sum(-1).add_(.5)

@@ -51,7 +51,8 @@ class MatryoshkaLoss(CombinedLoss):
         if emb_sz: self.lengths(emb_sz)
         return super().setup(n_classes, emb_sz)
 
-    def compute(self, embs, labels): return sum(w*self.part(self.loss, embs, labels, d) for d,w in self.lengths(embs.shape[1]))
+    def compute(self, embs, labels, n=None):
+        return sum(w*self.part(self.loss, embs, labels, d, n) for d,w in self.lengths(embs.shape[1]))
 
 # %% ../../nbs/api/losses/10_wrappers.ipynb #0afc538b
 class ThresholdConsistency(MetricLoss):
@@ -68,14 +69,16 @@ class ThresholdConsistency(MetricLoss):
         self.pos,self.neg = pos,neg
 
     def hinges(self,
-        embs:Tensor, # Embeddings, `(n,d)` float
-        labels:Tensor, # Class of each row, `(n,)` int64
-    )->list: # Of positive and of negative pairs: how far each is on the wrong side of its margin, and where such pairs are, `(n,n)` each
+        embs:Tensor, # Embeddings, `(m,d)` float
+        labels:Tensor, # Class of each row, `(m,)` int64
+        n:int=None, # Only the first `n` rows are anchors; all if not given
+    )->list: # Of positive and of negative pairs: how far each is on the wrong side of its margin, and where such pairs are, `(n,m)` each
         "What is to be less than 0"
-        s = embs@embs.T
-        return list(zip((self.pos-s,s-self.neg), label_masks(labels, embs.dtype)))
+        s = embs[:n]@embs.T
+        return list(zip((self.pos-s,s-self.neg), label_masks(labels, embs.dtype, n)))
 
-    def compute(self, embs, labels): return sum(reduce_masked(h.relu(), mask, self.reduction) for h,mask in self.hinges(embs, labels))
+    def compute(self, embs, labels, n=None):
+        return sum(reduce_masked(h.relu(), mask, self.reduction) for h,mask in self.hinges(embs, labels, n))
 
     def active(self, embs, labels):
         "Share of the pairs that are on the wrong side of their margin"

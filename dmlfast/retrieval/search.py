@@ -429,7 +429,7 @@ def neighbours(
         scores = Scores(c, c if g is q else g if isinstance(g, Gallery) else g.clone(), metric, own, ids, block=block)
         if backend=='auto' and len(q)<4 and g.shape[0]*g.shape[1]>=2**22 and not q.is_cuda and faiss_or_none(): backend = 'faiss'
         if backend=='faiss' and ids is None and _faiss(): todo = _topk_faiss(scores, k, v, i)
-        _topk_torch(scores, k, v, i, todo)
+        if len(todo): _topk_torch(scores, k, v, i, todo)
         return as_scores(metric, scores.q, v, scores.scale),i
 
 # %% ../../nbs/api/retrieval/01_search.ipynb #28b9f3d1

@@ -168,8 +168,9 @@ def before_fit(self:MetricTrainer):
 
 @patch
 def after_fit(self:MetricTrainer):
-    "Take the model out of what wraps it"
+    "Take the model out of what wraps it, with the statistics of process 0"
     if _is_wrapped(self.learn): self.learn.model = self.learn.model.module
+    sync_tensors(self.learn.model.buffers())
     self.accelerator.free_memory()
 
 # %% ../../nbs/api/train/19_distributed.ipynb #6d9c9676
