@@ -237,7 +237,10 @@ def index(self:LanceGallery,
     self.table.create_index('vector', config=IvfPq(distance_type='cosine', num_partitions=lists, num_sub_vectors=sub))
 
 @patch
-def index_report(self:LanceGallery, n=None, k=None):
+def index_report(self:LanceGallery,
+    n:int=1000, # As of a gallery in memory
+    k:int=10, # As of a gallery in memory
+):
     "Raise `ValueError`: embeddings in a table are not compared with its index"
     raise ValueError("A report compares an index with the exact search in memory, and a table of LanceDB is not read into it.")
 
