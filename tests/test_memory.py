@@ -117,7 +117,8 @@ def test_losses_from_elsewhere_take_their_own_arguments(theirs):
     (AntiCollapse(),'AntiCollapse does not'), (CombinedLoss([ProxyNCALoss(4, 6), AntiCollapse()]),'ProxyNCALoss does not'),
     (OtherLoss(pml.ProxyNCALoss(4, 6)),'ProxyNCALoss compares images with weights of its own'),
     (OtherLoss(lambda e,y: e.sum()),'takes no others: it has no indices_tuple, ref_emb, ref_labels'),
-    (TripletLoss(miner=lambda e,y: all_triplets(y)),'the miner of TripletLoss, .*, chooses within a batch alone')], ids=str)
+    (TripletLoss(miner=lambda e,y: all_triplets(y)),'the miner of TripletLoss, .*, chooses within a batch alone')],
+    ids=['proxies','softmax','no pairs','several','weights of its own','a function','a miner'])
 def test_what_has_nothing_to_compare_is_refused(loss, why):
     x,y,ox,oy = some(5, 6)
     with pytest.raises(ValueError, match=why): loss(x, y%4, ox, oy%4)
