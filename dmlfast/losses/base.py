@@ -83,6 +83,7 @@ class MetricLoss(CheckedArgs, nn.Module):
     def compute(self,
         embs:Tensor, # Embeddings, `(n,d)` float32 or float64
         labels:Tensor, # Class of each row, `(n,)` int64
+        n:int=None, # Only the first `n` rows are anchors; all if not given. A loss that takes no others leaves it out
     )->Tensor: # Scalar, or `(n,)` if `reduction` is `'none'`
         "What a subclass defines: the loss of finite float embeddings and int64 labels; with a third argument `n=None` it takes others"
         raise NotImplementedError
