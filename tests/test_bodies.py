@@ -95,7 +95,7 @@ def test_what_a_folder_says_is_kept(tmp_path):
 def test_names(tmp_path, folder):
     assert Embedder('timm/test_vit', 4, pretrained=False, img_size=32).arch=='test_vit'
     for arch,said in (('user/model', "write 'hf-hub:user/model' for a model of the Hugging Face hub, and 'local-dir:user/model' for a fo"),
-        ('ftp:x', "timm has no model 'ftp:x'"), ('timm/resnet19', "nearest names are 'resnet18'"),
+        ('ftp:x', "timm has no model 'ftp:x'"), ('timm/resnet19', "nearest is 'resnet18'"),
         ('resnet18.b', "no weights 'b' of 'resnet18'; it has"),
         (f'local-dir:{tmp_path}', f"There is no timm model in {str(tmp_path)!r}: its folder holds 'config.json'"), (3, 'got 3')):
         with pytest.raises(ValueError, match=re.escape(said)): Embedder(arch, 4, pretrained=False)

@@ -78,7 +78,8 @@ def _published(df, path, name, val_pct, seed, classes=None, **kwargs):
     check_shares(val_pct=val_pct)
     is_train = df.split=='train'
     split_of = train_val_classes(ifnone(classes, distinct_labels(df.label[is_train])), val_pct, seed)
-    return MetricDataset(df.assign(split=df.split.where(~is_train, df.label.map(split_of))), path, **{'name':name, **kwargs})
+    split = [split_of[o] if train else s for o,s,train in zip(df.label, df.split, is_train)]
+    return MetricDataset(df.assign(split=split), path, **{'name':name, **kwargs})
 
 # %% ../../nbs/api/data/02_datasets.ipynb #99738b28
 def _joined(a, b, fa, fb):

@@ -98,7 +98,8 @@ def check(self:MetricDataset,
     self._check_columns()
     df = self.df
     distinct_labels(df.label) # raises for labels that cannot be told apart
-    for c in ('path','label'): df[c] = pd.Series(df[c].map(os.path.normpath if c=='path' else _printable), dtype=object)
+    # not `map`: it would make strings of pyarrow where there is one, which take no names that are not UTF-8
+    for c,f in (('path',os.path.normpath), ('label',_printable)): df[c] = pd.Series([f(o) for o in df[c]], df.index, dtype=object)
     if unknown := distinct_labels(set(df.split)-set(_splits)):
         raise ValueError(f"Unknown split {some_of(unknown)}; the splits are {some_of(_splits)}.")
     if len(twice := df.path[df.path.duplicated()]): raise ValueError(f"{len(twice)} images are in the table twice: {some_of(twice)}.")

@@ -27,8 +27,8 @@ from ..models.bodies import *
 from ..models.bodies import misfits, misfits_said
 from ..models.pooling import *
 from ..models.embedder import named_heads
-from ..retrieval.index import *
-from ..retrieval.index import index_kinds, read_index
+from ..retrieval.indexes import *
+from ..retrieval.indexes import index_kinds, read_index
 from ..files.writing import check_folder, clear_up
 
 # %% ../../nbs/api/deploy/04_folder.ipynb #cd3fb98f

@@ -14,7 +14,7 @@ from collections import namedtuple
 from difflib import get_close_matches
 from fastcore.basics import patch
 from ..retrieval.embedded import *
-from ..retrieval.index import *
+from ..retrieval.indexes import *
 
 # %% ../../nbs/api/deploy/00_gallery.ipynb #b616701c
 Hit = namedtuple('Hit', 'label item score')

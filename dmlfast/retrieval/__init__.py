@@ -1,10 +1,10 @@
 "Search, the metrics of retrieval, and what they say"
-from . import results, search, verify, metrics, rerank, index, embedded
+from . import results, search, verify, metrics, rerank, indexes, embedded
 from .results import *
 from .search import *
 from .verify import *
 from .metrics import *
 from .rerank import *
-from .index import *
+from .indexes import *
 from .embedded import *
-__all__ = [*results.__all__, *search.__all__, *verify.__all__, *metrics.__all__, *rerank.__all__, *index.__all__, *embedded.__all__]
+__all__ = [*results.__all__, *search.__all__, *verify.__all__, *metrics.__all__, *rerank.__all__, *indexes.__all__, *embedded.__all__]

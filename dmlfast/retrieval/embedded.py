@@ -25,7 +25,7 @@ from .metrics import pooled
 from .search import *
 from .search import as_embeddings, as_labels
 from .rerank import *
-from .index import *
+from .indexes import *
 
 # %% ../../nbs/api/retrieval/06_embedded.ipynb #0d01bd77
 def in_order(
