@@ -275,7 +275,8 @@ def from_df(cls:MetricDataset,
         classes = distinct_labels(df.label.dropna())
         if len(classes)<2:
             raise ValueError(f"The {len(df)} images of the table are of {len(classes)} classes; a class-disjoint split needs two at least.")
-        df = df.assign(split=df.label.map(_class_splits(classes, test_pct, val_pct, seed)).fillna('train'))
+        split_of = _class_splits(classes, test_pct, val_pct, seed)
+        df = df.assign(split=[split_of.get(o, 'train') for o in df.label])
     return cls(df, path, **kwargs)
 
 # %% ../../nbs/api/data/01_tables.ipynb #49252945
