@@ -125,7 +125,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def same(self):
         g = self.finder.gallery
-        assert type(g).__name__==('LanceGallery' if self.lance else 'MemoryGallery') and len(self.finder)==len(self.rows)
+        assert isinstance(g, LanceGallery if self.lance else MemoryGallery) and len(self.finder)==len(self.rows)
         assert (g.labels, g.items)==([o['label'] for o in self.rows], [o['item'] for o in self.rows])
         assert g.classes()==sorted({o['label'] for o in self.rows})
         for k in self.columns: assert g.facts.get(k, [None]*len(self.rows))==[o.get(k) for o in self.rows]

@@ -7,7 +7,7 @@ from dmlfast.train.features import collect
 @pytest.fixture(scope='module')
 def learn(few, tmp_path_factory):
     "A learner whose statistics are not those of the images, with random crops in training"
-    set_seed(0)
+    set_seed(1) # with the weights of 0 two items are nearly as near, and the order of batches decides between them
     learn = metric_learner(few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0, size=24), 'test_resnet', emb_sz=16, pretrained=False,
         path=tmp_path_factory.mktemp('loaders'))
     learn.remove_cbs(ProgressCallback)
@@ -30,7 +30,7 @@ def test_other_loaders_are_normalised_wherever_they_come_in(learn, few, other):
     def same(embs): return torch.allclose(embs[torch.tensor([list(map(str, other.valid.items)).index(o) for o in order])], right, atol=1e-6)
     assert same(learn.embed(other.valid)[0]) and same(learn.get_preds(dl=other.valid)[0])
     assert same(RetrievalInterpretation.from_learner(learn, other.valid).embs)
-    assert np.allclose(learn.evaluate(other.valid)['map@r'], learn.evaluate('test')['map@r'], atol=1e-3) # near ties
+    assert np.allclose(learn.evaluate(other.valid)['map@r'], learn.evaluate('test')['map@r'])
     assert np.allclose(learn.validate(dl=other.valid)[1], learn.evaluate('test')['recall@1'])
     hits = [learn.predict(few.items('test')[0], k=3, gallery=o)[1] for o in ('test',other.valid)]
     assert np.allclose([o.score for o in hits[0]], [o.score for o in hits[1]])
@@ -38,10 +38,10 @@ def test_other_loaders_are_normalised_wherever_they_come_in(learn, few, other):
     assert not norms(other.valid) # what is measured is left as it was
 
 def test_loaders_that_take_the_place_of_others_are_normalised(make_learner, few, other, tmp_path):
-    learn = make_learner()
+    learn = make_learner(seed=5)
     right = learn.evaluate('test')['map@r']
     learn.dls = other = few.dataloaders(bs=32, per_class=4, num_workers=0, valid='test')
-    assert [len(norms(o)) for o in other.loaders]==[1,1] and np.allclose(learn.evaluate()['map@r'], right, atol=1e-3)
+    assert [len(norms(o)) for o in other.loaders]==[1,1] and np.allclose(learn.evaluate()['map@r'], right)
     assert learn.export_embedder(tmp_path/'e').preprocess.mean is not None
     learn.dls = other
     assert [len(norms(o)) for o in other.loaders]==[1,1]
@@ -125,17 +125,17 @@ def test_learners_with_the_same_loaders_see_the_same(make_learner):
 @pytest.mark.parametrize('part', [0,1])
 @pytest.mark.parametrize('how', ['dls','in place'])
 def test_every_loader_is_normalised_or_refused(make_learner, few, how, part):
-    learn = make_learner()
+    learn = make_learner(seed=5)
     right,norm = learn.evaluate('test')['map@r'],norms(learn.dls.valid)[0]
     new = few.dataloaders(bs=32, per_class=4, num_workers=0, valid='test')
     loaders = [new[i] if i==part else learn.dls[i] for i in (0,1)]
     if how=='dls': learn.dls = DataLoaders(*loaders)
     else:
         learn.dls.loaders[part] = new[part]
-        if part: assert np.isclose(learn.evaluate()['map@r'], right, atol=1e-3)
+        if part: assert np.isclose(learn.evaluate()['map@r'], right)
         learn.fit(1, lr=0.)
     assert [norms(o) for o in learn.dls.loaders]==[[norm],[norm]] and not norms(new[part])
-    if part: assert np.isclose(learn.evaluate()['map@r'], learn.evaluate('test')['map@r'], atol=1e-3) # near ties
+    if part: assert np.isclose(learn.evaluate()['map@r'], learn.evaluate('test')['map@r'])
     foreign = few.dataloaders(bs=32, per_class=4, num_workers=0)
     metric_learner(foreign, 'resnet10t', pretrained=False)
     was = list(learn.dls.loaders)
