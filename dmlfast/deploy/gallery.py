@@ -11,8 +11,8 @@ __all__ = ['Hit', 'kind_of', 'as_facts', 'as_filter', 'fulfilled', 'said', 'Memo
 # %% ../../nbs/api/deploy/00_gallery.ipynb #a9db50c7
 import math, numpy as np, torch, torch.nn.functional as F
 from collections import namedtuple
-from difflib import get_close_matches
 from fastcore.basics import patch
+from ..files.registry import most_alike
 from ..retrieval.embedded import *
 from ..retrieval.indexes import *
 
@@ -124,9 +124,10 @@ def refuse_none(
     columns:dict, # Column -> values
 ):
     "Raise `ValueError`, with the nearest name"
-    near = [o for k,v in where.items() if k in columns and not callable(v) for w in v if isinstance(w, str)
-        for o in get_close_matches(w, {c for c in columns[k] if isinstance(c, str)}, 1)]
-    raise ValueError(f"Nothing in the gallery has {said(where)}." + (f" Did you mean {near[0]!r}?" if near else ''))
+    near = [most_alike(w, dict.fromkeys(c for c in columns[k] if isinstance(c, str)))
+        for k,v in where.items() if k in columns and not callable(v) for w in v if isinstance(w, str)]
+    near = next((o for o in near if o is not None), None)
+    raise ValueError(f"Nothing in the gallery has {said(where)}." + ('' if near is None else f" Did you mean {near!r}?"))
 
 # %% ../../nbs/api/deploy/00_gallery.ipynb #a43226ed
 @patch

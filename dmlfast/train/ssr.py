@@ -17,7 +17,6 @@ from fastcore.all import *
 from fastai.callback.core import Callback
 from fastai.data.transforms import Normalize
 from fastai.learner import *
-from fastai.learner import replacing_yield
 from fastai.torch_core import no_random, norm_bias_params
 from ..losses.geometry import full_precision
 from .compat import *
