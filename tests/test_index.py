@@ -5,7 +5,7 @@ from PIL import Image
 from dmlfast.deploy import ImageEmbedder, Preprocess, load_embedder
 from dmlfast.models.embedder import Embedder
 from dmlfast.retrieval import Embedded, Index, neighbours
-from dmlfast.retrieval import index as room, search
+from dmlfast.retrieval import indexes as room, search
 
 KINDS = 'hnsw','ivf','int8','bits','IVF8,SQ8'
 
