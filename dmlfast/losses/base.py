@@ -333,7 +333,7 @@ class CombinedLoss(MetricLoss):
     def no_others(self):
         "Where one part can, the others see the batch alone"
         why = [o.no_others() for o in self.losses]
-        return next(iter(why)) if all(why) else None
+        return why[0] if all(why) else None
 
     def compute(self, embs, labels, n=None):
         parts = [w*self.part(o, embs, labels, n=n) for o,w in zip(self.losses, self.weights)]

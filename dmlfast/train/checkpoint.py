@@ -239,7 +239,7 @@ def restore(self:Checkpoint,
         raise ValueError(f"The run in {str(self.folder)!r} had {len(parts)} process{'es' if len(parts)>1 else ''}, and here "
             f"{'are' if own_part()[1]>1 else 'is'} {own_part()[1]}: with as many as then it goes on.")
     state = state|parts[own_part()[0]]
-    _load_weights(unwrapped(learn.model), state['model'], self.folder)
+    _load_weights(learn.model, state['model'], self.folder)
     learn.opt.load_state_dict(to_device(state['opt'], next(learn.model.parameters()).device))
     if isinstance(getattr(learn.opt, 'hypers', None), list): learn.opt.hypers = L(learn.opt.hypers)
     for p,g in zip(learn.model.parameters(), state['grads'] or []): p.grad = None if g is None else g.to(p.device)

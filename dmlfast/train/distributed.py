@@ -210,28 +210,28 @@ def after_validate(self:MetricTrainer):
     for m,*o in zip(mets, *(seen if self.parts else seen[:1])): m.total,m.count = map(sum, zip(*o))
 
 # %% ../../nbs/api/train/19_distributed.ipynb #8727dd4e
-@patch # below `MetricLearner`, whose own `save` and `load` are those with LoRA
+@patch # above those of `GroupedLearner`, which know LoRA
 @delegates(Learner.save)
-def save(self:GroupedLearner,
+def save(self:MetricLearner,
     file, # Name, `.pth` is added, in `learn.path/learn.model_dir`; or a path
     **kwargs
 )->Path: # The file
     "As of any learner; of several processes the first writes, and under `lr_find` each its own file"
-    with alone(as_first=True) if hasattr(self, 'lr_finder') else nullcontext(): return super(GroupedLearner, self).save(file, **kwargs)
+    with alone(as_first=True) if hasattr(self, 'lr_finder') else nullcontext(): return super(MetricLearner, self).save(file, **kwargs)
 
 @patch
 @delegates(Learner.load)
-def load(self:GroupedLearner,
+def load(self:MetricLearner,
     file, # Name, `.pth` is added, in `learn.path/learn.model_dir`; or a path, or an open file
     **kwargs
-)->GroupedLearner: # Itself
+)->MetricLearner: # Itself
     "As of any learner; of several processes the first reads"
     if hasattr(self, 'lr_finder'):
-        with alone(): return super(GroupedLearner, self).load(file, **kwargs)
+        with alone(): return super(MetricLearner, self).load(file, **kwargs)
     if own_part()[1]>1 and isinstance(file, (str,Path)):
         path = join_path_file(file, self.path/self.model_dir, ext='.pth')
         file = io.BytesIO(by_first(Path(path).read_bytes))
-    return super(GroupedLearner, self).load(file, **kwargs)
+    return super(MetricLearner, self).load(file, **kwargs)
 
 # %% ../../nbs/api/train/19_distributed.ipynb #b7a68877
 @patch

@@ -14,6 +14,7 @@ from fastai.learner import *
 from fastai.torch_core import distrib_barrier, no_random
 from ..models.embedder import *
 from ..models.lora import *
+from .rates import *
 from .baseline import *
 from .learner import *
 
@@ -73,7 +74,7 @@ def add_lora(self:MetricLearner,
 
 # %% ../../nbs/api/train/12_lora.ipynb #a47755a0
 @patch
-def as_filed(self:MetricLearner):
+def as_filed(self:GroupedLearner):
     "A context in which the model's state dict is as files hold it: short, where a body that anybody can have again was not trained"
     model = unwrapped(self.model)
     origin = getattr(getattr(self, 'head_start', None), 'origin', None) if isinstance(model, LoraEmbedder) else None
@@ -81,7 +82,7 @@ def as_filed(self:MetricLearner):
     return as_filed(model, origin is not None and all(_same(*o) for o in own_state(model).items()))
 
 @patch
-def put_filed(self:MetricLearner,
+def put_filed(self:GroupedLearner,
     sd:dict, # A state dict, as `as_filed` makes it or any other
     where:str, # Where it is from, for the message
 ):
@@ -98,20 +99,20 @@ class _Peek:
 
 @patch
 @delegates(Learner.save)
-def save(self:MetricLearner,
+def save(self:GroupedLearner,
     file, # Name, `.pth` is added, in `learn.path/learn.model_dir`; or a path
     **kwargs
 )->Path: # The file
     "As of any learner; with LoRA on the body that the learner began with, the body's own weights are left out"
-    with self.as_filed(): return super(MetricLearner, self).save(file, **kwargs)
+    with self.as_filed(): return super(GroupedLearner, self).save(file, **kwargs)
 
 @patch
 @delegates(Learner.load)
-def load(self:MetricLearner,
+def load(self:GroupedLearner,
     file, # What `save` gave, or a name or path as it takes them
     device=None, # Where the weights are put first
     **kwargs
-)->MetricLearner: # Itself
+)->GroupedLearner: # Itself
     "As of any learner; LoRA is put on where the file has it. Raises `ValueError` for LoRA of another kind or on another body"
     fn = join_path_file(file, self.path/self.model_dir, ext='.pth')
     distrib_barrier()
@@ -119,7 +120,7 @@ def load(self:MetricLearner,
     load_model(fn, peek := _Peek(), None, with_opt=False)
     if at is not None: fn.seek(at)
     self.put_filed(peek.sd, repr(str(file)))
-    return super(MetricLearner, self).load(file, device=device, **kwargs)
+    return super(GroupedLearner, self).load(file, device=device, **kwargs)
 
 # %% ../../nbs/api/train/12_lora.ipynb #39ce84e0
 @patch
