@@ -15,12 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from fastcore.basics import patch
 from pathlib import Path
 from PIL import Image
+from timm.data.transforms import str_to_pil_interp
+from timm.layers import to_2tuple
 from torch import nn, Tensor
 from .gallery import *
 from ..files.images import *
 from ..files.images import check_background
 from ..files.writing import whole_file
-from ..models.embedder import unwrapped
+from ..models.bodies import sized
+from ..models.embedder import Embedder, unwrapped
 from ..models.heads import shorten_head
 from ..retrieval.embedded import *
 from ..retrieval.embedded import check_lengths, first_numbers
@@ -235,6 +238,23 @@ def hits(self:ImageEmbedder,
 )->list: # For each a list of `Hit`s, nearest first
     "The nearest items of the gallery to embeddings"
     return self.gallery.find(embs, k, filter, rerank)
+
+# %% ../../nbs/api/deploy/01_embedder.ipynb #02eefab1
+@patch(cls_method=True)
+def from_body(cls:ImageEmbedder,
+    arch:str, # Name of a timm model, `'hf-hub:user/model'` or `'local-dir:folder'`
+    size=None, # Height and width that images are resized to, or one number for both; the body's own if not given
+    pretrained:bool=True, # Load timm's pretrained weights?
+    weights=None, # File of the body's weights, instead of timm's
+    pool=None, # As `Embedder` takes it
+    **kwargs # Passed to `timm.create_model`
+)->ImageEmbedder:
+    "An embedder of the features of a body, without any training; raises `ValueError` for a name or a size that timm does not have"
+    if size is not None: kwargs = sized(arch, to_2tuple(size), **kwargs)
+    model = Embedder(arch, pretrained=pretrained, weights=weights, pool=pool, head='identity', **kwargs)
+    (h,w),how = to_2tuple(size or model.cfg['input_size'][1:]),str_to_pil_interp(model.cfg.get('interpolation') or 'bilinear')
+    mode = 'L' if model.cfg['input_size'][0]==1 else 'RGB'
+    return cls(model, Preprocess([('fit', (w,h), int(how))], model.cfg['mean'], model.cfg['std'], mode))
 
 # %% ../../nbs/api/deploy/01_embedder.ipynb #1403827b
 @patch
