@@ -31,7 +31,10 @@ mathjax = Path(find_spec('sphinx-mathjax-offline').origin).parent/'static'/'math
 html_static_path = ['_static', str(mathjax/'tex-svg.js')]
 mathjax_path = 'tex-svg.js'
 html_css_files = ['site.css']
+card = f'{cfg.doc_host}{cfg.doc_baseurl}/_images/emoji.png'
+myst_html_meta = {'description lang=en':cfg.description, 'property=og:title':cfg.title, 'property=og:description':cfg.description, # the card that chats and mails show
+    'property=og:image':card, 'property=og:type':'website', 'name=twitter:card':'summary_large_image'}
 html_favicon = '_static/favicon.svg'
-html_theme_options = dict(
+html_theme_options = dict(light_logo='logo-light.svg', dark_logo='logo-dark.svg', sidebar_hide_name=True,
     light_css_variables={'font-stack': 'Inter, system-ui, sans-serif', 'color-brand-primary': '#0b6e4f', 'color-brand-content': '#0b6e4f'},
     dark_css_variables={'color-brand-primary': '#5fd3a6', 'color-brand-content': '#5fd3a6'})

@@ -9,9 +9,11 @@ from nbdev.doclinks import nbglob
 from nbdev.processors import (FilterDefaults, add_links, clean_magics, filter_stream_, hide_, hide_line, populate_language,
     rm_export, rm_header_dash, strip_ansi, strip_hidden_metadata)
 
-captions = dict(tutorials='Tutorials', explanations='Explanations', api='Reference') # folders of `nbs/`, as the navigation names them
+explanations = { # groups of the navigation, and the pages of `nbs/explanations` in them
+    'Decide': 'which_loss which_rate bodies costs',
+    'Look up': 'cheat_sheet faq gallery',
+    'Understand': 'transfer metrics measuring unknown direction_regularization ranking large_batches evidence evidence_details fastai design'}
 wings = ['files','losses','models','retrieval','deploy','data','train','look','study','cli'] # folders of `nbs/api`, the lowest first: one imports only from those before it
-reading_order = ['transfer','which_loss','bodies','metrics','measuring','unknown','direction_regularization','ranking','large_batches','evidence','fastai','design'] # of explanations; the others go by their numbers
 project_pages = dict(CONTRIBUTING='contributing', CHANGELOG='changelog')
 
 def drop_stderr(cell):
@@ -36,18 +38,15 @@ def page(nb_path, root):
     rel = Path(nb_path).relative_to(root)
     return nbpath2html(rel).with_suffix('.ipynb')
 
-def place(f):
-    "What notebooks of a folder are sorted by"
-    return (reading_order.index(f.stem) if f.stem in reading_order else -1, f.name)
-
 def toctree(caption, docs): return f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(docs) + '\n```'
 
 def navigation(files, root):
-    "Cell with the navigation: one group per folder of `nbs/`, the wings among them, and the project's own pages"
-    groups = {d: [page(f, root).with_suffix('').as_posix() for f in sorted(files, key=place) if f.parent.name==d] for d in captions}
-    if groups['api']: groups['api'] += [f'api/{w}/index' for w in wings] + ['reference']
-    trees = [toctree(captions[d], o) for d,o in groups.items() if o]
-    return mk_cell('\n\n'.join([*trees, toctree('Project', project_pages.values())]), 'markdown')
+    "Cell with the navigation: tutorials, the groups of explanations, the wings, and the project's own pages"
+    def docs(folder): return [page(f, root).with_suffix('').as_posix() for f in sorted(files) if f.parent.name==folder]
+    groups = {k:[f'explanations/{o}' for o in v.split() if f'explanations/{o}' in docs('explanations')] for k,v in explanations.items()}
+    if left := set(docs('explanations'))-set(sum(groups.values(), [])): raise ValueError(f"{min(left)} is in no group of the navigation: see `explanations` in docs/nbsite.py.")
+    groups = dict(Tutorials=docs('tutorials'), **groups, Reference=[*docs('api'), *(f'api/{w}/index' for w in wings), 'reference'], Project=project_pages.values())
+    return mk_cell('\n\n'.join(toctree(k, v) for k,v in groups.items() if v), 'markdown')
 
 def rooms_of(wing, files, root):
     "Cell with the navigation within a wing"
@@ -115,7 +114,7 @@ def readme():
         add_links(c)
         drop_stderr(c)
         if c.cell_type=='markdown':
-            src = re.sub(r'!\[(.*?)\]\((?!\w+:)(.+?)\)', lambda m: f'<img src="{raw}/nbs/{m[2]}" width="720" alt="{m[1]}">', c.source)
+            src = re.sub(r'!\[(.*?)\]\((?!\w+:)(.+?)\)', lambda m: f'<img src="{raw}/nbs/{m[2]}"{"" if m[2].endswith(".svg") else " width=720"} alt="{m[1]}">', c.source)
             out.append(re.sub(r'\]\(([^():]+\.ipynb)', lambda m: f']({base}{nbpath2html(Path(m[1])).as_posix()}', src))
         elif c.cell_type=='code':
             out.append(f'```python\n{c.source.strip()}\n```')

@@ -35,3 +35,28 @@ def test_lower_rooms_do_without_fastai():
     assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code]).returncode==0
     code = "import sys, dmlfast.files.images; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code]).returncode==0
+
+def test_the_cheat_sheet_names_what_is_there():
+    "Every call on it, with every argument that it names"
+    import ast, inspect, json, re
+    from pathlib import Path
+    from dmlfast.deploy import ImageEmbedder
+    names = {}
+    exec('from fastai.vision.all import *\nfrom dmlfast.all import *', names)
+    of = dict(learn=names['MetricLearner'], finder=ImageEmbedder, ds=names['MetricDataset'], dls=names['TfmdDL'], a=names['Embedded'], b=names['Embedded'])
+    text = json.loads((Path(__file__).parent.parent/'nbs'/'explanations'/'cheat_sheet.ipynb').read_text(encoding='utf-8'))
+    code = [o for c in text['cells'] for o in re.findall(r'(?<!`)`([^`\n]+)`', ''.join(c['source'])) if '(' in o]
+    calls = 0
+    for o in code:
+        o = o if not o.startswith('cbs=') else o[4:]
+        for call in [n for n in ast.walk(ast.parse(o.replace('with ', '', 1).split(': learn')[0] if o.startswith('with') else o)) if isinstance(n, ast.Call)]:
+            path = ast.unparse(call.func).split('.')
+            if '(' in ast.unparse(call.func): continue # the result of another call
+            f = of.get(path[0], names.get(path[0]))
+            assert f is not None, o
+            for p in path[1:]: f = getattr(f, p)
+            kinds = inspect.signature(f).parameters
+            loose = any(k.kind is k.VAR_KEYWORD for k in kinds.values())
+            assert loose or {k.arg for k in call.keywords}<=set(kinds), o
+            calls += 1
+    assert calls>35

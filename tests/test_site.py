@@ -115,7 +115,7 @@ def test_a_reader_finds_recall(page, url):
     assert page.eval('[...document.querySelectorAll("article img")].every(o => o.complete && o.naturalWidth>0)')
     assert 'learn.export_embedder' in page.eval('document.querySelector("article").textContent')
     captions = page.eval('[...document.querySelectorAll(".sidebar-tree .caption-text")].map(o => o.textContent)')
-    assert captions==[o for o in ('Tutorials','Explanations','Reference','Project') if o!='Tutorials' or (root/'nbs'/'tutorials').exists()]
+    assert captions==['Tutorials','Decide','Look up','Understand','Reference','Project']
     links = page.eval('[...document.querySelectorAll(".sidebar-tree a.internal")].map(o => o.href)')
     assert len(links)>=len(rooms)+len(list((root/'nbs'/'explanations').glob('*.ipynb')))
     for link in links:
