@@ -48,6 +48,7 @@ check: setup    ## nothing generated is stale, and the site builds
 	nbdev-export
 	nbdev-clean
 	python docs/nbsite.py readme
+	python docs/readability.py
 	git diff --exit-code && test -z "$$(git ls-files -o --exclude-standard)"
 	python docs/nbsite.py
 
