@@ -73,8 +73,11 @@ def plain(few, loss, n, cbs=(), steps=3, bs=16, p=0., metrics=None, resume=None,
 
 def losses():
     from pytorch_metric_learning import losses as pml
-    return dict(triplet=TripletLoss(), dr_triplet=DRTripletLoss(), contrastive=ContrastiveLoss(), semihard=TripletLoss(miner=SemiHardMiner()),
-        proxynca=ProxyNCALoss(lr_mult=1.), proxyanchor=ProxyAnchorLoss(lr_mult=1.), theirs=pml.SupConLoss(), dr_ms=DRMultiSimilarityLoss(), margin=MarginLoss(lr_mult=1.),
+    torch.manual_seed(7) # of the classes that `sampled` draws
+    return dict(triplet=TripletLoss(), dr_triplet=DRTripletLoss(), contrastive=ContrastiveLoss(),
+        semihard=TripletLoss(miner=SemiHardMiner()), proxynca=ProxyNCALoss(lr_mult=1.), proxyanchor=ProxyAnchorLoss(lr_mult=1.),
+        sampled=ArcFaceLoss(sample=.5, lr_mult=1.),
+        theirs=pml.SupConLoss(), dr_ms=DRMultiSimilarityLoss(), margin=MarginLoss(lr_mult=1.),
         sum=CombinedLoss([TripletLoss(), ProxyNCALoss(lr_mult=1.)]))
 
 def weights(learn): return {k:v.clone() for k,v in learn.model.state_dict().items()}
@@ -101,7 +104,9 @@ def check_controls(few, n, out):
 
 def check_memory(few, n, out):
     "A run with a memory, and one that is killed after its first epoch and goes on, with what they remember"
-    def run(*cbs, **kwargs): return plain(few, MultiSimilarityLoss(), n, [memory := BatchMemory(80, start=2), *cbs], 100, metrics=[], **kwargs),memory
+    def run(*cbs, **kwargs):
+        memory = BatchMemory(80, start=2)
+        return plain(few, MultiSimilarityLoss(), n, [memory, *cbs], 100, metrics=[], **kwargs),memory
     def _has(learn, memory): return dict(weights=weights(learn), embs=memory.embs, labels=memory.labels, at=memory.at, steps=memory.steps)
     whole = _has(*run())
     if n==1: return dict(whole=whole)
@@ -163,7 +168,8 @@ def check_roles(few, n, out):
     learn = small(with_roles(few), out)
     with learn.distrib_ctx():
         learn.fit(1, 1e-2)
-        return dict(row=list(learn.recorder.values[0]), valid=list(learn.validate()), recall=learn.evaluate()['recall@1'], weights=weights(learn))
+        return dict(row=list(learn.recorder.values[0]), valid=list(learn.validate()), recall=learn.evaluate()['recall@1'],
+            weights=weights(learn))
 
 def check_half(few, n, out):
     "Half precision"
@@ -183,7 +189,8 @@ def check_full(few, n, out):
         if first: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
         try:
             learn.fit(1, 1e-3, cbs=Checkpoint(out/'run', overwrite=True))
-            for name,f in dict(embedder=lambda: learn.export_embedder(learn.path/'embedder'), export=learn.export, save=lambda: learn.save('model')).items():
+            def _embedder(): learn.export_embedder(learn.path/'embedder')
+            for name,f in dict(embedder=_embedder, export=learn.export, save=lambda: learn.save('model')).items():
                 try: f()
                 except OSError as e: res[name] = str(e)
         finally: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -245,8 +252,8 @@ def check_experiment(few, n, out):
             exp.run_trial('a')
             exp.tell()
     finally: experiments.trial_report = was
-    few_classes = refused(lambda: plans.train_run({**plan['settings'], 'batch':dict(bs=36), 'loss':dict(name='ms')}, few, 'val')) if n>1 else None
-    return dict(rows=exp.rows(), refused=few_classes, kept=sorted(o.name for o in out.rglob('embedder.json')))
+    def odd(): plans.train_run({**plan['settings'], 'batch':dict(bs=36), 'loss':dict(name='ms')}, few, 'val')
+    return dict(rows=exp.rows(), refused=refused(odd) if n>1 else None, kept=sorted(o.name for o in out.rglob('embedder.json')))
 
 def check_head(few, n, out):
     "A head from features, its rows above the table, and `fit_head`, as all processes have them; `fit_transfer` too"

@@ -39,7 +39,8 @@ def results(few, folder, *names):
     return [torch.load(folder/f'{r}.pt', weights_only=False) for r in (0,1)]
 
 @pytest.fixture(scope='module')
-def steps(few, tmp_path_factory): return results(few, tmp_path_factory.mktemp('steps'), 'weights', 'memory', 'controls', 'draws', 'refusals')
+def steps(few, tmp_path_factory):
+    return results(few, tmp_path_factory.mktemp('steps'), 'weights', 'memory', 'controls', 'draws', 'refusals')
 
 @pytest.fixture(scope='module')
 def fits_at(few, tmp_path_factory):
@@ -106,7 +107,7 @@ def one(few, tmp_path_factory): return checks.check_weights(few, 1, tmp_path_fac
 
 def test_the_weights_are_those_of_one_process(steps, one):
     "In float64, after three steps of each loss, miners that draw and gradients in chunks included"
-    assert len(one)==14
+    assert len(one)==15
     for k in one:
         assert far(one[k], steps[0]['weights'][k])<1e-12, k
         assert far(steps[0]['weights'][k], steps[1]['weights'][k])==0, k
@@ -174,7 +175,7 @@ def test_half_precision(fits):
 def test_a_full_disk_of_the_first_process(fits):
     "The fit goes on in both, with the checkpoint before; what cannot be written says so, and leaves nothing and the learner as it was"
     a,b = (o['full'] for o in fits)
-    assert a['res']['embedder']==b['res']['embedder'] and set(b['res'])=={'embedder'} # which all of them make; `save` and `export` are the first's
+    assert a['res']['embedder']==b['res']['embedder'] and set(b['res'])=={'embedder'} # all of them make it; to `save` is the first's
     assert set(a['res'])=={'embedder','export','save'} and all('too large' in o or 'output error' in o for o in a['res'].values()), a['res']
     for o in (a,b):
         assert o['kept'] and sum('No checkpoint was written after epoch 0' in m for m in o['said'])==1, o['said']
@@ -284,15 +285,15 @@ def test_processes_end_with_a_launcher_that_is_killed(few, tmp_path):
         os.kill(pid, signal.SIGKILL)
         end = time.monotonic()+60
         while any(map(lives, parts)) and time.monotonic()<end: time.sleep(.2)
-    status,_,err = train(*'--data own --arch test_resnet --no-pretrained --size 24 --bs 16 --epochs 200 --workers 0 --launch 2'.split(), cwd=tmp_path,
-        until=1, then=_kill)
+    new = '--data own --arch test_resnet --no-pretrained --size 24 --bs 16 --epochs 200 --workers 0 --launch 2'.split()
+    status,_,err = train(*new, cwd=tmp_path, until=1, then=_kill)
     assert status==-signal.SIGKILL and not any(map(lives, left)) and not err
     assert {o.name for o in (tmp_path/'run'/'checkpoint').iterdir()}=={'checkpoint.pt'}
     assert not [o for o in (tmp_path/'run').iterdir() if o.name.startswith('.')]
     assert torch.load(tmp_path/'run'/'checkpoint'/'checkpoint.pt', weights_only=True)['epoch']>=1
 
 def test_an_experiment_in_two_processes(few, tmp_path):
-    "Trials and runs are those of one process, with the plan's batches; the first process writes; and one that gives up does not leave the other waiting"
+    "Trials and runs are those of one process, with the plan's batches; the first process writes, and what it gives up all give up"
     a,b = results(few, mkdir(tmp_path/'two'), 'experiment')
     rows,one = a['experiment']['rows'],checks.check_experiment(few, 1, tmp_path)['rows']
     assert [o['kind'] for o in rows]==['trial','trial','run','run','trial'] and rows[-1]['state']=='PRUNED' and len(rows[-1]['scores'])==1
@@ -311,8 +312,8 @@ def test_the_command_compares_methods_in_two_processes(few, tmp_path):
             'batch = {bs = 32, num_workers = 0}\nmodel = {arch = "test_resnet", pretrained = false, emb_sz = 16}\nfit = {n_epoch = 1}\n'
             f'[methods.a]\nloss = {{name = "triplet"}}\nspace = {{}}\n{more}')
     def _bench(*args):
-        p = subprocess.run([Path(sys.executable).parent/'dmlfast-bench', 'p.toml', '--launch', '2', *args], cwd=tmp_path, capture_output=True,
-            text=True, timeout=200)
+        p = subprocess.run([Path(sys.executable).parent/'dmlfast-bench', 'p.toml', '--launch', '2', *args], cwd=tmp_path,
+            capture_output=True, text=True, timeout=280)
         return p.returncode,p.stdout,p.stderr.strip().splitlines()
     _plan()
     status,out,err = _bench('--json')

@@ -227,7 +227,7 @@ def dmlfast_bench(
         with refusing():
             if workers<1: raise ValueError(f"--workers is 1 or more; got {workers}.")
             if launch is not None:
-                if workers>1: raise ValueError("--workers train each for itself and --launch lets processes train together: take one of them.")
+                if workers>1: raise ValueError("--workers train apart and --launch lets processes train together: take one of them.")
                 check_launch(launch)
             if hours is not None and hours<=0: raise ValueError(f"--hours is more than 0; got {hours}.")
             exp = Experiment(plan, out or f'{Path(plan).stem}.jsonl')

@@ -111,8 +111,8 @@ def _share_out(dl):
     "Of several processes, each has its part of the plan's batches; raises `ValueError` where they have too few classes"
     if (n := num_distrib())<2: return
     if dl.bs%(n*dl.per_class):
-        raise ValueError(f"{n} processes share out batches by classes, and batches of {dl.bs} images with {dl.per_class} of a class cannot be: "
-            f"let `batch.bs` be a multiple of {n*dl.per_class}.")
+        raise ValueError(f"{n} processes share out batches by classes, and those of {dl.bs} images with {dl.per_class} of a class cannot "
+            f"be: let `batch.bs` be a multiple of {n*dl.per_class}.")
     dl.bs //= n
 
 def _seen(doctor):
