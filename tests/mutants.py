@@ -56,6 +56,9 @@ mutants = [ # room, what its code says, what it says instead, tests
     ('train.compat', "p.grad = p.grad if p.requires_grad else None", "pass", 'test_lora.py -k two_groups'), # what is frozen decays
     ('train.columns', "(epoch+1)%self.every==0", "epoch%self.every==0", 'test_learner.py -k every_other'),
     ('train.distributed', "return g[r*ctx.n:(r+1)*ctx.n]*n", "return g[r*ctx.n:(r+1)*ctx.n]", 'test_distributed.py -k one_process'),
+    ('train.compat', "bar.update(0)", "pass", 'test_checkpoint.py -k progress_bars'), # a run does not go on in a terminal
+    ('train.memory', "'size','embs','labels','at','steps'", "'size','at','steps'", 'test_distributed.py -k a_memory_is'), # not resumed
+    ('study.plans', "dl.bs //= n", "pass", 'test_distributed.py -k test_an_experiment'), # batches are larger than the plan's
     ('data.batches', ".reshape(len(self), -1, self.bs)[:,self.shard[0]]", ".reshape(len(self), self.bs, -1)[...,self.shard[0]]",
         'test_distributed.py -k share'), # a class is in two processes
     ('deploy.embedder', "m = min(w/tw, h/th)", "m = max(w/tw, h/th)", 'test_deploy.py'),

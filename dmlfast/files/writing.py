@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/files/writing.html.md"""
 __all__ = ['whole_file', 'write_whole', 'check_folder', 'remove_files', 'clear_up']
 
 # %% ../../nbs/api/files/01_writing.ipynb #cbeb98f0
-import os, re, shutil
+import errno, os, re, shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,9 +27,11 @@ def whole_file(
     except OSError as e:
         if e.errno and e.filename in (None,tmp,str(tmp)): e.filename = str(file)
         raise
-    except Exception as e: # safetensors and ONNX have errors of their own for a full disk
-        if not (code := re.search(r'\(os error (\d+)\)', str(e))): raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(file)) from e
+    except Exception as e: # safetensors, ONNX and PyTorch have errors of their own for a full disk
+        code = re.search(r'\(os error (\d+)\)', str(e))
+        if not code and 'inline_container' not in str(e): raise
+        n = int(code[1]) if code else getattr(e.__context__, 'errno', None) or errno.EIO # PyTorch's writer does not say which it was
+        raise OSError(n, os.strerror(n), str(file)) from e
     finally: tmp.unlink(missing_ok=True)
 
 def write_whole(

@@ -17,6 +17,7 @@ from fastai.learner import *
 from fastai.callback.all import *
 from fastai.torch_core import no_random
 from ..files.registry import nearest
+from ..files.writing import *
 from ..retrieval.metrics import less_is_better
 from ..losses import *
 from ..models.bodies import *
@@ -114,9 +115,15 @@ class MetricLearner(GroupedLearner):
         fname='export.pkl', # File to write, in the learner's folder
         **kwargs # Passed to `Learner.export`
     ):
-        "As any learner, its head started"
+        "As any learner, its head started; the file is written whole or not at all, and what cannot be written leaves the learner as it is"
         self.start_head()
-        super().export(fname, **kwargs)
+        if not is_first(): return
+        dls,opt = self.dls,self.opt
+        try:
+            with whole_file(self.path/fname) as tmp: super().export(tmp.absolute(), **kwargs)
+        except BaseException:
+            self.dls,self.opt = dls,opt
+            raise
 
 # %% ../../nbs/api/train/11_learner.ipynb #a49b2395
 @patch
