@@ -15,7 +15,7 @@ from statistics import median
 from time import perf_counter, process_time
 import numpy as np, torch
 from dmlfast.retrieval import Embedded, Index, evaluate_retrieval, neighbours
-from dmlfast.retrieval.search import fastest_product, multiply
+from dmlfast.retrieval.products import fastest_product, multiply
 
 OUT = Path(__file__).with_suffix('.jsonl')
 KINDS = 'bare','exact','int8','hnsw','ivf','bits','SQ8','lance','faiss flat','PML'

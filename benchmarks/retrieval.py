@@ -11,7 +11,8 @@ from statistics import median
 from time import perf_counter, process_time
 import torch
 from dmlfast.retrieval.metrics import evaluate_retrieval
-from dmlfast.retrieval.search import fastest_product, multiply, neighbours
+from dmlfast.retrieval.products import fastest_product, multiply
+from dmlfast.retrieval.search import neighbours
 
 CLOCK = perf_counter
 CHEAP,FULL = ['recall','r_precision','map@r'],['recall','r_precision','map@r','map','mrr','pr_curve']

@@ -2,8 +2,7 @@
 import json, pytest, subprocess, sys, torch
 import numpy as np
 from safetensors import safe_open
-from dmlfast.retrieval import Embedded, evaluate_retrieval, neighbours
-from dmlfast.retrieval import search
+from dmlfast.retrieval import Embedded, evaluate_retrieval, neighbours, products
 from dmlfast.retrieval.search import Rows
 
 EVERY = ['recall','precision@1','r_precision','map@r','map','mrr','pr_curve']
@@ -43,7 +42,7 @@ def test_metrics_are_those_in_memory(kind, metric, block, tmp_path, monkeypatch)
     for names in (EVERY, ['recall','map@r']):
         same(evaluate_retrieval(x, y, file, gy, names, metric=metric), evaluate_retrieval(x, y, g, gy, names, metric=metric))
 
-@pytest.mark.skipif(not search._onednn(), reason='oneDNN is not there')
+@pytest.mark.skipif(not products._onednn(), reason='oneDNN is not there')
 @pytest.mark.parametrize('kind', ['random','copies','ties'])
 def test_by_onednn_too(kind, tmp_path, monkeypatch):
     x,y,g,gy = data(kind)
@@ -66,7 +65,7 @@ def test_what_a_query_must_not_see(kind, tmp_path, monkeypatch):
         for a,b in zip(neighbours(g[q], tmp_path/'g.npy', 12, **kw), neighbours(g[q], g, 12, **kw)):
             assert torch.allclose(a, b) if a.is_floating_point() else torch.equal(a, b)
 
-@pytest.mark.parametrize('backend', ['torch']+['onednn']*search._onednn())
+@pytest.mark.parametrize('backend', ['torch']+['onednn']*products._onednn())
 def test_no_row_is_alone(backend, tmp_path):
     "A block of one row would be rounded otherwise, so that its equal would come first"
     g = torch.randn(2049, 8192, generator=torch.Generator().manual_seed(0)).numpy()

@@ -4,13 +4,14 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 import dmlfast.retrieval.search as retrieval
+from dmlfast.retrieval import products
 from dmlfast.retrieval.results import Contingency, RetrievalResult
 from dmlfast.retrieval.metrics import evaluate_random_gallery, evaluate_retrieval
 from dmlfast.retrieval.search import Gallery, kmeans, neighbours
 
 KS = (1,2,4,8)
 RANKED = ['recall','precision@1','r_precision','map@r','map','mrr']
-BACKENDS = ['torch','faiss']+['onednn']*retrieval._onednn() # which is not there on every machine
+BACKENDS = ['torch','faiss']+['onednn']*products._onednn() # which is not there on every machine
 
 # ---- the reference: one query at a time, straight from the definitions, in float64 ----
 def ref_scores(q, g, metric):
@@ -251,7 +252,7 @@ needs_onednn = pytest.mark.skipif('onednn' not in BACKENDS, reason='oneDNN is no
 
 @pytest.fixture
 def unprobed():
-    cached = retrieval._onednn,retrieval.fastest_product
+    cached = products._onednn,products.fastest_product
     for o in cached: o.cache_clear()
     yield
     for o in cached: o.cache_clear()
@@ -272,12 +273,12 @@ def test_metrics_by_either_product(metric):
 def test_the_product_of_two_rows_does_not_depend_on_others(d):
     "Nor on where they stand, or the order of equal items and the results of blocks would"
     x = torch.randn(700, d, generator=torch.Generator().manual_seed(d))
-    u = retrieval.multiply('onednn', x, x)
+    u = products.multiply('onednn', x, x)
     torch.testing.assert_close(u.double(), x.double()@x.double().T, atol=1e-5*d, rtol=1e-5)
     assert torch.equal(u, u.T)
     order = torch.randperm(700, generator=torch.Generator().manual_seed(0))
     for n in (2,3,5,16,31,64,333):
-        for m in (2,17,100,699): assert torch.equal(retrieval.multiply('onednn', x[5:5+n], x[order[:m]]), u[5:5+n,order[:m]])
+        for m in (2,17,100,699): assert torch.equal(products.multiply('onednn', x[5:5+n], x[order[:m]]), u[5:5+n,order[:m]])
 
 @pytest.mark.parametrize('slow,want', [('torch','onednn'),('onednn','torch')])
 def test_the_faster_product_is_found_out_once(slow, want, monkeypatch, unprobed):
@@ -287,31 +288,32 @@ def test_the_faster_product_is_found_out_once(slow, want, monkeypatch, unprobed)
         seen.append(product)
         if product==slow: time.sleep(.02)
         return mm(q, g.T)
-    monkeypatch.setattr(retrieval, 'multiply', _multiply)
-    monkeypatch.setattr(retrieval, '_onednn', lambda: 'onednn' in BACKENDS)
+    monkeypatch.setattr(products, 'multiply', _multiply)
+    monkeypatch.setattr(products, '_onednn', lambda: 'onednn' in BACKENDS)
     cpu,state = torch.device('cpu'),torch.get_rng_state()
-    assert retrieval.product_of('auto', 2**30-1, cpu)=='torch' and not seen # little to multiply is not worth it
-    assert retrieval.product_of('auto', 2**30, cpu)==want
+    assert products.product_of('auto', 2**30-1, cpu)=='torch' and not seen # little to multiply is not worth it
+    assert products.product_of('auto', 2**30, cpu)==want
     n = len(seen)
-    assert retrieval.product_of('auto', 2**40, cpu)==want and len(seen)==n and torch.equal(torch.get_rng_state(), state)
-    assert retrieval.product_of('torch', 2**40, cpu)==retrieval.product_of('auto', 2**40, torch.device('cuda'))=='torch'
+    assert products.product_of('auto', 2**40, cpu)==want and len(seen)==n and torch.equal(torch.get_rng_state(), state)
+    assert products.product_of('torch', 2**40, cpu)==products.product_of('auto', 2**40, torch.device('cuda'))=='torch'
 
 @pytest.mark.parametrize('why', ['missing','uneven'])
 def test_a_product_that_cannot_be_used(why, monkeypatch, unprobed):
     def _multiply(product, q, g, *args):
         if why=='missing': raise RuntimeError('no such kernel')
         return q@g.T+torch.arange(len(q))[:,None]*1e-6 # by where a row stands
-    monkeypatch.setattr(retrieval, 'multiply', _multiply)
-    assert retrieval.fastest_product()=='torch'
-    with pytest.raises(ValueError, match="no oneDNN for this processor: take backend='auto' or 'torch'"): neighbours(rand(9), backend='onednn')
+    monkeypatch.setattr(products, 'multiply', _multiply)
+    assert products.fastest_product()=='torch'
+    with pytest.raises(ValueError, match="no oneDNN for this processor: take backend='auto' or 'torch'"):
+        neighbours(rand(9), backend='onednn')
 
 def test_both_choose_by_the_whole_of_the_work(monkeypatch, tmp_path):
     "Metrics say whose product it was; a gallery in a file takes the one that it would take in memory"
-    monkeypatch.setattr(retrieval, 'fastest_product', lambda: 'onednn' if 'onednn' in BACKENDS else 'torch')
+    monkeypatch.setattr(products, 'fastest_product', lambda: 'onednn' if 'onednn' in BACKENDS else 'torch')
     x,y = torch.randn(1100, 512, generator=torch.Generator().manual_seed(0)),labels(1100,100)
     np.save(tmp_path/'g.npy', x[:1000].numpy())
     for n in (1100,1000): # 1,100 x 1,000 x 512 are more than 2**29, and are called many here
-        monkeypatch.setattr(retrieval, '_much', n*1000*512)
+        monkeypatch.setattr(products, '_much', n*1000*512)
         for q in (1100,1000):
             a,b = (evaluate_retrieval(x[:q], y[:q], g, y[:1000], backend='auto') for g in (x[:1000],tmp_path/'g.npy'))
             same(a, b)

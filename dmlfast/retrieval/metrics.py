@@ -19,9 +19,8 @@ from .results import *
 from .search import *
 from .verify import *
 from .verify import rate_of
-from dmlfast.retrieval.search import (
-    Rows, Scores, as_embeddings, as_labels, full_precision, ignored, lowest, matched, multiply, order_keys, product_of,
-    top_values, unit_)
+from .products import full_precision, multiply, product_of
+from .search import Rows, Scores, as_embeddings, as_labels, ignored, lowest, matched, order_keys, top_values, unit_
 
 # %% ../../nbs/api/retrieval/03_metrics.ipynb #e79c2a5b
 @dataclass
