@@ -181,7 +181,8 @@ def apply(self:MemoryGallery,
 def _add(g, embs, labels, items, facts):
     n,m,ready = len(g),len(labels),g.is_ready
     g.embs = embs if g.embs is None else torch.cat([g.embs, embs])
-    if ready and g.index_kind: g._ready = g.embs,g._ready[1].grown(g.embs) # what took long to make grows
+    if ready and g.index_kind and g._ready[1].indexed.kind==index_kind(g.index_kind, n+m): # what took long to make grows
+        g._ready = g.embs,g._ready[1].grown(g.embs)
     g.labels,g.items = g.labels+labels,g.items+items
     g.facts = {k:g.facts.get(k, [None]*n)+facts.get(k, [None]*m) for k in dict.fromkeys([*g.facts,*facts])}
 

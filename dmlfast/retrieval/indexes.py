@@ -21,7 +21,8 @@ _exact_below,_float_kinds = 200_000,('hnsw','ivf')
 
 @cache
 def _said(kind):
-    warnings.warn(f"An index {kind!r} needs faiss, which is not installed: the search is exact (`pip install 'dmlfast[cpu]'` brings it; "
+    how = "by 'int8'" if kind=='auto' else 'exact'
+    warnings.warn(f"An index {kind!r} needs faiss, which is not installed: the search is {how} (`pip install 'dmlfast[cpu]'` brings it; "
         "'int8' works without).")
 
 def index_kind(
@@ -33,7 +34,7 @@ def index_kind(
         raise ValueError(f"An index is the name of a kind, or None for exact search; got {kind!r}.")
     faiss = faiss_or_none()
     if kind in (None,'exact') or kind=='auto' and n<_exact_below: return None
-    if kind=='auto': return 'hnsw' if faiss else 'int8'
+    if kind=='auto': return 'hnsw' if faiss else _said(kind) or 'int8'
     if kind=='int8' or faiss and kind in ('hnsw','ivf','bits'): return kind
     if not faiss: return _said(kind)
     try: faiss.index_factory(64, kind, faiss.METRIC_INNER_PRODUCT)
