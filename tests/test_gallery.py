@@ -1,13 +1,14 @@
 "A gallery that changes: against a plain list, in memory and in LanceDB, and in a process that is killed at any moment"
 import builtins, json, os, shutil, signal, subprocess, sys, time, warnings
 import hypothesis.strategies as st, numpy as np, pytest, torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from tempfile import TemporaryDirectory
 from unittest.mock import Mock
 from dmlfast.deploy import ImageEmbedder, Journal, LanceGallery, MemoryGallery, Preprocess, load_embedder
+from dmlfast.deploy.folder import _read_gallery
 from dmlfast.deploy.journal import hash_of
 from dmlfast.models.embedder import Embedder
 
@@ -55,8 +56,8 @@ def passes(row, where):
 
 touching = 'open','replace','fsync','write','close','chmod','unlink','rename','mkdir','serialize_file','read','__exit__','scandir'
 
-def killed(f, die=None, after=.0):
-    "Call `f` in another process, which is killed at call `die` that touches a file, or `after` seconds"
+def killed(f, die=None, after=0., names=touching):
+    "Call `f` in another process, which is killed at call or return `die` of what touches a file, or `after` seconds"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # LanceDB's of a fork
         pid = os.fork()
@@ -64,7 +65,7 @@ def killed(f, die=None, after=.0):
         calls = 0
         def count(frame, event, arg):
             nonlocal calls
-            calls += event in ('c_call','c_return') and arg.__name__ in touching
+            calls += event in ('c_call','c_return') and arg.__name__ in names
             if calls==die: os.kill(os.getpid(), signal.SIGKILL)
         try:
             signal.alarm(60) # whatever becomes of the test
@@ -84,10 +85,12 @@ class Machine(RuleBasedStateMachine):
     def begin(self):
         self.tmp,self.rows,self.rng,self.columns = TemporaryDirectory(),[],np.random.RandomState(0),set()
         self.at = shutil.copytree(self.folder, Path(self.tmp.name)/'e')
-        self.finder = stub(load_embedder(self.at, write=True))
-        if self.lance: self.finder.to_lancedb(self.table)
-        else: self.finder.gallery.journal.most = 4
+        if self.lance: stub(load_embedder(self.at, write=True)).to_lancedb(self.table)
+        self.load()
+        self.add([('a','1.jpg'),('b','2.jpg'),("c's",'ö 3.jpg')], {})
+        self.started()
 
+    def started(self): pass
     @property
     def table(self): return Path(self.tmp.name)/'g.lance'
     def teardown(self):
@@ -176,8 +179,13 @@ class Machine(RuleBasedStateMachine):
         assert g.classes()==sorted({o['label'] for o in self.rows})
         for k in self.columns: assert g.facts.get(k, [None]*len(self.rows))==[o.get(k) for o in self.rows]
         if self.rows: assert np.array_equal(g.embs.numpy(), np.stack([o['x'] for o in self.rows]))
+        if self.lance: return
+        e = MemoryGallery() # of a reader beside the writer
+        _read_gallery(e, json.loads((self.at/'embedder.json').read_text()), self.at)
+        assert (e.labels, e.items, e.index_kind)==(g.labels, g.items, self.kind)
 
 class IndexMachine(Machine):
+    def started(self): self.index('hnsw')
     @rule(kind=st.sampled_from(['hnsw','int8','ivf','auto',None]))
     def index(self, kind):
         self.finder.index(kind)
@@ -187,13 +195,14 @@ class LanceMachine(Machine): lance = True
 
 @pytest.mark.parametrize('machine,n,steps', [(Machine,20,20), (IndexMachine,20,20), (LanceMachine,12,16)],
     ids=['memory','index','lance'])
-def test_a_gallery_is_a_list(empty, one_model, machine, n, steps):
+def test_a_gallery_is_a_list(empty, one_model, monkeypatch, machine, n, steps):
     "In memory and its folder, with an index, and as a table; whatever is done to it, and whenever its process is killed"
     from hypothesis.stateful import run_state_machine_as_test
     if machine is IndexMachine: pytest.importorskip('faiss')
     Machine.kills = 0
+    monkeypatch.setattr(Journal, 'most', 2) # changes until their files become one
     run_state_machine_as_test(machine, settings=settings(max_examples=n, stateful_step_count=steps, deadline=None, derandomize=True,
-        database=None))
+        database=None, phases=(Phase.generate,)))
     assert Machine.kills>5
 
 # ---- a process that is killed ----
@@ -280,6 +289,12 @@ def test_what_was_acknowledged_is_there_after_a_kill(folder):
     assert not res.returncode, res.stderr
     done,between,left = map(int, res.stdout.split())
     assert done>12 and between>0 and left<12 # how many depends on the load of the machine
+
+def test_a_folder_is_never_missing_while_another_takes_its_place(folder):
+    e = stub(load_embedder(folder)).add([*np.eye(d)], list('abcd'), list('1234'))
+    for die in range(1, 5): # before and after each of the renamings that there would be without an exchange
+        killed(lambda: e.save(folder, overwrite=True), die, names=('rename',))
+        assert len(load_embedder(folder))==4
 
 # ---- folders ----
 def test_a_folder_that_changed(folder):

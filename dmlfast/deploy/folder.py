@@ -233,9 +233,9 @@ def write(self:ImageEmbedder,
         facts = {'facts':self.gallery.facts} if self.gallery.facts else {}
         (folder/'gallery.json').write_text(json.dumps(dict(labels=self.labels, items=self.items, **facts), ensure_ascii=False),
             encoding='utf-8', errors='surrogateescape')
-    if _has_rows(self) and self.index_kind:
+    if self.index_kind and (_has_rows(self) or self.index_kind in index_kinds):
         (folder/'index.json').write_text(json.dumps(dict(kind=self.index_kind)), encoding='utf-8')
-        self.gallery.searched().indexed.save(folder/'index.faiss')
+        if _has_rows(self): self.gallery.searched().indexed.save(folder/'index.faiss')
     about['sha256'] = {o.name:hash_of(o) for o in sorted(folder.iterdir())}
     (folder/'embedder.json').write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding='utf-8')
     for o in folder.iterdir(): o.chmod(0o644) # safetensors lets the owner alone read
@@ -362,7 +362,7 @@ def _load_index(gallery, folder, has_file):
         _refuse(folder, 'index.json', 'kind', f"{', '.join(map(repr, index_kinds))}, or that of 'index.faiss'", kind)
     try:
         gallery.index_kind = kind
-        if has_file: gallery.searched(read_index(gallery.embs, kind, folder/'index.faiss'))
+        if has_file and len(gallery): gallery.searched(read_index(gallery.embs, kind, folder/'index.faiss'))
     except ValueError as e: raise ValueError(f"The index in {str(folder)!r} cannot be used: {_last_line(e)}") from e
 
 # %% ../../nbs/api/deploy/04_folder.ipynb #ec0f94a0
@@ -400,9 +400,8 @@ def _load(folder, device, write, gallery, text):
 def _read_gallery(gallery, about, folder):
     "The gallery as it was written, and then its changes"
     n = about['model']['emb_sz']
-    if 'gallery.json' in about['sha256']:
-        gallery.add(*_gallery(folder, n))
-        if 'index.json' in about['sha256']: _load_index(gallery, folder, 'index.faiss' in about['sha256'])
+    if 'gallery.json' in about['sha256']: gallery.add(*_gallery(folder, n))
+    if 'index.json' in about['sha256']: _load_index(gallery, folder, 'index.faiss' in about['sha256'])
     for o in changes_in(about['sha256']): read_change(gallery, folder/o, n)
     # an index that has to be made again is none of faiss's own kinds, in a stranger's words
     if not gallery.is_ready and gallery.index_kind not in index_kinds: gallery.index_kind = None
