@@ -425,6 +425,34 @@ def test_tables(folder, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"needs lancedb: pip install 'dmlfast\[lance\]'"):
         load_embedder(folder, gallery=tmp_path/'g.lance')
 
+def test_a_table_in_an_object_store_and_one_that_is_open(folder, tmp_path):
+    "LanceDB reads an address `file://` as it reads those of other object stores; a connection of one's own may be to a service"
+    lancedb = pytest.importorskip('lancedb')
+    e,where = stub(load_embedder(folder)).add([*np.eye(d)], list('aabb'), list('1234'), dict(price=[1,2,3,None])),f'file://{tmp_path}'
+    e.to_lancedb(f'{where}/g.lance').add([np.ones(d)], 'c', '5').remove(item='2')
+    again = stub(load_embedder(folder, gallery=f'{where}/g.lance'))
+    assert again.labels==['a','b','b','c'] and again.gallery.facts==dict(price=[1,3,None,None])
+    assert [o.item for o in again.search(np.eye(d)[2], 1)]==['3']
+    with pytest.raises(FileExistsError, match='g.lance'): e.to_lancedb(f'{where}/g.lance')
+    with pytest.raises(FileNotFoundError, match='There is no gallery'): load_embedder(folder, gallery=f'{where}/none.lance')
+    db = lancedb.connect(tmp_path/'service')
+    again.to_lancedb('birds', db=db)
+    with pytest.raises(FileExistsError, match="'birds' is there already"): again.to_lancedb('birds', db=db)
+    again.to_lancedb('birds', overwrite=True, db=db).rename('c', 'd')
+    open_ = load_embedder(folder, gallery=db.open_table('birds'))
+    assert (open_.labels, open_.items, open_.gallery.facts)==(['a','b','b','d'], ['1','3','4','5'], dict(price=[1,3,None,None]))
+    db.create_table('others', [dict(x=1)])
+    with pytest.raises(ValueError, match='is a table of something else'): load_embedder(folder, gallery=db.open_table('others'))
+
+def test_a_table_is_tidied_up_by_its_versions(folder, tmp_path, monkeypatch):
+    "Also where each process makes one change"
+    e = stub(load_embedder(folder)).to_lancedb(tmp_path/'g.lance')
+    tidied = []
+    monkeypatch.setattr(type(e.gallery.table), 'optimize', lambda self: tidied.append(self.version))
+    monkeypatch.setattr(LanceGallery, 'tidy_every', 4)
+    while e.gallery.table.version<9: stub(load_embedder(folder, gallery=tmp_path/'g.lance')).add([np.ones(d)], 'a', 'x')
+    assert tidied==[4,8]
+
 # ---- with an index, a threshold and a second look ----
 def near(rows, q, k):
     "Names of the nearest of `(name, embedding)`s, by hand"

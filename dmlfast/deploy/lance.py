@@ -83,6 +83,7 @@ def _condition(col, want, values):
 class LanceGallery:
     "Embeddings in a table of LanceDB, with a label, a name and facts each"
     journal = index_kind = None # every change is written as it is made, and the index is in the table
+    tidy_every = 200 # versions, of which each change is one
     def __init__(self,
         path, # Folder of the table, or its address in an object store, `.lance`; or a table that LanceDB has open, such as one of a service
     ):
@@ -230,8 +231,9 @@ def replace(self:LanceGallery,
     self._tidy()
 
 @patch
-def _tidy(self:LanceGallery, every=200):
-    if self.table.version//every>self._version//every: self.table.optimize() # versions count on when another process opens the table
+def _tidy(self:LanceGallery):
+    n = self.tidy_every
+    if self.table.version//n>self._version//n: self.table.optimize() # versions count on when another process opens the table
     self._version = self.table.version
 
 @patch
@@ -280,9 +282,9 @@ def to_lancedb(self:ImageEmbedder,
     if d is None: raise ValueError("How many numbers an embedding has is not known: `add` images first.")
     if local: self.gallery = _in_place(old, where, name, d, _made_by(self.model))
     else:
-        db = db or _connect(where)
-        if not overwrite and _has(db, name): raise there
-        self.gallery = _written(old, db, name, d, _made_by(self.model))
+        db = _connect(where) if db is None else db
+        if (has := _has(db, name)) and not overwrite: raise there
+        self.gallery = _written(old, db, name, d, _made_by(self.model), 'overwrite' if has else 'create')
     return self
 
 def _has(db, name):
@@ -300,12 +302,12 @@ def _in_place(old, where, name, d, made_by):
         os.replace(Path(tmp)/path.name, path)
     return LanceGallery(path)
 
-def _written(old, db, name, d, made_by):
+def _written(old, db, name, d, made_by, mode='create'):
     "Write a table, a gallery's rows in pieces"
     import pyarrow as pa
     schema = pa.schema([('seq',pa.int64()), ('vector',pa.list_(pa.float32(), d)), ('label',pa.string()), ('item',pa.string())],
         metadata={'dmlfast':json.dumps(dict(made_by=made_by))})
-    res = LanceGallery(db.create_table(name, schema=schema, mode='overwrite'))
+    res = LanceGallery(db.create_table(name, schema=schema, mode=mode))
     if len(old): embs,labels,items,facts = old.embs,old.labels,old.items,old.facts
     for i in range(0, len(old), 2**16):
         s = slice(i, i+2**16)
