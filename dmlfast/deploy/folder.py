@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/deploy/folder.html.md"""
 __all__ = ['check_embedder_folder', 'load_embedder']
 
 # %% ../../nbs/api/deploy/04_folder.ipynb #03ac7f77
-import contextlib, json, math, re, reprlib, shutil, tempfile, threading, torch
+import contextlib, ctypes, json, math, os, re, reprlib, shutil, tempfile, threading, torch
 from fastcore.basics import patch
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +32,8 @@ from ..retrieval.indexes import index_kinds, read_index
 from ..files.writing import check_folder, clear_up
 
 # %% ../../nbs/api/deploy/04_folder.ipynb #cd3fb98f
-_format = 3 # 1: nothing said how images are opened, and they were taken as they are stored; 2: no changes of the gallery
+_format = 4 # 1: nothing says how images are opened, so that they are taken as they are stored; 2: no changes of the gallery; 3: none of its
+# index
 _max_about,_max_deep,_max_side,_max_px,_max_emb = 2**20,16,2**14,2**24,2**16
 
 def _is_plain(o, deep=_max_deep):
@@ -141,8 +142,14 @@ def check_embedder_folder(
         raise FileExistsError(f"{str(folder)!r} is there already: `overwrite=True` replaces it.")
     return folder
 
+def _exchange(a, b):
+    "Let two folders change places, so that neither is ever missing; False where the system cannot, as Linux can"
+    try: return not ctypes.CDLL(None).renameat2(-100, os.fsencode(a), -100, os.fsencode(b), 2)
+    except (AttributeError,OSError,TypeError): return False
+
 def _take_place(new, folder):
     "Move `new` to where `folder` is, which is given up only then"
+    if folder.exists() and _exchange(new, folder): return shutil.rmtree(new, ignore_errors=True)
     old = new.with_name(f'{new.name}.old')
     if folder.exists(): folder.rename(old)
     try: new.rename(folder)
@@ -226,9 +233,9 @@ def write(self:ImageEmbedder,
         facts = {'facts':self.gallery.facts} if self.gallery.facts else {}
         (folder/'gallery.json').write_text(json.dumps(dict(labels=self.labels, items=self.items, **facts), ensure_ascii=False),
             encoding='utf-8', errors='surrogateescape')
-    if _has_rows(self) and self.index_kind:
+    if self.index_kind and (_has_rows(self) or self.index_kind in index_kinds):
         (folder/'index.json').write_text(json.dumps(dict(kind=self.index_kind)), encoding='utf-8')
-        self.gallery.searched().indexed.save(folder/'index.faiss')
+        if _has_rows(self): self.gallery.searched().indexed.save(folder/'index.faiss')
     about['sha256'] = {o.name:hash_of(o) for o in sorted(folder.iterdir())}
     (folder/'embedder.json').write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding='utf-8')
     for o in folder.iterdir(): o.chmod(0o644) # safetensors lets the owner alone read
@@ -355,7 +362,7 @@ def _load_index(gallery, folder, has_file):
         _refuse(folder, 'index.json', 'kind', f"{', '.join(map(repr, index_kinds))}, or that of 'index.faiss'", kind)
     try:
         gallery.index_kind = kind
-        if has_file: gallery.searched(read_index(gallery.embs, kind, folder/'index.faiss'))
+        if has_file and len(gallery): gallery.searched(read_index(gallery.embs, kind, folder/'index.faiss'))
     except ValueError as e: raise ValueError(f"The index in {str(folder)!r} cannot be used: {_last_line(e)}") from e
 
 # %% ../../nbs/api/deploy/04_folder.ipynb #ec0f94a0
@@ -363,7 +370,7 @@ def load_embedder(
     folder, # What `export_embedder` or `ImageEmbedder.save` wrote
     device='cpu', # Where the model shall be
     write:bool=False, # Keep each change of the gallery in the folder?
-    gallery=None, # A table of LanceDB to search, which `to_lancedb` wrote, `.lance`; the folder's own gallery if not given
+    gallery=None, # What `to_lancedb` wrote, as `LanceGallery` takes it; the folder's own gallery if not given
 )->ImageEmbedder:
     "Read an embedder; raises `FileNotFoundError` or `ValueError` where the folder is not one, whole and as it was written"
     folder = Path(folder)
@@ -393,9 +400,8 @@ def _load(folder, device, write, gallery, text):
 def _read_gallery(gallery, about, folder):
     "The gallery as it was written, and then its changes"
     n = about['model']['emb_sz']
-    if 'gallery.json' in about['sha256']:
-        gallery.add(*_gallery(folder, n))
-        if 'index.json' in about['sha256']: _load_index(gallery, folder, 'index.faiss' in about['sha256'])
+    if 'gallery.json' in about['sha256']: gallery.add(*_gallery(folder, n))
+    if 'index.json' in about['sha256']: _load_index(gallery, folder, 'index.faiss' in about['sha256'])
     for o in changes_in(about['sha256']): read_change(gallery, folder/o, n)
     # an index that has to be made again is none of faiss's own kinds, in a stranger's words
     if not gallery.is_ready and gallery.index_kind not in index_kinds: gallery.index_kind = None

@@ -163,7 +163,7 @@ def searched(self:MemoryGallery,
 # %% ../../nbs/api/deploy/00_gallery.ipynb #3bf4ac92
 @patch
 def change(self:MemoryGallery,
-    op:str, # `'add'`, `'remove'`, `'name'` or `'replace'`
+    op:str, # `'add'`, `'remove'`, `'name'`, `'replace'` or `'index'`
     **how, # As the change of that name takes it
 ):
     "Write a change, if there is a journal, and make it"
@@ -172,7 +172,7 @@ def change(self:MemoryGallery,
 
 @patch
 def apply(self:MemoryGallery,
-    op:str, # `'add'`, `'remove'`, `'name'` or `'replace'`
+    op:str, # `'add'`, `'remove'`, `'name'`, `'replace'` or `'index'`
     **how, # As the change of that name takes it
 ):
     "Make a change in memory alone"
@@ -201,7 +201,12 @@ def _name(g, rows, column, name):
 def _replace(g, rows, embs):
     g.embs = g.embs.index_copy(0, torch.tensor(rows), embs)
 
-_changes = dict(add=_add, remove=_remove, name=_name, replace=_replace)
+def _index(g, kind, packed=None):
+    ready = None if packed is None else read_index(g.embs, kind, packed)
+    g.index_kind,g._ready = kind,(None,None)
+    if ready is not None: g.searched(ready)
+
+_changes = dict(add=_add, remove=_remove, name=_name, replace=_replace, index=_index)
 
 # %% ../../nbs/api/deploy/00_gallery.ipynb #6fe4c093
 @patch
@@ -248,8 +253,17 @@ def index(self:MemoryGallery,
 ):
     "Search by an index; raises `ValueError` for a kind that faiss does not know"
     index_kind(kind, len(self))
-    self.index_kind,self._ready = kind,(None,None)
+    self.apply('index', kind=kind)
     if len(self): self.searched()
+    if self.journal: self.journal(self, 'index', self.index_change())
+
+@patch
+def index_change(self:MemoryGallery)->dict: # What the change `'index'` takes
+    "The index as it is now: what took long to make, where it is of the embeddings that there are, and otherwise its kind alone"
+    made = self._ready[1].indexed if self.is_ready else None
+    packed = None if made is None else made.packed()
+    if packed is not None: return dict(kind=self.index_kind, packed=packed)
+    return dict(kind=self.index_kind if self.index_kind in index_kinds else None)
 
 @patch
 def index_report(self:MemoryGallery,

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from .gallery import *
 from .gallery import as_facts
+from ..retrieval.indexes import index_kinds
 from ..files.writing import remove_files, whole_file, write_whole
 
 # %% ../../nbs/api/deploy/03_journal.ipynb #a55d48f6
@@ -37,13 +38,15 @@ def write_change(
         tmp.chmod(0o644) # safetensors lets the owner alone read
 
 # %% ../../nbs/api/deploy/03_journal.ipynb #7e9fe4c7
-_parts = dict(add={'embs','labels','items','facts'}, remove={'rows'}, name={'rows','column','name'}, replace={'rows','embs'})
+_parts = dict(add={'embs','labels','items','facts'}, remove={'rows'}, name={'rows','column','name'}, replace={'rows','embs'}, 
+    index={'kind'})
 
 def _is_texts(o, n): return isinstance(o, list) and len(o)==n and all(isinstance(v, str) for v in o)
 
 def _wrong(op, how, gallery, emb_sz):
     "What is wrong with a change, in words; None if nothing is"
-    if not isinstance(op, str) or _parts.get(op)!=set(how): return 'it must have the parts of a change'
+    if not isinstance(op, str) or _parts.get(op)!=set(how)-{'packed'} or 'packed' in how and op!='index':
+        return 'it must have the parts of a change'
     rows,embs = how.get('rows'),how.get('embs')
     if rows is not None and not (rows.dtype==torch.int64 and rows.ndim==1 and len(rows) and rows[0]>=0 and rows[-1]<len(gallery)
         and (rows[1:]>rows[:-1]).all()): return f'`rows` must be of {len(gallery)} rows, ascending'
@@ -51,6 +54,10 @@ def _wrong(op, how, gallery, emb_sz):
         return f'`embs` must be finite float32 numbers, {emb_sz} a row'
     if op=='replace' and not len(embs)==len(rows)==1: return 'one row replaces one'
     if op=='name' and not (how['column'] in ('labels','items') and isinstance(how['name'], str)): return '`name` must be text'
+    if op=='index' and how['kind'] not in (None,*index_kinds) and not (isinstance(how['kind'], str) and len(how['kind'])<=100
+        and 'packed' in how): return f"`kind` must be {', '.join(map(repr, index_kinds))}, null, or that of an index in it"
+    if op=='index' and 'packed' in how and not (len(gallery) and how['packed'].dtype==torch.uint8 and how['packed'].ndim==1):
+        return '`packed` must be bytes, of an index of a gallery'
     if op=='add':
         if not all(_is_texts(how[k], len(embs)) for k in ('labels','items')): return '`labels` and `items` must be text, one a row'
         if not isinstance(how['facts'], dict) or not all(isinstance(o, list) for o in how['facts'].values()): return '`facts` must be lists'
@@ -70,11 +77,13 @@ def read_change(
         op = how.pop('op')
     except (SafetensorError,OSError,RuntimeError,KeyError,TypeError,ValueError,RecursionError) as e:
         raise ValueError(f"{says} is no change of a gallery: {type(e).__name__}, {str(e).splitlines()[0] if str(e) else ''}") from e
-    if any(isinstance(how.get(k), torch.Tensor)!=(k in how) for k in ('rows','embs')): why = '`rows` and `embs` must be tensors'
+    if any(isinstance(how.get(k), torch.Tensor)!=(k in how) for k in ('rows','embs','packed')):
+        why = '`rows`, `embs` and `packed` must be tensors'
     else: why = _wrong(op, how, gallery, emb_sz)
     if why: raise ValueError(f"{says} is no change of a gallery: {why}.")
     if 'rows' in how: how['rows'] = how['rows'].tolist()
-    gallery.apply(op, **how)
+    try: gallery.apply(op, **how)
+    except ValueError as e: raise ValueError(f"{says} is no change of a gallery: {e}") from e # an index that does not fit
 
 # %% ../../nbs/api/deploy/03_journal.ipynb #8bdb91cb
 def changes_in(
@@ -124,12 +133,14 @@ class Journal:
             fresh,n = [(op,how)],int(listed[-1][8:-12])+1 if listed else 1
             if full := len(listed)>=self.most:
                 for o in (*_whole,*listed): about['sha256'].pop(o, None)
+                if gallery.index_kind and op!='index': fresh.insert(0, ('index',gallery.index_change()))
                 if len(gallery): fresh.insert(0, ('add', {k:getattr(gallery, k) for k in ('embs','labels','items','facts')}))
             for i,o in enumerate(fresh, n):
                 file = self.folder/f'gallery-{i:06d}.safetensors'
                 write_change(file, *o)
                 about['sha256'][file.name] = hash_of(file)
-            text = json.dumps({**about, 'format':3}, indent=1, ensure_ascii=False)
+            about['format'] = max(about['format'], 4 if any(o=='index' for o,_ in fresh) else 3)
+            text = json.dumps(about, indent=1, ensure_ascii=False)
             write_whole(self._list, text)
             self.text = text
             if full: self._sweep()

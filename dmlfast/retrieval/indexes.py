@@ -178,19 +178,25 @@ def save(self:Index,
     faiss_or_none().write_index(self.core.index, str(file))
     return True
 
+@patch
+def packed(self:Index)->Tensor|None: # uint8; None where there is nothing
+    "What `save` writes, as a tensor"
+    return torch.from_numpy(faiss_or_none().serialize_index(self.core.index)) if isinstance(self.core, _Faiss) else None
+
 def read_index(
     embs, # Embeddings, `(n,d)` float
     kind:str, # What it was
-    file, # What `Index.save` wrote
+    file, # What `Index.save` wrote; or what `Index.packed` gave
 )->Index:
-    "An index from a file; raises `ValueError` where it does not fit the embeddings"
+    "An index that was kept; raises `ValueError` where it does not fit the embeddings"
     x,faiss = as_embeddings(embs),faiss_or_none()
     if faiss is None or index_kind(kind, len(x)) is None: return Index(x, kind)
-    try: ready = faiss.read_index(str(file))
-    except (RuntimeError,MemoryError) as e: raise ValueError(f"{file.name!r} cannot be read: it must be an index that faiss wrote.") from e
-    name = type(ready).__name__
-    fits = dict(hnsw='IndexHNSWFlat', ivf='IndexIVFFlat').get(kind, name)==name
+    name = 'the index' if isinstance(file, Tensor) else repr(file.name)
+    try: ready = faiss.deserialize_index(file.numpy()) if isinstance(file, Tensor) else faiss.read_index(str(file))
+    except (RuntimeError,MemoryError) as e: raise ValueError(f"{name} cannot be read: it must be an index that faiss wrote.") from e
+    made = type(ready).__name__
+    fits = dict(hnsw='IndexHNSWFlat', ivf='IndexIVFFlat').get(kind, made)==made
     if not fits or (ready.ntotal,ready.d,ready.metric_type)!=(len(x),x.shape[1],faiss.METRIC_INNER_PRODUCT):
-        raise ValueError(f"{file.name!r} does not fit the gallery: it is {name} of {ready.ntotal:,} items of {ready.d} numbers, and "
+        raise ValueError(f"{name} does not fit the gallery: it is {made} of {ready.ntotal:,} items of {ready.d} numbers, and "
             f"{kind!r} of {len(x):,} of {x.shape[1]} is wanted.")
     return Index(x, kind, ready)
