@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from fastai.vision.all import *
 from dmlfast.all import *
 from dmlfast.deploy.embedder import Preprocess
-from dmlfast.train.export import preprocess_of
+from dmlfast.train.export import preprocess_of, split_hash
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
@@ -354,7 +354,8 @@ def test_embeddings_of_a_learner_say_what_made_them(few, tmp_path, monkeypatch):
         learn.fit(2)
     about.update(epochs=2, date=date.today().isoformat())
     emb = learn.embedded('test')
-    assert emb.facts==about|dict(measured_on='few glyphs, test') and learn.export_embedder(tmp_path/'e').facts==about
+    assert emb.facts==about|dict(measured_on='few glyphs, test')
+    assert learn.export_embedder(tmp_path/'e').facts==about|dict(split_hash=split_hash(learn.dls))
     assert learn.embedded(learn.dls.train).facts['measured_on']=='few glyphs, train'
     for part in (few.items('test')[:9], few.items('test')[[0,*range(len(few.items('test')))]]):
         assert 'measured_on' not in learn.embedded(learn.dls.test_dl(part, with_labels=True)).facts
@@ -382,7 +383,7 @@ def test_an_embedder_says_what_trained_it(few, tmp_path):
     with learn.no_bar(), learn.no_logging(): fit_settings(learn, s)
     e = learn.export_embedder(tmp_path/'e')
     assert e.facts=={'data':'few glyphs', 'train_classes':learn.dls.n_train_classes, 'loss':repr(learn.loss_func), 'epochs':1,
-        'network':'test_resnet', 'embedding':8, 'batch_seed':0, 'date':learn.about_training()['date'],
+        'network':'test_resnet', 'embedding':8, 'batch_seed':0, 'date':learn.about_training()['date'], 'split_hash':split_hash(learn.dls),
         'settings':{k:o for k,o in s.items() if k!='data'} | dict(model=dict(s['model'], weights='body.pth'))}
     assert str(tmp_path) not in (tmp_path/'e'/'embedder.json').read_text()
     about = json.loads((tmp_path/'e'/'embedder.json').read_text())

@@ -87,6 +87,7 @@ class Preprocess:
 # %% ../../nbs/api/deploy/01_embedder.ipynb #2b9e7810
 class ImageEmbedder:
     "Images to embeddings, and to their neighbours in a gallery"
+    source = None # `'hf-hub:user/name@commit'` where it came from the hub
     def __init__(self,
         model:nn.Module, # Embeds `(n,c,h,w)` float
         preprocess, # `Preprocess`, or another function from an image to `(c,h,w)` float
@@ -111,7 +112,8 @@ class ImageEmbedder:
     def __len__(self): return len(self.gallery)
     def __repr__(self):
         name = getattr(self.model, 'arch', type(self.model).__name__)
-        return f"ImageEmbedder({name}, {self.preprocess!r}, {len(self)} items of {len(self.gallery.classes())} classes in the gallery)"
+        items = f'{len(self)} items of {len(self.gallery.classes())} classes in the gallery'
+        return f"ImageEmbedder({name}, {self.preprocess!r}, {items}{f', from {self.source}' if self.source else ''})"
 
     embs,labels,items,index_kind = (
         property(lambda self, k=k: getattr(self.gallery, k), lambda self, v, k=k: setattr(self.gallery, k, v), doc=doc) for k,doc in dict(

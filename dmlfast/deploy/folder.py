@@ -29,10 +29,12 @@ from ..models.pooling import *
 from ..models.embedder import named_heads
 from ..retrieval.indexes import *
 from ..retrieval.indexes import index_kinds, read_index
+from ..files.fetching import HubFiles, hub_ref, is_repo
 from ..files.writing import check_folder, clear_up
 
 # %% ../../nbs/api/deploy/04_folder.ipynb #cd3fb98f
-_format = 3 # 1: nothing said how images are opened, and they were taken as they are stored; 2: no changes of the gallery
+# 1: nothing said how images are opened, and they were taken as they are stored; 2: no changes of the gallery; 3: none for timm
+_format = 4
 _max_about,_max_deep,_max_side,_max_px,_max_emb = 2**20,16,2**14,2**24,2**16
 
 def _is_plain(o, deep=_max_deep):
@@ -119,11 +121,15 @@ def _last_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[-1
 @torch.no_grad()
 def _probe(model, preprocess):
     "Embed an empty image, of the shape that the preprocessing makes"
+    model.eval()(torch.zeros(1, *_input_size(model, preprocess), device=next(model.parameters()).device))
+
+def _input_size(model, preprocess):
+    "Channels, height and width of what the preprocessing makes"
     kwargs,steps = model.named['model_kwargs'],preprocess['steps']
     c,size = kwargs.get('in_chans', 3),steps[-1][1][::-1] if steps else to_2tuple(kwargs.get('img_size', model.cfg['input_size'][1:]))
     # other networks take batches of tensors alone
     if c in (1,3): c = max(dict(L=1, RGB=3)[preprocess['mode']], len(preprocess['mean'] or []))
-    model.eval()(torch.zeros(1, c, *size, device=next(model.parameters()).device))
+    return [c,*size]
 
 def _check_finite(tensors, what):
     "Raise `ValueError` where a number is nan or infinite"
@@ -151,9 +157,9 @@ def _take_place(new, folder):
         raise
     shutil.rmtree(old, ignore_errors=True)
 
-def _description(embedder, spec):
+def _description(embedder, spec, for_timm):
     "What `embedder.json` will hold, but for the hashes, as JSON gives it back"
-    res = dict(format=2, model=spec, preprocess=embedder.preprocess.spec(), facts=embedder.facts,
+    res = dict(format=4 if for_timm else 2, model=spec, preprocess=embedder.preprocess.spec(), facts=embedder.facts,
         versions={o:version(o) for o in ('dmlfast','timm','torch')},
         **(dict(calibration=embedder.calibration) if embedder.calibration else {}))
     try: text = json.dumps(res, indent=1, ensure_ascii=False).encode()
@@ -182,6 +188,7 @@ def _check_whole(embedder, preprocess):
 def save(self:ImageEmbedder,
     folder, # Where to write; must not be there
     overwrite:bool=False, # Replace what is there?
+    for_timm:bool=False, # Write the body so that timm reads it too, by `'local-dir:folder'`?
 )->Path:
     "Write the embedder; raises `FileExistsError` if `folder` is there, and `ValueError` for a model that could not be built again"
     folder = check_embedder_folder(folder, overwrite)
@@ -190,7 +197,7 @@ def save(self:ImageEmbedder,
         raise ValueError(f"Only an `Embedder` with a `Preprocess` can be written as a folder, and this is a {type(model).__name__} with a "
             f"{type(self.preprocess).__name__}.")
     _check_spec(spec := model.spec(), folder)
-    about = _description(self, spec)
+    about = _description(self, spec, for_timm)
     _check_about(about, folder, ('sha256','calibration'))
     _check_whole(self, about['preprocess'])
     with clear_up(folder.parent, ()):
@@ -220,7 +227,10 @@ def write(self:ImageEmbedder,
     about:dict, # What `embedder.json` will hold, but for the hashes
 ):
     "Write the files, the one with the hashes last"
-    save_file({k:v.detach().cpu().contiguous() for k,v in unwrapped(self.model).embedder_state().items()}, folder/'weights.safetensors')
+    model = unwrapped(self.model)
+    parts,for_timm = {'':{k:v.detach().cpu().contiguous() for k,v in model.embedder_state().items()}},about['format']==4
+    if for_timm: parts = {o:{k.removeprefix(o):v for k,v in parts[''].items() if k.startswith('body.')==bool(o)} for o in ('','body.')}
+    for o,tensors in parts.items(): save_file(tensors, folder/_weights[o])
     if _has_rows(self):
         save_file({'embs':self.embs.contiguous()}, folder/'gallery.safetensors')
         facts = {'facts':self.gallery.facts} if self.gallery.facts else {}
@@ -229,9 +239,28 @@ def write(self:ImageEmbedder,
     if _has_rows(self) and self.index_kind:
         (folder/'index.json').write_text(json.dumps(dict(kind=self.index_kind)), encoding='utf-8')
         self.gallery.searched().indexed.save(folder/'index.faiss')
-    about['sha256'] = {o.name:hash_of(o) for o in sorted(folder.iterdir())}
+    if for_timm: (folder/'config.json').write_text(json.dumps(_timm_config(model, about), indent=1), encoding='utf-8')
+    about['sha256'] = {o.name:hash_of(o) for o in sorted(folder.iterdir()) if o.name!='config.json'} # it is for timm
     (folder/'embedder.json').write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding='utf-8')
     for o in folder.iterdir(): o.chmod(0o644) # safetensors lets the owner alone read
+
+_weights = {'':'weights.safetensors', 'body.':'model.safetensors'} # what stands before the names in it
+
+def _timm_resize(steps):
+    "Steps of `Preprocess` as timm's transforms for testing call them; nothing where they have no word for it"
+    mode = {('fit',):'center', ('squash',):'squash', ('squash','crop'):'squash'}.get(tuple(o for o,*_ in steps))
+    if mode is None: return {}
+    (_,(w,_),resample),last = steps[0],steps[-1][1][0]
+    return dict(crop_mode=mode, crop_pct=last/w, interpolation=['nearest','lanczos','bilinear','bicubic','box','hamming'][resample])
+
+def _timm_config(model, about):
+    "What timm reads of a body in `config.json`"
+    cfg,(spec,pre) = model.body.pretrained_cfg,(about['model'], about['preprocess'])
+    kwargs,size = spec['model_kwargs'],_input_size(model, pre)
+    own = {k:cfg[k] for k in ('fixed_input_size','first_conv','classifier') if cfg.get(k) is not None} | _timm_resize(pre['steps'])
+    own |= dict(num_classes=0, input_size=size, **{k:pre[k] or [v]*size[0] for k,v in dict(mean=0., std=1.).items()})
+    return dict(architecture=spec['arch'].partition('.')[0], num_classes=0, num_features=model.body.num_features, model_args=kwargs,
+        pretrained_cfg=own)
 
 # %% ../../nbs/api/deploy/04_folder.ipynb #a9170764
 def _json(folder, name, errors='strict'):
@@ -312,9 +341,13 @@ def _check_fit(model, header, folder):
     if sum(o.numel() for o in model.buffers())>sum(math.prod(o.shape) for o in header.values())+2**26:
         raise ValueError(f"{says}: it needs far more memory than they do.")
 
+def _all_weights(read, folder, about):
+    "What `read` gives of the file of weights, or of the two where timm reads one"
+    return {f'{o}{k}':v for o,name in _weights.items() if name in about['sha256'] for k,v in read(folder, name).items()}
+
 def _model(about, folder):
     "The model of a description, which takes memory when a sketch of it without any fits the weights"
-    header = _header(folder, 'weights.safetensors')
+    header = _all_weights(_header, folder, about)
     with _building(folder):
         try: model = _build(about, header, 'meta')
         except RuntimeError: model = _build(about, header, 'cpu') # an older timm cannot sketch every model
@@ -360,18 +393,36 @@ def _load_index(gallery, folder, has_file):
 
 # %% ../../nbs/api/deploy/04_folder.ipynb #ec0f94a0
 def load_embedder(
-    folder, # What `export_embedder` or `ImageEmbedder.save` wrote
+    folder, # What `export_embedder` or `ImageEmbedder.save` wrote; or `'hf-hub:user/name@revision'`, a repository of the hub
     device='cpu', # Where the model shall be
     write:bool=False, # Keep each change of the gallery in the folder?
     gallery=None, # A table of LanceDB to search, which `to_lancedb` wrote, `.lance`; the folder's own gallery if not given
+    **kwargs # Of `HubFiles`, for a repository: `token`, `local_files_only`, `most`
 )->ImageEmbedder:
-    "Read an embedder; raises `FileNotFoundError` or `ValueError` where the folder is not one, whole and as it was written"
+    "Read an embedder; raises `FileNotFoundError` or `ValueError` where it is not one, whole and as it was written"
+    if hub_ref(folder): return _load_fetched(HubFiles(folder, **kwargs), device, write, gallery)
+    if kwargs: raise ValueError(f"`{next(iter(kwargs))}` is of a repository, 'hf-hub:user/name', and {str(folder)!r} is a folder.")
+    if is_repo(folder) and not Path(folder).exists():
+        raise FileNotFoundError(f"There is no folder {folder!r}. A repository of the hub is 'hf-hub:{folder}'.")
     folder = Path(folder)
     while True:
         text = _text(folder)
         try: return _load(folder, device, write, gallery, text)
         except (FileNotFoundError,ValueError): # a writer can have put one file in the place of many meanwhile
             if _text(folder)==text: raise
+
+def _load_fetched(files, device, write, gallery):
+    "An embedder of the hub, whose files have their hashes in `embedder.json`"
+    if write: raise ValueError(f"{files.source!r} is fetched and not written to: `save` it to a folder, and load that with `write=True`.")
+    folder = files('embedder.json', _max_about).parent
+    try:
+        about = _json(folder, 'embedder.json')
+        _check_about(about, folder)
+        for o in about['sha256']: files(o)
+        res = _load(folder, device, False, gallery, None)
+    except (FileNotFoundError,ValueError) as e: raise type(e)(str(e).replace(repr(str(folder)), repr(files.source))) from e
+    res.source = files.source
+    return res
 
 def _text(folder): return o.read_bytes() if (o := folder/'embedder.json').is_file() and o.stat().st_size<=_max_about else None
 
@@ -381,7 +432,7 @@ def _load(folder, device, write, gallery, text):
     except (TypeError,ValueError) as e:
         raise ValueError(f"'embedder.json' in {str(folder)!r}: `preprocess` must be the arguments of `Preprocess`: {_last_line(e)}") from e
     model = _model(about, folder)
-    try: model.load_state_dict(_tensors(folder, 'weights.safetensors'))
+    try: model.load_state_dict(_all_weights(_tensors, folder, about))
     except RuntimeError as e:
         raise ValueError(f"The weights in {str(folder)!r} do not fit the model that is described there: {_last_line(e)}") from e
     res = ImageEmbedder(model.to(device), preprocess, about.get('facts'), about.get('calibration'))

@@ -129,7 +129,7 @@ class Journal:
                 file = self.folder/f'gallery-{i:06d}.safetensors'
                 write_change(file, *o)
                 about['sha256'][file.name] = hash_of(file)
-            text = json.dumps({**about, 'format':3}, indent=1, ensure_ascii=False)
+            text = json.dumps({**about, 'format':max(3, about['format'])}, indent=1, ensure_ascii=False)
             write_whole(self._list, text)
             self.text = text
             if full: self._sweep()
