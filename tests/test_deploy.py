@@ -254,7 +254,7 @@ def test_folders_that_are_not_as_they_were_written(embedder, photos, tmp_path, m
     with pytest.raises(FileNotFoundError, match="no 'embedder.json'"): load_embedder(tmp_path)
     broken(cut('embedder.json'), "'embedder.json' in .* cannot be read")
     broken(lambda p: (p/'embedder.json').write_text('[]'), 'does not describe an embedder')
-    broken(edit(format=4), r'newer version of the library \(format 4; this one reads up to 3\)')
+    broken(edit(format=5), r"newer version of the library \(format 5; this one reads up to 4\)")
     broken(edit(model='gone'), 'lacks model')
     broken(cut('weights.safetensors'), "'weights.safetensors' in .* was changed or cut off")
     broken(cut('gallery.json', 3), "'gallery.json' in .* was changed or cut off")
