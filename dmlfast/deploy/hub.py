@@ -88,11 +88,7 @@ def _threshold(c):
 
 def _seen(p):
     "What becomes of an image"
-    how = {'fit':'the largest centred part of that ratio, resized to', 'squash':'squashed to', 'crop':'the centre, cut to'}
-    steps = [f"{how[n]} {w}×{h} pixels" for n,(w,h),_ in p.steps]
-    norm = '' if p.mean is None else f"; values of 0 to 1, less {p.mean}, divided by {p.std}"
-    back = f", upright, what is transparent on {p.background}" if p.background else ', as they are stored'
-    return f"Opened as {p.mode}{back}; {', then '.join(steps)+norm if steps else 'taken as they are'+norm}. `finder.embed` does all of it."
+    return f"An image is {'; '.join(p.said())}. `finder.embed` does all of it."
 
 # %% ../../nbs/api/deploy/05_hub.ipynb #ebe21000
 def _use(self, name):
