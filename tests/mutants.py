@@ -46,7 +46,7 @@ mutants = [ # room, what its code says, what it says instead, tests
     # a pair counts as if both of its classes were drawn independently of its weight
     ('retrieval.verify', "n = (w@above-above.sum(0)/2)[:,1:]", "n = (w@above)[:,1:]", 'test_verify.py -k draw'),
     # what is unknown gets a label
-    ('deploy.embedder', "res = [o if hits[0].score>=least else Label(None, hits[0].score)",
+    ('deploy.finder', "res = [o if hits[0].score>=least else Label(None, hits[0].score)",
         "res = [o if True else Label(None, hits[0].score)", 'test_verify.py -k "find_nothing or labels_from"'),
     # the first item finds itself
     ('retrieval.search', "has = (own>=0).nonzero()[:,0]", "has = (own>0).nonzero()[:,0]", 'test_retrieval.py'),
@@ -58,7 +58,7 @@ mutants = [ # room, what its code says, what it says instead, tests
     ('train.distributed', "return g[r*ctx.n:(r+1)*ctx.n]*n", "return g[r*ctx.n:(r+1)*ctx.n]", 'test_distributed.py -k one_process'),
     ('data.batches', ".reshape(len(self), -1, self.bs)[:,self.shard[0]]", ".reshape(len(self), self.bs, -1)[...,self.shard[0]]",
         'test_distributed.py -k share'), # a class is in two processes
-    ('deploy.embedder', "m = min(w/tw, h/th)", "m = max(w/tw, h/th)", 'test_deploy.py'),
+    ('files.resizing', "m = min(w/tw, h/th)", "m = max(w/tw, h/th)", 'test_deploy.py'),
     # what was added later is not found
     ('deploy.gallery', "self.embs is not None and self._ready[0] is self.embs", "self._ready[0] is not None", 'test_deploy.py'),
     ('deploy.lance', "elif at: res,at = [*res,tuple(at)],None", "elif at: pass", 'test_gallery.py -k table_is'), # ranges hold others

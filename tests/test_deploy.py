@@ -267,20 +267,6 @@ def test_folders_that_are_not_as_they_were_written(embedder, photos, tmp_path, m
     broken(swap, "'weights.safetensors' in .* cannot be read: it must be in the format safetensors")
     assert not (tmp_path/'exploded').exists()
 
-def test_onnx(embedder, tmp_path):
-    pytest.importorskip('onnxruntime')
-    pytest.importorskip('onnxscript')
-    import onnxruntime
-    path = embedder.to_onnx(tmp_path/'e.onnx')
-    x = torch.randn(5,3,32,32)
-    got = onnxruntime.InferenceSession(str(path)).run(None, {'images':x.numpy()})[0]
-    assert np.abs(got-embedder.embed(x).numpy()).max()<1e-4
-    with pytest.raises(ValueError, match='give `size`'): ImageEmbedder(embedder.model, Preprocess()).to_onnx(tmp_path/'f.onnx')
-    tiny = ImageEmbedder(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12,2)), Preprocess([('fit', (2,2), 2)]))
-    with pytest.raises(ValueError, match='differs from this one by'): tiny.to_onnx(path, tol=-1)
-    # the old one
-    assert onnxruntime.InferenceSession(str(path)).get_inputs()[0].shape[2:]==[32,32] and [o.name for o in tmp_path.iterdir()]==['e.onnx']
-
 def test_names_in_a_gallery_begin_below_the_data(few, make_learner, tmp_path):
     "However the loaders were made: that the folder is given as `path` is no matter"
     block = DataBlock(blocks=(ImageBlock, ClassBlock), get_y=parent_label, splitter=ClassSplitter(parent_label))

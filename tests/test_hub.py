@@ -141,6 +141,15 @@ def test_without_a_network(finder, hub, monkeypatch, tmp_path):
     with pytest.raises(ConnectionError, match=r"The hub cannot be reached \(ConnectError\): go online"):
         finder.push_to_hub('user/x', token='writes')
 
+def test_a_hub_that_fails(finder, hub, monkeypatch):
+    "What it says is said, in a sentence"
+    import hub as standin
+    monkeypatch.setattr(standin, '_routes', [('POST', '/api/repos/create', lambda self, *args: self.no(422, 'Bad'))])
+    with pytest.raises(ValueError, match="The hub refuses what is asked of 'hf-hub:user/x': .*422"):
+        finder.push_to_hub('user/x', token='writes')
+    monkeypatch.setattr(standin, '_routes', [(('GET','HEAD'), '/.*', lambda self, *args: self.no(503, 'Busy'))])
+    with pytest.raises(ValueError, match="The hub refuses what is asked of 'hf-hub:user/x@main': .*503"): load_embedder('hf-hub:user/x')
+
 def test_a_plain_name_is_a_folder(finder, hub, tmp_path, monkeypatch):
     finder.push_to_hub('user/colours', token='writes')
     monkeypatch.chdir(tmp_path)

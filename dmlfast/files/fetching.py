@@ -90,7 +90,9 @@ def hub_error(
     if isinstance(e, RepositoryNotFoundError) or status in (401,403):
         return ValueError(f"The hub has no {where!r}, or has it not for you: {login}.")
     if isinstance(e, EntryNotFoundError) and status: return ValueError(f"There is no {name!r} in {where!r}.")
-    if status: return ValueError(f"The hub refuses what is asked of {where!r}: {str(e).splitlines()[0]}")
+    if status:
+        why = next((o for o in map(str.strip, str(e).splitlines()) if o), type(e).__name__)
+        return ValueError(f"The hub refuses what is asked of {where!r}: {why:.300}")
     if isinstance(e, EntryNotFoundError): return ValueError(f"{name!r} of {where!r} was not fetched before: leave out `local_files_only`.")
     if isinstance(e, ValueError) or not isinstance(e, OSError) and not type(e).__module__.startswith(('httpx','requests')): return e
     away = f"The hub cannot be reached ({type(e).__name__})"
