@@ -58,6 +58,12 @@ mutants = [ # room, what its code says, what it says instead, tests
     ('train.distributed', "return g[r*ctx.n:(r+1)*ctx.n]*n", "return g[r*ctx.n:(r+1)*ctx.n]", 'test_distributed.py -k one_process'),
     ('data.batches', ".reshape(len(self), -1, self.bs)[:,self.shard[0]]", ".reshape(len(self), self.bs, -1)[...,self.shard[0]]",
         'test_distributed.py -k share'), # a class is in two processes
+    # any size is fetched
+    ('files.fetching', "if n>(most := min(self.left, most or self.left)):", "if False:", 'test_hub.py -k agreed'),
+    ('files.described', "if hash_of(fn)!=sha256[name]:", "if False:", "test_hub.py -k 'changed_on'"), # what was changed is taken
+    ('deploy.hub', "if private and not api.repo_info(repo).private:", "if False:", 'test_hub.py -k private'), # everybody sees it
+    ('deploy.runtime', "if _elsewhere in data:", "if False:", 'test_onnx.py -k networks'), # another file is read
+    ('deploy.runtime', "np.lexsort((best, -scores[best]))", "np.lexsort((best, scores[best]))", 'test_onnx.py -k many'), # farthest first
     ('files.resizing', "m = min(w/tw, h/th)", "m = max(w/tw, h/th)", 'test_deploy.py'),
     # what was added later is not found
     ('deploy.gallery', "self.embs is not None and self._ready[0] is self.embs", "self._ready[0] is not None", 'test_deploy.py'),

@@ -224,7 +224,8 @@ def test_the_card_says_what_is_known(finder, tmp_path):
     import yaml
     after,before = measured()
     finder.facts |= dict(train_classes=100, split_hash='ab'*32, loss='ProxyNCALoss()', epochs=3, embedding=8)
-    finder.calibration = dict(threshold=.625, fmr=1e-3, fnmr=.25, classes=40, genuine=1200, impostor=50_000, measured_on='colours, val')
+    finder.calibration = dict(threshold=.625, fmr=1e-3, interval=[.6,.65], fnmr=.25, fnmr_interval=[.2,.3], classes=40,
+        genuine=1200, impostor=50_000, measured_on='colours, val')
     folder = finder.save_pretrained(tmp_path/'colours', result=Gain(after, before), on='colours, test', licence='mit',
         about='Tells *colours* apart.')
     card = (folder/'README.md').read_text()
@@ -239,8 +240,8 @@ def test_the_card_says_what_is_known(finder, tmp_path):
         f"| recall@1 | {ends[0]} | {ends[1]} | {gain['recall@1']:+.3f} ({low:+.3f} to {high:+.3f}) |",
         r'| trained on | colours \| more |', '| training classes | 100 |', f"| hash of the splits | `{'ab'*32}` |",
         '| loss | `ProxyNCALoss()` |',
-        'from a similarity of 0.625 on. Of pairs of two classes 0.001 then count as one, found on 1,200 pairs of one class and 50,000 of '
-        'two, of 40 classes that it was not trained on (colours, val). Of pairs of one class 25.0% are missed.',
+        'from a similarity of 0.625 (95 % interval 0.600 to 0.650) on. Of pairs of two classes 0.001 then count '
+        'as one, found on 1,200 pairs of one class and 50,000 of two, of 40 classes that it was not trained on (colours, val). Of pairs of one class 25.0% are missed (95 % interval 20.0% to 30.0%).',
         "finder = load_embedder('colours')\nfinder.search('photo.jpg', k=5)  # the nearest of 3 items of 3 classes", '40×32 pixels',
         "timm.create_model('local-dir:colours', pretrained=True, num_classes=0)", '## Licence\n\nmit'): assert o in text, o
     again = load_embedder(folder)

@@ -71,8 +71,12 @@ _rows = dict(network='network', embedding='numbers in an embedding', size='image
 
 def _trained(facts):
     "What is known of the training"
-    rows = [[says,f'`{v}`' if k in ('loss','split_hash') else v] for k,says in _rows.items() if (v := facts.get(k)) is not None]
+    rows = [[says,f'`{v}`' if k in ('loss','split_hash') else f'{v:,}' if k in ('embedding','train_classes') else v] for k,says in _rows.items() if (v := facts.get(k)) is not None]
     return _table(['',''], rows) if rows else 'Nothing is known of it.'
+
+def _ends(o, way):
+    "An interval in brackets, if there is one"
+    return f" (95 % interval {way.format(o[0])} to {way.format(o[1])})" if o else ''
 
 def _threshold(c):
     "What the threshold promises"
@@ -82,8 +86,9 @@ def _threshold(c):
         known = (f", found on {c['genuine']:,} pairs of one class and {c['impostor']:,} of two, of {c['classes']:,} classes that it was "
             "not trained on")
     if c.get('measured_on'): on = f" ({_cell(c['measured_on'])})"
-    if c.get('fnmr') is not None: missed = f" Of pairs of one class {c['fnmr']:.1%} are missed."
-    return (f"Two images count as one class from a similarity of {c['threshold']:.3f} on. Of pairs of two classes {c['fmr']:.3g} then "
+    if c.get('fnmr') is not None: missed = f" Of pairs of one class {c['fnmr']:.1%} are missed{_ends(c.get('fnmr_interval'), '{:.1%}')}."
+    least = f"{c['threshold']:.3f}{_ends(c.get('interval'), '{:.3f}')}"
+    return (f"Two images count as one class from a similarity of {least} on. Of pairs of two classes {c['fmr']:.3g} then "
         f"count as one{known}{on}.{missed}")
 
 def _seen(p):
@@ -134,7 +139,7 @@ def _timm_says(model, name):
     "How timm reads the body, if it knows the architecture without this library"
     if not type(model.body).__module__.startswith('timm.'): return ''
     name = name if name.startswith('hf-hub:') else f'local-dir:{name}'
-    return (f"The body alone, {model.n_features:,} features, is one of [timm](https://github.com/huggingface/pytorch-image-models): "
+    return (f"The body alone, {model.n_features:,} features, is a model of [timm](https://github.com/huggingface/pytorch-image-models): "
         f"`timm.create_model({name!r}, pretrained=True, num_classes=0)`.")
 
 # %% ../../nbs/api/deploy/05_hub.ipynb #263d728f

@@ -17,14 +17,31 @@ from .resizing import *
 max_about,max_side,max_emb = 2**20,2**14,2**16
 _max_deep,_max_px = 16,2**24
 
-def is_plain(o, deep=_max_deep):
+def is_plain(
+    o, # Anything
+    deep:int=_max_deep, # Levels of dictionaries and lists that it may have
+)->bool:
     "Can JSON hold it, at most `deep` levels of it?"
     if deep<0: return False
     if isinstance(o, dict): return all(isinstance(k, str) and is_plain(v, deep-1) for k,v in o.items())
     return all(is_plain(v, deep-1) for v in o) if isinstance(o, (list,tuple)) else isinstance(o, (str,int,float,bool,type(None)))
 
-def is_whole(o, lo, hi): return type(o) is int and lo<=o<=hi # True is an int too
-def is_number(o, lo, hi): return type(o) in (int,float) and lo<=o<=hi # a nan is not
+def is_whole(
+    o, # Anything
+    lo:int, # Least
+    hi:int, # Greatest
+)->bool:
+    "Is it a whole number in a range?"
+    return type(o) is int and lo<=o<=hi # True is an int too
+
+def is_number(
+    o, # Anything
+    lo:float, # Least
+    hi:float, # Greatest
+)->bool:
+    "Is it a number in a range?"
+    return type(o) in (int,float) and lo<=o<=hi # a nan is not
+
 def _is_step(o): return isinstance(o, list) and len(o)==3 and o[0] in Resizing.kinds and _is_size(o[1]) and is_whole(o[2], 0, 5)
 def _is_size(o): return isinstance(o, list) and len(o)==2 and all(is_whole(v, 1, max_side) for v in o) and o[0]*o[1]<=_max_px
 def _is_channels(o, lo, hi): return o is None or isinstance(o, list) and len(o) in (1,3) and all(is_number(v, lo, hi) for v in o)

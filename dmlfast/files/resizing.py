@@ -75,7 +75,8 @@ class Resizing:
             squash='all of it, whatever its ratio, resized to {2}×{3} pixels with a filter that is {4}',
             crop='the centre of {2}×{3} pixels, black where the image is smaller')
         first = f"opened upright, what is transparent on {self.background}" if self.background else 'opened as the pixels are stored'
-        norm = [] if self.mean is None else [f'less {self.mean}', f'divided by {self.std}']
+        mean,std = (', '.join(f'{v:.4g}' for v in o or []) for o in (self.mean,self.std))
+        norm = [f'less {mean}', f'divided by {std}'] if mean else []
         steps = [how[n].format(w, h, w, h, filter_names[r]) for n,(w,h),r in self.steps]
         return [f'{first}, as {self.mode}', *steps, 'divided by 255', *norm]
 
