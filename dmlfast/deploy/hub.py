@@ -71,7 +71,8 @@ _rows = dict(network='network', embedding='numbers in an embedding', size='image
 
 def _trained(facts):
     "What is known of the training"
-    rows = [[says,f'`{v}`' if k in ('loss','split_hash') else f'{v:,}' if k in ('embedding','train_classes') else v] for k,says in _rows.items() if (v := facts.get(k)) is not None]
+    def _said(k, v): return f'`{v}`' if k in ('loss','split_hash') else f'{v:,}' if isinstance(v, int) and 'seed' not in k else v
+    rows = [[says,_said(k, v)] for k,says in _rows.items() if (v := facts.get(k)) is not None]
     return _table(['',''], rows) if rows else 'Nothing is known of it.'
 
 def _ends(o, way):

@@ -178,6 +178,7 @@ def _to_int8(self, file, judge, n_calibrate):
     for _,o,_ in tried.values(): o.unlink(missing_ok=True)
     gain = after-judge.before
     low,high = gain.interval('recall@1') or (None,None)
-    return dict(how=how, on=judge.on, images=len(judge.images), calibrated_on=len(batches), recall_float32=judge.before['recall@1'],
+    res = dict(how=how, on=judge.on, images=len(judge.images), calibrated_on=len(batches), recall_float32=judge.before['recall@1'],
         recall_int8=after['recall@1'], difference=gain['recall@1'], low=low, high=high, similarity=alike, bytes=file.stat().st_size,
         bytes_float32=was)
+    return {k:v for k,v in res.items() if v is not None}

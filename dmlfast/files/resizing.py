@@ -71,13 +71,13 @@ class Resizing:
 
     def said(self)->list: # Of text
         "What becomes of an image, in words, in order"
-        how = dict(fit='the largest centred part of the ratio {}:{}, resized to {}×{} pixels with a filter that is {}',
-            squash='all of it, whatever its ratio, resized to {2}×{3} pixels with a filter that is {4}',
-            crop='the centre of {2}×{3} pixels, black where the image is smaller')
+        how = dict(fit='the largest centred part with the ratio of {0}×{1}, resized to that with a {2} filter',
+            squash='all of it, whatever its ratio, resized to {0}×{1} with a {2} filter',
+            crop='the centre of {0}×{1}, black where the image is smaller')
         first = f"opened upright, what is transparent on {self.background}" if self.background else 'opened as the pixels are stored'
         mean,std = (', '.join(f'{v:.4g}' for v in o or []) for o in (self.mean,self.std))
         norm = [f'less {mean}', f'divided by {std}'] if mean else []
-        steps = [how[n].format(w, h, w, h, filter_names[r]) for n,(w,h),r in self.steps]
+        steps = [how[n].format(w, h, filter_names[r]) for n,(w,h),r in self.steps]
         return [f'{first}, as {self.mode}', *steps, 'divided by 255', *norm]
 
     def spec(self):
