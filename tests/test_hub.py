@@ -243,7 +243,8 @@ def test_the_card_says_what_is_known(finder, tmp_path):
         'from a similarity of 0.625 (95 % interval 0.600 to 0.650) on. Of pairs of two classes 0.001 then count '
         'as one, found on 1,200 pairs of one class and 50,000 of two, of 40 classes that it was not trained on '
         '(colours, val). Of pairs of one class 25.0% are missed (95 % interval 20.0% to 30.0%).',
-        "finder = load_embedder('colours')\nfinder.search('photo.jpg', k=5)  # the nearest of 3 items of 3 classes", 'with the ratio of 40×32, resized to that with a bicubic filter',
+        "finder = load_embedder('colours')\nfinder.search('photo.jpg', k=5)  # the nearest of 3 items of 3 classes",
+        'with the ratio of 40×32, resized to that with a bicubic filter',
         "timm.create_model('local-dir:colours', pretrained=True, num_classes=0)", '## Licence\n\nmit'): assert o in text, o
     again = load_embedder(folder)
     assert again.facts['measured']['embedder']['map@r']['value']==after['map@r'] and again.facts['measured']['on']=='colours, test'

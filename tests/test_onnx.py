@@ -86,7 +86,8 @@ def test_onnx(tmp_path):
     assert ort.InferenceSession(str(path)).get_inputs()[0].shape[2:]==[32,32]
     assert sorted(o.name for o in tmp_path.iterdir())==['e.onnx','e.onnx.json']
     notes = json.loads((tmp_path/'e.onnx.json').read_text())
-    assert notes['image']==['opened upright, what is transparent on white, as RGB', 'the largest centred part with the ratio of 32×32, resized '
+    assert notes['image']==['opened upright, what is transparent on white, as RGB',
+        'the largest centred part with the ratio of 32×32, resized '
         'to that with a bilinear filter', 'divided by 255', 'less 0.5, 0.5, 0.5', 'divided by 0.2, 0.2, 0.2']
     assert [notes[k] for k in ('input','output','layout','type','size','channels','mean','std','embedding','unit_length','background')]==[
         'images','embeddings','n,c,h,w','float32',[32,32],'RGB',[.5]*3,[.2]*3,8,True,'white']
