@@ -281,6 +281,9 @@ def test_networks_of_strangers(folder, change, tmp_path, monkeypatch):
         return _f
     for f in (elsewhere,outside):
         with pytest.raises(ValueError, match='has tensors in other files'): load_onnx(change(write(f)))
+        with monkeypatch.context() as m: # written so that it is not seen
+            m.setattr('dmlfast.deploy.runtime._elsewhere', b'nothing like it')
+            with pytest.raises(ValueError, match='is no network that onnxruntime runs'): load_onnx(change(write(f)))
     def renamed(net):
         for node in net.graph.node: node.output[:] = ['other' if o=='embeddings' else o for o in node.output]
         net.graph.output[0].name = 'other'

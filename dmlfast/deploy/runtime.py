@@ -10,6 +10,7 @@ __all__ = ['NumpyGallery', 'OnnxFinder', 'load_onnx']
 # %% ../../nbs/api/deploy/06_runtime.ipynb #a4943b08
 import numpy as np
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from .finder import *
 from ..files.described import *
 from ..files.resizing import *
@@ -113,7 +114,7 @@ class OnnxFinder(Finder):
 
 # %% ../../nbs/api/deploy/06_runtime.ipynb #b0550d9c
 _rules = described | {'embedding': (lambda o: is_whole(o, 1, max_emb), f'a whole number from 1 to {max_emb:,}')}
-_elsewhere = b'\n\x08location\x12' # how ONNX writes that a tensor is in another file
+_elsewhere = b'\n\x08location' # how ONNX writes that a tensor is in another file
 
 def _session(folder, threads):
     "The network, ready to run"
@@ -123,7 +124,10 @@ def _session(folder, threads):
     if _elsewhere in data: raise ValueError(f"{says} has tensors in other files, and must hold all of them.")
     options = onnxruntime.SessionOptions()
     options.log_severity_level,options.intra_op_num_threads = 3,threads
-    try: return onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
+    try:
+        with TemporaryDirectory() as empty: # where files would be looked for, however they are written
+            options.add_session_config_entry('session.model_external_initializers_file_folder_path', empty)
+            return onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
     except Exception as e: raise ValueError(f"{says} is no network that onnxruntime runs: {str(e).splitlines()[0]:.300}") from e
 
 def _check_network(session, about, folder):
