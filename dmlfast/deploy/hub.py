@@ -126,9 +126,9 @@ def model_card(
     data = ModelCardData(library_name='dmlfast', pipeline_tag='image-feature-extraction', license=f.get('licence'),
         tags=['dmlfast','timm','metric-learning','image-retrieval','image-similarity'])
     parts = [f"# {repo.split('/')[-1]}", *([str(f['about'])] if f.get('about') else []),
-        f"A {_cell(model.arch)} that makes {model.emb_sz:,} numbers of an image, so that images of one class are near each other. It is "
-        "for search by an image, for classes that it was not trained on, and for telling whether two images are of one class.",
-        f"## Use\n\n```python\n{_use(embedder, name)}\n```\n\n`pip install dmlfast` brings what it takes. {_timm_says(model, name)}",
+        f"It makes {model.emb_sz:,} numbers of an image, with the network {_cell(model.arch)}, so that images of one class are near each "
+        "other. It is for search by an image, for classes that it was not trained on, and for telling whether two images are of one class.",
+        f"## Use\n\n```python\n{_use(embedder, name)}\n```\n\n`pip install dmlfast` brings what this needs. {_timm_says(model, name)}",
         f"## How good it is\n\n{_measured(f['measured']) if f.get('measured') else 'Nothing was measured when this card was written.'}",
         f"## Training\n\n{_trained(f)}", f"## Threshold\n\n{_threshold(embedder.calibration)}",
         f"## Images\n\n{_seen(embedder.preprocess)}",
