@@ -12,8 +12,8 @@ import datetime, json, math, numpy as np, os, shutil, tempfile, torch
 from fastcore.basics import patch
 from pathlib import Path
 from torch.nn.functional import normalize
+from .finder import *
 from .gallery import *
-from .gallery import as_facts, as_filter, as_texts, check_one, check_rows, fulfilled, refuse_none
 from .embedder import *
 from ..models.embedder import unwrapped
 from ..models.lora import weights_hash
