@@ -16,13 +16,13 @@ tops = { # a tutorial, and how the cell begins whose picture is on its top
 def picture(nb, begins):
     "The first picture that a cell has stored"
     cell, = [c for c in nb.cells if c.cell_type=='code' and c.source.startswith(begins)]
-    return next(b64decode(''.join(v)) for o in cell.outputs for k,v in o.get('data', {}).items() if k in ('image/png','image/jpeg'))
+    return next(b64decode(''.join(v)) for o in cell.outputs for k,v in o.get('data', {}).items() if k=='image/png')
 
 def main():
     nbs = Path(__file__).parents[2]/'nbs'
     for name,begins in tops.items():
-        im = Image.open(BytesIO(picture(read_nb(nbs/'tutorials'/f'{name}.ipynb'), begins))).convert('RGB')
+        im = Image.open(BytesIO(picture(read_nb(nbs/'tutorials'/f'{name}.ipynb'), begins))).convert('RGBA')
         im.thumbnail((1200,1200))
-        im.quantize(64).save(nbs/'images'/f'{name[3:]}.png', optimize=True)
+        im.quantize(128, method=Image.Quantize.FASTOCTREE).save(nbs/'images'/f'{name[3:]}.png', optimize=True)
 
 if __name__=='__main__': main()
