@@ -224,7 +224,7 @@ def plot_scores(self:Embedded,
         h = 100*np.histogram(o.values, edges, weights=o.counts)[0]/len(o)
         ax.stairs(h, edges, fill=True, color=color, alpha=.25)
         ax.stairs(h, edges, color=color, ls=ls, lw=1.5, label=what)
-    ax.axvline(t, color='black', lw=1.2, label=f'threshold {t:.3f}')
+    ax.axvline(t, color=plt.rcParams['text.color'], lw=1.2, label=f'threshold {t:.3f}')
     ax.set_ylim(0, 1.3*ax.get_ylim()[1]) # room for the legend
     ax.legend(frameon=False, loc='upper left')
     return ax
@@ -256,7 +256,7 @@ def plot_map(self:RetrievalInterpretation,
     if thumbs and self.draw is not None: _draw_thumbs(self, ax, idx, xy, {c:_colours[i%8] for i,c in enumerate(cls)}, seed)
     return ax
 
-_colours = ['#0072B2','#E69F00','#009E73','#CC79A7','#D55E00','#56B4E9','#222222','#8a7d00']
+_colours = ['#0072B2','#E69F00','#009E73','#CC79A7','#D55E00','#56B4E9',grey,'#8a7d00']
 _markers = 'osD^vPX*'
 
 def _sample(self, n_classes, max_n, seed):
@@ -359,7 +359,7 @@ def _draw_triangle(ax, t):
         ax.plot([0,x], [0,y], color=color, lw=2)
         ax.plot(x, y, color=color, marker=mark, ms=8)
         ax.annotate(name, (x,y), xytext=(7,4), textcoords='offset points', fontsize=9, color=color)
-    ax.plot(0, 0, 'ks', ms=7)
+    ax.plot(0, 0, 's', color=plt.rcParams['text.color'], ms=7)
     ax.annotate('a', (0,0), xytext=(-13,-3), textcoords='offset points', fontsize=9)
     ax.set_aspect('equal', 'datalim')
     ax.margins(.25)
