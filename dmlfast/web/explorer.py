@@ -101,7 +101,7 @@ def gallery(self:Explorer, req, body):
 def add(self:Explorer, req, body):
     "Put a photo into the gallery"
     label = req.query_params.get('label', '')
-    return dict(n=self.items.add(body, label), label=label.strip())
+    return dict(n=self.items.add([body], label)[0])
 
 def _fields(body):
     "What a form holds, as JSON"
@@ -115,10 +115,7 @@ def _fields(body):
 def remove(self:Explorer, req, body):
     "Take items out, by number or a whole class"
     o = _fields(body)
-    numbers = self.items.classes.get(str(o['label']), []) if 'label' in o else o.get('numbers')
-    if not isinstance(numbers, list) or not all(type(n) is int for n in numbers): raise ValueError("`numbers` is a list of numbers of items.")
-    self.items.remove(numbers)
-    return dict(removed=len(set(numbers)))
+    return dict(removed=self.items.remove(o.get('numbers'), o.get('label')))
 
 @patch
 def rename(self:Explorer, req, body):
