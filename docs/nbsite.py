@@ -10,7 +10,7 @@ from nbdev.processors import (FilterDefaults, add_links, clean_magics, filter_st
     rm_export, rm_header_dash, strip_ansi, strip_hidden_metadata)
 
 captions = dict(tutorials='Tutorials', explanations='Explanations', api='Reference') # folders of `nbs/`, as the navigation names them
-wings = ['files','losses','models','retrieval','deploy','data','train','look','study','cli'] # folders of `nbs/api`, the lowest first: one imports only from those before it
+wings = ['files','losses','models','retrieval','deploy','web','data','train','look','study','cli'] # folders of `nbs/api`, the lowest first: one imports only from those before it
 reading_order = ['transfer','which_loss','bodies','metrics','measuring','unknown','direction_regularization','ranking','large_batches','evidence','fastai','design'] # of explanations; the others go by their numbers
 project_pages = dict(CONTRIBUTING='contributing', CHANGELOG='changelog')
 
