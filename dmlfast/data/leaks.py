@@ -14,12 +14,10 @@ from fastcore.basics import patch
 from ..files.drawing import draw_image
 from ..files.images import open_image
 from ..retrieval.embedded import *
-from ..retrieval.search import *
+from ..retrieval.confusions import *
 from .tables import *
 
 # %% ../../nbs/api/data/04_leaks.ipynb #78f0d39d
-_order = 'train','val','test query','test','test gallery' # of a pair the first of these goes, so that what is measured stays
-
 def _rows_of(ds, embedded):
     "The row of each embedding in the table"
     if embedded.items is None: raise ValueError("These embeddings have no names, so that it is not known of which images they are.")
@@ -39,21 +37,9 @@ def leaks(self:MetricDataset,
     k:int=5, # Nearest images of another part to look at, for each image
 )->pd.DataFrame: # Rows `a` and `b` of the table, the most similar first; `without` leaves `a` out
     "Pairs of images that are nearly equal and in two parts of the data; raises `ValueError` for embeddings of other images"
-    rows,found = _rows_of(self, embedded),[]
-    part = _parts(self.df).to_numpy()[rows]
-    for p in dict.fromkeys(part):
-        here,there = (torch.from_numpy(np.flatnonzero(o)) for o in (part==p, part!=p))
-        if not len(there): continue
-        s,i = neighbours(embedded.embs[here], embedded.embs[there], min(k, len(there)))
-        at = (s>=min_sim).nonzero()
-        found.append(pd.DataFrame(dict(a=rows[here[at[:,0]]], b=rows[there[i[at[:,0],at[:,1]]]], similarity=s[at[:,0],at[:,1]].numpy())))
-    df = pd.concat(found) if found else pd.DataFrame(dict(a=[], b=[], similarity=[]))
-    rank = _parts(self.df).map(lambda o: _order.index(o) if o in _order else len(_order)).to_numpy()
-    a,b = (df[o].to_numpy(int) for o in 'ab')
-    swap = (rank[a]>rank[b])|((rank[a]==rank[b])&(a>b))
-    df = df.assign(a=np.where(swap, b, a), b=np.where(swap, a, b)).drop_duplicates(['a','b'])
-    df = df.sort_values(['similarity','a','b'], ascending=[False,True,True]).reset_index(drop=True)
-    cols = dict(part=_parts(self.df).to_numpy(), label=self.df.label.to_numpy(), path=self.df.path.to_numpy())
+    rows,part = _rows_of(self, embedded),_parts(self.df).to_numpy()
+    df = pairs_across(embedded.embs, part[rows], min_sim, k, rows)
+    cols = dict(part=part, label=self.df.label.to_numpy(), path=self.df.path.to_numpy())
     return df.assign(**{f'{k}_{o}':v[df[o]] for k,v in cols.items() for o in 'ab'})
 
 @patch

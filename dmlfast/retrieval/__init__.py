@@ -1,5 +1,5 @@
 "Search, the metrics of retrieval, and what they say"
-from . import results, search, verify, metrics, rerank, indexes, embedded
+from . import results, search, verify, metrics, rerank, indexes, embedded, confusions, maps
 from .results import *
 from .search import *
 from .verify import *
@@ -7,4 +7,7 @@ from .metrics import *
 from .rerank import *
 from .indexes import *
 from .embedded import *
-__all__ = [*results.__all__, *search.__all__, *verify.__all__, *metrics.__all__, *rerank.__all__, *indexes.__all__, *embedded.__all__]
+from .confusions import *
+from .maps import *
+__all__ = [*results.__all__, *search.__all__, *verify.__all__, *metrics.__all__, *rerank.__all__, *indexes.__all__, *embedded.__all__,
+    *confusions.__all__, *maps.__all__]

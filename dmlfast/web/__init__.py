@@ -1,7 +1,9 @@
-"A gallery in the browser, and as a server"
-from . import app, items, pages, explorer
+"See it in the browser: what its views show, an explorer, a page, a server"
+from . import app, views, items, server, pages, explorer
 from .app import *
+from .views import *
 from .items import *
+from .server import *
 from .pages import *
 from .explorer import *
-__all__ = [*app.__all__, *items.__all__, *pages.__all__, *explorer.__all__]
+__all__ = [*app.__all__, *views.__all__, *items.__all__, *server.__all__, *pages.__all__, *explorer.__all__]
