@@ -1,4 +1,8 @@
-"See it in the browser: what its views show, an explorer, a page"
-from . import views
+"A gallery in the browser, and as a server"
+from . import app, views, items, pages, explorer
+from .app import *
 from .views import *
-__all__ = [*views.__all__]
+from .items import *
+from .pages import *
+from .explorer import *
+__all__ = [*app.__all__, *views.__all__, *items.__all__, *pages.__all__, *explorer.__all__]

@@ -1,0 +1,149 @@
+'use strict' // The explorer's pages come from the server whole; this takes parts of them without loading the page, and sends photos
+const $ = (s, o=document) => o.querySelector(s), $$ = (s, o=document) => [...o.querySelectorAll(s)]
+const inits = [] // what other scripts do with a part that has come
+if (location.search.includes('token=')) { // it is in a cookie now, and need not stand in the history
+  const u = new URL(location); u.searchParams.delete('token'); history.replaceState(null, '', u)
+}
+
+let toasting
+const say = text => {
+  const o = $('#toast'); o.textContent = text; o.classList.add('shown')
+  clearTimeout(toasting); toasting = setTimeout(() => o.classList.remove('shown'), 5000)
+}
+const busy = on => document.body.classList.toggle('busy', on)
+const ask = async (url, options) => { // the answer, or null after its sentence was shown
+  busy(true)
+  try {
+    const r = await fetch(url, options)
+    if (r.ok) return r
+    say(await r.text())
+  } catch (e) { if (e.name!=='AbortError') say('The explorer does not answer: was it stopped?') } finally { busy(false) }
+  return null
+}
+const post = async (url, body) => { const r = await ask(url, {method:'POST', body}); return r && r.json() }
+
+// parts of pages
+let last
+const swap = async (url, into='#main', push=true) => {
+  if (last) last.abort()
+  last = new AbortController()
+  const r = await ask(url, {signal:last.signal})
+  if (!r) return
+  const doc = new DOMParser().parseFromString(await r.text(), 'text/html')
+  let from = $(into, doc), to = $(into)
+  if (!from || !to || $('#main', doc).dataset.view!==$('#main').dataset.view) { from = $('#main', doc); to = $('#main') }
+  const id = document.activeElement && document.activeElement.id
+  const fresh = document.importNode(from, true)
+  to.replaceWith(fresh)
+  $('.count').replaceWith(document.importNode($('.count', doc), true))
+  document.title = doc.title
+  if (push) { history.pushState(null, '', url); if (into==='#main') scrollTo(0, 0) }
+  if (id && $('#'+CSS.escape(id))) $('#'+CSS.escape(id)).focus()
+  inits.forEach(f => f(fresh))
+}
+addEventListener('popstate', () => swap(location.href, '#main', false))
+addEventListener('DOMContentLoaded', () => inits.forEach(f => f(document)))
+
+const formUrl = f => f.getAttribute('action')+'?'+new URLSearchParams([...new FormData(f)].filter(([, v]) => v!==''))
+let typing
+addEventListener('click', e => {
+  const a = e.target.closest('a[data-swap]')
+  if (a && !e.ctrlKey && !e.metaKey && !e.shiftKey && e.button===0) { e.preventDefault(); swap(a.href, a.dataset.swap) }
+  const z = e.target.closest('[data-zoom]')
+  if (z) zoom(z)
+  const c = e.target.closest('[data-choose]')
+  if (c) $('#'+c.dataset.choose).click()
+  if (e.target.id==='zoom' || e.target.id==='zoomed') $('#zoom').close()
+  const r = e.target.closest('[data-remove]')
+  if (r) remove(r)
+})
+addEventListener('submit', async e => {
+  const f = e.target
+  if (f.matches('[data-swap]')) { e.preventDefault(); clearTimeout(typing); swap(formUrl(f), f.dataset.swap) }
+  if (f.matches('[data-add]')) e.preventDefault()
+  if (f.matches('[data-post]')) {
+    e.preventDefault()
+    const res = await post(f.dataset.post, JSON.stringify(Object.fromEntries(new FormData(f))))
+    if (res) swap(res.to)
+  }
+})
+addEventListener('input', e => {
+  const f = e.target.form
+  if (e.target.type==='range' && e.target.nextElementSibling?.tagName==='OUTPUT') e.target.nextElementSibling.value = e.target.value
+  if (f && f.matches('[data-swap]') && e.target.type==='search') { clearTimeout(typing); typing = setTimeout(() => swap(formUrl(f), f.dataset.swap), 300) }
+})
+addEventListener('change', e => {
+  const f = e.target.form
+  if (f && f.matches('[data-swap]') && e.target.type!=='search') swap(formUrl(f), f.dataset.swap)
+  if (e.target.id==='photo') look(e.target.files)
+  if (e.target.id==='photos') add(e.target.form, e.target.files)
+  if (e.target.closest('.pick')) { const b = $('[data-remove=selected]'); if (b) b.disabled = !$('.pick :checked') }
+})
+
+// photos
+const small = file => {
+  if (file.size<=Number(document.body.dataset.max)) return true
+  say(`“${file.name}” has ${(file.size/2**20).toFixed(0)} MiB, and ${document.body.dataset.max/2**20} MiB are taken at most.`)
+  return false
+}
+const look = async files => {
+  const file = [...files].find(o => o.type.startsWith('image/')) || files[0]
+  if (!file || !small(file)) return
+  const res = await post('/look', file)
+  if (!res) return
+  const f = $('.controls'), given = new URLSearchParams(f ? [...new FormData(f)].filter(([k, v]) => v!=='' && k!=='q') : [])
+  given.set('q', res.q)
+  swap('/?'+given)
+}
+const add = async (form, files) => {
+  const label = form.elements.label.value.trim(), bar = $('progress', form)
+  if (!label) { say('Give the class a name first.'); form.elements.label.focus(); return }
+  let n = 0, done = 0
+  bar.hidden = false; bar.value = 0
+  for (const file of files) {
+    if (small(file) && await post(form.dataset.add+'?'+new URLSearchParams({label}), file)) n++
+    bar.value = ++done/files.length
+  }
+  bar.hidden = true
+  if (n) { await swap('/gallery?'+new URLSearchParams({label})); if (n===files.length) say(`${n} photo${n===1 ? '' : 's'} added.`) }
+}
+const take = files => { const f = $('[data-add]'); if (files.length) { if (f) add(f, files); else look(files) } }
+addEventListener('paste', e => take([...e.clipboardData.files]))
+addEventListener('dragover', e => { if ([...e.dataTransfer.types].includes('Files')) { e.preventDefault(); document.body.classList.add('dragging') } })
+addEventListener('dragleave', e => { if (!e.relatedTarget) document.body.classList.remove('dragging') })
+addEventListener('drop', e => { e.preventDefault(); document.body.classList.remove('dragging'); take([...e.dataTransfer.files]) })
+const zoom = o => {
+  $('#zoomed').src = `/image/${o.dataset.zoom}?side=1600`; $('#zoomed').alt = o.dataset.name; $('#zoomname').textContent = o.dataset.name
+  $('#zoom').showModal()
+}
+const remove = async b => {
+  const all = b.dataset.remove==='all', numbers = $$('.pick :checked').map(o => Number(o.value))
+  const n = all ? Number(b.dataset.count) : numbers.length
+  $('#sureof').textContent = `Remove ${n} photo${n===1 ? '' : 's'}${all ? ` and the class “${b.dataset.label}”` : ''} from the gallery?`
+  $('#sure').showModal()
+  $('#sureno').onclick = () => $('#sure').close()
+  $('#sureyes').onclick = async () => {
+    $('#sure').close()
+    const res = await post('/change/remove', JSON.stringify(all ? {label:b.dataset.label} : {numbers}))
+    if (!res) return
+    await swap(all ? '/gallery' : location.href)
+    say(`${res.removed} photo${res.removed===1 ? '' : 's'} removed.`)
+  }
+}
+
+// keys
+addEventListener('keydown', e => {
+  const typed = e.target.closest('input:not([type=range], [type=checkbox], [type=file]), select, textarea')
+  if (e.key==='Escape' && typed) { typed.blur(); return }
+  if (typed || e.ctrlKey || e.metaKey || e.altKey || $('dialog[open]')) return
+  if (e.key==='/' && $('input[type=search]')) { e.preventDefault(); $('input[type=search]').focus() }
+  const tab = $(`nav [data-key="${CSS.escape(e.key)}"]`)
+  if (tab) tab.click()
+  const cards = $$('.card > a, .class'), i = cards.indexOf(document.activeElement)
+  if (e.key===' ' && i>=0) { const z = $('.zoom', cards[i].parentElement); if (z) { e.preventDefault(); zoom(z) } }
+  if (!e.key.startsWith('Arrow') || !cards.length || e.target.type==='range') return
+  const top = o => o.getBoundingClientRect().top
+  const wide = Math.max(1, cards.findIndex(o => top(o)>top(cards[0])+4)<0 ? cards.length : cards.findIndex(o => top(o)>top(cards[0])+4))
+  const to = i<0 ? 0 : i+{ArrowLeft:-1, ArrowRight:1, ArrowUp:-wide, ArrowDown:wide}[e.key]
+  if (cards[to]) { e.preventDefault(); cards[to].focus({preventScroll:true}); cards[to].scrollIntoView({block:'nearest'}) }
+})
