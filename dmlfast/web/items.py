@@ -19,6 +19,7 @@ from ..retrieval.rerank import register_reranker
 from ..deploy.gallery import *
 from ..deploy.embedder import *
 from .app import *
+from .views import *
 
 # %% ../../nbs/api/web/02_items.ipynb #5790ec1d
 Query = namedtuple('Query', 'emb number label picture ms')
@@ -38,7 +39,7 @@ class Items:
         self.lock,self.embed = threading.RLock(),finder.embed
         self.pictures,self.queries,self.held = Pictures(self.source, max_pixels=max_pixels),OrderedDict(),{}
         self.numbers,self.row_of,self.first,self.next,self.version = [],{},{},0,0
-        self._seen,self._classes = None,(None,None)
+        self._seen,self._classes,self._made = None,(None,None),(None,{})
         self.sync()
 
     @property
@@ -82,6 +83,27 @@ class Items:
     )->str:
         "What an item is called"
         return self.gallery.items[self.row(n)]
+
+    def once(self,
+        key:str, # What it is called
+        f, # Function of the gallery as `Embedded` and of the numbers of its rows
+    ):
+        "What `f` makes of the gallery, until that changes"
+        self.sync()
+        with self.lock:
+            if self._made[0]!=self.version: self._made = self.version,{}
+            made = self._made[1]
+            if 'gallery' not in made: made['gallery'] = gallery_of(self.finder, lambda i, numbers=self.numbers: self.pictures.image(numbers[i])),self.numbers
+            lock,res = made.setdefault(key, (threading.Lock(),[]))
+        with lock:
+            if not res: res.append(f(*made['gallery']))
+        return res[0]
+
+    def made(self,
+        key:str, # What it is called
+    )->bool:
+        "Has `once` made it?"
+        return self._made[0]==self.version and bool(self._made[1].get(key, (None,[]))[1])
 
     @property
     def classes(self)->dict: # Label -> numbers, sorted by label
