@@ -32,6 +32,7 @@ def _threshold(items):
     return Section(Div(Div(H2('What a threshold means'), P('Two photos count as one class from this similarity on.', cls='because')), cls='verdict'),
         Div(Div(Div(ft('output', id='cut', cls='big'), Div(cls='rates', id='rates'), cls='cutrow'),
                 Input(type='range', id='cutter', min='0', max='1', value='0', aria_label='Threshold'),
+                ft('svg', id='both', preserveAspectRatio='none', role='img', aria_label='Both errors, over the thresholds'),
                 Div(Div(P(id='falsesaid'), P(id='falsecount', cls='because'), cls='meaning false',
                         title='False-match rate: share of the pairs of two classes that score as high as the threshold, or higher'),
                     Div(P(id='missedsaid'), P(id='missedcount', cls='because'), cls='meaning missed',

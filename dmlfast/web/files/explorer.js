@@ -158,7 +158,7 @@ const svg = (name, attrs, text) => {
   if (text!==undefined) o.textContent = text
   return o
 }
-const pct = x => x>=.1 ? `${(100*x).toFixed(0)} %` : x>=.001 ? `${(100*x).toFixed(x>=.01 ? 1 : 2)} %` : x>0 ? `${(100*x).toPrecision(2)} %` : '0 %'
+const pct = x => `${+(100*x).toPrecision(x>=.995 ? 3 : 2)} %`
 const count = n => n.toLocaleString('en')
 const oneIn = (n, of) => n===0 ? 'none' : n===of ? 'all' : 2*n>of ? `${(100*n/of).toFixed(0)} of 100` : `1 in ${count(Math.round(of/n))}`
 inits.push(async root => {
@@ -169,7 +169,7 @@ inits.push(async root => {
   const d = await r.json(), slider = $('#cutter'), own = Number(box.dataset.calibrated || NaN)
   const nearest = t => d.threshold.reduce((best, v, i) => Math.abs(v-t)<Math.abs(d.threshold[best]-t) ? i : best, 0)
   // the curve: false matches on a logarithmic axis
-  const [L, R, T, B] = [46, 398, 10, 256], low = Math.max(Math.floor(Math.log10(Math.min(.1, ...d.fmr.filter(o => o>0))+1e-12)), -6)
+  const [L, R, T, B] = [46, 398, 10, 256], low = Math.max(Math.floor(Math.log10(Math.min(.1, ...d.fmr.filter(o => o>0))+1e-12)), -5)
   const X = f => L+(R-L)*(Math.log10(Math.max(f, 10**low))-low)/-low, Y = t => B-(B-T)*t
   const roc = $('#roc')
   for (let e=low; e<=0; e++) roc.append(svg('line', {x1:X(10**e), x2:X(10**e), y1:T, y2:B, class:'axis'}),
@@ -180,6 +180,13 @@ inits.push(async root => {
   roc.append(svg('polyline', {points:points.map(([f, t]) => `${X(f).toFixed(1)},${Y(t).toFixed(1)}`).join(' '), class:'curve'}))
   const dot = svg('circle', {r:6, class:'dot'})
   roc.append(dot)
+  // both errors over the thresholds, below the slider
+  const both = $('#both'), w = d.threshold.length-1
+  const area = (a, n, cls) => both.append(svg('polygon', {points:`0,100 ${a.map((v, i) => `${i},${(100-100*v/n).toFixed(2)}`).join(' ')} ${w},100`, class:cls}))
+  both.setAttribute('viewBox', `0 0 ${w} 100`)
+  area(d.missed, d.n_genuine, 'missed'); area(d.false, d.n_impostor, 'false')
+  const mark = svg('line', {y1:0, y2:100, class:'mark', 'vector-effect':'non-scaling-stroke'})
+  both.append(mark)
   // the slider
   slider.max = d.threshold.length-1
   const show = () => {
@@ -190,6 +197,7 @@ inits.push(async root => {
     $('#falsecount').textContent = `${count(f)} of ${count(d.n_impostor)} · ${pct(f/d.n_impostor)}`
     $('#missedsaid').textContent = `${pct(m/d.n_genuine)} of the pairs of one class would be missed`
     $('#missedcount').textContent = `${count(m)} of ${count(d.n_genuine)}`
+    mark.setAttribute('x1', i); mark.setAttribute('x2', i)
     dot.setAttribute('cx', X(f/d.n_impostor)); dot.setAttribute('cy', Y(1-m/d.n_genuine))
     for (const b of $$('#rates button')) b.setAttribute('aria-pressed', b.dataset.at===String(i))
   }
