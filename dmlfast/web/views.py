@@ -42,7 +42,7 @@ def map_positions(
 def map_data(
     embedded:Embedded, # Items
     xy:np.ndarray=None, # Their places, `(n,2)`; those of `map_positions` if not given
-)->dict: # Lists: of each item `x`, `y`, `room`, `c` (its class), `item` and `slot`; of each class its name, in `classes`, and `colour`, 0 to 11
+)->dict: # Lists: of each item `x`, `y`, `room`, `c` (class), `item`, `slot`; of each class its name, in `classes`, and `colour`, 0 to 11
     "A map as plain numbers and text"
     xy = map_positions(embedded) if xy is None else xy
     y = torch.zeros(len(embedded), dtype=torch.int64) if embedded.labels is None else embedded.labels
@@ -119,7 +119,8 @@ def mistakes(
     worst = embedded.top_losses(n) if embedded.result.used.any() else None
     rows = [] if worst is None else worst.index.tolist()
     s,i = embedded.neighbours(k, rows) if rows else ([],[])
-    def _found(r, s, j): return dict(row=int(j), label=embedded.label(j), score=round(float(s), 4), right=embedded.label(j)==embedded.label(r))
+    def _found(r, s, j):
+        return dict(row=int(j), label=embedded.label(j), score=round(float(s), 4), right=embedded.label(j)==embedded.label(r))
     queries = [dict(row=r, label=embedded.label(r), ap=round(float(a), 4), found=[_found(r, *o) for o in zip(*z) if o[0]>-np.inf])
         for r,a,*z in zip(rows, [] if worst is None else worst.average_precision, s, i)]
     return dict(queries=queries, pairs=[_cases(embedded, o, each) for o in embedded.most_confused(pairs).itertuples()])
