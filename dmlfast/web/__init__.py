@@ -1,8 +1,9 @@
 "A gallery in the browser, and as a server"
-from . import app, views, items, pages, explorer
+from . import app, views, items, static, pages, explorer
 from .app import *
 from .views import *
 from .items import *
+from .static import *
 from .pages import *
 from .explorer import *
-__all__ = [*app.__all__, *views.__all__, *items.__all__, *pages.__all__, *explorer.__all__]
+__all__ = [*app.__all__, *views.__all__, *items.__all__, *static.__all__, *pages.__all__, *explorer.__all__]

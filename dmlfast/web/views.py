@@ -6,7 +6,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/web/views.html.md"""
 
 # %% auto #0
 __all__ = ['n_colours', 'gallery_of', 'map_positions', 'map_data', 'rooms', 'colours_apart', 'slots', 'sheet', 'mistakes',
-           'threshold_counts', 'suspects']
+           'some_items', 'threshold_counts', 'suspects']
 
 # %% ../../nbs/api/web/01_views.ipynb #641693ed
 import numpy as np, torch
@@ -135,12 +135,17 @@ def _cases(embedded, pair, each):
         cases=[dict(query=int(q[o]), found=int(i[o]), score=round(s[o].item(), 4)) for o in at])
 
 # %% ../../nbs/api/web/01_views.ipynb #2f668e55
-def _some(embedded, most, seed):
+def some_items(
+    embedded:Embedded, # Items
+    most:int, # How many at most; of more so many are drawn
+    seed:int=0, # Of the draw
+)->tuple: # `Embedded`, and the rows, `(n,)` int, ascending
     "At most so many of the items"
-    if len(embedded)<=most: return embedded
     rows = np.sort(np.random.default_rng(seed).permutation(len(embedded))[:most])
+    if len(rows)==len(embedded): return embedded,rows
     def _of(o): return None if o is None else o[rows]
-    return Embedded(embedded.embs[rows], _of(embedded.labels), role=_of(embedded.role), ignore=_of(embedded.ignore))
+    return Embedded(embedded.embs[rows], _of(embedded.labels), None if embedded.items is None else [embedded.items[i] for i in rows],
+        embedded.vocab, embedded.draw and (lambda i: embedded.draw(int(rows[i]))), _of(embedded.role), _of(embedded.ignore)),rows
 
 def threshold_counts(
     embedded:Embedded, # Items with labels
@@ -150,7 +155,7 @@ def threshold_counts(
     seed:int=0, # Of the draw
 )->dict: # Lists `threshold`, `false`, `missed`; `n_genuine`, `n_impostor`, `items`; lists `fmr`, `tmr` of the curve; `eer`, `auc`; `rates`
     "What each threshold means; raises `ValueError` where there are no pairs of one class, or none of two"
-    some = _some(embedded, most, seed)
+    some = some_items(embedded, most, seed)[0]
     p = some.verify(rates, n_boot=0)
     p.check()
     ends = [f(o.values[i] for o in (p.genuine,p.impostor)) for f,i in ((min,0),(max,-1))]
