@@ -93,8 +93,8 @@ def check(self:LabelReview,
     if any(o[5]==self.data for o in rows): return
     ours = [o for o in self.log if self.labels.get(o.item) in (o.label,o.other)]
     if 2*len(ours)<len(self.log):
-        raise ValueError(f"{str(self.file)!r} belongs to another data set: of its {len(self.log)} decisions {len(ours)} are on items of this "
-            "one with these labels. Take another file.")
+        raise ValueError(f"{str(self.file)!r} belongs to another data set: of its {len(self.log)} decisions {len(ours)} are on items of "
+            "this one with these labels. Take another file.")
 
 @patch
 def _write(self:LabelReview, item, label, decision, other):

@@ -28,7 +28,7 @@ def _tsne(x, seed, n_dims=50):
     return TSNE(2, init='pca', perplexity=min(30, (len(x)-1)/3), random_state=seed).fit_transform(x).astype(np.float32)
 
 def _beside(x, here, xy, seed, k=3):
-    "Coordinates of all rows: those of `here`, and for each other one the mean of its nearest neighbours', the nearer the heavier, and a little away"
+    "Coordinates of all rows: those of `here`; the others lie between their nearest neighbours, and a little away"
     res,rest = np.empty((len(x),2), np.float32),np.setdiff1d(np.arange(len(x)), here)
     s,i = (o.numpy() for o in neighbours(x[rest], x[here], k))
     w = np.exp((s-s[:,:1])/.05)[...,None]

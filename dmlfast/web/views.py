@@ -6,7 +6,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/web/views.html.md"""
 
 # %% auto #0
 __all__ = ['n_colours', 'gallery_of', 'map_positions', 'map_data', 'rooms', 'colours_apart', 'slots', 'sheet', 'mistakes',
-           'threshold_counts', 'suspects']
+           'some_items', 'threshold_counts', 'suspects']
 
 # %% ../../nbs/api/web/01_views.ipynb #641693ed
 import numpy as np, torch
@@ -42,7 +42,7 @@ def map_positions(
 def map_data(
     embedded:Embedded, # Items
     xy:np.ndarray=None, # Their places, `(n,2)`; those of `map_positions` if not given
-)->dict: # Lists: of each item `x`, `y`, `room`, `c` (its class), `item` and `slot`; of each class its name, in `classes`, and `colour`, 0 to 11
+)->dict: # Lists: of each item `x`, `y`, `room`, `c` (class), `item`, `slot`; of each class its name, in `classes`, and `colour`, 0 to 11
     "A map as plain numbers and text"
     xy = map_positions(embedded) if xy is None else xy
     y = torch.zeros(len(embedded), dtype=torch.int64) if embedded.labels is None else embedded.labels
@@ -119,7 +119,8 @@ def mistakes(
     worst = embedded.top_losses(n) if embedded.result.used.any() else None
     rows = [] if worst is None else worst.index.tolist()
     s,i = embedded.neighbours(k, rows) if rows else ([],[])
-    def _found(r, s, j): return dict(row=int(j), label=embedded.label(j), score=round(float(s), 4), right=embedded.label(j)==embedded.label(r))
+    def _found(r, s, j):
+        return dict(row=int(j), label=embedded.label(j), score=round(float(s), 4), right=embedded.label(j)==embedded.label(r))
     queries = [dict(row=r, label=embedded.label(r), ap=round(float(a), 4), found=[_found(r, *o) for o in zip(*z) if o[0]>-np.inf])
         for r,a,*z in zip(rows, [] if worst is None else worst.average_precision, s, i)]
     return dict(queries=queries, pairs=[_cases(embedded, o, each) for o in embedded.most_confused(pairs).itertuples()])
@@ -134,12 +135,17 @@ def _cases(embedded, pair, each):
         cases=[dict(query=int(q[o]), found=int(i[o]), score=round(s[o].item(), 4)) for o in at])
 
 # %% ../../nbs/api/web/01_views.ipynb #2f668e55
-def _some(embedded, most, seed):
+def some_items(
+    embedded:Embedded, # Items
+    most:int, # How many at most; of more so many are drawn
+    seed:int=0, # Of the draw
+)->tuple: # `Embedded`, and the rows, `(n,)` int, ascending
     "At most so many of the items"
-    if len(embedded)<=most: return embedded
     rows = np.sort(np.random.default_rng(seed).permutation(len(embedded))[:most])
+    if len(rows)==len(embedded): return embedded,rows
     def _of(o): return None if o is None else o[rows]
-    return Embedded(embedded.embs[rows], _of(embedded.labels), role=_of(embedded.role), ignore=_of(embedded.ignore))
+    return Embedded(embedded.embs[rows], _of(embedded.labels), None if embedded.items is None else [embedded.items[i] for i in rows],
+        embedded.vocab, embedded.draw and (lambda i: embedded.draw(int(rows[i]))), _of(embedded.role), _of(embedded.ignore)),rows
 
 def threshold_counts(
     embedded:Embedded, # Items with labels
@@ -149,7 +155,7 @@ def threshold_counts(
     seed:int=0, # Of the draw
 )->dict: # Lists `threshold`, `false`, `missed`; `n_genuine`, `n_impostor`, `items`; lists `fmr`, `tmr` of the curve; `eer`, `auc`; `rates`
     "What each threshold means; raises `ValueError` where there are no pairs of one class, or none of two"
-    some = _some(embedded, most, seed)
+    some = some_items(embedded, most, seed)[0]
     p = some.verify(rates, n_boot=0)
     p.check()
     ends = [f(o.values[i] for o in (p.genuine,p.impostor)) for f,i in ((min,0),(max,-1))]
