@@ -6,7 +6,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/web/app.html.md"""
 
 # %% auto #0
 __all__ = ['csp', 'safe_headers', 'Refused', 'Guard', 'needs_explore', 'Sent', 'endpoint', 'safe_app', 'Serving', 'package_files',
-           'Files', 'as_jpeg', 'no_picture', 'Pictures']
+           'Files', 'as_jpeg', 'no_picture', 'as_small', 'Pictures']
 
 # %% ../../nbs/api/web/00_app.ipynb #9631ac1b
 import hmac, io, secrets, socket, threading, time, traceback, webbrowser
@@ -270,6 +270,15 @@ def no_picture()->Image.Image:
     d.rounded_rectangle((90,105,230,215), 10, outline='#b9bdc3', width=6)
     d.ellipse((112,124,138,150), fill='#b9bdc3')
     d.polygon([(104,202),(150,158),(172,178),(196,150),(218,202)], fill='#b9bdc3')
+    return im
+
+def as_small(
+    im, # PIL image
+    side:int, # Most pixels of its shorter side
+)->Image.Image:
+    "An image reduced, quickly"
+    im = im.convert('RGB')
+    if min(im.size)>side: im = im.reduce(max(1, min(im.size)//side))
     return im
 
 class Pictures:

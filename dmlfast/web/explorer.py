@@ -17,6 +17,7 @@ from .items import *
 from .pages import *
 from .judging import *
 from .views import *
+from fastcore.xml import Div, P
 from ..files.review import *
 
 # %% ../../nbs/api/web/07_explorer.ipynb #f3e8fac2
@@ -41,6 +42,7 @@ class Explorer:
         return {'GET /':self.search, 'GET /gallery':self.gallery, 'GET /files/{name}':self.files, 'GET /image/{n:int}':self.image,
             'GET /query/{key}':self.asked, 'POST /look':self.look, 'POST /change/add':self.add, 'POST /change/remove':self.remove,
             'POST /change/rename':self.rename, 'GET /mistakes':self.mistakes, 'GET /threshold.json':self.threshold,
+            'GET /map':self.map, 'GET /map.json':self.places, 'GET /sheet/{version:int}/{k:int}':self.sheet, 'GET /near/{n:int}':self.near,
             'GET /labels':self.labels, 'POST /change/decide':self.decide}
 
     def app(self,
@@ -152,6 +154,48 @@ def mistakes(self:Explorer, req, body):
 def threshold(self:Explorer, req, body):
     "What each threshold means"
     return self.items.once('threshold', lambda e, numbers: threshold_counts(e))
+
+_most,_sheet = 10000,dict(side=48, cols=24) # items of a map; pixels of a photo on a sheet, and photos in a row
+
+@patch
+def map(self:Explorer, req, body):
+    "All items as photos or dots"
+    n = len(self.items)
+    what = Div(P(f'Arranging {min(n, _most):,} items …', cls='empty loading'), id='map', data_url='/map.json', data_big='1' if n>1500 else '') if n>1 \
+        else P('A map takes two items or more.', cls='empty')
+    return self.page('map', what, scripts=('map.js',), styles=('map.css',))
+
+@patch
+def places(self:Explorer, req, body):
+    "The map as numbers and text: at once by `quick`, without photos"
+    quick = bool(req.query_params.get('quick')) and not self.items.made('map')
+    def _f(e, numbers):
+        some,rows = some_items(e, _most)
+        data = map_data(some, map_positions(some, 'pca' if quick else 'tsne'))
+        return dict(data, numbers=[numbers[i] for i in rows.tolist()], of=len(e), threshold=self.items.finder.threshold)
+    data = self.items.once('quick map' if quick else 'map', _f)
+    if quick: return dict(data, quick=True)
+    n,version = len(data['numbers']),self.items.version
+    return dict(data, sheets=dict(_sheet, urls=[f'/sheet/{version}/{i}' for i in range(-(-n//_sheet['cols']**2))]))
+
+@patch
+def sheet(self:Explorer, req, body):
+    "Photos that lie together on the map"
+    version,k = (req.path_params[o] for o in ('version','k'))
+    if version!=self.items.version or not self.items.made('map'): raise Refused(404, "The gallery has changed: load the map again.")
+    data,per = self.items.once('map', None),_sheet['cols']**2
+    def _f(e, numbers):
+        at = sorted(range(len(data['slot'])), key=data['slot'].__getitem__)[k*per:(k+1)*per]
+        if not at: raise Refused(404, "There is no such sheet.")
+        ims = [self.items.pictures.image(data['numbers'][i]) for i in at]
+        return as_jpeg(sheet([o and as_small(o, 2*_sheet['side']) for o in ims], **_sheet), 4096)
+    return Sent(self.items.once(f'sheet {k}', _f), 'image/jpeg')
+
+@patch
+def near(self:Explorer, req, body):
+    "The nearest items of one"
+    q = self.items.query(str(req.path_params['n']))
+    return dict(near=[[n,round(s, 4)] for n,s in self.items.near(q, _int(req, 'k', 12, 1, 48))])
 
 @patch
 def review(self:Explorer):

@@ -50,7 +50,7 @@ def _pair(items, q, f, score):
 
 def _pairs(items, pairs):
     "The most confused classes"
-    yield Div(Div(H2('Classes taken for each other'), P('How often the nearest photo of another one is of the wrong class.', cls='because')), cls='verdict')
+    yield Div(Div(H2('Classes taken for each other'), P('How often the photo nearest to one of the first class is of the second.', cls='because')), cls='verdict')
     if not pairs: yield P('None: the nearest neighbour of each photo is of its class.', cls='empty')
     yield Div(*[Section(H3(A(o['query'], href=link('/gallery', label=o['query'])), Span(' taken for '), A(o['found'], href=link('/gallery', label=o['found'])),
         Span(f"{o['count']} of {o['of']}", cls='score', title='Photos of the first class whose nearest neighbour is of the second')),

@@ -228,3 +228,30 @@ addEventListener('keydown', e => {
   const b = $$('[data-decide]').find(o => $('kbd', o).textContent===e.key)
   if (b && !b.disabled) { e.preventDefault(); b.dataset.decide==='other' ? $('#other').focus() : decide(b.dataset.decide) }
 })
+
+// the map
+inits.push(async root => {
+  const box = $('#map', root)
+  if (!box) return
+  const show = d => {
+    const at = new Map(d.numbers.map((n, i) => [n, i])), calibrated = d.threshold
+    dmlMap(box, d, {threshold:calibrated, thumb:i => `/image/${d.numbers[i]}?side=320`, openText:'Search with this photo',
+      open:i => { location.href = `/?q=${d.numbers[i]}` },
+      near:async i => {
+        const r = await ask(`/near/${d.numbers[i]}?k=12`)
+        return r ? (await r.json()).near.filter(o => at.has(o[0])).map(([n, s]) => [at.get(n), s]) : []
+      }})
+  }
+  if (box.dataset.big) { // the first picture at once
+    const r = await ask(box.dataset.url+'?quick=1')
+    if (!r) return
+    const d = await r.json()
+    show(d)
+    if (!d.quick) return
+  }
+  const note = Object.assign(document.createElement('div'), {className:'busymap', textContent:'Arranging the photos …'})
+  if (box.dataset.big) document.body.append(note)
+  const r = await ask(box.dataset.url)
+  note.remove()
+  if (r) show(await r.json())
+})
