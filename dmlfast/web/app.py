@@ -139,14 +139,13 @@ def endpoint(
     said=None, # Function from status and sentence to what is answered instead; plain text if not given
 ):
     "A function as an endpoint of an application"
-    from fasthtml.core import is_async_callable
+    from inspect import iscoroutinefunction
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException as StarletteException
-    from starlette.requests import Request
-    async def _f(req:Request):
+    async def _f(req):
         try:
             body = b'' if req.method in ('GET','HEAD') else await req.body()
-            return _answer(await f(req, body) if is_async_callable(f) else await run_in_threadpool(f, req, body))
+            return _answer(await f(req, body) if iscoroutinefunction(f) else await run_in_threadpool(f, req, body))
         except ValueError as e:
             status,why = getattr(e, 'status', 400),str(e)
             return _answer(Sent(why.encode(errors='replace'), 'text/plain; charset=utf-8') if said is None else said(status, why), status)
@@ -165,12 +164,13 @@ def safe_app(
     needs_explore()
     from fasthtml.core import FastHTML
     from starlette.middleware import Middleware
+    from starlette.routing import Route
     # no session, and so no key in a file
     res = FastHTML(default_hdrs=False, sess_cls=None, secret_key='none', canonical=False, max_part_size=kwargs.get('max_bytes', 2**25))
     res.user_middleware = [Middleware(Guard, **kwargs)] # in a notebook, others would be there too
     for i,(k,f) in enumerate(routes.items()):
         method,path = k.split()
-        res.route(path, methods=[method], name=f'r{i}')(endpoint(f, said))
+        res.add_route(Route(path, endpoint(f, said), methods=[method], name=f'r{i}')) # as it is: no form is read before the function
     return res
 
 # %% ../../nbs/api/web/00_app.ipynb #a52ca345

@@ -113,6 +113,7 @@ async def _of_parts(req, body, most):
     for k,v in form.multi_items():
         if isinstance(v, str): args[k] = v
         else: images.append(await v.read())
+    await form.close()
     return images,args
 
 async def read_request(
