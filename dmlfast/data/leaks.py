@@ -8,11 +8,12 @@ Docs: https://dmlfast.github.io/dmlfast/api/data/leaks.html.md"""
 __all__ = []
 
 # %% ../../nbs/api/data/04_leaks.ipynb #25373a82
-import copy, numpy as np, pandas as pd, torch
+import copy, numpy as np, os, pandas as pd
 import matplotlib.pyplot as plt
 from fastcore.basics import patch
 from ..files.drawing import draw_image
 from ..files.images import open_image
+from ..files.review import *
 from ..retrieval.embedded import *
 from ..retrieval.confusions import *
 from .tables import *
@@ -21,10 +22,12 @@ from .tables import *
 def _rows_of(ds, embedded):
     "The row of each embedding in the table"
     if embedded.items is None: raise ValueError("These embeddings have no names, so that it is not known of which images they are.")
-    known = {str(o):i for i,o in enumerate(ds.df.path)} | {str(o):i for i,o in enumerate(ds.items())}
+    known = _rows_by_name(ds)
     if lost := [o for o in embedded.items if o not in known]:
         raise ValueError(f"{len(lost)} of {len(embedded)} embeddings are of no image of {ds.name}, such as {lost[0]!r}.")
     return np.array([known[o] for o in embedded.items])
+
+def _rows_by_name(ds): return {str(o):i for i,o in enumerate(ds.df.path)} | {str(o):i for i,o in enumerate(ds.items())}
 
 def _parts(df):
     "Split of each row, with its role where it has one"
@@ -44,15 +47,35 @@ def leaks(self:MetricDataset,
 
 @patch
 def without(self:MetricDataset,
-    leaks, # What `leaks` gives; or rows of the table, `(n,)` int
+    leaks, # What `leaks` gives; rows of the table, `(n,)` int; or a `LabelReview` or its file: what is wrong in it goes
 )->MetricDataset: # Another
     "The data set without the images `a` of some pairs: those of training before those of validation, these before those of test"
-    rows = np.unique(leaks['a'] if isinstance(leaks, pd.DataFrame) else np.asarray(leaks, int))
-    res = copy.copy(self)
+    if isinstance(leaks, (str,os.PathLike,LabelReview)): rows = [i for i,_ in _decided(self, leaks, 'wrong')]
+    else: rows = np.unique(leaks['a'] if isinstance(leaks, pd.DataFrame) else np.asarray(leaks, int))
+    return _with_table(self, self.df.drop(index=rows).reset_index(drop=True))
+
+def _with_table(ds, df):
+    "The data set with another table of the same images"
+    res = copy.copy(ds)
     res.__dict__.pop('_row_of', None)
-    res.df = self.df.drop(index=rows).reset_index(drop=True)
+    res.df = df
     res.check(False)
     return res
+
+def _decided(ds, review, decision):
+    "Rows of the table on which this was decided, with what was decided; raises `ValueError` where they are of another data set"
+    review = review if isinstance(review, LabelReview) else LabelReview(review)
+    if not review.file.is_file(): raise ValueError(f"There is no review {str(review.file)!r}.")
+    row_of = _rows_by_name(ds)
+    given = [o for o in review.decisions.values() if o.decision==decision]
+    here = [(row_of[o.item],o) for o in given if o.item in row_of]
+    if given and not here:
+        raise ValueError(f"None of the {len(given)} images that {str(review.file)!r} calls {decision!r} is in {ds.name}: they are of "
+            "another data set, or left out already.")
+    if bad := [o for i,o in here if str(ds.df.label[i]) not in (o.label,o.other)]:
+        raise ValueError(f"{str(review.file)!r} belongs to another data set: {bad[0].item!r} had the label {bad[0].label!r}, and in "
+            f"{ds.name} it has {str(ds.df.label[row_of[bad[0].item]])!r}.")
+    return here
 
 # %% ../../nbs/api/data/04_leaks.ipynb #af397d6a
 @patch
@@ -71,3 +94,22 @@ def plot_leaks(self:MetricDataset,
         col[1].set_xlabel(f'{o.similarity:.3f}', fontsize=9)
     fig.suptitle(f'{len(leaks):,} pairs across parts are nearly equal', fontsize=11)
     return fig
+
+# %% ../../nbs/api/data/04_leaks.ipynb #969f5ee1
+@patch
+def relabel(self:MetricDataset,
+    review, # `LabelReview`, or its file; or a dictionary of new labels by path
+)->MetricDataset: # Another
+    "The data set with other labels for some images; raises `ValueError` for images that it does not have"
+    if isinstance(review, dict):
+        row_of = _rows_by_name(self)
+        if lost := [o for o in review if str(o) not in row_of]: raise ValueError(f"{self.name} has no image {str(lost[0])!r}.")
+        new = {row_of[str(k)]:v for k,v in review.items()}
+    else: new = {i:o.other for i,o in _decided(self, review, 'other')}
+    known = {str(o):o for o in self.df.label} # as they are, which may be numbers
+    split = dict(zip(self.df.label, self.df.split))
+    df = self.df.copy()
+    for i,o in new.items():
+        label = known.get(str(o), o)
+        df.loc[i,['label','split']] = label,split.setdefault(label, df.split[i])
+    return _with_table(self, df)

@@ -23,12 +23,13 @@ class LabelReview:
     kinds = 'right','wrong','other','skip' # `'wrong'`: of no class; `'other'`: of another one
     def __init__(self,
         file, # Table of text, `.csv`; begun with the first decision if it is not there
-        items, # Names of the items of the data set, `(n,)` str
-        labels, # Label of each, `(n,)`
+        items=None, # Names of the items of the data set, `(n,)` str; nothing is checked and nothing can be decided if not given
+        labels=None, # Label of each, `(n,)`
     ):
-        self.file,self.labels,self.log,self._end = Path(file),{str(i):str(y) for i,y in zip(items, labels)},[],0
-        self.data = _fingerprint(self.labels)
-        self.check(self.read())
+        self.file,self.labels,self.log,self._end = Path(file),{},[],0
+        if items is not None: self.labels = {str(i):str(y) for i,y in zip(items, labels)}
+        self.data,rows = _fingerprint(self.labels),self.read()
+        if items is not None: self.check(rows)
 
     @property
     def decisions(self)->dict: # Item -> `Decision`
@@ -90,9 +91,10 @@ def check(self:LabelReview,
     rows:list, # Rows of the file
 ):
     "Raise `ValueError` where the decisions are on another data set; one that has changed in part is the same"
-    if any(o[5]==self.data for o in rows): return
+    if not self.log or any(o[5]==self.data for o in rows): return
     ours = [o for o in self.log if self.labels.get(o.item) in (o.label,o.other)]
-    if 2*len(ours)<len(self.log):
+    there = [o for o in self.log if o.decision!='wrong' or o.item in self.labels] # wrong ones may have been left out since
+    if not ours or 2*len(ours)<len(there):
         raise ValueError(f"{str(self.file)!r} belongs to another data set: of its {len(self.log)} decisions {len(ours)} are on items of "
             "this one with these labels. Take another file.")
 

@@ -27,7 +27,8 @@ _page = '''<!DOCTYPE html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src 'self' file: data:; style-src 'self' file:; script-src 'self' file:">
+<meta http-equiv="Content-Security-Policy" 
+  content="default-src 'none'; img-src 'self' file: data:; style-src 'self' file:; script-src 'self' file:">
 <link rel="icon" href="icon.svg">
 <link rel="stylesheet" href="map.css">
 <title>{title}</title>

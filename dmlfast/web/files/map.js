@@ -1,10 +1,13 @@
 'use strict' // A map of photos on a canvas: dmlMap(element, data, options). No other file is needed but map.css
 /* data: what `map_data` gives, and perhaps `sheets` and `large` ({side, cols, urls}: photos by slot, small and large) and `near` ([[row, score], ...] of each row)
    options: near(i) -> [[row, score], ...] or a promise of it; thumb(i) -> address of a larger photo; select(i), lasso(rows) are called back;
-   open(i) and openText: a button for the photo that is selected; threshold: score below which a neighbour is unlike
-   result: {select, find, lasso, fit, clear, draw, state} */
+   open(i) and openText: a button for the photo that is selected; threshold: score below which a neighbour counts as another class
+   result: {select, find, lasso, show, fit, clear, draw, at, state, destroy} */
 window.dmlMap = (root, data, options={}) => {
-  const n = data.x.length, {x, y, room, c, item, classes, colour} = data
+  if (root.dmlMap) root.dmlMap.destroy()
+  const n = data.x.length, {c, item, classes, colour} = data
+  const shape = Math.max(.6, Math.min(1.8, root.clientWidth/Math.max(root.clientHeight-60, 1))) // the map is as wide or as high as its place, from 0 to `wide` and `high`
+  const wide = Math.max(1, shape), high = Math.max(1, 1/shape), x = Float32Array.from(data.x, o => o*wide), y = Float32Array.from(data.y, o => o*high)
   const palettes = {
     light:['#df6862','#1f7dcf','#5da660','#955dbc','#be8628','#008f97','#d4679f','#7f8006','#7988ed','#009167','#d97230','#0088b1'],
     dark:['#ff958d','#5aa3ec','#80cd82','#b786db','#e8aa4e','#2bb3b9','#f594c3','#a4a537','#9fb0ff','#51b48d','#fa9d68','#42acd2']}
@@ -42,15 +45,15 @@ window.dmlMap = (root, data, options={}) => {
     el('span', {className:'dm-how'}, ' · scroll to zoom, drag to move, shift-drag to select'))
   root.classList.add('dm-map')
   root.replaceChildren(bar, el('div', {className:'dm-stage'}, canvas, hint, tip), panel, said)
-  const stage = canvas.parentNode, ctx = canvas.getContext('2d')
+  const gone = new AbortController(), stage = canvas.parentNode, ctx = canvas.getContext('2d')
 
   // ---- state ----
   const view = {k:1, tx:0, ty:0, photos:!!data.sheets, names:!data.sheets, lassoing:false}
   photosButton.hidden = !data.sheets
   photosButton.setAttribute('aria-pressed', view.photos); namesButton.setAttribute('aria-pressed', view.names)
   let w = 0, h = 0, dpr = 1, style = {}, hue = palettes.light, asked = 0, touched = false
-  let selected = -1, near = [], hover = -1, within = null, path = null
-  let shown = null, roomOf = room // rows that match a search, as a Set, and the room that they have then
+  let selected = -1, near = [], nearRoom = new Map(), hover = -1, within = null, path = null
+  let shown = null, room = new Float32Array(n), roomOf = room // rows that match a search, as a Set, and the room that they have then
   const scheme = matchMedia('(prefers-color-scheme: dark)')
   const colours = () => {
     const css = getComputedStyle(root)
@@ -61,14 +64,14 @@ window.dmlMap = (root, data, options={}) => {
   const sx = i => x[i]*view.k+view.tx, sy = i => y[i]*view.k+view.ty, paint = i => hue[colour[c[i]]%hue.length]
 
   // ---- where is what: a grid over the map ----
-  const g = clamp(Math.ceil(Math.sqrt(n/3)), 1, 128), cell = v => clamp(Math.floor(v*g), 0, g-1)
+  const g = clamp(Math.ceil(Math.sqrt(n/3)), 1, 128), col = v => clamp(Math.floor(v/wide*g), 0, g-1), line = v => clamp(Math.floor(v/high*g), 0, g-1)
   const start = new Int32Array(g*g+1), inCell = new Int32Array(n)
-  for (let i=0; i<n; i++) start[cell(y[i])*g+cell(x[i])+1]++
+  for (let i=0; i<n; i++) start[line(y[i])*g+col(x[i])+1]++
   for (let i=0; i<g*g; i++) start[i+1] += start[i]
   const at = start.slice()
-  for (let i=0; i<n; i++) inCell[at[cell(y[i])*g+cell(x[i])]++] = i
+  for (let i=0; i<n; i++) inCell[at[line(y[i])*g+col(x[i])]++] = i
   const each = (x0, y0, x1, y1, f) => { // rows in the cells that a rectangle of the map touches
-    for (let v=cell(y0); v<=cell(y1); v++) for (let j=start[v*g+cell(x0)]; j<start[v*g+cell(x1)+1]; j++) f(inCell[j])
+    for (let v=line(y0); v<=line(y1); v++) for (let j=start[v*g+col(x0)]; j<start[v*g+col(x1)+1]; j++) f(inCell[j])
   }
   const around = (px, py, r, f) => each((px-r-view.tx)/view.k, (py-r-view.ty)/view.k, (px+r-view.tx)/view.k, (py+r-view.ty)/view.k, f)
 
@@ -134,14 +137,15 @@ window.dmlMap = (root, data, options={}) => {
   }
 
   // ---- drawing ----
-  const photoSide = () => clamp(34*(view.k/Math.min(w, h))**.3, 28, 120)
+  const whole = () => Math.min(w/wide, h/high)*.94, zoom = () => view.k/whole() // at 1 the whole map is seen
+  const photoSide = () => clamp((w<600 ? 34 : 42)*zoom()**.3, 28, 120)
   const ask = () => { if (!asked) asked = requestAnimationFrame(() => { asked = 0; draw() }) }
   let lastMove = 0
   const moving = () => performance.now()-lastMove<120
   const moved = () => { lastMove = performance.now(); clearTimeout(moved.t); moved.t = setTimeout(ask, 140); ask() }
   let pictured = new Set() // rows that are drawn as photos
   const draw = () => {
-    const began = performance.now(), {k, tx, ty} = view, s = photoSide(), r = clamp(1.5*Math.sqrt(k/Math.min(w, h))*Math.sqrt(3000/Math.max(n, 600))+.6, 1.4, 6)
+    const began = performance.now(), {k, tx, ty} = view, s = photoSide(), r = clamp(1.5*Math.sqrt(zoom()*3000/Math.max(n, 600))+.6, 1.4, 6)
     ctx.setTransform(dpr, 0, 0, dpr, 0, 0)
     ctx.clearRect(0, 0, w, h)
     const dots = [...hue.map(() => []), []], photos = [], faint = hue.length
@@ -150,14 +154,13 @@ window.dmlMap = (root, data, options={}) => {
     each((-s-tx)/k, (-s-ty)/k, (w+s-tx)/k, (h+s-ty)/k, i => {
       const px = x[i]*k+tx, py = y[i]*k+ty
       if (px<-s || py<-s || px>w+s || py>h+s) return
-      if (view.photos && (shown && !shown.has(i) ? 0 : roomOf[i])*k>=s+5) photos.push(i)
+      if (view.photos && roomOf[i]*k>=s+5) photos.push(i)
       dots[some && !lit(i) ? faint : colour[c[i]]%hue.length].push(px, py)
     })
     const disc = (o, fill, r) => {
       ctx.fillStyle = fill
       ctx.beginPath()
-      if (r<2.2 || o.length>4000) for (let j=0; j<o.length; j+=2) ctx.rect(o[j]-r, o[j+1]-r, 2*r, 2*r)
-      else for (let j=0; j<o.length; j+=2) { ctx.moveTo(o[j]+r, o[j+1]); ctx.arc(o[j], o[j+1], r, 0, 6.2832) }
+      for (let j=0; j<o.length; j+=2) { ctx.moveTo(o[j]+r, o[j+1]); ctx.arc(o[j], o[j+1], r, 0, 6.2832) }
       ctx.fill()
     }
     ctx.globalAlpha = .28
@@ -168,9 +171,12 @@ window.dmlMap = (root, data, options={}) => {
     pictured = new Set()
     for (const i of photos) {
       const px = sx(i), py = sy(i)
-      ctx.globalAlpha = some && !lit(i) ? .22 : 1
-      ctx.fillStyle = paint(i)
+      const faint = some && !lit(i)
+      if (near.length && nearRoom.has(i)) continue // with its line
+      ctx.globalAlpha = 1
+      ctx.fillStyle = faint ? style.bg : paint(i)
       ctx.fillRect(px-s/2-2, py-s/2-2, s+4, s+4)
+      if (faint) ctx.globalAlpha = .3
       if (drawPhoto(i, px, py, s)) pictured.add(i)
     }
     ctx.globalAlpha = 1
@@ -193,8 +199,8 @@ window.dmlMap = (root, data, options={}) => {
     ctx.beginPath(); ctx.arc(px, py, 7, 0, 6.2832); ctx.stroke()
   }
   const kind = o => c[o[0]]===c[selected] ? 'good' : 'bad'
-  const links = s => { // lines to what the selected one is near to
-    const px = sx(selected), py = sy(selected), big = view.photos ? Math.max(s*1.25, 44) : 44
+  const links = s => { // lines to what the selected one is near to, and their photos where there is room
+    const px = sx(selected), py = sy(selected), big = Math.max(s*1.15, 44)
     ctx.lineCap = 'round'
     for (const o of near) {
       ctx.strokeStyle = style[kind(o)]; ctx.lineWidth = 1.5; ctx.globalAlpha = .8
@@ -202,6 +208,13 @@ window.dmlMap = (root, data, options={}) => {
       ctx.globalAlpha = 1
       ring(o[0], s, style[kind(o)], 2.5)
     }
+    for (const o of view.photos ? near : []) {
+      const a = sx(o[0]), b = sy(o[0])
+      if (nearRoom.get(o[0])*view.k<big+5) continue
+      ctx.fillStyle = style[kind(o)]; ctx.fillRect(a-s/2-3, b-s/2-3, s+6, s+6)
+      if (drawPhoto(o[0], a, b, s)) pictured.add(o[0])
+    }
+    pictured.add(selected)
     ctx.fillStyle = style.surface; ctx.fillRect(px-big/2-5, py-big/2-5, big+10, big+10)
     ctx.fillStyle = style.accent; ctx.fillRect(px-big/2-3, py-big/2-3, big+6, big+6)
     if (!(small || options.thumb) || !drawPhoto(selected, px, py, big)) { ctx.fillStyle = paint(selected); ctx.fillRect(px-big/2, py-big/2, big, big) }
@@ -234,20 +247,20 @@ window.dmlMap = (root, data, options={}) => {
   }
 
   // ---- moving ----
-  const low = () => Math.min(w, h)*.5, high = () => Math.min(w, h)*clamp(n/4, 12, 400)
+  const bound = k => clamp(k, whole()*.5, whole()*clamp(n/4, 12, 400))
   const zoomAt = (px, py, f) => {
-    const k = clamp(view.k*f, low(), high()), q = k/view.k
+    const k = bound(view.k*f), q = k/view.k
     view.tx = px-(px-view.tx)*q; view.ty = py-(py-view.ty)*q; view.k = k
     keep(); moved()
   }
   const zoomBy = f => zoomAt(w/2, h/2, f)
   const keep = () => { // some of the map stays in sight
-    view.tx = clamp(view.tx, w*.4-view.k, w*.6); view.ty = clamp(view.ty, h*.4-view.k, h*.6); touched = true
+    view.tx = clamp(view.tx, w*.4-view.k*wide, w*.6); view.ty = clamp(view.ty, h*.4-view.k*high, h*.6); touched = true
   }
   let flight = 0
   const fly = (k, cx, cy) => { // until the point (cx, cy) of the map is in the middle
     cancelAnimationFrame(flight)
-    k = clamp(k, low(), high())
+    k = bound(k)
     const from = {...view}, to = {tx:w/2-cx*k, ty:h/2-cy*k}, began = performance.now()
     const still = matchMedia('(prefers-reduced-motion: reduce)').matches
     const step = t => {
@@ -260,10 +273,9 @@ window.dmlMap = (root, data, options={}) => {
     flight = requestAnimationFrame(step)
   }
   const frame = (rows, least=.06) => { // show some rows
-    let a = 1, b = 1, cc = 0, d = 0
+    let a = wide, b = high, cc = 0, d = 0
     for (const i of rows) { a = Math.min(a, x[i]); b = Math.min(b, y[i]); cc = Math.max(cc, x[i]); d = Math.max(d, y[i]) }
-    const side = Math.max(least, 1.3*Math.max((cc-a)/w, (d-b)/h)*Math.min(w, h))
-    fly(Math.min(w, h)/side, (a+cc)/2, (b+d)/2)
+    fly(Math.min(w/Math.max(least, 1.3*(cc-a)), h/Math.max(least, 1.3*(d-b))), (a+cc)/2, (b+d)/2)
   }
 
   // ---- pointers: drag, pinch, lasso, click ----
@@ -366,31 +378,31 @@ window.dmlMap = (root, data, options={}) => {
 
   // ---- the panel ----
   const small_ = (i, score, cls='') => {
-    const o = el('button', {type:'button', className:'dm-tile '+cls, title:[name(c[i]), item[i]].filter(Boolean).join('\n'), onclick:() => api.select(i, true)},
-      photo(i, 160), el('span', {}, el('b', {}, name(c[i])), score===undefined ? '' : el('em', {title:'Cosine similarity: 1 is the same direction'}, score.toFixed(2))))
+    const o = el('button', {type:'button', className:'dm-tile '+cls, title:[name(c[i]), item[i]].filter(Boolean).join('\n'), onclick:() => api.select(i)},
+      photo(i, 160), el('b', {}, name(c[i])), ...(score===undefined ? [] : [ el('em', {title:'Cosine similarity: 1 is the same direction'+(score<options.threshold ? `; below ${options.threshold.toFixed(2)}, the calibrated threshold, it counts as another class` : '')}, score.toFixed(2))]))
     o.onmouseenter = () => { hover = i; ask() }
     o.onmouseleave = () => { hover = -1; ask() }
     return o
   }
   const close = () => el('button', {type:'button', className:'dm-close', title:'Close (Escape)', 'aria-label':'Close', onclick:() => { api.clear(); canvas.focus() }}, '×')
   const showPanel = (...kids) => {
-    const was = panel.hidden
     panel.hidden = false
     panel.replaceChildren(close(), ...kids)
     panel.scrollTop = 0
-    if (was) resize()
+    resize()
   }
   const showNear = () => {
     const same = near.filter(o => c[o[0]]===c[selected]).length
     showPanel(el('div', {className:'dm-one'}, ...card(selected, 220)),
       ...options.open ? [el('button', {type:'button', className:'dm-open', onclick:() => options.open(selected)}, options.openText || 'Open')] : [],
       el('h3', {title:'The items with the greatest cosine similarity, nearest first'}, near.length ? `Nearest: ${same} of ${near.length} of the same class` : 'Nearest'),
-      el('div', {className:'dm-tiles'}, ...near.map(o => small_(o[0], o[1], kind(o)==='good' ? 'dm-good' : 'dm-bad'))))
+      el('div', {className:'dm-tiles'}, ...near.map(o => small_(o[0], o[1], `dm-${kind(o)}${o[1]<options.threshold ? ' dm-below' : ''}`))))
   }
   const showWithin = rows => {
     const by = new Map()
     for (const i of rows) by.set(c[i], (by.get(c[i]) || 0)+1)
-    const kinds = [...by].sort((a, b) => b[1]-a[1])
+    const kinds = [...by].sort((a, b) => b[1]-a[1]), place = new Map(kinds.map((o, j) => [o[0], j]))
+    rows = [...rows].sort((a, b) => place.get(c[a])-place.get(c[b]))
     showPanel(el('h2', {}, count(rows.length, 'item')), el('p', {className:'dm-soft'}, `of ${count(kinds.length, 'class', 'classes')}`),
       el('ul', {className:'dm-kinds'}, ...kinds.slice(0, 12).map(([j, k]) => el('li', {},
         el('button', {type:'button', title:'Show all items of this class', onclick:() => exactly(j)}, dot(j), el('span', {}, name(j)), el('em', {}, k.toLocaleString('en')))))),
@@ -401,27 +413,28 @@ window.dmlMap = (root, data, options={}) => {
 
   // ---- search by the name of a class ----
   const rowsOf = keep => { const res = []; for (let i=0; i<n; i++) if (keep.has(c[i])) res.push(i); return res }
-  const roomAmong = rows => { // as `room`, for some rows: the farthest of those placed is the next
-    const res = new Float32Array(n), left = new Float32Array(rows.length).fill(9)
-    let j = 0
-    for (const _ of rows) {
-      const i = rows[j]
-      res[i] = Math.min(left[j], 1); left[j] = -1
-      let best = j, most = -1
-      for (let q=0; q<rows.length; q++) {
-        if (left[q]<0) continue
-        left[q] = Math.min(left[q], Math.max(Math.abs(x[rows[q]]-x[i]), Math.abs(y[rows[q]]-y[i])))
-        if (left[q]>most) { most = left[q]; best = q }
-      }
-      j = best
-    }
+  /* The side of the square that each row has for a photo: of those with `s` or more no two squares of side `s` overlap, at any scale.
+     It is the distance to those placed before; those that are far from them come first */
+  const roomAmong = rows => {
+    const res = new Float32Array(n), left = new Float32Array(n).fill(-1)
+    for (const i of rows) left[i] = 9
+    let rest = [...rows]
+    for (let r=1, before=9; rest.length && r>1e-4; before=r, r*=.85) rest = rest.filter(i => {
+      if (left[i]<r) return true
+      res[i] = left[i]; left[i] = -1
+      const a = x[i], b = y[i]
+      each(a-before, b-before, a+before, b+before, q => {
+        const u = Math.abs(x[q]-a), v = Math.abs(y[q]-b), d = u>v ? u : v
+        if (left[q]>d) left[q] = d
+      })
+    })
     return res
   }
   const only = keep => { // these classes alone; all without any
     const rows = keep && rowsOf(keep)
     shown = rows && new Set(rows)
     if (shown) shown.classes = keep
-    roomOf = rows && rows.length<=3000 ? roomAmong(rows) : room
+    roomOf = rows ? roomAmong(rows) : room
     found.textContent = !rows ? '' : keep.size===1 ? count(rows.length, 'item') : `${rows.length.toLocaleString('en')} in ${count(keep.size, 'class', 'classes')}`
     said.textContent = found.textContent
     hideTip()
@@ -440,7 +453,7 @@ window.dmlMap = (root, data, options={}) => {
     chosen<0 ? input.removeAttribute('aria-activedescendant') : input.setAttribute('aria-activedescendant', kids[chosen].id)
   }
   const closeList = () => { list.hidden = true; input.setAttribute('aria-expanded', false); chosen = -1 }
-  const exactly = j => { input.value = name(j); closeList(); if (within) { within = null; hidePanel() } const rows = only(new Set([j])); frame(rows); return rows }
+  const exactly = j => { input.value = name(j); closeList(); if (within) api.clear(); const rows = only(new Set([j])); frame(rows); return rows }
   const typed = () => {
     const js = matches(input.value)
     list.replaceChildren(...js.slice(0, 8).map((j, k) => el('li', {id:`dm-list-${k}`, role:'option', 'aria-selected':'false', onpointerdown:e => { e.preventDefault(); exactly(j) }}, dot(j), name(j))))
@@ -472,7 +485,7 @@ window.dmlMap = (root, data, options={}) => {
       const e = selected<0 ? Math.hypot(a, b) : along>0 && across<=1.2*along ? along+1.5*across : Infinity
       if (e<d) { d = e; best = i }
     }
-    if (best>=0) api.select(best, true)
+    if (best>=0) api.select(best)
   }
   const ways = {ArrowLeft:[-1,0], ArrowRight:[1,0], ArrowUp:[0,-1], ArrowDown:[0,1]}
   root.addEventListener('keydown', e => {
@@ -492,17 +505,19 @@ window.dmlMap = (root, data, options={}) => {
     else return
     e.preventDefault()
     e.stopPropagation()
-  })
+  }, {signal:gone.signal})
 
   // ---- size ----
   const hidePanel = () => { if (!panel.hidden) { panel.hidden = true; resize() } }
+  let beside = panel.hidden
   const resize = () => {
     const a = stage.clientWidth, b = stage.clientHeight
     if (!a || !b) return
-    const cx = (w/2-view.tx)/view.k, cy = (h/2-view.ty)/view.k, q = w ? Math.min(a, b)/Math.min(w, h) : 1
+    const cx = (w/2-view.tx)/view.k, cy = (h/2-view.ty)/view.k, q = w ? Math.min(a/wide, b/high)/Math.min(w/wide, h/high) : 1
     dpr = Math.min(devicePixelRatio || 1, 2)
     if (canvas.width!==Math.round(a*dpr) || canvas.height!==Math.round(b*dpr)) { canvas.width = Math.round(a*dpr); canvas.height = Math.round(b*dpr) }
-    if (!touched) { w = a; h = b; api.fit(false) }
+    if (w && beside!==panel.hidden) { w = a; h = b; beside = panel.hidden; touched = true } // what is seen stays where it is
+    else if (!touched) { w = a; h = b; api.fit(false) }
     else { view.k *= q; w = a; h = b; view.tx = w/2-cx*view.k; view.ty = h/2-cy*view.k }
     cancelAnimationFrame(asked); asked = 0
     draw()
@@ -514,24 +529,27 @@ window.dmlMap = (root, data, options={}) => {
     get state() { return {selected, near, within:within && [...within], shown:shown && [...shown], photos:pictured.size, ms:api.ms} },
     draw,
     at:i => [sx(i), sy(i)],
-    async select(i, show=false) {
-      selected = i; near = []; within = null
+    async select(i) {
+      if (within) api.clear()
+      selected = i; near = []
       hideTip()
       if (shown && !shown.has(i)) { input.value = ''; only(null) }
       showNear()
       said.textContent = `${name(c[i])}, ${item[i] || ''}`
-      if (show && (sx(i)<40 || sy(i)<40 || sx(i)>w-40 || sy(i)>h-40)) fly(view.k, x[i], y[i])
+      if (sx(i)<40 || sy(i)<40 || sx(i)>w-40 || sy(i)>h-40) fly(view.k, x[i], y[i])
       ask()
       if (options.select) options.select(i)
       const got = await (options.near ? options.near(i) : (data.near || [])[i]) || []
       if (selected!==i) return
       near = got
+      const rows = [i, ...near.map(o => o[0])], r = roomAmong(rows)
+      nearRoom = new Map(rows.map(o => [o, r[o]]))
       showNear()
       ask()
     },
     lasso(rows) {
       if (!rows.length) return api.clear()
-      selected = -1; near = []; within = new Set(rows)
+      selected = -1; near = []; within = new Set(rows); roomOf = roomAmong(rows)
       showWithin(rows)
       said.textContent = count(rows.length, 'item')
       if (options.lasso) options.lasso(rows)
@@ -539,17 +557,27 @@ window.dmlMap = (root, data, options={}) => {
     },
     find(text) { input.value = text; const rows = typed(); closeList(); return rows },
     show:frame,
-    clear() { selected = -1; near = []; within = null; hidePanel(); ask() },
-    fit(flying=true) {
-      const k = Math.min(w, h)*.94
-      if (flying) fly(k, .5, .5)
-      else { view.k = k; view.tx = w/2-k/2; view.ty = h/2-k/2; ask() }
+    clear() {
+      if (within) roomOf = shown ? roomAmong([...shown]) : room
+      selected = -1; near = []; within = null
+      hidePanel(); ask()
     },
-    destroy() { watch.disconnect(); scheme.removeEventListener('change', colours); root.replaceChildren() }
+    fit(flying=true) {
+      const k = whole()
+      touched = false
+      if (flying) fly(k, wide/2, high/2)
+      else { view.k = k; view.tx = (w-k*wide)/2; view.ty = (h-k*high)/2; ask() }
+    },
+    destroy() { watch.disconnect(); gone.abort(); root.replaceChildren() }
   }
-  scheme.addEventListener('change', colours)
+  scheme.addEventListener('change', colours, {signal:gone.signal})
   colours()
   watch.observe(stage)
   resize()
-  return api
+  if (view.photos) setTimeout(() => { // the dots are there, and now who is a photo
+    room = roomAmong([...Array(n).keys()].sort((a, b) => a*7919%n-b*7919%n)) // not class by class
+    if (!shown && !within) roomOf = room
+    ask()
+  })
+  return root.dmlMap = api
 }
