@@ -35,7 +35,7 @@ class Explorer:
         review=None, # File of decisions on labels, `.csv`; `review.csv` in the folder of the gallery if not given
     ):
         self.items,self.name,self.read_only,self.files = items,name,read_only,Files()
-        self.review_file,self._review = Path(review) if review else items.folder and items.folder/'review.csv',None
+        self.review_file,self._review = Path(review) if review else items.finder.folder and items.finder.folder/'review.csv',None
 
     def routes(self):
         "What each address answers"
@@ -113,7 +113,8 @@ def gallery(self:Explorer, req, body):
 def add(self:Explorer, req, body):
     "Put a photo into the gallery"
     label = req.query_params.get('label', '')
-    return dict(n=self.items.add([body], label)[0])
+    n, = self.items.add([body], label)
+    return dict(n=n, label=self.items.label(n))
 
 def fields_of(
     body:bytes, # JSON
@@ -245,7 +246,7 @@ def explore(self:ImageEmbedder,
     "The gallery in the browser, until `stop` is called or Python ends; raises `ImportError` without the extra `explore`"
     needs_explore()
     items = Items(self, image)
-    x = Explorer(items, name or (items.folder.name if items.folder else 'gallery'), read_only, review)
+    x = Explorer(items, name or (self.folder.name if self.folder else 'gallery'), read_only, review)
     res = Serving(x.app, port=port, token=token)
     res.what = x
     threading.Thread(target=x.warm, daemon=True).start()
