@@ -113,7 +113,8 @@ def _case_of(items, o, can):
             Figcaption(Span(said, cls='because'), B(items.label(n)), Small('/'.join(items.name(n).replace('\\', '/').split('/')[-2:]), title=items.name(n))))
     agree = None if o['agree'] is None else P(f"{o['agree']:.0%} of the photos near it have its label." if o['agree'] else 'No photo near it has its label.',
         cls='because')
-    tools = None if not can else Form(_button('right', 'Right', cls=''), _button('wrong', 'Of no class'),
+    tools = None if not can else Form(_button('right', 'Right' if o['kind']=='label' else 'Keep', cls=''),
+        _button('wrong', 'Of no class' if o['kind']=='label' else 'Leave out'),
         Span(_button('other', 'Other class'), Input(type='text', id='other', name='other', value=o['other'] if o['other']!=o['label'] else '', list='classes',
             aria_label='The other class', maxlength='200', autocomplete='off'), cls='both'), _button('skip', 'Skip'),
         ft('datalist', *[Option(value=c) for c in [*items.classes][:3000]], id='classes'), cls='tools', data_item=str(o['n']), id='deciding')
