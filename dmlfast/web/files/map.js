@@ -509,16 +509,16 @@ window.dmlMap = (root, data, options={}) => {
 
   // ---- size ----
   const hidePanel = () => { if (!panel.hidden) { panel.hidden = true; resize() } }
-  let around_ = '' // size of all, with the panel
+  let extent = '' // size of all, with the panel
   const resize = () => {
     const a = stage.clientWidth, b = stage.clientHeight
     if (!a || !b) return
     const cx = (w/2-view.tx)/view.k, cy = (h/2-view.ty)/view.k, q = w ? Math.min(a/wide, b/high)/Math.min(w/wide, h/high) : 1
     dpr = Math.min(devicePixelRatio || 1, 2)
     if (canvas.width!==Math.round(a*dpr) || canvas.height!==Math.round(b*dpr)) { canvas.width = Math.round(a*dpr); canvas.height = Math.round(b*dpr) }
-    const was = around_
-    around_ = `${root.clientWidth}×${root.clientHeight}`
-    if (w && was===around_) { touched ||= a!==w || b!==h; w = a; h = b } // the panel has come or gone: what is seen stays where it is
+    const was = extent
+    extent = `${root.clientWidth}×${root.clientHeight}`
+    if (w && was===extent) { touched ||= a!==w || b!==h; w = a; h = b } // the panel has come or gone: what is seen stays where it is
     else if (!touched) { w = a; h = b; api.fit(false) }
     else { view.k *= q; w = a; h = b; view.tx = w/2-cx*view.k; view.ty = h/2-cy*view.k }
     cancelAnimationFrame(asked); asked = 0
