@@ -6,7 +6,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/web/app.html.md"""
 
 # %% auto #0
 __all__ = ['csp', 'safe_headers', 'Refused', 'Guard', 'needs_explore', 'Sent', 'endpoint', 'safe_app', 'Serving', 'package_files',
-           'Files', 'as_jpeg', 'no_picture', 'Pictures']
+           'Files', 'as_jpeg', 'no_picture', 'as_small', 'Pictures']
 
 # %% ../../nbs/api/web/00_app.ipynb #9631ac1b
 import hmac, io, secrets, socket, threading, time, traceback, webbrowser
@@ -139,14 +139,13 @@ def endpoint(
     said=None, # Function from status and sentence to what is answered instead; plain text if not given
 ):
     "A function as an endpoint of an application"
-    from fasthtml.core import is_async_callable
+    from inspect import iscoroutinefunction
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException as StarletteException
-    from starlette.requests import Request
-    async def _f(req:Request):
+    async def _f(req):
         try:
             body = b'' if req.method in ('GET','HEAD') else await req.body()
-            return _answer(await f(req, body) if is_async_callable(f) else await run_in_threadpool(f, req, body))
+            return _answer(await f(req, body) if iscoroutinefunction(f) else await run_in_threadpool(f, req, body))
         except ValueError as e:
             status,why = getattr(e, 'status', 400),str(e)
             return _answer(Sent(why.encode(errors='replace'), 'text/plain; charset=utf-8') if said is None else said(status, why), status)
@@ -165,12 +164,13 @@ def safe_app(
     needs_explore()
     from fasthtml.core import FastHTML
     from starlette.middleware import Middleware
+    from starlette.routing import Route
     # no session, and so no key in a file
     res = FastHTML(default_hdrs=False, sess_cls=None, secret_key='none', canonical=False, max_part_size=kwargs.get('max_bytes', 2**25))
     res.user_middleware = [Middleware(Guard, **kwargs)] # in a notebook, others would be there too
     for i,(k,f) in enumerate(routes.items()):
         method,path = k.split()
-        res.route(path, methods=[method], name=f'r{i}')(endpoint(f, said))
+        res.add_route(Route(path, endpoint(f, said), methods=[method], name=f'r{i}')) # as it is: no form is read before the function
     return res
 
 # %% ../../nbs/api/web/00_app.ipynb #a52ca345
@@ -270,6 +270,15 @@ def no_picture()->Image.Image:
     d.rounded_rectangle((90,105,230,215), 10, outline='#b9bdc3', width=6)
     d.ellipse((112,124,138,150), fill='#b9bdc3')
     d.polygon([(104,202),(150,158),(172,178),(196,150),(218,202)], fill='#b9bdc3')
+    return im
+
+def as_small(
+    im, # PIL image
+    side:int, # Most pixels of its shorter side
+)->Image.Image:
+    "An image reduced, quickly"
+    im = im.convert('RGB')
+    if min(im.size)>side: im = im.reduce(max(1, min(im.size)//side))
     return im
 
 class Pictures:

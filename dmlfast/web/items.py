@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/web/items.html.md"""
 __all__ = ['Query', 'Items']
 
 # %% ../../nbs/api/web/02_items.ipynb #6101d569
-import random, threading, time
+import random, threading, time, torch
 from collections import OrderedDict, namedtuple
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..retrieval.rerank import register_reranker
 from ..deploy.gallery import *
 from ..deploy.embedder import *
 from .app import *
+from .views import *
 
 # %% ../../nbs/api/web/02_items.ipynb #5790ec1d
 Query = namedtuple('Query', 'emb number label picture ms')
@@ -28,17 +29,17 @@ class Items:
     "The items of a gallery by number, with their pictures"
     def __init__(self,
         finder:ImageEmbedder, # Embedder, with a gallery or without
-        image=None, # Folder that the names of the items are relative to, or function from an index to an image; as the names say if not given
+        image=None, # Folder that the items' names are relative to, or function from an index to an image; as the names say if not given
         max_pixels:int=5*10**7, # Larger images are not opened
     ):
         if not isinstance(finder.gallery, MemoryGallery):
-            raise ValueError("What is explored is a gallery in memory, and this one is a table: load the embedder without `gallery=`, or add a "
-                "part of the table's rows.")
+            raise ValueError("What is explored is a gallery in memory, and this one is a table: load the embedder without `gallery=`, or "
+                "add a part of the table's rows.")
         self.finder,self.image,self.max_pixels = finder,image,max_pixels
         self.lock,self.embed = threading.RLock(),finder.embed
         self.pictures,self.queries,self.held = Pictures(self.source, max_pixels=max_pixels),OrderedDict(),{}
         self.numbers,self.row_of,self.first,self.next,self.version = [],{},{},0,0
-        self._seen,self._classes = None,(None,None)
+        self._seen,self._classes,self._made = None,(None,None),(None,{})
         self.sync()
 
     @property
@@ -82,6 +83,27 @@ class Items:
     )->str:
         "What an item is called"
         return self.gallery.items[self.row(n)]
+
+    def once(self,
+        key:str, # What it is called
+        f, # Function of the gallery as `Embedded` and of the numbers of its rows
+    ):
+        "What `f` makes of the gallery, until that changes"
+        self.sync()
+        with self.lock:
+            if self._made[0]!=self.version: self._made = self.version,{}
+            made = self._made[1]
+            if 'gallery' not in made: made['gallery'] = gallery_of(self.finder, lambda i, numbers=self.numbers: self.pictures.image(numbers[i])),self.numbers
+            lock,res = made.setdefault(key, (threading.Lock(),[]))
+        with lock:
+            if not res: res.append(f(*made['gallery']))
+        return res[0]
+
+    def made(self,
+        key:str, # What it is called
+    )->bool:
+        "Has `once` made it?"
+        return self._made[0]==self.version and bool(self._made[1].get(key, (None,[]))[1])
 
     @property
     def classes(self)->dict: # Label -> numbers, sorted by label
@@ -184,30 +206,39 @@ def near(self:Items,
 @patch
 def verdict(self:Items,
     found:list, # What `near` gave, of the plain search
+    least:float=None, # Score from which on it is known; the calibrated threshold if not given, minus infinity where there is none
 )->Label: # None as label for what is unknown
     "The class by what was found, None if nothing is near enough"
-    hits = [Hit(self.label(n), '', s) for n,s in found[:5]]
-    res,least = vote(hits),self.finder.threshold
-    return res if least is None or hits[0].score>=least else Label(None, hits[0].score)
+    hits = [Hit(self.label(n), '', s) for n,s in found[:5] if n in self.row_of]
+    if not hits: return Label(None, None)
+    if least is None: least = self.finder.least(self.finder.threshold is not None)
+    return vote(hits) if hits[0].score>=least else Label(None, hits[0].score)
 
 # %% ../../nbs/api/web/02_items.ipynb #530fafaf
 @patch
 def add(self:Items,
-    data:bytes, # An image file
-    label:str, # Its class
-)->int: # Its number
-    "Put a photo into the gallery, and keep it"
-    if not (label := label.strip()) or len(label)>200: raise ValueError("A class has a name of 1 to 200 letters.")
-    im = self.opened(data)
-    emb,jpeg = self.embed(im),as_jpeg(open_image(data, max_pixels=self.max_pixels), 2048, 92)
-    name = f'photos/{sha256(jpeg).hexdigest()[:24]}.jpg'
+    photos, # Image files, a list of bytes
+    label:str, # Their class
+)->list: # Their numbers
+    "Put photos of a class into the gallery, and keep them"
+    label = _named(label)
+    ims = [self.opened(o) for o in photos]
+    embs = torch.stack([self.embed(o) for o in ims])
+    jpegs = [as_jpeg(open_image(o, max_pixels=self.max_pixels), 2048, 92) for o in photos]
+    names = [f'photos/{sha256(o).hexdigest()[:24]}.jpg' for o in jpegs]
     with self.lock:
-        if self.folder: self._keep(name, jpeg)
-        self.finder.add_embs(emb[None], [label], [name])
+        if self.folder:
+            for o in zip(names, jpegs): self._keep(*o)
+        self.finder.add_embs(embs, [label]*len(names), names)
         self.sync()
-        n = self.numbers[-1]
-        if not self.folder: self.held[n] = jpeg
-    return n
+        res = self.numbers[-len(names):]
+        if not self.folder: self.held.update(zip(res, jpegs))
+    return res
+
+def _named(label):
+    "The name of a class"
+    if not (label := label.strip()) or len(label)>200: raise ValueError("A class has a name of 1 to 200 letters.")
+    return label
 
 @patch
 def _keep(self:Items, name, jpeg):
@@ -219,20 +250,22 @@ def _keep(self:Items, name, jpeg):
 
 @patch
 def remove(self:Items,
-    numbers, # Of items
-):
+    numbers=None, # Of items
+    label:str=None, # Or all of a class
+)->int: # How many
     "Take items out, with the photos that were kept for them"
     with self.lock:
+        if label is not None: numbers = self.classes.get(label)
+        if not isinstance(numbers, list) or not numbers or not all(type(n) is int for n in numbers):
+            raise ValueError("There is nothing to remove: say `numbers` of items, or the `label` of a class.")
         rows = sorted({self.row(n) for n in numbers})
-        if not rows: raise ValueError("There is nothing to remove.")
-        gone = {self.numbers[i] for i in rows}
         names = {self.gallery.items[i] for i in rows}
         self.gallery.change('remove', rows=rows)
-        self._take([n for n in self.numbers if n not in gone])
-        for n in gone: self.held.pop(n, None)
-        if not self.folder: return
-        for o in names-{*self.gallery.items}:
+        self._take([n for n in self.numbers if n not in {*numbers}])
+        for n in numbers: self.held.pop(n, None)
+        for o in names-{*self.gallery.items} if self.folder else ():
             if o.startswith('photos/') and '/' not in o[7:]: (self.folder/o).unlink(missing_ok=True)
+    return len(rows)
 
 @patch
 def rename(self:Items,
@@ -240,7 +273,6 @@ def rename(self:Items,
     new:str, # Its new name
 ):
     "Give a class another name"
-    if not (new := new.strip()) or len(new)>200: raise ValueError("A class has a name of 1 to 200 letters.")
     with self.lock:
-        self.finder.rename(old, new)
+        self.finder.rename(old, _named(new))
         self.version += 1

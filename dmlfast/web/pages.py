@@ -34,6 +34,7 @@ def page(
     *body, # Elements
     read_only:bool=False, # Can nothing be changed?
     scripts=(), # Names of further scripts
+    styles=(), # And styles
     views=view_paths, # Those that are there
 )->FT:
     "A page of the explorer"
@@ -43,7 +44,7 @@ def page(
     return ft('html',
         Head(Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width, initial-scale=1'),
             Meta(name='color-scheme', content='light dark'), Title(f'{name} · {view}'),
-            Link(rel='icon', href=files.url('icon.svg')), Link(rel='stylesheet', href=files.url('explorer.css')),
+            Link(rel='icon', href=files.url('icon.svg')), *[Link(rel='stylesheet', href=files.url(o)) for o in ('explorer.css',*styles)],
             *[Script(src=files.url(o), defer=True) for o in ('explorer.js',*scripts)]),
         Body(
             Header(A(Img(src=files.url('icon.svg'), alt='', width='20', height='20'), Span(name), cls='brand', href='/', title=name),

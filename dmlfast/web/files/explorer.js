@@ -147,3 +147,111 @@ addEventListener('keydown', e => {
   const to = i<0 ? 0 : i+{ArrowLeft:-1, ArrowRight:1, ArrowUp:-wide, ArrowDown:wide}[e.key]
   if (cards[to]) { e.preventDefault(); cards[to].focus({preventScroll:true}); cards[to].scrollIntoView({block:'nearest'}) }
 })
+
+// what is computed first
+inits.push(root => $$('[data-load]', root).forEach(o => swap(o.dataset.load, '#main', false)))
+
+// what a threshold means
+const svg = (name, attrs, text) => {
+  const o = document.createElementNS('http://www.w3.org/2000/svg', name)
+  for (const [k, v] of Object.entries(attrs)) o.setAttribute(k, v)
+  if (text!==undefined) o.textContent = text
+  return o
+}
+const pct = x => `${+(100*x).toPrecision(x>=.995 ? 3 : 2)} %`
+const count = n => n.toLocaleString('en')
+const oneIn = (n, of) => n===0 ? 'none' : n===of ? 'all' : 2*n>of ? `${(100*n/of).toFixed(0)} of 100` : `1 in ${count(Math.round(of/n))}`
+inits.push(async root => {
+  const box = $('#threshold', root)
+  if (!box) return
+  const r = await fetch(box.dataset.url)
+  if (!r.ok) { box.replaceChildren(Object.assign(document.createElement('p'), {className:'because', textContent:await r.text()})); return }
+  const d = await r.json(), slider = $('#cutter'), own = Number(box.dataset.calibrated || NaN)
+  const nearest = t => d.threshold.reduce((best, v, i) => Math.abs(v-t)<Math.abs(d.threshold[best]-t) ? i : best, 0)
+  // the curve: false matches on a logarithmic axis
+  const [L, R, T, B] = [46, 398, 10, 256], low = Math.max(Math.floor(Math.log10(Math.min(.1, ...d.fmr.filter(o => o>0))+1e-12)), -5)
+  const X = f => L+(R-L)*(Math.log10(Math.max(f, 10**low))-low)/-low, Y = t => B-(B-T)*t
+  const roc = $('#roc')
+  for (let e=low; e<=0; e++) roc.append(svg('line', {x1:X(10**e), x2:X(10**e), y1:T, y2:B, class:'axis'}),
+    svg('text', {x:X(10**e), y:B+18, 'text-anchor':'middle'}, pct(10**e)))
+  for (const t of [0, .25, .5, .75, 1]) roc.append(svg('line', {x1:L, x2:R, y1:Y(t), y2:Y(t), class:'axis'}), svg('text', {x:L-8, y:Y(t)+4, 'text-anchor':'end'}, pct(t)))
+  roc.append(svg('text', {x:R, y:B+36, 'text-anchor':'end'}, 'pairs of two classes that count as one'))
+  const points = d.fmr.map((f, i) => [f, d.tmr[i]]).sort((a, b) => a[0]-b[0] || a[1]-b[1])
+  roc.append(svg('polyline', {points:points.map(([f, t]) => `${X(f).toFixed(1)},${Y(t).toFixed(1)}`).join(' '), class:'curve'}))
+  const dot = svg('circle', {r:6, class:'dot'})
+  roc.append(dot)
+  // both errors over the thresholds, below the slider
+  const both = $('#both'), w = d.threshold.length-1
+  const area = (a, n, cls) => both.append(svg('polygon', {points:`0,100 ${a.map((v, i) => `${i},${(100-100*v/n).toFixed(2)}`).join(' ')} ${w},100`, class:cls}))
+  both.setAttribute('viewBox', `0 0 ${w} 100`)
+  area(d.missed, d.n_genuine, 'missed'); area(d.false, d.n_impostor, 'false')
+  const mark = svg('line', {y1:0, y2:100, class:'mark', 'vector-effect':'non-scaling-stroke'})
+  both.append(mark)
+  // the slider
+  slider.max = d.threshold.length-1
+  const show = () => {
+    const i = Number(slider.value), f = d.false[i], m = d.missed[i]
+    $('#cut').value = d.threshold[i].toFixed(3)
+    slider.setAttribute('aria-valuetext', d.threshold[i].toFixed(3))
+    $('#falsesaid').textContent = `${oneIn(f, d.n_impostor)} pairs of two classes would count as one`.replace('none pairs', 'No pairs').replace('all pairs', 'All pairs')
+    $('#falsecount').textContent = `${count(f)} of ${count(d.n_impostor)} · ${pct(f/d.n_impostor)}`
+    $('#missedsaid').textContent = `${pct(m/d.n_genuine)} of the pairs of one class would be missed`
+    $('#missedcount').textContent = `${count(m)} of ${count(d.n_genuine)}`
+    mark.setAttribute('x1', i); mark.setAttribute('x2', i)
+    dot.setAttribute('cx', X(f/d.n_impostor)); dot.setAttribute('cy', Y(1-m/d.n_genuine))
+    for (const b of $$('#rates button')) b.setAttribute('aria-pressed', b.dataset.at===String(i))
+  }
+  const go = t => { slider.value = nearest(t); show() }
+  const rate = (text, t, title) => { const b = Object.assign(document.createElement('button'), {type:'button', textContent:text, title, className:'quiet'})
+    b.dataset.at = nearest(t); b.onclick = () => go(t); $('#rates').append(b) }
+  if (!isNaN(own)) rate('calibrated', own, 'The threshold that this embedder brings')
+  for (const o of d.rates) rate(`false matches ${pct(o.fmr)}`, o.threshold, 'The threshold at which this share of the pairs of two classes counts as one')
+  $('#allsaid').textContent = `${count(d.items)} items compared with each other. Area under the curve ${d.auc.toFixed(3)}, equal error rate ${pct(d.eer)}.`
+  $('#allsaid').title = 'Area under the curve: how often a pair of one class scores higher than a pair of two. Equal error rate: where both errors are as frequent.'
+  slider.oninput = show
+  go(isNaN(own) ? d.rates[0].threshold : own)
+})
+
+// labels, one by one
+const decide = async kind => {
+  const f = $('#deciding')
+  if (kind!=='undo' && !f) return
+  const body = {decision:kind}
+  if (kind!=='undo') body.n = Number(f.dataset.item)
+  if (kind==='other') { body.other = $('#other').value.trim(); if (!body.other) { $('#other').focus(); return say('Name the other class first.') } }
+  if (await post('/change/decide', JSON.stringify(body))) swap('/labels', '#main', false)
+}
+addEventListener('click', e => { const b = e.target.closest('[data-decide]'); if (b) decide(b.dataset.decide) })
+addEventListener('submit', e => { if (e.target.id==='deciding') { e.preventDefault(); decide('other') } })
+addEventListener('keydown', e => {
+  if (e.target.closest('input, select, textarea') || e.ctrlKey || e.metaKey || e.altKey) return
+  const b = $$('[data-decide]').find(o => $('kbd', o).textContent===e.key)
+  if (b && !b.disabled) { e.preventDefault(); b.dataset.decide==='other' ? $('#other').focus() : decide(b.dataset.decide) }
+})
+
+// the map
+inits.push(async root => {
+  const box = $('#map', root)
+  if (!box) return
+  const show = d => {
+    const at = new Map(d.numbers.map((n, i) => [n, i])), calibrated = d.threshold
+    dmlMap(box, d, {threshold:calibrated, thumb:i => `/image/${d.numbers[i]}?side=320`, openText:'Search with this photo',
+      open:i => { location.href = `/?q=${d.numbers[i]}` },
+      near:async i => {
+        const r = await ask(`/near/${d.numbers[i]}?k=12`)
+        return r ? (await r.json()).near.filter(o => at.has(o[0])).map(([n, s]) => [at.get(n), s]) : []
+      }})
+  }
+  if (box.dataset.big) { // the first picture at once
+    const r = await ask(box.dataset.url+'?quick=1')
+    if (!r) return
+    const d = await r.json()
+    show(d)
+    if (!d.quick) return
+  }
+  const note = Object.assign(document.createElement('div'), {className:'busymap', textContent:'Arranging the photos …'})
+  if (box.dataset.big) document.body.append(note)
+  const r = await ask(box.dataset.url)
+  note.remove()
+  if (r) show(await r.json())
+})
