@@ -103,7 +103,8 @@ def _write(self:LabelReview, item, label, decision, other):
     "Append a line, and wait until it is on the disk"
     text = io.StringIO()
     row = [item,label,decision,other,datetime.now(timezone.utc).isoformat(timespec='seconds'),self.data]
-    csv.writer(text, lineterminator='\n').writerows([row] if self._end else [_columns,row])
+    quoting = csv.QUOTE_ALL if any('\r' in o for o in row) else csv.QUOTE_MINIMAL # which does not see this one
+    csv.writer(text, lineterminator='\n', quoting=quoting).writerows([row] if self._end else [_columns,row])
     new = not self.file.exists()
     with self.file.open('xb' if new else 'r+b') as f:
         f.truncate(self._end) # what a killed process left half

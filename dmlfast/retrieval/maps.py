@@ -22,10 +22,10 @@ def _pca(x, d, seed):
 def _tsne(x, seed, n_dims=50):
     "A map that keeps neighbours together"
     from sklearn.manifold import TSNE
-    if len(x)<4: return _pca(x, 2, seed)
+    start = _pca(x, 2, seed)
+    if len(x)<4 or not (spread := start[:,0].std())>1e-6: return start # of items that are all equal t-SNE ends the process
     if x.shape[1]>n_dims: x = _pca(x, n_dims, seed) # what lies beyond is noise, and takes time
-    if x.shape[1]==1: x = np.c_[x, np.zeros(len(x))]
-    return TSNE(2, init='pca', perplexity=min(30, (len(x)-1)/3), random_state=seed).fit_transform(x).astype(np.float32)
+    return TSNE(2, init=start/spread*1e-4, perplexity=min(30, (len(x)-1)/3), random_state=seed).fit_transform(x).astype(np.float32)
 
 def _beside(x, here, xy, seed, k=3):
     "Coordinates of all rows: those of `here`; the others lie between their nearest neighbours, and a little away"

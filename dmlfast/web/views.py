@@ -67,9 +67,11 @@ def colours_apart(
     size = np.bincount(c)
     mid = np.stack([np.bincount(c, o)/size for o in xy.T], 1)
     beside = cKDTree(mid).query(mid, k=min(near+1, len(mid)))[1].reshape(len(mid), -1)
-    res,used = np.full(len(mid), -1),np.zeros(n, int)
+    res,used,sides = np.full(len(mid), -1),np.zeros(n, int),[set() for _ in mid]
+    for i,o in enumerate(beside.tolist()):
+        for j in o: sides[i].add(j),sides[j].add(i)
     for i in np.argsort(-size, kind='stable'): # the largest classes choose first
-        taken = set(res[beside[i]].tolist())
+        taken = {res[j] for j in sides[i]}
         res[i] = min(range(n), key=lambda o: (o in taken, used[o]))
         used[res[i]] += 1
     return res

@@ -509,14 +509,16 @@ window.dmlMap = (root, data, options={}) => {
 
   // ---- size ----
   const hidePanel = () => { if (!panel.hidden) { panel.hidden = true; resize() } }
-  let beside = panel.hidden
+  let extent = '' // size of all, with the panel
   const resize = () => {
     const a = stage.clientWidth, b = stage.clientHeight
     if (!a || !b) return
     const cx = (w/2-view.tx)/view.k, cy = (h/2-view.ty)/view.k, q = w ? Math.min(a/wide, b/high)/Math.min(w/wide, h/high) : 1
     dpr = Math.min(devicePixelRatio || 1, 2)
     if (canvas.width!==Math.round(a*dpr) || canvas.height!==Math.round(b*dpr)) { canvas.width = Math.round(a*dpr); canvas.height = Math.round(b*dpr) }
-    if (w && beside!==panel.hidden) { w = a; h = b; beside = panel.hidden; touched = true } // what is seen stays where it is
+    const was = extent
+    extent = `${root.clientWidth}×${root.clientHeight}`
+    if (w && was===extent) { touched ||= a!==w || b!==h; w = a; h = b } // the panel has come or gone: what is seen stays where it is
     else if (!touched) { w = a; h = b; api.fit(false) }
     else { view.k *= q; w = a; h = b; view.tx = w/2-cx*view.k; view.ty = h/2-cy*view.k }
     cancelAnimationFrame(asked); asked = 0
@@ -528,7 +530,8 @@ window.dmlMap = (root, data, options={}) => {
     ms:0, view,
     get state() { return {selected, near, within:within && [...within], shown:shown && [...shown], photos:pictured.size, ms:api.ms} },
     draw,
-    at:i => [sx(i), sy(i)],
+    at:i => [sx(i), sy(i)], // where it is on the canvas
+    boxes:() => [...pictured].map(i => [sx(i), sy(i)]), side:photoSide, // middles of the photos that are drawn, and how large they are
     async select(i) {
       if (within) api.clear()
       selected = i; near = []
