@@ -79,7 +79,8 @@ def search(self:Explorer, req, body):
     get = lambda o: req.query_params.get(o, '')
     key = get('q')[:40]
     q = self.items.query(key) if key else None
-    return self.page('search', *search_page(self.items, q, key, _int(req, 'k', 12, 1, 48), get('label')[:200], get('rerank')[:40], bool(get('side')),
+    return self.page('search', *search_page(self.items, q, key, _int(req, 'k', 12, 1, 48), get('label')[:200], get('rerank')[:40],
+        bool(get('side')),
         _int(req, 'seed', 0, 0, 10**9)))
 
 @patch
@@ -92,7 +93,8 @@ def image(self:Explorer, req, body):
     "Picture of an item"
     n = req.path_params['n']
     self.items.row(n)
-    return Sent(self.items.pictures(n, 1600 if _int(req, 'side', 320, 64, 1600)>320 else 160 if _int(req, 'side', 320, 64, 1600)<=160 else 320), 'image/jpeg')
+    return Sent(self.items.pictures(n, 1600 if _int(req, 'side', 320, 64, 1600)>320 else 160 if _int(req, 'side', 320, 64,
+        1600)<=160 else 320), 'image/jpeg')
 
 @patch
 def asked(self:Explorer, req, body):
@@ -162,7 +164,8 @@ _most,_sheet = 10000,dict(side=48, cols=24) # items of a map; pixels of a photo 
 def map(self:Explorer, req, body):
     "All items as photos or dots"
     n = len(self.items)
-    what = Div(P(f'Arranging {min(n, _most):,} items …', cls='empty loading'), id='map', data_url='/map.json', data_big='1' if n>1500 else '') if n>1 \
+    what = Div(P(f'Arranging {min(n, _most):,} items …', cls='empty loading'), id='map', data_url='/map.json',
+        data_big='1' if n>1500 else '') if n>1 \
         else P('A map takes two items or more.', cls='empty')
     return self.page('map', what, scripts=('map.js',), styles=('map.css',))
 
@@ -221,7 +224,8 @@ def labels(self:Explorer, req, body):
     try:
         if req.query_params.get('now') or self.items.made('suspects'): found = self.suspects()
     except ValueError as e: why = f'There is nothing to judge: {e}'
-    return self.page('labels', *labels_page(self.items, found, review, why if found is not None or 'nothing' in why else '', self.read_only))
+    return self.page('labels', *labels_page(self.items, found, review, why if found is not None or 'nothing' in why else '',
+        self.read_only))
 
 @patch
 def decide(self:Explorer, req, body):

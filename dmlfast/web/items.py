@@ -93,7 +93,8 @@ class Items:
         with self.lock:
             if self._made[0]!=self.version: self._made = self.version,{}
             made = self._made[1]
-            if 'gallery' not in made: made['gallery'] = gallery_of(self.finder, lambda i, numbers=self.numbers: self.pictures.image(numbers[i])),self.numbers
+            if 'gallery' not in made: made['gallery'] = gallery_of(self.finder, lambda i,
+                numbers=self.numbers: self.pictures.image(numbers[i])),self.numbers
             lock,res = made.setdefault(key, (threading.Lock(),[]))
         with lock:
             if not res: res.append(f(*made['gallery']))
