@@ -176,9 +176,10 @@ def test_half_a_line_is_passed_over(tmp_path, cut):
     a = review(tmp_path/'r.csv')
     for o in ('0.jpg','1.jpg'): a.decide(o, 'wrong')
     raw = (tmp_path/'r.csv').read_bytes()
-    (tmp_path/'r.csv').write_bytes(raw[:-cut])
+    tail = b'3.jpg,"'+b'x\n'*150 if cut%2 else b'' # half a line that is longer than the next one, of a name with line breaks
+    (tmp_path/'r.csv').write_bytes(raw+tail if tail else raw[:-cut])
     b = review(tmp_path/'r.csv')
-    assert [*b.decisions] in (['0.jpg'],[])
+    assert [*b.decisions] in (['0.jpg','1.jpg'] if tail else ['0.jpg'],[])
     b.decide('2.jpg', 'other', 'a "cat"')
     assert [*review(tmp_path/'r.csv').decisions]==[*b.decisions] and b.other=={'2.jpg':'a "cat"'}
 
