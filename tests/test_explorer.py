@@ -127,8 +127,9 @@ def test_uploads_are_opened_as_files_are(shown, tmp_path):
 def test_files_are_served_by_number_alone(shown, folder):
     n = len(shown.x.items)
     assert shown.get('/image/0').headers['content-type']=='image/jpeg' and shown.get(f'/image/{n-1}').status_code==200
-    for path in (f'/image/{n}','/image/-1','/image/x','/image/0/../../glyphs/embedder.json','/image//etc/passwd','/query/999','/query/..',
-        '/files/..%2f..%2fapp.py','/files/%2e%2e/app.py','/files/app.py','/files/','/photos/x.jpg','/embedder.json','/%2e%2e/glyphs/embedder.json'):
+    for path in (f'/image/{n}','/image/-1','/image/x','/image/0/../../glyphs/embedder.json','/image//etc/passwd','/query/999','/query/x',
+        '/files/..%2f..%2fapp.py','/files/%2e%2e/app.py','/files/app.py','/files/','/photos/x.jpg','/embedder.json',
+        '/%2e%2e/glyphs/embedder.json'):
         assert shown.get(path).status_code==404, path
     assert shown.get('/files/explorer.css').status_code==200
 
@@ -161,8 +162,10 @@ def test_no_name_is_html(shown, path):
     res = shown.get('/gallery', params=dict(label=evil)) if path=='class' else shown.get(f'/?q={at}') if path=='asked' else shown.get(path)
     page = Tags(res.text)
     assert res.status_code==200 and res.headers['content-type'].startswith('text/html')
-    assert {t for t,_ in page.tags}<={'html','head','meta','title','link','script','body','header','a','img','span','nav','main','div','p','b','h2','h3',
-        'section','aside','form','input','label','select','option','output','datalist','details','summary','figure','figcaption','svg','rect',
+    assert {t for t,_ in page.tags}<={'html','head','meta','title','link','script','body','header','a','img','span','nav','main','div','p',
+        'b','h2','h3',
+        'section','aside','form','input','label','select','option','output','datalist','details','summary','figure','figcaption','svg',
+        'rect',
         'button','dialog','strong','small','kbd','progress','pre'}
     assert not [a for _,a in page.tags for k in a if k.startswith('on') or k=='style']
     assert all(a['src'].startswith('/') for t,a in page.tags if t in ('img','script') and 'src' in a)
@@ -173,7 +176,8 @@ def test_an_error_is_plain_text(shown):
     res = shown.get('/', params=dict(q='0', rerank=evil[:30]))
     assert res.status_code==400 and res.headers['content-type'].startswith('text/plain') and '<img' in res.text
 
-def all_files(folder): return {o.relative_to(folder).as_posix():o.read_bytes() for o in Path(folder).rglob('*') if o.is_file() and o.name!='.writing'}
+def all_files(folder):
+    return {o.relative_to(folder).as_posix():o.read_bytes() for o in Path(folder).rglob('*') if o.is_file() and o.name!='.writing'}
 
 def test_read_only_changes_nothing(folder, tmp_path):
     where = load_embedder(folder).save(tmp_path/'glyphs')
@@ -185,13 +189,15 @@ def test_read_only_changes_nothing(folder, tmp_path):
     for path in pages: assert c.get(path).status_code==200
     assert c.post('/look', content=png()).status_code==200
     html = c.get('/gallery', params=dict(label=c.x.items.label(3))).text
-    assert 'data-post' not in html and 'data-remove' not in html and 'data-add' not in html and 'data-decide' not in c.get('/labels?now=1').text
+    html += c.get('/labels?now=1').text
+    assert not [o for o in ('data-post','data-remove','data-add','data-decide') if o in html]
     assert all_files(tmp_path)==before and len(c.x.items)==len(load_embedder(where))
 
 def test_nothing_is_written_outside_the_folder(own, tmp_path):
     c = client(own)
     before = {k:v for k,v in all_files(tmp_path).items() if not k.startswith('own/glyphs/')}
-    for label in ('../../out','/tmp/out','a/b','..'): assert c.post('/change/add', params=dict(label=label), content=png(label and 'blue')).status_code==200
+    for label in ('../../out','/tmp/out','a/b','..'): assert c.post('/change/add', params=dict(label=label),
+        content=png(label and 'blue')).status_code==200
     assert {k:v for k,v in all_files(tmp_path).items() if not k.startswith('own/glyphs/')}==before
     photos = own.gallery.journal.folder/'photos'
     assert [re.fullmatch(r'[0-9a-f]{24}\.jpg', o.name) is not None for o in photos.iterdir()]==[True]
@@ -255,7 +261,8 @@ def test_neighbours_are_those_of_the_finder(shown, few):
     path = few.path/few.df.path[7]
     q = i.query(i.ask(path.read_bytes()))
     got,want = i.near(q, 6),i.finder.search(path, 6)
-    assert [(i.label(n),i.name(n)) for n,_ in got]==[(o.label,o.item) for o in want] and np.allclose([s for _,s in got], [o.score for o in want])
+    assert [(i.label(n),i.name(n)) for n,_ in got]==[(o.label,o.item) for o in want] and np.allclose([s for _,s in got],
+        [o.score for o in want])
     assert i.name(got[0][0])==str(path) and got[0][1]==pytest.approx(1, abs=1e-5)
     itself = i.near(i.query('7'), 6)
     assert [n for n,_ in itself]==[n for n,_ in i.near(q, 7) if n!=7][:6]
@@ -294,8 +301,10 @@ def test_what_is_changed_is_in_the_folder(own):
     assert again.labels[-1]=='newer' and len(again)==n+1 and not photo.exists() and (where/again.items[-1]).is_file()
     assert c.post('/change/remove', json=dict(label='newer')).status_code==200 and [*(where/'photos').iterdir()]==[]
 
-@pytest.mark.parametrize('path,body', [('add?label=',png()), ('add?label='+'a'*201,png()), ('remove',b''), ('remove',b'[]'), ('remove',b'{"numbers":["0"]}'),
-    ('remove',b'{"numbers":[]}'), ('remove',b'{"numbers":[true]}'), ('remove',b'{"label":"none"}'), ('remove',b'{"numbers":{}}'), ('rename',b'{"old":"a"}'),
+@pytest.mark.parametrize('path,body', [('add?label=',png()), ('add?label='+'a'*201,png()), ('remove',b''), ('remove',b'[]'), ('remove',
+    b'{"numbers":["0"]}'),
+    ('remove',b'{"numbers":[]}'), ('remove',b'{"numbers":[true]}'), ('remove',b'{"label":"none"}'), ('remove',b'{"numbers":{}}'),
+    ('rename',b'{"old":"a"}'),
     ('rename',b'{"old":"none","new":"b"}'), ('decide',b'{"n":0}'), ('decide',b'{"n":"x"}'), ('decide',b'{"n":[0],"decision":"right"}'),
     ('decide',b'{"n":0,"decision":"other"}'), ('remove',b'['*100000)], ids=lambda o: str(o)[:30])
 def test_changes_that_are_none_are_refused(own, path, body):
@@ -352,10 +361,10 @@ def test_three_ways_to_send_an_image(api, few):
     assert [(o['label'],o['item']) for o in res['results'][0]]==[(o.label,o.item) for o in want]
     assert np.allclose([o['score'] for o in res['results'][0]], [o.score for o in want], atol=1e-5)
     parts = api.post('/search', files=[('image',('a.png',data)),('image',('b.png',png()))], data=dict(k='3', unknown='false')).json()
-    text = api.post('/search', json=dict(images=[b64encode(data).decode(),'data:image/png;base64,'+b64encode(png()).decode()], k=3, unknown=False)).json()
-    assert parts['results'][0]==pytest.approx(res['results'][0]) if False else [o['number'] for o in parts['results'][0]]==[o['number'] for o in res['results'][0]]
-    assert len(parts['results'])==len(text['results'])==2 and [[o['number'] for o in r] for r in parts['results']]==[[o['number'] for o in r]
-        for r in text['results']]
+    text = api.post('/search', json=dict(images=[b64encode(data).decode(),'data:image/png;base64,'+b64encode(png()).decode()], k=3,
+        unknown=False)).json()
+    def _numbers(o): return [[h['number'] for h in r] for r in o['results']]
+    assert _numbers(parts)[0]==_numbers(res)[0] and len(_numbers(parts))==2 and _numbers(parts)==_numbers(text)
 
 def test_what_the_server_does(api, few):
     data,own = (few.path/few.df.path[5]).read_bytes(),api.server.items.finder
@@ -363,7 +372,8 @@ def test_what_the_server_does(api, few):
     assert api.get('/health').json()==dict(status='ok', items=n, classes=len(set(own.labels)), threshold=own.threshold, read_only=False)
     assert api.post('/classify', content=data).json()['results'][0]['label']==own.classify(data, unknown=True).label
     own.calibration = dict(own.calibration, threshold=.99999999)
-    assert api.post('/classify', content=png('red')).json()['results'][0]['label'] is None and api.post('/search', content=png('red')).json()['results']==[[]]
+    assert api.post('/classify', content=png('red')).json()['results'][0]['label'] is None and api.post('/search',
+        content=png('red')).json()['results']==[[]]
     assert len(api.post('/search?unknown=0', content=png('red')).json()['results'][0])==5
     got = api.post('/items', files=[('image',('a.png',png('red'))),('image',('b.png',png('blue')))], data=dict(label='new')).json()
     assert len(got['numbers'])==2 and load_embedder(own.gallery.journal.folder).labels[-2:]==['new','new']
@@ -374,13 +384,18 @@ def test_what_the_server_does(api, few):
     spec = api.get('/openapi.json').json()
     assert spec==openapi() and set(spec['paths'])=={'/health','/search','/classify','/items','/image/{n}'} and spec['openapi']=='3.1.0'
     page = Tags(api.get('/').text)
-    assert {'/search','/classify'}<={o.split()[-1] for o in page.words if o.startswith('POST ')} and all(a['href'].startswith('/') for t,a in page.tags
+    assert {'/search','/classify'}<={o.split()[-1] for o in page.words if o.startswith('POST ')} and all(a['href'].startswith('/') for t,
+        a in page.tags
         if t in ('a','link'))
 
-@pytest.mark.parametrize('kwargs', [dict(content=b''), dict(content=b'x'), dict(json=[]), dict(json=dict(images='a')), dict(json=dict(images=['%%%'])),
-    dict(json=dict(image=3)), dict(content=b'{', headers={'content-type':'application/json'}), dict(content=b'x', headers={'content-type':'multipart/form-data'}),
-    dict(content=b'x', headers={'content-type':'multipart/form-data; boundary=a'}), dict(content=png(), params=dict(k='0')), dict(content=png(), params=dict(k='x')),
-    dict(content=png(), params=dict(unknown='maybe')), dict(content=png(), params=dict(rerank='none')), dict(files=[('image',('a.png',png()))]*5)],
+@pytest.mark.parametrize('kwargs', [dict(content=b''), dict(content=b'x'), dict(json=[]), dict(json=dict(images='a')),
+    dict(json=dict(images=['%%%'])),
+    dict(json=dict(image=3)), dict(content=b'{', headers={'content-type':'application/json'}), dict(content=b'x',
+    headers={'content-type':'multipart/form-data'}),
+    dict(content=b'x', headers={'content-type':'multipart/form-data; boundary=a'}), dict(content=png(), params=dict(k='0')),
+    dict(content=png(), params=dict(k='x')),
+    dict(content=png(), params=dict(unknown='maybe')), dict(content=png(), params=dict(rerank='none')),
+    dict(files=[('image',('a.png',png()))]*5)],
     ids=lambda o: str(o)[:40])
 def test_what_the_server_cannot_read_is_said(api, kwargs):
     res = api.post('/search', **kwargs)
@@ -388,11 +403,13 @@ def test_what_the_server_cannot_read_is_said(api, kwargs):
 
 def test_the_server_has_the_same_limits(api, folder):
     assert api.post('/search', content=b'x'*(10**6+1)).status_code==413
-    assert api.get('/health', headers=dict(host='evil')).status_code==403 and api.get('/health', headers=dict(origin='http://evil')).status_code==403
+    assert api.get('/health', headers=dict(host='evil')).status_code==403 and api.get('/health',
+        headers=dict(origin='http://evil')).status_code==403
     assert api.get('/health', headers=dict(authorization='Bearer x')).status_code==401
     server = Server(Items(load_embedder(folder)), read_only=True)
     c = TestClient(server.app(hosts, ''), base_url='http://127.0.0.1:8000')
-    assert c.post('/items?label=a', content=png()).status_code==403 and c.request('DELETE', '/items', json=dict(numbers=[0])).status_code==403
+    assert c.post('/items?label=a', content=png()).status_code==403 and c.request('DELETE', '/items',
+        json=dict(numbers=[0])).status_code==403
     assert c.get('/health').status_code==200 and c.post('/search', content=png()).status_code==200
     server.batched.stop()
     with pytest.raises(ValueError, match='give a `token`'): serve(load_embedder(folder), host='0.0.0.0')
@@ -443,7 +460,8 @@ def site(folder, tmp_path_factory):
     tmp = tmp_path_factory.mktemp('browser')
     where = load_embedder(folder).save(tmp/'glyphs')
     finder = load_embedder(where, write=True)
-    finder.add([open_image(finder.items[40])], finder.labels[0] if finder.labels[0]!=evil else 'other', [finder.items[40]+' again']) # suspicious
+    finder.add([open_image(finder.items[40])], finder.labels[0] if finder.labels[0]!=evil else 'other',
+        [finder.items[40]+' again']) # suspicious
     finder.add([open_image(finder.items[80])], 'something', [finder.items[80]+' again'])
     with finder.explore(browser=False, token='t', name='glyphs') as s, Browser(tmp/'profile') as b:
         b.url,b.where,b.tmp = s.url.partition('/?')[0],where,tmp
@@ -458,7 +476,8 @@ def page(site):
     site.urls.clear()
 
 ready = dict(search="document.querySelectorAll('.card img').length>5", map="document.querySelector('.dm-canvas')!==null",
-    mistakes="document.querySelector('#roc .curve')!==null", labels="document.querySelector('.two')!==null", gallery="document.querySelectorAll('.class').length>5")
+    mistakes="document.querySelector('#roc .curve')!==null", labels="document.querySelector('.two')!==null",
+    gallery="document.querySelectorAll('.class').length>5")
 
 @pytest.mark.parametrize('width,dark', [(1280,False), (1280,True), (390,False), (390,True)])
 def test_every_view_fits(page, width, dark):
@@ -473,13 +492,17 @@ def test_every_view_fits(page, width, dark):
         page.wait("[...document.images].filter(o => o.getBoundingClientRect().top<innerHeight).every(o => o.complete)")
         assert page.eval("[...document.images].filter(o => o.complete && o.src && !o.naturalWidth && o.id!=='zoomed').length")==0
         assert page.eval("document.querySelector('nav [aria-current]').textContent.toLowerCase()")==view
-        if width==1280: assert page.eval("Math.max(...[...document.querySelectorAll('main img')].map(o => o.getBoundingClientRect().width), 900)")>=100
 
 def choose(page, selector, *files):
     "Give files to an input"
     root = page.call('DOM.getDocument')['root']['nodeId']
     node = page.call('DOM.querySelector', nodeId=root, selector=selector)['nodeId']
     page.call('DOM.setFileInputFiles', files=[str(o) for o in files], nodeId=node)
+
+def put(page, selector, value):
+    "Set a control, as a person does"
+    page.eval(f"(o => {{ o.value = {value!r}; for (const e of ['input','change']) o.dispatchEvent(new Event(e, {{bubbles:true}})) }})"
+        f"(document.querySelector({selector!r}))")
 
 @pytest.mark.parametrize('width', [1280,390])
 def test_search_by_a_file(page, width, few):
@@ -488,20 +511,20 @@ def test_search_by_a_file(page, width, few):
     page.wait(ready['search'])
     file = few.path/few.df.path[50]
     choose(page, '#photo', file)
-    page.wait("document.querySelector('.asked') && document.querySelector('.score')")
+    page.wait("!!document.querySelector('.asked') && !!document.querySelector('.score')")
     label = few.df.label[50]
-    assert page.eval("document.querySelector('#found h2').textContent")==label and page.eval("document.querySelector('.card .label').textContent")==label
-    assert page.eval("document.querySelector('.card .score').textContent")=='1.000'
+    texts = [page.eval(f"document.querySelector('{o}').textContent") for o in ('#found h2','.card .label','.card .score')]
+    assert texts==[label,label,'1.000']
     assert page.eval("document.querySelectorAll('#found .card').length")==12
-    page.eval("(() => { const o = document.querySelector('#k'); o.value = 4; o.dispatchEvent(new Event('change', {bubbles:true})) })()")
+    put(page, '#k', 4)
     page.wait("document.querySelectorAll('#found .card').length===4")
-    page.eval("(() => { const o = document.querySelector('#rerank'); o.value = 'qe'; o.dispatchEvent(new Event('change', {bubbles:true})) })()")
-    page.wait("document.querySelector('#side')")
+    put(page, '#rerank', 'qe')
+    page.wait("!!document.querySelector('#side')")
     page.eval("document.querySelector('#side').click()")
     page.wait("document.querySelectorAll('.sides .card').length===8")
     asked = page.eval("location.search")
     page.eval("document.querySelector('.card > a').click()") # one click: its own neighbours
-    page.wait(f"location.search!=={asked!r} && document.querySelector('.facts')")
+    page.wait(f"location.search!=={asked!r} && !!document.querySelector('.facts')")
     page.eval("history.back()")
     page.wait(f"location.search==={asked!r} && !document.querySelector('.facts') && document.querySelectorAll('.sides .card').length===8")
 
@@ -510,7 +533,7 @@ def test_a_file_that_is_no_image_is_said(page, tmp_path):
     page.go(page.url+'/')
     (tmp_path/'a.png').write_text('<b>none</b>')
     choose(page, '#photo', tmp_path/'a.png')
-    page.wait("document.querySelector('#toast.shown')")
+    page.wait("!!document.querySelector('#toast.shown')")
     assert 'cannot be read' in page.eval("document.querySelector('#toast').textContent")
     assert [o for o in page.faults if '400' not in o]==[]
     page.faults.clear() # the answer with 400 is what was tested
@@ -519,7 +542,8 @@ def test_keys(page):
     page.look(1280, 800)
     page.go(page.url+'/?q=3')
     def key(k, code=0): 
-        for t in ('keyDown','keyUp'): page.call('Input.dispatchKeyEvent', type=t, key=k, windowsVirtualKeyCode=code, **(dict(text=k) if len(k)==1 and t=='keyDown' else {}))
+        for t in ('keyDown','keyUp'): page.call('Input.dispatchKeyEvent', type=t, key=k, windowsVirtualKeyCode=code,
+            **(dict(text=k) if len(k)==1 and t=='keyDown' else {}))
     key('ArrowRight', 39)
     assert page.eval("document.activeElement.matches('.card:first-child > a')")
     key('ArrowRight', 39)
@@ -543,8 +567,8 @@ def test_a_click_on_the_map_shows_neighbours(page, width):
     page.look(width, 800)
     page.go(page.url+'/map')
     page.wait(ready['map'])
-    x,y = page.eval("""(async () => { const d = await (await fetch('/map.json')).json(); const r = document.querySelector('.dm-canvas').getBoundingClientRect()
-        const s = Math.min(r.width, r.height); return [r.left+r.width/2, r.top+r.height/2] })()""")
+    r = page.eval("document.querySelector('.dm-canvas').getBoundingClientRect().toJSON()")
+    x,y = r['left']+r['width']/2,r['top']+r['height']/2
     def _click(x, y):
         for t in ('mousePressed','mouseReleased'): page.call('Input.dispatchMouseEvent', type=t, x=x, y=y, button='left', clickCount=1)
     for dx,dy in [(0,0)]+[(30*i,30*j) for i in range(-5, 6) for j in range(-4, 5)]:
@@ -552,9 +576,8 @@ def test_a_click_on_the_map_shows_neighbours(page, width):
         if page.eval("document.querySelector('.dm-panel').hidden===false"): break
     page.wait("document.querySelectorAll('.dm-tile').length>=5")
     assert page.eval("[...document.querySelectorAll('.dm-tile img')].every(o => new URL(o.src).pathname.startsWith('/image/'))")
-    page.eval("document.querySelector('.dm-open').click()")
-    page._loaded = False
-    page.wait("location.pathname==='/' && document.querySelector('.facts')")
+    page.click("document.querySelector('.dm-open')")
+    page.wait("location.pathname==='/' && !!document.querySelector('.facts')")
 
 def test_the_slider_recounts(page):
     page.look(1280, 800)
@@ -562,7 +585,7 @@ def test_the_slider_recounts(page):
     page.wait("document.querySelector('#missedcount') && document.querySelector('#missedcount').textContent")
     d = page.eval("fetch('/threshold.json').then(r => r.json())")
     for i in (0,137,len(d['threshold'])-1):
-        page.eval(f"(() => {{ const o = document.querySelector('#cutter'); o.value = {i}; o.dispatchEvent(new Event('input', {{bubbles:true}})) }})()")
+        put(page, '#cutter', i)
         assert page.eval("document.querySelector('#cut').value")==f"{d['threshold'][i]:.3f}"
         assert page.eval("document.querySelector('#missedcount').textContent")==f"{d['missed'][i]:,} of {d['n_genuine']:,}"
         assert page.eval("document.querySelector('#falsecount').textContent").startswith(f"{d['false'][i]:,} of {d['n_impostor']:,}")

@@ -35,7 +35,7 @@ class Explorer:
         review=None, # File of decisions on labels, `.csv`; `review.csv` in the folder of the gallery if not given
     ):
         self.items,self.name,self.read_only,self.files = items,name,read_only,Files()
-        self.review_file,self._review = Path(review) if review else items.folder and items.folder/'review.csv',None
+        self.review_file,self._review = Path(review) if review else items.finder.folder and items.finder.folder/'review.csv',None
 
     def routes(self):
         "What each address answers"
@@ -79,7 +79,8 @@ def search(self:Explorer, req, body):
     get = lambda o: req.query_params.get(o, '')
     key = get('q')[:40]
     q = self.items.query(key) if key else None
-    return self.page('search', *search_page(self.items, q, key, _int(req, 'k', 12, 1, 48), get('label')[:200], get('rerank')[:40], bool(get('side')),
+    return self.page('search', *search_page(self.items, q, key, _int(req, 'k', 12, 1, 48), get('label')[:200], get('rerank')[:40],
+        bool(get('side')),
         _int(req, 'seed', 0, 0, 10**9)))
 
 @patch
@@ -92,7 +93,8 @@ def image(self:Explorer, req, body):
     "Picture of an item"
     n = req.path_params['n']
     self.items.row(n)
-    return Sent(self.items.pictures(n, 1600 if _int(req, 'side', 320, 64, 1600)>320 else 160 if _int(req, 'side', 320, 64, 1600)<=160 else 320), 'image/jpeg')
+    return Sent(self.items.pictures(n, 1600 if _int(req, 'side', 320, 64, 1600)>320 else 160 if _int(req, 'side', 320, 64,
+        1600)<=160 else 320), 'image/jpeg')
 
 @patch
 def asked(self:Explorer, req, body):
@@ -113,7 +115,8 @@ def gallery(self:Explorer, req, body):
 def add(self:Explorer, req, body):
     "Put a photo into the gallery"
     label = req.query_params.get('label', '')
-    return dict(n=self.items.add([body], label)[0])
+    n, = self.items.add([body], label)
+    return dict(n=n, label=self.items.label(n))
 
 def fields_of(
     body:bytes, # JSON
@@ -161,7 +164,8 @@ _most,_sheet = 10000,dict(side=48, cols=24) # items of a map; pixels of a photo 
 def map(self:Explorer, req, body):
     "All items as photos or dots"
     n = len(self.items)
-    what = Div(P(f'Arranging {min(n, _most):,} items …', cls='empty loading'), id='map', data_url='/map.json', data_big='1' if n>1500 else '') if n>1 \
+    what = Div(P(f'Arranging {min(n, _most):,} items …', cls='empty loading'), id='map', data_url='/map.json',
+        data_big='1' if n>1500 else '') if n>1 \
         else P('A map takes two items or more.', cls='empty')
     return self.page('map', what, scripts=('map.js',), styles=('map.css',))
 
@@ -220,7 +224,8 @@ def labels(self:Explorer, req, body):
     try:
         if req.query_params.get('now') or self.items.made('suspects'): found = self.suspects()
     except ValueError as e: why = f'There is nothing to judge: {e}'
-    return self.page('labels', *labels_page(self.items, found, review, why if found is not None or 'nothing' in why else '', self.read_only))
+    return self.page('labels', *labels_page(self.items, found, review, why if found is not None or 'nothing' in why else '',
+        self.read_only))
 
 @patch
 def decide(self:Explorer, req, body):
@@ -245,7 +250,7 @@ def explore(self:ImageEmbedder,
     "The gallery in the browser, until `stop` is called or Python ends; raises `ImportError` without the extra `explore`"
     needs_explore()
     items = Items(self, image)
-    x = Explorer(items, name or (items.folder.name if items.folder else 'gallery'), read_only, review)
+    x = Explorer(items, name or (self.folder.name if self.folder else 'gallery'), read_only, review)
     res = Serving(x.app, port=port, token=token)
     res.what = x
     threading.Thread(target=x.warm, daemon=True).start()

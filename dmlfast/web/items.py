@@ -69,7 +69,7 @@ class Items:
         n:int, # Number of an item
     )->int:
         "The row of an item; raises `Refused` where it is gone"
-        if n not in self.row_of: raise Refused(404, "This item is no longer in the gallery.")
+        if type(n) is not int or n not in self.row_of: raise Refused(404, "This item is no longer in the gallery.")
         return self.row_of[n]
 
     def label(self,
@@ -93,7 +93,8 @@ class Items:
         with self.lock:
             if self._made[0]!=self.version: self._made = self.version,{}
             made = self._made[1]
-            if 'gallery' not in made: made['gallery'] = gallery_of(self.finder, lambda i, numbers=self.numbers: self.pictures.image(numbers[i])),self.numbers
+            if 'gallery' not in made: made['gallery'] = gallery_of(self.finder, lambda i,
+                numbers=self.numbers: self.pictures.image(numbers[i])),self.numbers
             lock,res = made.setdefault(key, (threading.Lock(),[]))
         with lock:
             if not res: res.append(f(*made['gallery']))
@@ -138,7 +139,7 @@ def file_of(self:Items,
 )->Path: # None where there is none
     "The file of an item"
     roots = [self.image] if isinstance(self.image, (str,Path)) else []
-    for o in [*roots, *([self.folder] if self.folder else []), Path()]:
+    for o in [*roots, *([self.finder.folder] if self.finder.folder else []), Path()]:
         try:
             if name and (Path(o)/name).is_file(): return Path(o)/name
         except (OSError,ValueError): pass # names that no file can have

@@ -49,7 +49,8 @@ def page(
         Body(
             Header(A(Img(src=files.url('icon.svg'), alt='', width='20', height='20'), Span(name), cls='brand', href='/', title=name),
                 Nav(*tabs, aria_label='Views'),
-                Span(f"{n:,} item{'s'*(n!=1)} · {c:,} class{'es'*(c!=1)}", Span('read-only', cls='tag') if read_only else None, cls='count'),
+                Span(f"{n:,} item{'s'*(n!=1)} · {c:,} class{'es'*(c!=1)}", Span('read-only', cls='tag') if read_only else None,
+                cls='count'),
                 cls='top'),
             Main(*body, id='main', data_view=view),
             ft('dialog', Img(alt='', id='zoomed'), P(id='zoomname'), id='zoom', aria_label='Enlarged photo'),
@@ -97,7 +98,8 @@ def card(
 )->FT:
     "A photo with what is known of it"
     return Figure(A(picture(n, label), href=href, data_swap='#main', title=f'{label}\n{name}'.strip()),
-        Button('⤢', type='button', cls='zoom', data_zoom=str(n), data_name=f'{label} · {name}', aria_label='Enlarge', title='Enlarge (space)'),
+        Button('⤢', type='button', cls='zoom', data_zoom=str(n), data_name=f'{label} · {name}', aria_label='Enlarge',
+        title='Enlarge (space)'),
         None if score is None else bar(score, threshold),
         Figcaption(Span(label, cls='label', title=label), *more, None if score is None else Span(number(score), cls='score', title=said)),
         cls=f'card {cls}')
@@ -129,12 +131,14 @@ def _ask(items, q, key, given):
             Output_(given['k']), title='How many of the nearest items are shown'),
         Label(Span('Class'), Input(type='search', name='label', id='label', value=given['label'], list='classes', placeholder='all classes',
             autocomplete='off'), title='Search among the items of one class, or of those with this in their names (key /)'),
-        Label(Span('Re-rank'), Select(Option('off', value=''), *[Option(o, value=o, selected=o==given['rerank']) for o in register_reranker],
+        Label(Span('Re-rank'), Select(Option('off', value=''), *[Option(o, value=o,
+        selected=o==given['rerank']) for o in register_reranker],
             name='rerank', id='rerank'), title='Rank what was found anew, by what the neighbours have in common'),
         Label(Input(type='checkbox', name='side', id='side', value='1', checked=bool(given['side'])), Span('side by side'),
             title='The plain search beside the new ranking', cls='check') if given['rerank'] else None,
         ft('datalist', *[Option(value=o) for o in classes], id='classes'), action='/', cls='controls', data_swap='#main' if q else '#found')
-    known = P('This is ', A(q.label, href=link('/gallery', label=q.label)), ', an item of the gallery.', cls='facts') if q and q.label is not None else None
+    known = P('This is ', A(q.label, href=link('/gallery', label=q.label)), ', an item of the gallery.',
+        cls='facts') if q and q.label is not None else None
     return Aside(drop, P(Button('Another photo', type='button', cls='quiet', data_choose='photo'),
         A('Start anew', href='/', cls='quiet'), cls='row') if q else None, known, form, _meanings(items), cls='ask')
 
@@ -146,8 +150,10 @@ def _meanings(items):
     t = c.get('threshold')
     said = [P(B('Score'), ' is the cosine similarity of two embeddings: 1 for the same direction, 0 for nothing in common.')]
     if t is None: said.append(P('This embedder has no calibrated ', B('threshold'), ', so it does not say what is unknown.'))
-    else: said.append(P(B('Threshold'), f" {number(t)} was calibrated on {c.get('classes', 'other')} classes that were not trained on. Of pairs of two classes, "
-        f"{c['fmr']:.2%} score higher."+(f" Of pairs of one class, {c['fnmr']:.0%} score lower." if c.get('fnmr') is not None else '')))
+    else:
+        missed = '' if c.get('fnmr') is None else f" Of pairs of one class, {c['fnmr']:.0%} score lower."
+        said.append(P(B('Threshold'), f" {number(t)} was calibrated on {c.get('classes', 'other')} classes that were not trained on. "
+            f"Of pairs of two classes, {c['fmr']:.2%} score higher.{missed}"))
     said.append(P(B('Re-ranking'), ' has scores of its own, which no threshold belongs to. ▲ says how many places an item has gained.'))
     return Details(Summary('What the numbers mean'), *said, cls='meanings')
 
@@ -173,10 +179,12 @@ def _found(items, q, key, given, seed):
 
 def _begin(items, given, seed):
     "Items to click"
-    numbers = [n for o,v in items.classes.items() if given['label'].lower() in o.lower() for n in v][:48] if given['label'] else items.some(24, seed)
+    like = given['label'].lower()
+    numbers = [n for o,v in items.classes.items() if like in o.lower() for n in v][:48] if like else items.some(24, seed)
     if not len(items): return P('The gallery is empty. ', A('Add photos', href='/gallery'), ' first.', cls='empty'),
     if not numbers: return P(f"No class has “{given['label']}” in its name.", cls='empty'),
-    return Div(H2('Or start with one of these'), A('Others', href=link('/', **{**given, 'seed':seed+1}), data_swap='#main', cls='quiet'), cls='verdict'),\
+    return Div(H2('Or start with one of these'), A('Others', href=link('/', **{**given, 'seed':seed+1}), data_swap='#main', cls='quiet'),
+        cls='verdict'),\
         Div(*[card(n, items.label(n), link('/', q=n, **given), name=items.name(n)) for n in numbers], cls='grid')
 
 def _verdict(items, q, plain):
@@ -202,7 +210,8 @@ def _cards(items, q, found, given, before=None):
         label = items.label(n)
         cls = ('good' if label==q.label else 'bad') if q.label is not None else ''
         if lined: cls += ' below'
-        res.append(card(n, label, link('/', q=n, **given), _moved(at.get(n), i) if before is not None else None, cls=cls, name=items.name(n),
+        res.append(card(n, label, link('/', q=n, **given), _moved(at.get(n), i) if before is not None else None, cls=cls,
+            name=items.name(n),
             score=s, threshold=t, **({} if before is None else dict(said='Score of the re-ranker, on a scale of its own'))))
     return res
 
@@ -210,7 +219,8 @@ def _moved(was, now):
     "How an item has moved by re-ranking"
     if was is None: return Span('new', cls='moved up', title='Not among these before re-ranking')
     if was==now: return None
-    return Span(f"{'▲' if was>now else '▼'}{abs(was-now)}", cls=f"moved {'up' if was>now else 'down'}", title=f'Place {was+1} before re-ranking')
+    return Span(f"{'▲' if was>now else '▼'}{abs(was-now)}", cls=f"moved {'up' if was>now else 'down'}",
+        title=f'Place {was+1} before re-ranking')
 
 # %% ../../nbs/api/web/05_pages.ipynb #9c5be76d
 def gallery_page(
@@ -223,7 +233,8 @@ def gallery_page(
     "The classes, with some photos of each"
     found = [o for o in items.classes if find.lower() in o.lower()]
     part = found[start:start+most]
-    form = Form(Input(type='search', name='find', id='find', value=find, placeholder='Find a class', aria_label='Find a class', autocomplete='off',
+    form = Form(Input(type='search', name='find', id='find', value=find, placeholder='Find a class', aria_label='Find a class',
+        autocomplete='off',
         title='Key /'), action='/gallery', cls='inline', data_swap='#classlist')
     def _class(o):
         numbers = items.classes[o]
@@ -232,17 +243,23 @@ def gallery_page(
             href=link('/gallery', label=o), cls='class', data_swap='#main')
     new = None if read_only else Details(Summary('Add a class'), _adding(''), cls='adding', open=not len(items))
     return Div(H2('Gallery'), form, cls='verdict'),new,Div(
-        Div(*map(_class, part), cls='grid classes') if part else P('No class has this in its name.' if find else 'The gallery is empty.', cls='empty'),
-        P(f'{start+1:,} to {start+len(part):,} of {len(found):,} classes', *[A(t, href=link('/gallery', find=find, start=s), cls='quiet', data_swap='#main')
-            for t,s,ok in (('Before',max(0, start-most),start>0),('Next',start+most,start+most<len(found))) if ok], cls='row') if len(found)>most else None,
+        Div(*map(_class, part), cls='grid classes') if part else P('No class has this in its name.' if find else 'The gallery is empty.',
+        cls='empty'),
+        P(f'{start+1:,} to {start+len(part):,} of {len(found):,} classes', *[A(t, href=link('/gallery', find=find, start=s), cls='quiet',
+        data_swap='#main')
+            for t,s,ok in (('Before',max(0, start-most),start>0),('Next',start+most,start+most<len(found))) if ok],
+                cls='row') if len(found)>most else None,
         id='classlist')
 
 def _adding(label):
     "A form to add photos"
-    name = Input(type='hidden', name='label', value=label) if label else Label(Span('Name of the class'), Input(type='text', name='label', id='newlabel',
+    name = Input(type='hidden', name='label', value=label) if label else Label(Span('Name of the class'), Input(type='text', name='label',
+        id='newlabel',
         maxlength='200', required=True, autocomplete='off'))
-    return Form(name, Label(Div(Strong('Drop photos'), Span('paste them, or choose files'), cls='prompt'), Input(type='file', accept='image/*', multiple=True,
-        id='photos', aria_label='Choose photos'), cls='drop small'), ft('progress', value='0', max='1', hidden=True), data_add='/change/add', cls='addform')
+    return Form(name, Label(Div(Strong('Drop photos'), Span('paste them, or choose files'), cls='prompt'), Input(type='file',
+        accept='image/*', multiple=True,
+        id='photos', aria_label='Choose photos'), cls='drop small'), ft('progress', value='0', max='1', hidden=True),
+        data_add='/change/add', cls='addform')
 
 def class_page(
     items:Items, # Those in the gallery
@@ -254,15 +271,20 @@ def class_page(
     "The photos of a class"
     numbers = items.classes.get(label, [])
     if not numbers: return P('There is no such class any longer. ', A('All classes', href='/gallery'), cls='empty'),
-    def _pick(n): return None if read_only else Label(Input(type='checkbox', name='n', value=str(n), aria_label='Select'), cls='pick', title='Select')
+    def _pick(n): return None if read_only else Label(Input(type='checkbox', name='n', value=str(n), aria_label='Select'), cls='pick',
+        title='Select')
     cards = [card(n, items.name(n) or label, link('/', q=n), _pick(n), name=items.name(n)) for n in numbers[start:start+most]]
     tools = None if read_only else Div(
         Form(Input(type='text', name='new', value=label, maxlength='200', required=True, aria_label='Name of the class'),
             Input(type='hidden', name='old', value=label), Button('Rename'), data_post='/change/rename', cls='inline'),
         Button('Remove the selected', type='button', data_remove='selected', cls='quiet', disabled=True),
-        Button('Remove the class', type='button', data_remove='all', data_label=label, data_count=str(len(numbers)), cls='quiet danger'), cls='tools')
+        Button('Remove the class', type='button', data_remove='all', data_label=label, data_count=str(len(numbers)), cls='quiet danger'),
+        cls='tools')
     more = [A(t, href=link('/gallery', label=label, start=s), cls='quiet', data_swap='#main')
         for t,s,ok in (('Before',max(0, start-most),start>0),('Next',start+most,start+most<len(numbers))) if ok]
-    sure = ft('dialog', P(id='sureof'), Div(Button('Remove', cls='danger', id='sureyes'), Button('Keep', id='sureno'), cls='row'), id='sure', aria_label='Remove?')
-    return Div(Div(P(A('Gallery', href='/gallery', data_swap='#main')), H2(label), P(f"{len(numbers):,} photo{'s'*(len(numbers)!=1)}", cls='because')), tools, cls='verdict'),\
-        None if read_only else Details(Summary('Add photos'), _adding(label), cls='adding'),Div(*cards, cls='grid'),P(*more, cls='row') if more else None,sure
+    sure = ft('dialog', P(id='sureof'), Div(Button('Remove', cls='danger', id='sureyes'), Button('Keep', id='sureno'), cls='row'),
+        id='sure', aria_label='Remove?')
+    return Div(Div(P(A('Gallery', href='/gallery', data_swap='#main')), H2(label), P(f"{len(numbers):,} photo{'s'*(len(numbers)!=1)}",
+        cls='because')), tools, cls='verdict'),\
+        None if read_only else Details(Summary('Add photos'), _adding(label), cls='adding'),Div(*cards, cls='grid'),P(*more,
+            cls='row') if more else None,sure

@@ -165,7 +165,8 @@ def openapi()->dict:
                     'contentEncoding':'base64'}}, **props}}}}}
         elif props: op['requestBody'] = {'content':{'application/json':{'schema':{'type':'object', 'properties':props}}}}
         paths.setdefault(path, {})[method.lower()] = op
-    return {'openapi':'3.1.0', 'info':{'title':'dmlfast-serve', 'version':'1', 'description':'Search in a gallery of images'}, 'paths':paths,
+    return {'openapi':'3.1.0', 'info':{'title':'dmlfast-serve', 'version':'1', 'description':'Search in a gallery of images'},
+        'paths':paths,
         'components':{'securitySchemes':{'token':{'type':'http', 'scheme':'bearer'}}}, 'security':[{'token':[]},{}]}
 
 def _page(files, server):
@@ -175,11 +176,14 @@ def _page(files, server):
         args = Ul(*[Li(Code('label' if a=='name' else a), f' {_arg[a][0]}. {_arg[a][1]}.') for a in o['args']]) if o['args'] else None
         return Section(H3(Code(f'{method} {path}')), P(o['summary']+'.'), args, cls='operation')
     h = server.health(None, b'')
-    return ft('html', Head(Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width, initial-scale=1'), Title('dmlfast-serve'),
+    return ft('html', Head(Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width, initial-scale=1'),
+        Title('dmlfast-serve'),
         Link(rel='icon', href=files.url('icon.svg')), Link(rel='stylesheet', href=files.url('explorer.css'))),
-        Body(Main(H2('dmlfast-serve'), P(f"{h['items']:,} items of {h['classes']:,} classes. ", A('openapi.json', href='/openapi.json'), cls='because'),
+        Body(Main(H2('dmlfast-serve'), P(f"{h['items']:,} items of {h['classes']:,} classes. ", A('openapi.json', href='/openapi.json'),
+        cls='because'),
             *[_row(k, o) for k,o in operations.items()],
-            P('An image is the body itself, parts called ', Code('image'), ', or ', Code('images'), ' in JSON, in base64. What is refused is answered with ',
+            P('An image is the body itself, parts called ', Code('image'), ', or ', Code('images'),
+            ' in JSON, in base64. What is refused is answered with ',
                 Code('{"error": "why"}'), '.'), cls='operations')), lang='en')
 
 class Server:
@@ -216,7 +220,8 @@ class Server:
     def health(self, req, body):
         "What is there"
         g = self.items.gallery
-        return dict(status='ok', items=len(g), classes=len(self.items.classes), threshold=self.items.finder.threshold, read_only=self.read_only)
+        return dict(status='ok', items=len(g), classes=len(self.items.classes), threshold=self.items.finder.threshold,
+            read_only=self.read_only)
 
     def _found(self, images, args, default):
         "What is near each image"
