@@ -303,6 +303,12 @@ def test_photos_are_where_the_data_says(page):
             got = im.getpixel((j%o['cols']*o['side']+o['side']//2, j//o['cols']*o['side']+o['side']//2))
             assert np.abs(np.array(got)-e.draw(i).getpixel((0,0))).max()<12
 
+def test_a_page_does_not_say_where_it_was_made(tmp_path):
+    x,y = groups(2, 3)
+    e = Embedded(x, y, [f'/home/somebody/photos/{o}/{i}.jpg' for i,o in enumerate(y)])
+    assert read(static_page(e, tmp_path/'map'))['item']==[f'{o}/{i}.jpg' for i,o in enumerate(y)]
+    assert 'somebody' not in (tmp_path/'map'/'data.js').read_text()
+
 def test_a_page_is_written_whole_or_not_at_all(tmp_path):
     e,n = photos(),0
     def fails(i):
