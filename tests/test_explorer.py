@@ -1,5 +1,5 @@
 "The explorer and the server: who is let in, what is shown and kept, and what a browser does with the pages"
-import http.client, io, json, re, struct, threading, time, zlib
+import http.client, io, json, re, signal, struct, subprocess, sys, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
@@ -638,3 +638,84 @@ def test_a_class_is_added_renamed_and_removed(page, width, tmp_path):
     page.eval("document.querySelector('#sureyes').click()")
     page.wait("document.querySelectorAll('.class').length>0")
     assert not {name,'newer & <b>'} & set(load_embedder(page.where).labels) and [*(page.where/'photos').iterdir()]==[]
+
+# ---- from the shell ----
+
+def started(command, *args, cwd):
+    "A command as a process of its own"
+    code = (f"import sys; from dmlfast.cli import {command} as f; from dmlfast.cli.commands import run_command\n"
+        "sys.exit(run_command(f, sys.argv[1:]))")
+    return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, cwd=cwd)
+
+def asked(url, path, **headers):
+    "Status and body"
+    host = re.match(r'http://([^/]+)', url)[1]
+    h = http.client.HTTPConnection(host, timeout=30)
+    h.request('GET', path, headers=headers)
+    res = h.getresponse()
+    return res.status,res.read()
+
+def test_explore_and_serve_as_commands(own, tmp_path):
+    "Each says its address, answers there, and ends with Ctrl-C"
+    where = own.gallery.journal.folder
+    ps = [started('dmlfast_explore', where, '--no-browser', '--read-only', cwd=tmp_path),
+        started('dmlfast_serve', where, '--port', 0, '--token', 'secret', cwd=tmp_path)]
+    try:
+        url,url2 = (o.stdout.readline().strip() for o in ps)
+        status,body = asked(url, url[url.index('/?'):])
+        assert status==200 and f'{len(own):,} items' in body.decode() and 'read-only' in body.decode()
+        assert json.loads(asked(url2, '/health', authorization='Bearer secret')[1])['items']==len(own) and asked(url2, '/health')[0]==401
+    finally:
+        for p in ps: p.send_signal(signal.SIGINT)
+        ends = [p.communicate(timeout=30)[1] for p in ps]
+    assert [p.returncode for p in ps]==[0,0] and ends==['','']
+
+def test_a_data_set_is_explored_and_not_put_into_the_folder(own, few):
+    from dmlfast.cli.exploring import explored
+    where = own.gallery.journal.folder
+    before = all_files(where)
+    finder,image,_ = explored(where, str(few.path), None, None, 'val', None, 64, 0, 'cpu', True)
+    assert 0<len(finder)!=len(own) and finder.gallery.journal is None and all_files(where)==before
+    i = Items(finder, image)
+    assert np.array_equal(np.asarray(i.pictures.image(5)), np.asarray(open_image(finder.items[5])))
+
+def test_what_cannot_be_explored_is_said(own, tmp_path, capsys, monkeypatch):
+    from dmlfast.cli import dmlfast_explore, dmlfast_serve
+    from dmlfast.cli.commands import run_command
+    monkeypatch.chdir(tmp_path)
+    def said(f, *args):
+        status = run_command(f, [*map(str, args)])
+        err = capsys.readouterr().err.strip()
+        assert status==2 and '\n' not in err
+        return err
+    where = own.gallery.journal.folder
+    empty = load_embedder(where)
+    empty.remove(label=lambda o: True)
+    empty.save(tmp_path/'empty')
+    assert 'neither a run' in said(dmlfast_explore, tmp_path)
+    assert 'has no gallery' in said(dmlfast_explore, tmp_path/'empty')
+    assert 'give a `token`' in said(dmlfast_serve, where, '--host', '0.0.0.0')
+    assert '--batch' in said(dmlfast_serve, where, '--batch', 0)
+    monkeypatch.setattr('dmlfast.web.app.needs_explore', lambda: (_ for _ in ()).throw(ImportError("pip install 'dmlfast[explore]'.")))
+    assert run_command(dmlfast_explore, [str(where)])==1 and "dmlfast[explore]" in capsys.readouterr().err
+
+def test_without_the_extra_one_sentence_says_so(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'fasthtml.core', None)
+    with pytest.raises(ImportError, match=r"pip install 'dmlfast\[explore\]'"): load_embedder(folder).explore(browser=False)
+
+def test_a_learner_is_explored(make_learner):
+    learn = make_learner()
+    with learn.explore(browser=False, token='t') as s:
+        items = s.what.items
+        want = learn.embedded()
+        assert len(items)==len(want) and items.gallery.labels==[want.label(i) for i in range(len(want))]
+        assert torch.allclose(items.gallery.embs, want.embs) and np.array_equal(np.asarray(items.pictures.image(3)),
+            np.asarray(want.draw(3).convert('RGB')))
+        with pytest.raises(ValueError, match='kept in a file'): s.what.review()
+
+def test_a_page_of_plain_files(folder, tmp_path):
+    finder = load_embedder(folder)
+    finder.remove(item=lambda o: o not in finder.items[:30])
+    page = finder.explore(static=tmp_path/'page')
+    assert page.read_text().startswith('<!DOCTYPE html>') and evil.encode() not in page.with_name('data.js').read_bytes()

@@ -22,7 +22,7 @@ def explored(
     data, path, data_args, split, images, # As the commands take them
     bs, workers, device, # As the commands take them
     write:bool, # Keep changes in the folder?
-)->tuple: # Embedder with a gallery, where its pictures are, its folder, and is the gallery that of the folder?
+)->tuple: # Embedder with a gallery, where its pictures are, and its folder
     "Embedder and gallery that a command is about"
     from dmlfast.deploy import load_embedder
     from dmlfast.study.runs import as_device
@@ -30,16 +30,17 @@ def explored(
         where,file = embedder_of(folder)
         finder = load_embedder(where, as_device(device), write=write)
         own = data is None and len(finder)>0
-        if own and file is None: return finder,images,where,True
-        if own: return finder,images or eval_data(file, None, None, None, 'all', dict(num_workers=workers))[0].path,where,True
+        if own and file is None: return finder,images,where
+        if own: return finder,images or eval_data(file, None, None, None, 'all', dict(num_workers=workers))[0].path,where
         if file is None and data is None: raise ValueError(f"{str(where)!r} has no gallery: --data says what is to be explored.")
         ds,split = eval_data(file, data, path, data_args, split, dict(per_class=1, bs=bs, num_workers=workers, device=device))
     from fastprogress.fastprogress import progress_bar
     finder = load_embedder(where, as_device(device))
-    emb = finder.embedded(ds, None if split=='all' else split, bs=bs, num_workers=workers, progress=progress_bar if sys.stdout.isatty() else iter)
+    emb = finder.embedded(ds, None if split=='all' else split, bs=bs, num_workers=workers,
+        progress=progress_bar if sys.stdout.isatty() else iter)
     if len(finder): finder.remove(label=lambda o: True)
     finder.add_embs(emb.embs, [emb.label(i) for i in range(len(emb))], emb.items)
-    return finder,emb.draw,where,False
+    return finder,emb.draw,where
 
 # %% ../../nbs/api/cli/05_exploring.ipynb #1732d947
 @command
@@ -62,7 +63,7 @@ def dmlfast_explore(
     from dmlfast.web.app import needs_explore
     needs_explore()
     from dmlfast.web.explorer import explore
-    finder,image,where,_ = explored(folder, data, path, data_args, split, images, bs, workers, device, not read_only)
+    finder,image,where = explored(folder, data, path, data_args, split, images, bs, workers, device, not read_only)
     with refusing(): shown = finder.explore(image, name=Path(folder).resolve().name, port=port, browser=False, read_only=read_only,
         review=review or where/'review.csv')
     print(f'{shown.url}\nCtrl-C ends it.', flush=True)

@@ -40,11 +40,11 @@ class Explorer:
 
     def routes(self):
         "What each address answers"
-        return {'GET /':self.search, 'GET /gallery':self.gallery, 'GET /files/{name}':self.files, 'GET /image/{n:int}':self.image,
-            'GET /query/{key}':self.asked, 'POST /look':self.look, 'POST /change/add':self.add, 'POST /change/remove':self.remove,
-            'POST /change/rename':self.rename, 'GET /mistakes':self.mistakes, 'GET /threshold.json':self.threshold,
-            'GET /map':self.map, 'GET /map.json':self.places, 'GET /sheet/{version:int}/{k:int}':self.sheet, 'GET /near/{n:int}':self.near,
-            'GET /labels':self.labels, 'POST /change/decide':self.decide}
+        return {'GET /':self._search, 'GET /gallery':self._gallery, 'GET /files/{name}':self.files, 'GET /image/{n:int}':self._image,
+            'GET /query/{key}':self._asked, 'POST /look':self._look, 'POST /change/add':self._add, 'POST /change/remove':self._remove,
+            'POST /change/rename':self._rename, 'GET /mistakes':self._mistakes, 'GET /threshold.json':self._threshold,
+            'GET /map':self._map, 'GET /map.json':self._places, 'GET /sheet/{version:int}/{k:int}':self._sheet,
+            'GET /near/{n:int}':self._near, 'GET /labels':self._labels, 'POST /change/decide':self._decide}
 
     def app(self,
         hosts, # As `Guard` takes them
@@ -67,7 +67,7 @@ class Explorer:
 
 # %% ../../nbs/api/web/07_explorer.ipynb #62200a78
 @patch
-def search(self:Explorer, req, body):
+def _search(self:Explorer, req, body):
     "The first view"
     self.items.sync()
     get = lambda o: req.query_params.get(o, '')
@@ -77,12 +77,12 @@ def search(self:Explorer, req, body):
     return self.page('search', *search_page(self.items, q, key, **how, seed=_int(req, 'seed', 0, 0, 10**9)))
 
 @patch
-def look(self:Explorer, req, body):
+def _look(self:Explorer, req, body):
     "Take a photo to search for"
     return dict(q=self.items.ask(body))
 
 @patch
-def image(self:Explorer, req, body):
+def _image(self:Explorer, req, body):
     "Picture of an item"
     n = req.path_params['n']
     self.items.row(n)
@@ -90,13 +90,13 @@ def image(self:Explorer, req, body):
     return Sent(self.items.pictures(n, next(o for o in (160,320,1600) if o>=side)), 'image/jpeg') # few sizes, so that they are kept
 
 @patch
-def asked(self:Explorer, req, body):
+def _asked(self:Explorer, req, body):
     "Picture of what is searched for"
     q = self.items.query(req.path_params['key'])
     return Sent(q.picture or self.items.pictures(q.number, 1600), 'image/jpeg')
 
 @patch
-def gallery(self:Explorer, req, body):
+def _gallery(self:Explorer, req, body):
     "The classes, or one of them"
     self.items.sync()
     get = lambda o: req.query_params.get(o, '')
@@ -105,7 +105,7 @@ def gallery(self:Explorer, req, body):
     return self.page('gallery', *gallery_page(self.items, get('find')[:200], start, self.read_only))
 
 @patch
-def add(self:Explorer, req, body):
+def _add(self:Explorer, req, body):
     "Put a photo into the gallery"
     label = req.query_params.get('label', '')
     n, = self.items.add([body], label)
@@ -121,13 +121,13 @@ def fields_of(
     return res
 
 @patch
-def remove(self:Explorer, req, body):
+def _remove(self:Explorer, req, body):
     "Take items out, by number or a whole class"
     o = fields_of(body)
     return dict(removed=self.items.remove(o.get('numbers'), o.get('label')))
 
 @patch
-def rename(self:Explorer, req, body):
+def _rename(self:Explorer, req, body):
     "Give a class another name"
     o = fields_of(body)
     if not all(isinstance(o.get(k), str) for k in ('old','new')): raise ValueError("`old` and `new` are names of classes.")
@@ -136,7 +136,7 @@ def rename(self:Explorer, req, body):
 
 # %% ../../nbs/api/web/07_explorer.ipynb #f3f82dab
 @patch
-def mistakes(self:Explorer, req, body):
+def _mistakes(self:Explorer, req, body):
     "What is confused, computed by the second request"
     why,found = '',None
     try:
@@ -146,14 +146,14 @@ def mistakes(self:Explorer, req, body):
     return self.page('mistakes', *mistakes_page(self.items, found, why))
 
 @patch
-def threshold(self:Explorer, req, body):
+def _threshold(self:Explorer, req, body):
     "What each threshold means"
     return self.items.once('threshold', lambda e, numbers: threshold_counts(e))
 
 _most,_sheet = 10000,dict(side=48, cols=24) # items of a map; pixels of a photo on a sheet, and photos in a row
 
 @patch
-def map(self:Explorer, req, body):
+def _map(self:Explorer, req, body):
     "All items as photos or dots"
     n = len(self.items)
     what = Div(P(f'Arranging {min(n, _most):,} items …', cls='empty loading'), id='map', data_url='/map.json',
@@ -162,7 +162,7 @@ def map(self:Explorer, req, body):
     return self.page('map', what, scripts=('map.js',), styles=('map.css',))
 
 @patch
-def places(self:Explorer, req, body):
+def _places(self:Explorer, req, body):
     "The map as numbers and text: at once by `quick`, without photos"
     quick = bool(req.query_params.get('quick')) and not self.items.made('map')
     def _f(e, numbers):
@@ -175,7 +175,7 @@ def places(self:Explorer, req, body):
     return dict(data, sheets=dict(_sheet, urls=[f'/sheet/{version}/{i}' for i in range(-(-n//_sheet['cols']**2))]))
 
 @patch
-def sheet(self:Explorer, req, body):
+def _sheet(self:Explorer, req, body):
     "Photos that lie together on the map"
     version,k = (req.path_params[o] for o in ('version','k'))
     if version!=self.items.version or not self.items.made('map'): raise Refused(404, "The gallery has changed: load the map again.")
@@ -188,7 +188,7 @@ def sheet(self:Explorer, req, body):
     return Sent(self.items.once(f'sheet {k}', _f), 'image/jpeg')
 
 @patch
-def near(self:Explorer, req, body):
+def _near(self:Explorer, req, body):
     "The nearest items of one"
     q = self.items.query(str(req.path_params['n']))
     return dict(near=[[n,round(s, 4)] for n,s in self.items.near(q, _int(req, 'k', 12, 1, 48))])
@@ -208,7 +208,7 @@ def suspects(self:Explorer):
     return self.items.once('suspects', _f)
 
 @patch
-def labels(self:Explorer, req, body):
+def _labels(self:Explorer, req, body):
     "The next suspicious label"
     why,found,review = '',None,None
     try: review = self.review()
@@ -220,7 +220,7 @@ def labels(self:Explorer, req, body):
         self.read_only))
 
 @patch
-def decide(self:Explorer, req, body):
+def _decide(self:Explorer, req, body):
     "Keep a decision, or take the last one back"
     o,review = fields_of(body),self.review()
     with self.items.lock:

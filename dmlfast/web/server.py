@@ -175,7 +175,7 @@ def _page(files, server):
         method,path = k.split()
         args = Ul(*[Li(Code('label' if a=='name' else a), f' {_arg[a][0]}. {_arg[a][1]}.') for a in o['args']]) if o['args'] else None
         return Section(H3(Code(f'{method} {path}')), P(o['summary']+'.'), args, cls='operation')
-    h = server.health(None, b'')
+    h = server._health(None, b'')
     return ft('html', Head(Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width, initial-scale=1'),
         Title('dmlfast-serve'),
         Link(rel='icon', href=files.url('icon.svg')), Link(rel='stylesheet', href=files.url('explorer.css'))),
@@ -204,9 +204,9 @@ class Server:
     ):
         "The application"
         routes = {'GET /':lambda req, body: _page(self.files, self), 'GET /openapi.json':lambda req, body: openapi(),
-            'GET /files/{name}':self.files, 'GET /health':self.health, 'POST /search':self._asked(self.search),
-            'POST /classify':self._asked(self.classify), 'POST /items':self._asked(self.add), 'DELETE /items':self._asked(self.remove),
-            'GET /image/{n:int}':self.image}
+            'GET /files/{name}':self.files, 'GET /health':self._health, 'POST /search':self._asked(self._search),
+            'POST /classify':self._asked(self._classify), 'POST /items':self._asked(self._add), 'DELETE /items':self._asked(self._remove),
+            'GET /image/{n:int}':self._image}
         return safe_app(routes, lambda status, why: dict(error=why), hosts=hosts, token=token or None, read_only=self.read_only,
             changes=('/items',), **kwargs)
 
@@ -217,7 +217,7 @@ class Server:
             return await run_in_threadpool(f, images, args)
         return _f
 
-    def health(self, req, body):
+    def _health(self, req, body):
         "What is there"
         g = self.items.gallery
         return dict(status='ok', items=len(g), classes=len(self.items.classes), threshold=self.items.finder.threshold,
@@ -244,7 +244,7 @@ class Server:
         known = f.threshold is not None and args.get('rerank') is None
         return f.least(_truth(args.get('unknown', known), 'unknown'))
 
-    def search(self, images, args):
+    def _search(self, images, args):
         "Nearest items"
         least = self._least(args)
         found = self._found(images, args, 5)
@@ -252,24 +252,24 @@ class Server:
             return dict(results=[[dict(number=n, label=self.items.label(n), item=self.items.name(n), score=s) for n,s in o
                 if s>=least and n in self.items.row_of] for o in found])
 
-    def classify(self, images, args):
+    def _classify(self, images, args):
         "Classes"
         least = self._least(args)
         found = self._found(images, {k:v for k,v in args.items() if k=='k'}, 5)
         with self.items.lock: res = [self.items.verdict(o, least) for o in found]
         return dict(results=[dict(label=o.label, score=o.score) for o in res])
 
-    def add(self, images, args):
+    def _add(self, images, args):
         "Put images in"
         if not images: raise ValueError("There is no image to add.")
         return dict(numbers=self.items.add(images, _text(args.get('label'), 'label')))
 
-    def remove(self, images, args):
+    def _remove(self, images, args):
         "Take items out"
         if ('label' in args)==('numbers' in args): raise ValueError("Say what to remove: `numbers` of items, or the `label` of a class.")
         return dict(removed=self.items.remove(label=args.get('label'), numbers=args.get('numbers')))
 
-    def image(self, req, body):
+    def _image(self, req, body):
         "Picture of an item"
         self.items.row(req.path_params['n'])
         return Sent(self.items.pictures(req.path_params['n'], 640), 'image/jpeg')
