@@ -17,6 +17,12 @@ from .commands import refusing
 from .measuring import embedder_of, eval_data
 
 # %% ../../nbs/api/cli/05_exploring.ipynb #b06c7765
+def _device(name):
+    "Where to compute"
+    if name=='cpu': return name # without what knows of runs, which takes seconds to load
+    from dmlfast.study.runs import as_device
+    return as_device(name)
+
 def explored(
     folder, # Of an exported embedder, or of a run
     data, path, data_args, split, images, # As the commands take them
@@ -25,17 +31,16 @@ def explored(
 )->tuple: # Embedder with a gallery, where its pictures are, and its folder
     "Embedder and gallery that a command is about"
     from dmlfast.deploy import load_embedder
-    from dmlfast.study.runs import as_device
     with refusing():
         where,file = embedder_of(folder)
-        finder = load_embedder(where, as_device(device), write=write)
+        finder = load_embedder(where, _device(device), write=write)
         own = data is None and len(finder)>0
         if own and file is None: return finder,images,where
         if own: return finder,images or eval_data(file, None, None, None, 'all', dict(num_workers=workers))[0].path,where
         if file is None and data is None: raise ValueError(f"{str(where)!r} has no gallery: --data says what is to be explored.")
         ds,split = eval_data(file, data, path, data_args, split, dict(per_class=1, bs=bs, num_workers=workers, device=device))
     from fastprogress.fastprogress import progress_bar
-    finder = load_embedder(where, as_device(device))
+    finder = load_embedder(where, _device(device))
     emb = finder.embedded(ds, None if split=='all' else split, bs=bs, num_workers=workers,
         progress=progress_bar if sys.stdout.isatty() else iter)
     if len(finder): finder.remove(label=lambda o: True)
@@ -92,9 +97,8 @@ def dmlfast_serve(
         if min(batch, max_mb)<1 or wait<0: raise ValueError("--batch and --max-mb are 1 or more, --wait is 0 or more.")
         where,_ = embedder_of(folder)
     from dmlfast.deploy import load_embedder
-    from dmlfast.study.runs import as_device
     with refusing():
-        finder = load_embedder(where, as_device(device), write=not read_only)
+        finder = load_embedder(where, _device(device), write=not read_only)
         served = serve(finder, images, host, port, token or os.environ.get('DMLFAST_TOKEN', ''), read_only,
             [o.strip() for o in (names or '').split(',') if o.strip()], max_mb*2**20, most=batch, wait=wait/1e3)
     print(f"http://{served.host}:{served.port}/\nCtrl-C ends it.", flush=True)
