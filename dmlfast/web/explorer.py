@@ -16,6 +16,7 @@ from .app import *
 from .items import *
 from .pages import *
 from .judging import *
+from .static import *
 from .views import *
 from fastcore.xml import Div, P
 from ..files.review import *
@@ -50,7 +51,7 @@ class Explorer:
         token:str=None, # As `Guard` takes it
     ):
         "The application"
-        return safe_app(self.routes(), self.refused, hosts=hosts, token=token, read_only=self.read_only)
+        return safe_app(self.routes(), hosts=hosts, token=token, read_only=self.read_only)
 
     def warm(self):
         "Search once, so that what is loaded late is there for the first who searches"
@@ -64,14 +65,7 @@ class Explorer:
         "A page with these elements"
         return page(self.files, view, self.name, self.items, *body, read_only=self.read_only, **kwargs)
 
-    def refused(self,
-        status:int, # HTTP status
-        why:str, # Sentence
-    ):
-        "A sentence as it is sent"
-        return Sent(why.encode(errors='replace'), 'text/plain; charset=utf-8')
-
-# %% ../../nbs/api/web/07_explorer.ipynb #f3f82dab
+# %% ../../nbs/api/web/07_explorer.ipynb #62200a78
 @patch
 def search(self:Explorer, req, body):
     "The first view"
@@ -79,9 +73,8 @@ def search(self:Explorer, req, body):
     get = lambda o: req.query_params.get(o, '')
     key = get('q')[:40]
     q = self.items.query(key) if key else None
-    return self.page('search', *search_page(self.items, q, key, _int(req, 'k', 12, 1, 48), get('label')[:200], get('rerank')[:40],
-        bool(get('side')),
-        _int(req, 'seed', 0, 0, 10**9)))
+    how = dict(k=_int(req, 'k', 12, 1, 48), label=get('label')[:200], rerank=get('rerank')[:40], side=bool(get('side')))
+    return self.page('search', *search_page(self.items, q, key, **how, seed=_int(req, 'seed', 0, 0, 10**9)))
 
 @patch
 def look(self:Explorer, req, body):
@@ -93,8 +86,8 @@ def image(self:Explorer, req, body):
     "Picture of an item"
     n = req.path_params['n']
     self.items.row(n)
-    return Sent(self.items.pictures(n, 1600 if _int(req, 'side', 320, 64, 1600)>320 else 160 if _int(req, 'side', 320, 64,
-        1600)<=160 else 320), 'image/jpeg')
+    side = _int(req, 'side', 320, 1, 1600)
+    return Sent(self.items.pictures(n, next(o for o in (160,320,1600) if o>=side)), 'image/jpeg') # few sizes, so that they are kept
 
 @patch
 def asked(self:Explorer, req, body):
@@ -141,8 +134,7 @@ def rename(self:Explorer, req, body):
     self.items.rename(o['old'], o['new'])
     return dict(to=link('/gallery', label=o['new'].strip()))
 
-# %%
-#| export
+# %% ../../nbs/api/web/07_explorer.ipynb #f3f82dab
 @patch
 def mistakes(self:Explorer, req, body):
     "What is confused, computed by the second request"
@@ -246,12 +238,17 @@ def explore(self:ImageEmbedder,
     read_only:bool=False, # Can nothing be changed?
     review=None, # File that decisions on labels are kept in, `.csv`; `review.csv` in the gallery's folder if not given
     token:str=None, # What the address must hold; drawn if not given
-)->Serving:
+    static=None, # Folder for a map as plain files, which need no server; nothing is served then
+    overwrite:bool=False, # May such files take the place of others?
+)->Serving|Path: # The page, with `static`
     "The gallery in the browser, until `stop` is called or Python ends; raises `ImportError` without the extra `explore`"
+    if static is not None: return static_page(self, static, image, name, overwrite=overwrite)
     needs_explore()
     items = Items(self, image)
     x = Explorer(items, name or (self.folder.name if self.folder else 'gallery'), read_only, review)
     res = Serving(x.app, port=port, token=token)
     res.what = x
-    threading.Thread(target=x.warm, daemon=True).start()
+    later = threading.Timer(2, x.warm) # after the first page
+    later.daemon = True
+    later.start()
     return res.open() if browser else res

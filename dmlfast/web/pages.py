@@ -195,8 +195,8 @@ def _verdict(items, q, plain):
     line = None if t is None else Span(number(t), title='The calibrated threshold: see “What the numbers mean”')
     if res.label is None: return Div(H2('Unknown'), _p('The nearest scores ',nearest,', below the threshold ',line,'.'))
     if q.label is not None:
-        right = sum(items.label(n)==q.label for n,_ in plain)
-        return Div(H2(q.label), _p(f'{right} of {len(plain)} neighbours are of the same class.'))
+        right,others = sum(items.label(n)==q.label for n,_ in plain),len(items.classes[q.label])-1
+        return Div(H2(q.label), _p(f"{right} of {len(plain)} neighbours are of its class, which has {others:,} other photo{'s'*(others!=1)}."))
     return Div(H2(res.label), _p('The nearest scores ',nearest,*(('; the threshold is ',line) if line else ()),'.'))
 
 def _cards(items, q, found, given, before=None):
