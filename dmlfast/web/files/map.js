@@ -437,7 +437,7 @@ window.dmlMap = (root, data, options={}) => {
     roomOf = rows ? roomAmong(rows) : room
     found.textContent = !rows ? '' : keep.size===1 ? count(rows.length, 'item') : `${rows.length.toLocaleString('en')} in ${count(keep.size, 'class', 'classes')}`
     said.textContent = found.textContent
-    hideTip()
+    hover = -1; hideTip()
     ask()
     return rows || []
   }
