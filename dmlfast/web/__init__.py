@@ -1,4 +1,4 @@
-"A gallery in the browser, and as a server"
+"See it in the browser: what its views show, an explorer, a page, a server"
 from . import app, views, items, static, server, pages, judging, explorer
 from .app import *
 from .views import *
