@@ -172,6 +172,14 @@ def test_no_name_is_html(shown, path):
     assert len([t for t,_ in page.tags if t=='script'])<=2 and all(a.get('src') for t,a in page.tags if t=='script')
     if path in ('/gallery','class','asked'): assert evil in page.words or any(evil in (v or '') for _,a in page.tags for v in a.values())
 
+def test_a_name_that_is_no_text_is_shown(folder):
+    "File systems have names of any bytes"
+    finder = load_embedder(folder)
+    finder.add([png()], 'c\udcff', ['photo\udcfe.png'])
+    c = client(finder)
+    for path in (*pages,f'/?q={len(finder)-1}','/gallery?find=c','/map.json','/near/0'): assert c.get(path).status_code==200, path
+    assert 'photo?.png' in c.get(f'/?q={len(finder)-1}&k=1').text or 'c?' in c.get('/gallery?find=c').text
+
 def test_an_error_is_plain_text(shown):
     res = shown.get('/', params=dict(q='0', rerank=evil[:30]))
     assert res.status_code==400 and res.headers['content-type'].startswith('text/plain') and '<img' in res.text

@@ -9,7 +9,7 @@ __all__ = ['csp', 'safe_headers', 'Refused', 'Guard', 'needs_explore', 'Sent', '
            'Files', 'as_jpeg', 'no_picture', 'as_small', 'Pictures']
 
 # %% ../../nbs/api/web/00_app.ipynb #9631ac1b
-import hmac, io, secrets, socket, threading, time, traceback, webbrowser
+import hmac, io, json, secrets, socket, threading, time, traceback, webbrowser
 from collections import OrderedDict
 from hashlib import sha256
 from http.cookies import SimpleCookie
@@ -128,11 +128,13 @@ class Sent:
 
 def _answer(res, status=200):
     "What a function gives, as a response"
-    from starlette.responses import JSONResponse, Response
-    if isinstance(res, FT): return Response('<!doctype html>\n'*(res.tag=='html')+to_xml(res, indent=False), status, media_type='text/html')
+    from starlette.responses import Response
+    if isinstance(res, FT): # names of files can hold what is no text
+        html = '<!doctype html>\n'*(res.tag=='html')+to_xml(res, indent=False)
+        return Response(html.encode(errors='replace'), status, media_type='text/html')
     if isinstance(res, Sent):
         return Response(res.data, status, {'cache-control':f'private, max-age={res.keep}, immutable'} if res.keep else {}, res.kind)
-    return JSONResponse(res, status)
+    return Response(json.dumps(res, allow_nan=False), status, media_type='application/json')
 
 def endpoint(
     f, # Function of the request and its body; in a thread, unless it is asynchronous

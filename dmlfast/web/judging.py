@@ -26,54 +26,50 @@ def mistakes_page(
     if found is None: return P(f'Comparing {len(items):,} items with each other …', cls='empty loading', data_load='/mistakes?now=1'),
     return _threshold(items),*_pairs(items, found['pairs']),*_queries(items, found['queries'])
 
+def _head(title, said): return Div(Div(H2(title), P(said, cls='because')), cls='verdict')
+
 def _threshold(items):
     "A slider, what it means, and the curve"
     t = items.finder.threshold
-    return Section(Div(Div(H2('What a threshold means'), P('Two photos count as one class from this similarity on.', cls='because')),
-        cls='verdict'),
-        Div(Div(Div(ft('output', id='cut', cls='big'), Div(cls='rates', id='rates'), cls='cutrow'),
-                Input(type='range', id='cutter', min='0', max='1', value='0', aria_label='Threshold'),
-                ft('svg', id='both', preserveAspectRatio='none', role='img', aria_label='Both errors, over the thresholds'),
-                Div(Div(P(id='falsesaid'), P(id='falsecount', cls='because'), cls='meaning false',
-                        title='False-match rate: share of the pairs of two classes that score as high as the threshold, or higher'),
-                    Div(P(id='missedsaid'), P(id='missedcount', cls='because'), cls='meaning missed',
-                        title='False-non-match rate: share of the pairs of one class that score lower than the threshold'), cls='means'),
-                P(id='allsaid', cls='because'), cls='cutting'),
-            Figure(ft('svg', id='roc', viewBox='0 0 420 300', role='img',
-            aria_label='ROC curve: share of pairs of one class that are found, by the share '
-                'of pairs of two classes that count as one'), Figcaption('Pairs of one class that are found, by false matches',
-                    cls='because'),
-                cls='roc'),
-            cls='threshold', id='threshold', data_url='/threshold.json', data_calibrated='' if t is None else str(t)))
+    means = Div(Div(P(id='falsesaid'), P(id='falsecount', cls='because'), cls='meaning false',
+            title='False-match rate: share of the pairs of two classes that score as high as the threshold, or higher'),
+        Div(P(id='missedsaid'), P(id='missedcount', cls='because'), cls='meaning missed',
+            title='False-non-match rate: share of the pairs of one class that score lower than the threshold'), cls='means')
+    cutting = Div(Div(ft('output', id='cut', cls='big'), Div(cls='rates', id='rates'), cls='cutrow'),
+        Input(type='range', id='cutter', min='0', max='1', value='0', aria_label='Threshold'),
+        ft('svg', id='both', preserveAspectRatio='none', role='img', aria_label='Both errors, over the thresholds'),
+        means, P(id='allsaid', cls='because'), cls='cutting')
+    said = 'ROC curve: share of pairs of one class that are found, by the share of pairs of two classes that count as one'
+    roc = Figure(ft('svg', id='roc', viewBox='0 0 420 300', role='img', aria_label=said),
+        Figcaption('Pairs of one class that are found, by false matches', cls='because'), cls='roc')
+    return Section(_head('What a threshold means', 'Two photos count as one class from this similarity on.'),
+        Div(cutting, roc, cls='threshold', id='threshold', data_url='/threshold.json', data_calibrated='' if t is None else str(t)))
 
 def _pair(items, q, f, score):
     "A photo, and what was found for it"
-    return Div(A(picture(q, items.label(q), title=items.name(q)), href=link('/', q=q)), A(picture(f, items.label(f), title=items.name(f)),
-        href=link('/', q=q)),
-        Span(number(score), cls='score', title='Cosine similarity of the two photos'), cls='pair')
+    both = [A(picture(n, items.label(n), title=items.name(n)), href=link('/', q=q)) for n in (q,f)]
+    return Div(*both, Span(number(score), cls='score', title='Cosine similarity of the two photos'), cls='pair')
 
 def _pairs(items, pairs):
     "The most confused classes"
-    yield Div(Div(H2('Classes taken for each other'), P('How often the photo nearest to one of the first class is of the second.',
-        cls='because')), cls='verdict')
+    yield _head('Classes taken for each other', 'How often the photo nearest to one of the first class is of the second.')
     if not pairs: yield P('None: the nearest neighbour of each photo is of its class.', cls='empty')
-    yield Div(*[Section(H3(A(o['query'], href=link('/gallery', label=o['query'])), Span(' taken for '), A(o['found'],
-        href=link('/gallery', label=o['found'])),
-        Span(f"{o['count']} of {o['of']}", cls='score', title='Photos of the first class whose nearest neighbour is of the second')),
-        Div(*[_pair(items, c['query'], c['found'], c['score']) for c in o['cases']], cls='cases'), cls='confused') for o in pairs],
-        cls='pairs')
+    def _one(o):
+        a,b = (A(o[k], href=link('/gallery', label=o[k])) for k in ('query','found'))
+        often = Span(f"{o['count']} of {o['of']}", cls='score', title='Photos of the first class whose nearest neighbour is of the second')
+        cases = [_pair(items, c['query'], c['found'], c['score']) for c in o['cases']]
+        return Section(H3(a, Span(' taken for '), b, often), Div(*cases, cls='cases'), cls='confused')
+    yield Div(*map(_one, pairs), cls='pairs')
 
 def _queries(items, queries):
     "The worst queries with their neighbours"
-    yield Div(Div(H2('Worst searches'), P('Photos for which their own class is found last.', cls='because')), cls='verdict')
+    yield _head('Worst searches', 'Photos for which their own class is found last.')
     if not queries: yield P('No class has two photos, so there is nothing to find.', cls='empty')
+    def _card(o, *more, **kwargs): return card(o['n'], o['label'], link('/', q=o['n']), *more, name=items.name(o['n']), **kwargs)
     def _row(o):
-        return Div(card(o['n'], o['label'], link('/', q=o['n']), Span(number(o['ap']), cls='score',
-            title='Average precision: 1 if the photos of its class come first, near 0 if they come last'), cls='query',
-            name=items.name(o['n'])),
-            *[card(f['n'], f['label'], link('/', q=f['n']), cls='good' if f['right'] else 'bad', name=items.name(f['n']),
-            score=f['score']) for f in o['found']],
-            cls='worst')
+        ap = Span(number(o['ap']), cls='score', title='Average precision: 1 if its class comes first, near 0 if it comes last')
+        found = [_card(f, cls='good' if f['right'] else 'bad', score=f['score']) for f in o['found']]
+        return Div(_card(o, ap, cls='query'), *found, cls='worst')
     yield Div(*map(_row, queries), cls='worsts')
 
 def numbered_mistakes(
@@ -100,18 +96,19 @@ def labels_page(
     read_only:bool=False, # Can nothing be changed?
 )->tuple: # Elements
     "The next suspicious label, or what was decided"
-    if found is None and not why: return P(f'Looking for suspicious labels among {len(items):,} items …', cls='empty loading',
-        data_load='/labels?now=1'),
+    if found is None and not why:
+        return P(f'Looking for suspicious labels among {len(items):,} items …', cls='empty loading', data_load='/labels?now=1'),
     if found is None: return P(why, cls='empty'),
     done = review.decisions if review else {}
     there = [o for o in found if o['n'] in items.row_of and o['beside'] in items.row_of]
     left = [o for o in there if items.name(o['n']) not in done]
     n = len(there)-len(left)
-    head = Div(Div(H2('Suspicious labels'), P(f'{n:,} of {len(there):,} decided', cls='because')), ft('progress', value=str(n),
-        max=str(max(1, len(there))),
-        aria_label='Decided'), None if read_only or review is None else _button('undo', 'Undo', not (review and review.log)), cls='verdict')
+    can = review is not None and not read_only
+    head = Div(Div(H2('Suspicious labels'), P(f'{n:,} of {len(there):,} decided', cls='because')),
+        ft('progress', value=str(n), max=str(max(1, len(there))), aria_label='Decided'),
+        _button('undo', 'Undo', not review.log) if can else None, cls='verdict')
     if not left: return head,_all_decided(review, there)
-    return head,_case_of(items, left[0], review is not None and not read_only),P(why, cls='because') if why else None
+    return head,_case_of(items, left[0], can),P(why, cls='because') if why else None
 
 def _button(kind, text, off=False, cls='quiet'):
     return Button(text, ft('kbd', _keys[kind]), type='button', data_decide=kind, disabled=off, cls=cls, title=f'Key {_keys[kind]}')
@@ -120,22 +117,23 @@ def _case_of(items, o, can):
     "A suspicious item beside what it is like"
     title,question = _kinds[o['kind']]
     def _side(n, said):
-        return Figure(A(Img(src=link(f'/image/{n}', side=1600), alt=items.label(n), loading='eager', decoding='async'), href=link('/',
-            q=n)),
-            Figcaption(Span(said, cls='because'), B(items.label(n)), Small('/'.join(items.name(n).replace('\\', '/').split('/')[-2:]),
-            title=items.name(n))))
+        im = Img(src=link(f'/image/{n}', side=1600), alt=items.label(n), loading='eager', decoding='async')
+        names = Span(said, cls='because'),B(items.label(n)),Small(short(items.name(n)), title=items.name(n))
+        return Figure(A(im, href=link('/', q=n)), Figcaption(*names))
+    similarity = Span('similarity ', B(number(o['score'])), cls='score', title='Cosine similarity of the two photos')
     said = 'No photo near it has its label.' if not o['agree'] else f"{o['agree']:.0%} of the photos near it have its label."
     agree = None if o['agree'] is None else P(said, cls='because')
-    tools = None if not can else Form(_button('right', 'Right' if o['kind']=='label' else 'Keep', cls=''),
-        _button('wrong', 'Of no class' if o['kind']=='label' else 'Leave out'),
-        Span(_button('other', 'Other class'), Input(type='text', id='other', name='other',
-        value=o['other'] if o['other']!=o['label'] else '', list='classes',
-            aria_label='The other class', maxlength='200', autocomplete='off'), cls='both'), _button('skip', 'Skip'),
-        ft('datalist', *[Option(value=c) for c in [*items.classes][:3000]], id='classes'), cls='tools', data_item=str(o['n']),
-        id='deciding')
-    return Section(Div(H3(title), Span('similarity ', B(number(o['score'])), cls='score', title='Cosine similarity of the two photos'),
-        cls='row'),
-        Div(_side(o['n'], 'labelled'), _side(o['beside'], 'beside it, labelled'), cls='two'), Div(P(question), agree), tools, cls='case')
+    two = Div(_side(o['n'], 'labelled'), _side(o['beside'], 'beside it, labelled'), cls='two')
+    return Section(Div(H3(title), similarity, cls='row'), two, Div(P(question), agree), _tools(items, o) if can else None, cls='case')
+
+def _tools(items, o):
+    "What can be decided"
+    label = o['kind']=='label'
+    other = Input(type='text', id='other', name='other', value=o['other'] if o['other']!=o['label'] else '', list='classes',
+        aria_label='The other class', maxlength='200', autocomplete='off')
+    return Form(_button('right', 'Right' if label else 'Keep', cls=''), _button('wrong', 'Of no class' if label else 'Leave out'),
+        Span(_button('other', 'Other class'), other, cls='both'), _button('skip', 'Skip'), listed(items), cls='tools',
+        data_item=str(o['n']), id='deciding')
 
 def _all_decided(review, found):
     "What came of it"
@@ -145,4 +143,4 @@ def _all_decided(review, found):
     n = [o.decision for o in review.decisions.values()]
     said = dict(right='right', wrong='of no class', other='of another class', skip='skipped')
     return Div(H3('All are decided'), P(', '.join(f'{n.count(k)} {v}' for k,v in said.items())+'.'),
-        Pre(f"review = LabelReview({str(review.file)!r}, ...)\nds.without(review).relabel(review)"), cls='case')
+        Pre(f"review = {str(review.file)!r}\nds.relabel(review).without(review)"), cls='case')
