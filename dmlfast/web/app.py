@@ -291,7 +291,7 @@ class Pictures:
         max_pixels:int=5*10**7, # More are not opened
     ):
         self.open,self.max_bytes,self.max_pixels = open,max_bytes,max_pixels
-        self.kept,self.n,self.lock = OrderedDict(),0,threading.Lock()
+        self.kept,self.n,self.lock,self.few = OrderedDict(),0,threading.Lock(),threading.BoundedSemaphore(8)
 
     def __call__(self,
         key, # Which
@@ -313,5 +313,6 @@ class Pictures:
         key, # Which
     )->Image.Image: # None where it cannot be opened
         "A picture as it is"
-        try: return None if (x := self.open(key)) is None else open_image(x, max_pixels=self.max_pixels)
-        except (ValueError,OSError): return None
+        with self.few:
+            try: return None if (x := self.open(key)) is None else open_image(x, max_pixels=self.max_pixels)
+            except (ValueError,OSError): return None

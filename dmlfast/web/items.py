@@ -36,7 +36,7 @@ class Items:
             raise ValueError("What is explored is a gallery in memory, and this one is a table: load the embedder without `gallery=`, or "
                 "add a part of the table's rows.")
         self.finder,self.image,self.max_pixels = finder,image,max_pixels
-        self.lock,self.embed = threading.RLock(),finder.embed
+        self.lock,self.few,self.embed = threading.RLock(),threading.BoundedSemaphore(4),finder.embed
         self.pictures,self.queries,self.held = Pictures(self.source, max_pixels=max_pixels),OrderedDict(),{}
         self.numbers,self.row_of,self.first,self.next,self.version = [],{},{},0,0
         self._seen,self._classes,self._made = None,(None,None),(None,{})
@@ -163,17 +163,27 @@ def opened(self:Items,
     return open_image(data, **pre, max_pixels=self.max_pixels)
 
 @patch
+def prepared(self:Items,
+    data:bytes, # An image file
+    side:int=None, # Most pixels of the longer side of a picture; none is made if not given
+)->tuple: # What the network takes, `(c,h,w)` float32, and a picture, JPEG
+    "An uploaded image for the network; few are decoded at the same time, since each can take much memory"
+    with self.few:
+        im = self.opened(data)
+        return self.finder.preprocess(im),as_jpeg(im, side) if side else None
+
+@patch
 def ask(self:Items,
     data:bytes, # An image file
 )->str: # Its key
     "Embed an uploaded image; the last hundred are remembered"
-    im = self.opened(data)
     t = time.perf_counter()
-    emb = self.embed(im)
+    x,jpeg = self.prepared(data, 1200)
+    emb = self.embed(x)
     ms = (time.perf_counter()-t)*1e3
     key = sha256(data).hexdigest()[:16]
     with self.lock:
-        self.queries[key] = Query(emb, None, None, as_jpeg(im, 1200), ms)
+        self.queries[key] = Query(emb, None, None, jpeg, ms)
         self.queries.move_to_end(key)
         while len(self.queries)>100: self.queries.popitem(last=False)
     return key
@@ -223,9 +233,8 @@ def add(self:Items,
 )->list: # Their numbers
     "Put photos of a class into the gallery, and keep them"
     label = _named(label)
-    ims = [self.opened(o) for o in photos]
-    embs = torch.stack([self.embed(o) for o in ims])
-    jpegs = [as_jpeg(open_image(o, max_pixels=self.max_pixels), 2048, 92) for o in photos]
+    embs = torch.stack([self.embed(self.prepared(o)[0]) for o in photos])
+    with self.few: jpegs = [as_jpeg(open_image(o, max_pixels=self.max_pixels), 2048, 92) for o in photos]
     names = [f'photos/{sha256(o).hexdigest()[:24]}.jpg' for o in jpegs]
     with self.lock:
         if self.folder:

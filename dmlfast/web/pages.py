@@ -127,7 +127,7 @@ def search_page(
 def _ask(items, q, key, given):
     "What is searched for, and how"
     what = Img(src=link(f'/query/{key}'), alt='The photo that is searched for', cls='asked') if q else Div(
-        Strong('Drop a photo'), Span('paste one, or choose a file'), cls='prompt')
+        Strong('A photo to search for'), Span('drop it, paste it, or choose a file'), cls='prompt')
     drop = Label(what, Input(type='file', accept='image/*', id='photo', aria_label='Choose a photo'), cls='drop has' if q else 'drop')
     rerank = [Option('off', value=''), *[Option(o, value=o, selected=o==given['rerank']) for o in register_reranker]]
     form = Form(
@@ -178,7 +178,7 @@ def _found(items, q, key, given, seed):
         why = f"No class has “{given['label']}” in its name." if given['label'] else 'The gallery is empty.'
         return P(why, cls='empty'),
     took = Span(f'{ms:.0f} ms' if ms>=1 else 'under 1 ms', title=f'Time of the search among {len(items):,} items')
-    net = Span(f'{q.ms:.0f} ms', title='Time of the network: from pixels to an embedding') if q.ms is not None else None
+    net = Span(f'{q.ms:.0f} ms', title='Time from the file to the embedding: opened, and through the network') if q.ms is not None else None
     times = P('Search ', took, *((' · network ',net) if net else ()), cls='times')
     head = Div(_verdict(items, q, plain), times, cls='verdict')
     if again is None: return head,Div(*_cards(items, q, plain, given), cls='grid')

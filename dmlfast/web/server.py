@@ -29,13 +29,19 @@ class Batched:
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
+    def ask(self,
+        im, # An image, as `open_image` takes it, or what the network takes, `(c,h,w)` float
+    )->Future: # Of an embedding, `(emb_sz,)` float32
+        "Ask for an embedding"
+        x,res = im if torch.is_tensor(im) and im.is_floating_point() else self.finder.preprocess(im),Future()
+        self.asked.put((x,res))
+        return res
+
     def __call__(self,
-        im, # An image, as `open_image` takes it
+        im, # As `ask` takes it
     )->torch.Tensor: # `(emb_sz,)` float32
         "Embedding of an image"
-        x,res = self.finder.preprocess(im),Future()
-        self.asked.put((x,res))
-        return res.result()
+        return self.ask(im).result()
 
     def _run(self):
         while (first := self.asked.get()) is not None:
@@ -236,7 +242,8 @@ class Server:
         images, # List of bytes
     )->list: # Of embeddings
         "Embeddings of images; raises `ValueError` for what is none"
-        return [self.batched(im) for im in [self.items.opened(o) for o in images]]
+        asked = [self.batched.ask(self.items.prepared(o)[0]) for o in images]
+        return [o.result() for o in asked]
 
     def _least(self, args):
         "The least score, of what is not unknown"
