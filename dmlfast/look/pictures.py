@@ -20,6 +20,7 @@ from ..retrieval.embedded import *
 from ..retrieval.search import unit_
 from ..retrieval.verify import *
 from ..data.batches import BalancedSampler
+from ..retrieval.maps import *
 from .interpret import *
 
 # %% ../../nbs/api/look/01_pictures.ipynb #75d8e6b1
@@ -240,9 +241,8 @@ def plot_map(self:RetrievalInterpretation,
     figsize:tuple=(10,8), # Inches
 )->plt.Axes:
     "Draw items as a map, with their images"
-    if method not in ('tsne','pca'): raise ValueError(f"a map is made by 'tsne' or 'pca', not {method!r}")
     idx = _sample(self, n_classes, max_n, seed)
-    y,xy = self.labels[idx].numpy(),_places(unit_(self.embs[idx]), method, seed)
+    y,xy = self.labels[idx].numpy(),layout(self.embs[idx], method, seed=seed)
     cls = np.unique(y)
     name = dict(tsne='t-SNE', pca='principal components')[method]
     ax = light_axes(plt.subplots(figsize=figsize, layout='constrained')[1], xticks=[], yticks=[],
@@ -266,15 +266,6 @@ def _sample(self, n_classes, max_n, seed):
     cls = rng.permutation(cls[size>1] if (size>1).any() else cls)[:n_classes]
     idx = rng.permutation(np.flatnonzero(np.isin(self.labels.numpy(), cls)))
     return np.sort(idx[:max_n])
-
-def _places(x, method, seed):
-    "Two coordinates for each row of `x`"
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-    x = x.numpy()
-    if x.shape[1]==1: x = np.c_[x, np.zeros(len(x))]
-    if method=='pca': return PCA(2, random_state=seed).fit_transform(x)
-    return TSNE(2, init='pca', perplexity=min(30, (len(x)-1)/3), random_state=seed).fit_transform(x)
 
 def _shortened(name, n=26):
     "`name` in one line"
