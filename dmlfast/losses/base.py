@@ -1,4 +1,4 @@
-"""What all losses have in common, losses of your own and from elsewhere, and several at once.
+"""What all losses share, a loss of your own, losses from other packages, and several losses at once.
 
 Docs: https://dmlfast.github.io/dmlfast/api/losses/base.html.md"""
 
@@ -67,7 +67,7 @@ class MetricLoss(CheckedArgs, nn.Module):
     def check_reduction(self,
         reduction:str, # As given
     ):
-        "Raise `ValueError` for a reduction that there is not"
+        "Raise `ValueError` for an unknown reduction"
         if reduction not in self.reductions:
             raise ValueError(f'{type(self).__name__}: reduction {reduction!r} is none of {self.reductions}')
 
@@ -77,7 +77,7 @@ class MetricLoss(CheckedArgs, nn.Module):
     def of_nothing(self,
         embs:Tensor, # Embeddings, `(0,d)` float
     )->Tensor: # Scalar, or `(0,)` if `reduction` is `'none'`
-        "0, with a gradient of 0 for everything that a batch would have given one"
+        "The loss of an empty batch: 0, with a gradient of 0 for the embeddings and the weights"
         return (embs.sum(1) if self.reduction=='none' else embs.sum()) + sum(0*p.sum() for p in self.parameters())
 
     def compute(self,
@@ -85,21 +85,21 @@ class MetricLoss(CheckedArgs, nn.Module):
         labels:Tensor, # Class of each row, `(n,)` int64
         n:int=None, # Only the first `n` rows are anchors; all if not given. A loss that takes no others leaves it out
     )->Tensor: # Scalar, or `(n,)` if `reduction` is `'none'`
-        "What a subclass defines: the loss of finite float embeddings and int64 labels; with a third argument `n=None` it takes others"
+        "The loss of finite float embeddings and int64 labels, defined by a subclass; with a third argument `n=None` it takes others"
         raise NotImplementedError
 
     def setup(self,
         n_classes:int=None, # Number of training classes
         emb_sz:int=None, # Numbers in an embedding
     ): # The loss itself
-        "Make the weights that need the number of training classes or the embedding size; nothing for a loss without"
+        "Make the weights that need the number of training classes or the embedding size; a loss without such weights does nothing"
         return self
 
     def start(self,
         embs:Tensor, # Embeddings of training images, `(n,d)` float, unit rows
         labels:Tensor, # Class of each row, `(n,)` integer
     ):
-        "Begin weights for each class where these embeddings are; nothing for a loss without"
+        "Initialise the weights of each class from these embeddings; a loss without such weights does nothing"
 
     @property
     def compares(self):
@@ -107,7 +107,7 @@ class MetricLoss(CheckedArgs, nn.Module):
         return not self.seen_only
 
     def no_others(self)->str|None:
-        "Why it cannot compare a batch with more than the batch, such as remembered embeddings; None where it can"
+        "Why the loss cannot compare a batch with others, such as remembered embeddings; None if it can"
         name,miner = type(self).__name__,getattr(self, 'miner', None)
         if not self.compares: return f"{name} does not compare images with each other"
         if 'n' not in inspect.signature(self.compute).parameters: return f"{name} compares the images of a batch alone"
@@ -117,7 +117,7 @@ class MetricLoss(CheckedArgs, nn.Module):
         embs:Tensor, # Embeddings, `(n,d)` float32 or float64
         labels:Tensor, # Class of each row, `(n,)` int64
     )->Tensor|None: # Scalar, 0 to 1
-        "Share of what it compares that still has a gradient; None where it does not say, or where all has"
+        "Share of the compared pairs or triplets that still have a gradient; None if unknown, or if all have"
 
     def asks(self)->Margin|None:
         "The margin that it asks for; None if it asks for none"
@@ -125,7 +125,7 @@ class MetricLoss(CheckedArgs, nn.Module):
     def cut(self,
         d:int, # Numbers of an embedding that are kept
     )->dict: # What stands in for each such weight, by its name
-        "The weights that have a number for each of an embedding's, cut to the first `d`; nothing for a loss without"
+        "The weights with one number per dimension, cut to the first `d`; empty for a loss without such weights"
         return {}
 
     def first(self,
@@ -135,7 +135,7 @@ class MetricLoss(CheckedArgs, nn.Module):
         others:Tensor=None, # As of `forward`
         other_labels:Tensor=None, # As of `forward`
     )->Tensor: # As of `forward`
-        "The loss of the first `d` numbers of embeddings alone, of length 1 again where it wants unit rows"
+        "The loss of the first `d` dimensions only, scaled to length 1 again if the loss wants unit rows"
         def part(x): return F.normalize(x[:,:d], dim=1) if self.normalize_embs else x[:,:d]
         more = () if others is None else (part(others),other_labels)
         return functional_call(self, self.cut(d), (part(embs), labels, *more))
@@ -161,7 +161,7 @@ def beside(self:MetricLoss,
     others:Tensor, # Embeddings of others, `(m,d)` float
     other_labels:Tensor, # Class of each of them, `(m,)` integer
 )->tuple[Tensor,Tensor]: # Embeddings `(n+m,d)` and labels `(n+m,)`
-    "A batch with others behind it; raises `ValueError` where the loss cannot compare it with them"
+    "The batch followed by the others; raises `ValueError` if the loss cannot compare with others"
     if why := self.no_others(): raise ValueError(f"{why}, so there is nothing to compare a batch with others for.")
     others,other_labels = check_batch(others.detach(), other_labels)
     if others.shape[1]!=embs.shape[1]: raise ValueError(f'embeddings have {embs.shape[1]} numbers, and the others {others.shape[1]}')
@@ -219,7 +219,7 @@ def known_labels(
     labels:Tensor, # Class of each row, `(n,)` int64
     n_classes:int, # How many classes it has weights for
 )->tuple[Tensor,Tensor|None]: # Labels, 0 where unknown; which ones are unknown, None if none
-    "In training, refuse labels that the loss has no weights for; in evaluation, mark them"
+    "Labels that the loss has no weights for: an error in training, marked in evaluation"
     lo,hi = (o.item() for o in labels.aminmax()) if len(labels) else (0,0)
     if lo>=0 and hi<n_classes: return labels,None
     bad = (labels<0)|(labels>=n_classes)
@@ -232,7 +232,7 @@ def mark_unknown(
     res:Tensor, # A loss, scalar or `(n,)`
     bad:Tensor|None, # Rows of unknown label, `(n,)` bool, or more rows behind those
 )->Tensor: # The same, nan where it does not exist
-    "A loss over labels that it has no weights for does not exist"
+    "The loss is nan for labels that it has no weights for"
     return res if bad is None else res.masked_fill(bad[:len(res)] if res.ndim else bad.any(), math.nan)
 
 # %% ../../nbs/api/losses/02_base.ipynb #690facfb
@@ -265,7 +265,7 @@ class OtherLoss(MetricLoss):
         return self
 
     def cut(self, d):
-        "Refuse what has weights: nobody knows which of their numbers belong to which of an embedding's"
+        "Raise an error if the loss has weights: which of them belong to which dimension is unknown"
         if not self.seen_only: return {}
         raise ValueError(f"{type(self.loss).__name__} has weights, and does not say how they are cut with the embeddings: take a loss of "
             "this package, or derive one from `MetricLoss` that has `cut`.")
@@ -312,11 +312,11 @@ class CombinedLoss(MetricLoss):
     def repeatable(self): return all(o.repeatable for o in self.losses)
 
     def active(self, embs, labels):
-        "Of the first part that says it"
+        "The share of the first part that reports one"
         return next((o for o in (l.active(embs, labels) for l in self.losses) if o is not None), None)
 
     def asks(self):
-        "Of the first part that asks for one"
+        "The margin of the first part that asks for one"
         return next((m for o in self.losses if (m := o.asks())), None)
 
     def setup(self, n_classes=None, emb_sz=None):
@@ -331,7 +331,7 @@ class CombinedLoss(MetricLoss):
     def cut(self, d): return {f'losses.{i}.{k}':w for i,o in enumerate(self.losses) for k,w in o.cut(d).items()}
 
     def no_others(self):
-        "Where one part can, the others see the batch alone"
+        "None if one part can; the other parts then see only the batch"
         why = [o.no_others() for o in self.losses]
         return why[0] if all(why) else None
 
@@ -348,7 +348,7 @@ def part(self:CombinedLoss,
     d:int=None, # Compare the first `d` numbers alone; all of them if not given
     n:int=None, # Only the first `n` rows are the batch; all if not given
 )->Tensor: # Scalar, or `(n,)`
-    "The value of one part, reduced in its own way, or not at all if we are not"
+    "The value of one part, with its own reduction, or `'none'` if the sum is not reduced"
     value = loss if d is None else partial(loss.first, d)
     batch = (embs[:n],labels[:n]) if n is None or loss.no_others() else (embs[:n],labels[:n],embs[n:],labels[n:])
     if self.reduction!='none' or 'none' not in loss.reductions: return value(*batch)

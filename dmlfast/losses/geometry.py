@@ -1,4 +1,4 @@
-"""Label masks, distances and the direction cosine from one Gram matrix, numerically safe.
+"""Label masks, distances and direction cosines of a batch. One Gram matrix gives all of them, and they are numerically safe.
 
 Docs: https://dmlfast.github.io/dmlfast/api/losses/geometry.html.md"""
 
@@ -200,7 +200,7 @@ def pair_sqdist(
     i:Tensor, # Numbers of rows, `(t,)` int64
     j:Tensor, # Likewise
 )->Tensor: # Squared distances of these pairs, `(t,)` of the dtype of `d2`
-    "Distances of any pairs of rows, such as positives and negatives: from the matrix, where it has all rows"
+    "Distances of any pairs of rows, such as positives and negatives; taken from the matrix if it has all rows"
     return d2[i,j] if len(d2)==len(embs) else (embs[i].to(d2.dtype)-embs[j].to(d2.dtype)).pow(2).sum(1)
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #5afe8f77

@@ -1,4 +1,4 @@
-"""A negative must be farther away than a positive. Direction regularisation says in which direction it should go.
+"""`TripletLoss` asks that a negative be farther away than a positive. Direction regularisation adds the direction in which it should move.
 
 Docs: https://dmlfast.github.io/dmlfast/api/losses/triplet.html.md"""
 
@@ -80,7 +80,7 @@ def mates_first(
     labels:Tensor, # Class of each row, `(m,)` int64
     n:int, # The first `n` rows are anchors
 )->tuple[Tensor,Tensor,int]: # Embeddings and labels in another order, and how many rows are anchors or of their classes
-    "Put the other rows of the anchors' classes behind the anchors, so that the distances from these are the first rows of a matrix"
+    "Sort the rows: anchors, then other rows of their classes, then the rest"
     mate = torch.isin(labels[n:], labels[:n])
     order = torch.cat([torch.arange(n, device=labels.device), n+(~mate).int().argsort(stable=True)])
     return embs[order],labels[order],n+int(mate.sum())
