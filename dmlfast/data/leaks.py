@@ -1,4 +1,4 @@
-"""Near duplicates across splits: images of the training that are, nearly, in the test too, and queries that are in their own gallery.
+"""Find near duplicates across splits: test images that are nearly in the training set, and queries that are nearly in their gallery.
 
 Docs: https://dmlfast.github.io/dmlfast/api/data/leaks.html.md"""
 
@@ -29,7 +29,7 @@ def _rows_of(ds, embedded):
     return np.array([known[o] for o in embedded.items])
 
 def _parts(df):
-    "Split of each row, with its role where it has one"
+    "Split of each row, with its role if it has one"
     return df.split.astype(object) if 'role' not in df else (df.split.astype(object)+' '+df.role).str.strip()
 
 @patch
@@ -38,7 +38,7 @@ def leaks(self:MetricDataset,
     min_sim:float=.98, # Least cosine similarity of a pair
     k:int=5, # Nearest images of another part to look at, for each image
 )->pd.DataFrame: # Rows `a` and `b` of the table, the most similar first; `without` leaves `a` out
-    "Pairs of images that are nearly equal and in two parts of the data; raises `ValueError` for embeddings of other images"
+    "Pairs of nearly equal images in different parts of the data; raises `ValueError` for embeddings of other images"
     rows,found = _rows_of(self, embedded),[]
     part = _parts(self.df).to_numpy()[rows]
     for p in dict.fromkeys(part):
@@ -60,7 +60,7 @@ def leaks(self:MetricDataset,
 def without(self:MetricDataset,
     leaks, # What `leaks` gives; or rows of the table, `(n,)` int
 )->MetricDataset: # Another
-    "The data set without the images `a` of some pairs: those of training before those of validation, these before those of test"
+    "The data set without the images `a` of some pairs; training images go first, then validation, then test"
     rows = np.unique(leaks['a'] if isinstance(leaks, pd.DataFrame) else np.asarray(leaks, int))
     res = copy.copy(self)
     res.__dict__.pop('_row_of', None)
@@ -75,7 +75,7 @@ def plot_leaks(self:MetricDataset,
     max_n:int=8, # Pairs to draw
     size:float=1.3, # Inches to an image
 )->plt.Figure:
-    "Draw pairs of images that are nearly equal and in two parts of the data, with their similarity"
+    "Draw pairs of nearly equal images in different parts of the data, with their similarity"
     if not len(leaks): raise ValueError("There are no leaks to draw; a lower `min_sim` looks for more.")
     pairs = leaks[:max_n]
     fig,axs = plt.subplots(2, len(pairs), figsize=(max(3, size*len(pairs)),2.6*size+.3), squeeze=False, layout='constrained')

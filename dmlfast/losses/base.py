@@ -22,7 +22,7 @@ from .miners import *
 
 # %% ../../nbs/api/losses/02_base.ipynb #5b368fec
 class Margin(NamedTuple):
-    "How far apart a loss wants embeddings to be"
+    "The distance that a loss demands between embeddings"
     name:str # The loss's argument that says so
     value:float # Its value
     squared:bool=False # Is it about squared distances?
@@ -36,8 +36,8 @@ class MetricLoss(CheckedArgs, nn.Module):
     ranges = dict(gamma='finite', lr_mult='from 0') # What its arguments may be
     lr_mult = 1. # Multiplier of the learning rate for the loss's own weights
     normalize_embs = True # Does it want unit rows?
-    seen_only = False # Has it weights for each training class, and so no value on any other?
-    repeatable = True # May it be computed once more, with nothing changed? Not if it remembers batches
+    seen_only = False # Does it have weights for each training class, and so no value on others?
+    repeatable = True # Can it be computed again without side effects? Not if it remembers batches
     short = None # Another name of it in settings and commands, such as `'ms'`
     dr_space = dict(gamma=(0.,.6)) # Where a search looks for the weight of direction regularisation; 0 is the plain loss
     space = {} # Where a search looks for its arguments: `(low, high)`, `(low, high, 'log')` or a list of choices
@@ -123,13 +123,13 @@ class MetricLoss(CheckedArgs, nn.Module):
         "The margin that it asks for; None if it asks for none"
 
     def cut(self,
-        d:int, # Numbers of an embedding that are kept
-    )->dict: # What stands in for each such weight, by its name
+        d:int, # Dimensions of an embedding that are kept
+    )->dict: # The cut version of each such weight, by its name
         "The weights with one number per dimension, cut to the first `d`; empty for a loss without such weights"
         return {}
 
     def first(self,
-        d:int, # Numbers of an embedding that are kept
+        d:int, # Dimensions of an embedding that are kept
         embs:Tensor, # Embeddings, `(n,D)` float
         labels:Tensor, # Class of each row, `(n,)` integer
         others:Tensor=None, # As of `forward`
@@ -185,7 +185,7 @@ def reduce_terms(
     anchors:Tensor, # Row that each term belongs to, `(t,)` int64
     n:int, # Rows in the batch
     reduction:str, # `'active'`, `'mean'`, `'sum'`, or `'none'`: the mean of each row's terms
-)->Tensor: # Scalar, or `(n,)`; 0 where there are no terms
+)->Tensor: # Scalar, or `(n,)`; 0 if there are no terms
     "Reduce non-negative terms that each belong to an anchor"
     if reduction=='none':
         count = torch.bincount(anchors, minlength=n).clamp(min=1)
@@ -209,13 +209,13 @@ def reduce_masked(
 # %% ../../nbs/api/losses/02_base.ipynb #fdf256ce
 def active_terms(
     terms:Tensor, # Terms of the loss before they are cut off at 0, `(t,)`
-)->Tensor: # Scalar, 0 to 1; 0 where there are no terms
+)->Tensor: # Scalar, 0 to 1; 0 if there are no terms
     "Share of the terms that are more than 0, and so have a gradient"
     return (terms>0).sum()/max(len(terms), 1)
 
 # %% ../../nbs/api/losses/02_base.ipynb #43b2b4de
 def known_labels(
-    loss:nn.Module, # The loss whose weights are meant
+    loss:nn.Module, # The loss with the weights
     labels:Tensor, # Class of each row, `(n,)` int64
     n_classes:int, # How many classes it has weights for
 )->tuple[Tensor,Tensor|None]: # Labels, 0 where unknown; which ones are unknown, None if none
@@ -231,13 +231,13 @@ def known_labels(
 def mark_unknown(
     res:Tensor, # A loss, scalar or `(n,)`
     bad:Tensor|None, # Rows of unknown label, `(n,)` bool, or more rows behind those
-)->Tensor: # The same, nan where it does not exist
+)->Tensor: # The same, nan if it does not exist
     "The loss is nan for labels that it has no weights for"
     return res if bad is None else res.masked_fill(bad[:len(res)] if res.ndim else bad.any(), math.nan)
 
 # %% ../../nbs/api/losses/02_base.ipynb #690facfb
 def _copy_of(loss):
-    "A copy of a module that shares its weights; the loss itself where it is none, or cannot be copied"
+    "A copy of a module that shares its weights; the loss itself if it is not a module, or cannot be copied"
     if not isinstance(loss, nn.Module): return loss
     try: return copy.deepcopy(loss, {id(p):p for p in loss.parameters()})
     except (RuntimeError,TypeError): return loss
@@ -360,7 +360,7 @@ def part(self:CombinedLoss,
 def asking(
     loss, # Any loss
     *of:str, # Kinds of `Margin` that count; all if none is given
-)->tuple[MetricLoss|None,Margin|None]: # It, or the first of its parts, and what that asks for
+)->tuple[MetricLoss|None,Margin|None]: # The loss, or the first of its parts, and the margin
     "The loss that asks for a margin, and the margin"
     if isinstance(loss, CombinedLoss): parts = [asking(o, *of) for o in loss.losses]
     else: parts = [(loss,loss.asks())] if isinstance(loss, MetricLoss) else []

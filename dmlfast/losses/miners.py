@@ -81,7 +81,7 @@ class CheckedArgs(metaclass=PrePostInitMeta):
     "A class whose numeric arguments are checked before it is made"
     ranges = {} # One of `kinds` for each argument; those of the classes it derives from count too
     def __pre_init__(self, *args, **kwargs):
-        "Check what is given, and return it by name"
+        "Check the given arguments, and return them by name"
         try: given = inspect.signature(type(self).__init__).bind_partial(self, *args, **kwargs).arguments
         except TypeError: return {} # Python says it better
         ranges = {k:v for o in reversed(type(self).__mro__) for k,v in vars(o).get('ranges', {}).items()}
@@ -93,7 +93,7 @@ register_miner = Registry('miner')
 
 class Miner(CheckedArgs):
     "Chooses pairs or triplets of a batch by their distances"
-    takes_others = False # May there be more rows than anchors, so that `d2` in `mine` has a row for each of the first `n` alone?
+    takes_others = False # Are more rows than anchors allowed? Then `d2` in `mine` has only rows for the first `n`
     def __call__(self,
         embs:Tensor, # Embeddings, `(m,d)` float
         labels:Tensor, # Class of each row, `(m,)` integer
@@ -206,7 +206,7 @@ def hardest(
     pos:Tensor, # Positives, `(n,n)` bool
     neg:Tensor, # Negatives, `(n,n)` bool
 )->tuple[Tensor,Tensor,Tensor,Tensor]: # Distances and columns of the farthest positive, then of the nearest negative, `(n,)` each
-    "The farthest positive and the nearest negative of each row; distances -1 and inf where there is none"
+    "The farthest positive and the nearest negative of each row; distances -1 and inf if there is none"
     return *d2.masked_fill(~pos, -1).max(1),*d2.masked_fill(~neg, float('inf')).min(1)
 
 # %% ../../nbs/api/losses/01_miners.ipynb #bee23021

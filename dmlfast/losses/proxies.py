@@ -150,7 +150,7 @@ def proxy_sims(
 
 # %% ../../nbs/api/losses/06_proxies.ipynb #7caed473
 class _ProxyCos(torch.autograd.Function):
-    "`proxy_cos` with an analytic backward; None where an embedding is near the proxy of another class"
+    "`proxy_cos` with an analytic backward; None if an embedding is near the proxy of another class"
     @staticmethod
     def forward(ctx, embs, labels, proxies, inv, sq, eps):
         rows,which = labels.unique(return_inverse=True)

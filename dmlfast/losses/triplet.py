@@ -24,7 +24,7 @@ class TripletLoss(MetricLoss):
     space = dict(margin=(.05,.5))
     ranges = dict(margin='finite')
     def __init__(self,
-        margin:float=.2, # Least difference between the distances, in the embeddings' unit
+        margin:float=.2, # Smallest required difference of the distances, in the embeddings' unit
         gamma:float=0., # Weight of the direction regulariser
         squared:bool=False, # Compare squared distances?
         reduction:str='active', # `'active'`, `'mean'` over all triplets, `'sum'`, or `'none'`: the mean of each anchor
@@ -89,7 +89,7 @@ def mates_first(
 def triplet_terms(
     d2:Tensor, # Squared distances, `(n,m)` float64, as from `sqdist`; with `gamma` also from all rows of the anchors' classes, `(r,m)`
     labels:Tensor, # Class of each row, `(m,)` int64
-    margin:float, # Least difference between a negative's and a positive's distance
+    margin:float, # Smallest required difference of a negative's and a positive's distance
     gamma:float=0., # Weight of the direction regulariser
     squared:bool=False, # Compare squared distances?
     dtype:torch.dtype=torch.float32, # Precision of what does not cancel

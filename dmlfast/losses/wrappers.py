@@ -1,4 +1,4 @@
-"""Terms to put around or beside any loss: embeddings that can be shortened, one threshold for all classes, no collapse into a few directions.
+"""Add to any loss: embeddings that can be shortened, one threshold for all classes, no collapse into a few directions.
 
 Docs: https://dmlfast.github.io/dmlfast/api/losses/wrappers.html.md"""
 
@@ -18,8 +18,8 @@ from .base import *
 class MatryoshkaLoss(CombinedLoss):
     "Apply a loss to the first dimensions of an embedding too, so it can be shortened"
     def __init__(self,
-        loss, # `MetricLoss`, several to be added up, or any callable `(embs, labels)` without weights of its own
-        dims=None, # How many numbers are kept, one or several, each 1 or more; all, a half, a quarter and an eighth if not given
+        loss, # `MetricLoss`, several to be summed, or any callable `(embs, labels)` without weights
+        dims=None, # Lengths to keep, one or several, each 1 or more; all dimensions, a half, a quarter and an eighth if not given
         weights=None, # A factor for each of these; 1 if not given
     ):
         super().__init__([CombinedLoss(loss) if isinstance(loss, (list,tuple)) else loss])
