@@ -148,7 +148,7 @@ def test_an_untrained_learner_and_strange_names(make_learner, tmp_path):
     learn.dls.source.name,old = '<script>alert(1)</script>',learn.dls.source.name
     try: p = Page(learn.report(tmp_path, n_queries=1))
     finally: learn.dls.source.name = old
-    assert 'There is no fit to tell of' in p.text and 'No TrainingDoctor looked at this run' in p.text
+    assert 'No fit is known' in p.text and 'No TrainingDoctor looked at this run' in p.text
     assert 'alert(1)' in p.text and '<script>alert' not in p.html
     assert 'fig-curves' not in p.ims and 'fig-neighbours' in p.ims
 
@@ -182,7 +182,7 @@ def test_items_that_are_no_images(tmp_path):
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-3)
         p = Page(learn.report(tmp_path/'r'))
-    assert 'no images that could be drawn' in p.text and list(p.ims)==['fig-curves_retrieval','fig-decisions','fig-curves']
+    assert 'These items are not images' in p.text and list(p.ims)==['fig-curves_retrieval','fig-decisions','fig-curves']
     assert re.search('time of the last epoch', p.text)
 
 def test_the_hash_is_of_items_labels_and_splits(few):

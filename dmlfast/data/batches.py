@@ -179,7 +179,7 @@ def check_size(self:BalancedSampler):
 def check(self:BalancedSampler):
     "Raise `ValueError` if no such batch can be made"
     if self.n==0: raise ValueError("There is nothing to make batches of: the split has no items.")
-    if self.n_classes==1: raise ValueError(f"All {self.n} items are of one class: a metric needs at least two to tell apart.")
+    if self.n_classes==1: raise ValueError(f"All {self.n} items are of one class: a metric needs at least two classes.")
     if self.n_classes<self.p:
         raise ValueError(f"A batch of bs={self.bs} with per_class={self.per_class} needs {self.p} classes and there are {self.n_classes}: "
             f"take bs={self.n_classes*self.per_class} or less, or a larger per_class.")

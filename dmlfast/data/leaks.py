@@ -22,7 +22,7 @@ _order = 'train','val','test query','test','test gallery' # of a pair the first 
 
 def _rows_of(ds, embedded):
     "The row of each embedding in the table"
-    if embedded.items is None: raise ValueError("These embeddings have no names, so that it is not known of which images they are.")
+    if embedded.items is None: raise ValueError("These embeddings have no names, so their images are unknown.")
     known = {str(o):i for i,o in enumerate(ds.df.path)} | {str(o):i for i,o in enumerate(ds.items())}
     if lost := [o for o in embedded.items if o not in known]:
         raise ValueError(f"{len(lost)} of {len(embedded)} embeddings are of no image of {ds.name}, such as {lost[0]!r}.")
@@ -76,7 +76,7 @@ def plot_leaks(self:MetricDataset,
     size:float=1.3, # Inches to an image
 )->plt.Figure:
     "Draw pairs of nearly equal images in different parts of the data, with their similarity"
-    if not len(leaks): raise ValueError("There are no leaks to draw; a lower `min_sim` looks for more.")
+    if not len(leaks): raise ValueError("There are no leaks to draw; a lower `min_sim` finds more.")
     pairs = leaks[:max_n]
     fig,axs = plt.subplots(2, len(pairs), figsize=(max(3, size*len(pairs)),2.6*size+.3), squeeze=False, layout='constrained')
     for col,o in zip(axs.T, pairs.itertuples()):

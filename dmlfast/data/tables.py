@@ -320,7 +320,7 @@ def crop_tfms(
     flip:bool=True, # Mirror half of the training images?
     whole:bool=False, # Do images show their object up to the border?
 )->list: # fastai's transforms
-    "Random crops and flips for training; otherwise a centre crop after resizing the shorter side to 8/7 of `size`, or the whole image, squashed"
+    "Random crops and flips for training; otherwise a centre crop, with the shorter side 8/7 of `size`, or the whole image, squashed"
     if not (isinstance(size, Integral) and size>=1): raise ValueError(f"`size` is a number of pixels to a side, 1 or more; got {size!r}.")
     train = RandomResizedCrop(size, min_scale=ifnone(min_scale, 0.5 if whole else 0.2), split_idx=0)
     valid = [Resize(size, 'squish', split_idx=1)]

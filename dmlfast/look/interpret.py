@@ -1,4 +1,4 @@
-"""What an embedding takes for near, and what it confuses: numbers and tables.
+"""Which items an embedding considers similar, and what it confuses, as numbers and tables.
 
 Docs: https://dmlfast.github.io/dmlfast/api/look/interpret.html.md"""
 
@@ -22,7 +22,7 @@ from ..retrieval.search import unit_
 
 # %% ../../nbs/api/look/00_interpret.ipynb #c5ad13b3
 class RetrievalInterpretation(Embedded):
-    "What an embedding takes for near in a set of items, in pictures and tables"
+    "Neighbours and mistakes of an embedding in a set of items, as pictures and tables"
     def __init__(self,
         embs, # Embeddings, `(n,d)` float; they are compared by cosine
         labels, # Class of each item, `(n,)` integer
@@ -36,18 +36,18 @@ class RetrievalInterpretation(Embedded):
     ):
         super().__init__(embs, labels, items, vocab, image, ks=ks, **kwargs)
         self.check_labels()
-        if len(self)<2: raise ValueError('to interpret an embedding takes two items at least, and there is 1')
+        if len(self)<2: raise ValueError('interpreting an embedding needs at least two items, and there is 1')
         self.loss,self.block,self._nearest = loss,block,None
         self.ids = torch.arange(len(self)) if self.ignore is None else self.ignore
 
     @cached_property
     def result(self):
-        "Metrics of the ranks, as `evaluate_protocol` has them"
+        "Metrics of the ranks, as in `evaluate_protocol`"
         return self.evaluate(metric_names('all', self.ks, drawn=True), block=self.block) # all but the scores of clusters
 
     @cached_property
     def most(self):
-        "As many neighbours each query has at least, but for those to ignore"
+        "Least number of items that each query can find, before `ignore`"
         return self.n_others(self.queries)
 
     @cached_property
@@ -62,7 +62,7 @@ def from_learner(cls:RetrievalInterpretation,
     learn:MetricLearner, # Learner, trained or not
     dl=None, # Loader, or the name of a split of the data set (`'val'`, `'test'`, `'train'`); the validation loader if not given
 ):
-    "Interpretation of the items of a loader; raises `ValueError` where they have no labels"
+    "Interpretation of the items of a loader; raises `ValueError` if they have no labels"
     return cls.of(learn.embedded(dl), learn.loss_func)
 
 @patch(cls_method=True)
@@ -70,7 +70,7 @@ def of(cls:RetrievalInterpretation,
     embedded:Embedded, # Embeddings with their items, such as `Embedded.load(file)`
     loss=None, # The loss that it was trained with, for its miner, margin and γ
 ):
-    "Interpretation of embeddings that are there already; raises `ValueError` where they have no labels"
+    "Interpretation of existing embeddings; raises `ValueError` if they have no labels"
     embedded.check_labels()
     return cls(embedded.embs, embedded.labels, embedded.items, embedded.vocab, embedded.draw, loss, facts=embedded.facts,
         **embedded.protocol())
@@ -79,7 +79,7 @@ def of(cls:RetrievalInterpretation,
 @patch
 def nearest(self:RetrievalInterpretation,
     k:int=1, # How many; at most as many as there are
-)->tuple: # Similarities, `(q,k)` float32, $-\infty$ where fewer are left to find; indices of items, `(q,k)` int64
+)->tuple: # Similarities, `(q,k)` float32, $-\infty$ if there are fewer; indices of items, `(q,k)` int64
     "The `k` nearest items to each of the `queries`, nearest first"
     if self._nearest is None or self._nearest[0].shape[1]<min(k, self.most): self._nearest = self.nearest_of(self.queries, max(k, 8))
     return tuple(o[:,:k] for o in self._nearest)
@@ -97,7 +97,7 @@ def nearest_of(self:RetrievalInterpretation,
 def top_losses(self:RetrievalInterpretation,
     n:int=10, # How many
 )->pd.DataFrame: # One row a query, indexed as the items are
-    "The queries with the least average precision, worst first; raises `ValueError` where no class has two items"
+    "The queries with the least average precision, worst first; raises `ValueError` if no class has two items"
     ap = self.values('map')
     order = np.argsort(ap, kind='stable')[:min(n, int((~np.isnan(ap)).sum()))]
     if not len(order): raise ValueError('no class has two items, so that there is nothing to find for any query')
@@ -109,14 +109,14 @@ def top_losses(self:RetrievalInterpretation,
 @patch
 def item(self:RetrievalInterpretation,
     i:int, # Index of an item
-)->str: # Empty where items have no names
-    "What an item is called"
+)->str: # Empty if items have no names
+    "Name of an item"
     return '' if self.items is None else str(self.items[int(i)])
 
 @patch
 def values(self:RetrievalInterpretation,
     name:str, # A metric of `result`, such as `'map'`
-)->np.ndarray: # `(q,)`, nan where there is nothing to find
+)->np.ndarray: # `(q,)`, nan if there is nothing to find
     "Value of a metric for each of the `queries`"
     return self.result.values[name][:len(self.queries)]
 
@@ -229,7 +229,7 @@ def from_batch(cls:RetrievalInterpretation,
         facts=learn.about_training())
 
 def _as_array(x):
-    "An image tensor `(c,h,w)` of 0 to 255, or of 0 to 1, as an array that can be drawn"
+    "An image tensor `(c,h,w)`, 0 to 255 or 0 to 1, as an array to draw"
     x = x.as_subclass(Tensor).detach().cpu()
     if x.is_floating_point(): x = (x*255).clamp(0, 255)
     x = x.permute(1, 2, 0).to(torch.uint8).numpy()

@@ -250,7 +250,7 @@ class OtherLoss(MetricLoss):
         loss, # Callable `(embs, labels)` that gives a scalar
     ):
         super().__init__()
-        if isinstance(loss, type): raise ValueError(f'a loss is wanted, such as {loss.__name__}(), and not its class')
+        if isinstance(loss, type): raise ValueError(f'a loss must be an object such as {loss.__name__}(), and not its class')
         self.loss,self.n_classes = loss,None
 
     @property

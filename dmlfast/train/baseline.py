@@ -194,7 +194,7 @@ def has_moved(
 def check_known(self:HeadStart):
     "Raise `ValueError` if the original body is unknown"
     if self.origin is None:
-        raise ValueError("What this learner's body was before it was trained is not known here: a loaded learner does not hold it, and a "
+        raise ValueError("The original body of this learner is not known here: a loaded learner does not store it, and a "
             "model that was given as it is has no features. Compare before `export`.")
 
 @patch

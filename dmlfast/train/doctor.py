@@ -292,10 +292,10 @@ def _collapse(self):
     name,asked,has = _asked(self)
     loss,margin = _gap(self)
     if _lengths(self): remedy = 'Lower the learning rate.'
-    elif has>asked: remedy = f'The loss asks for no more: raise its `{name}`, which is {asked:g}.'
+    elif has>asked: remedy = f'The loss demands no more: raise its `{name}`, which is {asked:g}.'
     elif loss and loss.gamma>=2*margin.value:
-        remedy = (f'Where all of them are equally far apart the direction cosine is 0.5, and `gamma` times this, {loss.gamma/2:g}, '
-        f'takes all of the margin of {margin.value:g}, so that nothing is asked of them there: lower `gamma`, or raise the margin.')
+        remedy = (f'If all of them are equally far apart, the direction cosine is 0.5, and `gamma` times this, {loss.gamma/2:g}, '
+        f'cancels the margin of {margin.value:g}: lower `gamma`, or raise the margin.')
     elif getattr(loss, 'miner', None):
         remedy = ('Lower the learning rate, and learn from easier triplets: all of them, or those of `SemiHardMiner`, rather than the '
             'hardest.')
@@ -337,26 +337,26 @@ def _ssr(self):
 def _proxies(self):
     x = self.recent('moved')
     if x<1e-3: return (f'The proxies do not move: in {self.steps[-1]["step"]} steps they went {x:.1e} of their length. '
-        'See that the optimiser has them (`metric_learner` sees to it) and is not told to freeze them, and raise `lr_mult`.')
+        'Check that the optimiser has them (`metric_learner` does this) and does not freeze them, and raise `lr_mult`.')
 
 def _stuck(self):
     (loss,margin),gap,value = _gap(self),self.recent('d_neg')-self.recent('d_pos'),self.recent('loss')
     if loss and not _collapsed(self) and gap<.1*margin.value and (loss.gamma or value>.9*margin.value):
         return (f'The loss stands at {value:.3g}, with a margin of {margin.value:g}: negatives are no farther away than positives '
             f'({self.recent("d_neg"):.3g} and {self.recent("d_pos"):.3g} on average), so nothing has been learned. '
-            'Look for a learning rate with `lr_find`, learn from all triplets before the hardest ones, and look at the labels.')
+            'Find a learning rate with `lr_find`, train on all triplets before the hardest ones, and check the labels.')
 
 def _still(self):
     x = self.recent('head')
     if x<1e-3 and not (_stuck(self) or _inactive(self)):
         return (f'The network hardly moves: in {self.steps[-1]["step"]} steps the weights of its head went {x:.1e} of their length. Raise '
-            'the learning rate; `lr_find` looks for one.')
+            'the learning rate; `lr_find` suggests one.')
 
 def _margin(self):
     (loss,margin),active = _gap(self),self.recent('active')
     if not (loss and loss.normalize_embs) or getattr(loss, 'miner', None) or _collapsed(self): return
     if margin.value>(2 if margin.squared else 1) and active>.9:
-        return (f'The margin of {margin.value:g} cannot be met: {math.floor(100*active)} % of the triplets violate it, for embeddings of '
+        return (f'The margin of {margin.value:g} cannot be met: {math.floor(100*active)} % of the triplets violate it: embeddings of '
             f'length 1 that have nothing in common are {"2 (squared)" if margin.squared else "1.4"} apart. '
             'Lower it: 0.05 to 0.5 is usual.')
 
@@ -381,21 +381,21 @@ def findings(self:TrainingDoctor)->list: # `Finding`s; empty if nothing is wrong
 
 # %% ../../nbs/api/train/18_doctor.ipynb #e043b550
 _panels = (('Similarity of training pairs', 'cosine similarity', dict(pos='same class', neg='different classes'),
-    'How alike two embeddings of a batch are, 1 for equal ones. The lines should move apart; both near 1 is a collapse.'),
+    'Similarity of two embeddings of a batch, 1 if equal. The lines should move apart; both near 1 is a collapse.'),
     ('Directions in use', 'effective rank', dict(rank='in use', most='classes in the batch, or dimensions'),
     'Over how many directions the embeddings of a batch spread. Near 1, all lie on a line.'),
     ('What is learned from', 'share', dict(active='triplets or pairs', rows='embeddings with a gradient'),
-    'How much of a batch the loss still has something to say about. Near 0, the batches have become too easy.'),
-    ('Loss', 'loss', dict(loss=''), 'The loss of the batch, not smoothed. Where only active terms count, it may stand still while the '
+    'Share of a batch that the loss still learns from. Near 0, the batches have become too easy.'),
+    ('Loss', 'loss', dict(loss=''), 'The loss of the batch, not smoothed. If only active terms count, it may stay constant while the '
     'embedding improves.'),
     ('Embeddings before normalisation', 'mean length', dict(length=''), 'Their length before they are scaled to 1. The longer, the '
     'smaller the steps of the head.'),
     ('Share of the gradient', 'share', dict(dr='direction regularisation', ssr='self-supervised ranking'),
     'How much of the gradient comes from a regulariser. Near 1, it has taken over.'),
     ('Distance moved by the weights', 'relative distance', dict(moved='proxies', head='head of the network'),
-    'How far weights are from where they began, relative to their length. Near 0, they do not learn.'))
+    'Distance of weights from their start, relative to their length. Near 0, they do not learn.'))
 _against = ('Training against validation', 'similarity, recall', dict(gap='training: same minus different', recall='validation: recall@1'),
-    'How much more alike pairs of one class are than others in training, and recall on unseen classes. If the first rises while the '
+    'How much more similar pairs of one class are than others in training, and recall on unseen classes. If the first rises while the '
     'second falls, the training classes are learned by heart.')
 _level = ' The grey line is the recall of the features it started with: below it, training does harm.'
 _styles = dict(color=_blue, lw=1.8),dict(color=_orange, lw=1.8, ls='--')

@@ -86,7 +86,7 @@ class Gain(RetrievalDifference):
         names = [o for o in _few if o in self._keys] or self._keys[:1]
         if why := self.a.why_no_interval(names[0]):
             went = ' and '.join(f'{k} from {self.b[k]:.3f} to {self.a[k]:.3f}' for k in names)
-            what = 'what was trained' if self.what=='Training' else self.what[0].lower()+self.what[1:]
+            what = 'the trained embedding' if self.what=='Training' else self.what[0].lower()+self.what[1:]
             remedy = f' {self.remedy}' if self.remedy and min(self[o] for o in names)<-.05 else ''
             return f"From the features to {what}, {went} ({why}).{remedy}"
         ways = [self.verdict(o) for o in names]

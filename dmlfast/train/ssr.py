@@ -271,7 +271,7 @@ class GradedViews:
     ):
         if not (isinstance(n, int) and n>=2): raise ValueError(f"`n` is the number of levels to put in order, 2 or more; got {n!r}.")
         _check_seed(seed)
-        if not strength>0: raise ValueError(f"`strength` is by how much a level exceeds the one before, greater than 0; got {strength!r}.")
+        if not strength>0: raise ValueError(f"`strength` is the increase from one level to the next, greater than 0; got {strength!r}.")
         for name,o in dict(crop=crop, perspective=perspective, jitter=jitter).items():
             if not 0<=o<=1: raise ValueError(f"`{name}` is a share of the strength, 0 to 1; got {o!r}.")
         store_attr('n,strength,crop,perspective,jitter,seed')

@@ -106,7 +106,7 @@ class Interpolate(Callback):
         if not self.at or not all(isinstance(o, (int,float)) and 0<=o<=1 for o in self.at):
             raise ValueError(f"`at` are numbers from 0, the start, to 1, the end; got {at!r}.")
         if len(metric_names(metric, (1,)))!=1: raise ValueError(f"`metric` is one metric, such as 'map@r'; got {metric!r}.")
-        if less_is_better(metric): raise ValueError(f"What is kept has most of a metric, and less of {metric!r} is better: 'auc' may do.")
+        if less_is_better(metric): raise ValueError(f"`Interpolate` maximises a metric, and less of {metric!r} is better. Try 'auc'.")
         self.curve,self.chosen,self.began = {},None,None
 
     def check_fit(self,
