@@ -204,6 +204,7 @@ def _image_files(path):
         for o in names:
             end = Path(o).suffix.lower()
             if o.lower() in _clutter or hidden and end not in suffixes: continue # other tools keep their own files in hidden folders
+            if end=='.pth' and Path(folder)==Path(path)/'models': continue # what `learn.save` writes beside the data
             if hidden or o.startswith('.'): left['hidden'] += 1
             elif end in suffixes: fns.append(Path(folder)/o)
             else: left[end or 'without an ending'] += 1

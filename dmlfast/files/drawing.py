@@ -26,13 +26,13 @@ def draw_image(
     ax, # Where
     im, # PIL, or an array `(h,w)` or `(h,w,3)` of 0 to 255
     title:str, # What is written above
-    color:str=None, # Of the title and of a frame; black, and no frame, if not given
+    color:str=None, # Of the title and of a frame; matplotlib's `text.color`, and no frame, if not given
     mark:str='', # Before the title
 ):
     "Draw one image, in a frame, under a title of at most three lines"
     ax.imshow(np.asarray(im), cmap='gray', vmin=0, vmax=255)
     ax.set(xticks=[], yticks=[])
-    ax.set_title(_wrapped(title, mark), fontsize=9, color=color or 'black', pad=6, parse_math=False)
+    ax.set_title(_wrapped(title, mark), fontsize=9, color=color or plt.rcParams['text.color'], pad=6, parse_math=False)
     for o in ax.spines.values(): o.set(visible=color is not None, color=color, linewidth=3)
 
 # %% ../../nbs/api/files/03_drawing.ipynb #7d1f0a52
@@ -84,7 +84,7 @@ def light_axes(
 ):
     "`ax` or a new one, with titles and a light grid"
     if ax is None: ax = plt.subplots(figsize=(6,4), layout='constrained')[1]
-    ax.grid(color='#e5e5e5')
+    ax.grid(color='#8080803a') # on light and on dark pages
     ax.set_axisbelow(True)
     for o in ('top','right'): ax.spines[o].set_visible(False)
     ax.set_title(kwargs.pop('title'), fontsize=11)

@@ -431,5 +431,5 @@ def plot(self:TrainingDoctor)->plt.Figure:
     for ax in axs.flat[len(panels):]: ax.set_axis_off()
     text = [textwrap.fill(o.text, 125) for o in self.findings] or ['Nothing wrong was found.' if self.enough
         else 'Too few steps were looked at to say whether something is wrong.']
-    fig.suptitle('\n'.join(text), fontsize=10, x=.01, ha='left', color=_orange if self.findings else 'black')
+    fig.suptitle('\n'.join(text), fontsize=10, x=.01, ha='left', color=_orange if self.findings else plt.rcParams['text.color'])
     return fig
