@@ -158,7 +158,7 @@ _run_files = 'settings.toml','transfer.json','history.csv','checkpoint','best.pt
 def check_run_folder(
     out:Path, # Folder
     resume:bool, # Go on with the run in it?
-    overwrite:bool, # Begin anew?
+    overwrite:bool, # Start again?
 ):
     "Raise `FileExistsError` or `FileNotFoundError` if a run cannot be written to a folder"
     if resume and overwrite: raise ValueError("`resume` goes on with a run and `overwrite` begins it anew: take one of them.")

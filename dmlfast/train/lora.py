@@ -75,7 +75,7 @@ def add_lora(self:MetricLearner,
 # %% ../../nbs/api/train/12_lora.ipynb #a47755a0
 @patch
 def as_filed(self:GroupedLearner):
-    "A context in which the model's state dict is as in files: without the body, if it was not trained and can be had again"
+    "A context in which the model's state dict is as in files: without the body, if it was not trained and is available elsewhere"
     model = unwrapped(self.model)
     origin = getattr(getattr(self, 'head_start', None), 'origin', None) if isinstance(model, LoraEmbedder) else None
     def _same(k, v): return k in origin and torch.equal(origin[k].to(v.device), v)
