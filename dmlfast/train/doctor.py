@@ -96,7 +96,7 @@ class TrainingDoctor(Callback):
 # %% ../../nbs/api/train/18_doctor.ipynb #d0d3bc89
 @patch
 def before_fit(self:TrainingDoctor):
-    "Begin anew"
+    "Reset the measurements"
     self.run = is_fitting(self.learn)
     if not self.run: return
     self.unhook()
