@@ -293,7 +293,7 @@ def test_training_that_did_harm(few, body, tmp_path, no_pictures):
         learn.fit(1, 2.)
         harmed = learn.report(tmp_path/'h')
     p = Page(harmed)
-    assert re.search('<p class="finding">From the features to what was trained, .*<code>freeze_bn=True</code>', p.html)
+    assert re.search('<p class="finding">From the features to the trained embedding, .*<code>freeze_bn=True</code>', p.html)
     assert '<p class="finding">Below the features it started with since epoch 0' in p.html
     assert 'too few to tell' not in p.text or 'something else' in p.text
     assert next(o for o in p.cells if o[:1]==['between start and end'])[1]==f'1: {learn.interpolate.curve[1]:.4f}; kept: 1'
