@@ -1,6 +1,6 @@
 """A gallery of LanceDB built, indexed, searched and changed: time, recall against exact search, and the memory of each process
 
-    python benchmarks/lance.py 100000 1000000
+    python benchmarks/lance.py 10000 100000 1000000
 
 Rows are of 128 numbers around 10,000 centres and come in batches of 50,000, so that no process holds them all. Each step is a process of
 its own, whose peak of resident memory is counted from what the imports take."""
@@ -31,9 +31,9 @@ def finder_at(path):
 
 def build(finder, path, n):
     finder.to_lancedb(path)
-    for i in range(n//batch):
-        x,c = rows(i)
-        finder.add_embs(x, c.tolist(), [f'{i*batch+j}.jpg' for j in range(batch)], dict(price=(c%100).tolist()))
+    for i in range(0, n, batch):
+        x,c = rows(i//batch, min(batch, n-i))
+        finder.add_embs(x, c.tolist(), [f'{i+j}.jpg' for j in range(len(x))], dict(price=(c%100).tolist()))
 
 def index(finder, path, n): finder.index()
 
@@ -54,11 +54,11 @@ def nearest(n, keep=lambda c: c>=0):
     "The exact answer, a batch of rows at a time"
     import torch
     q,best,names = queries(keep),torch.zeros(n_queries, 0),torch.zeros(n_queries, 0, dtype=torch.int64)
-    for i in range(n//batch):
-        x,c = rows(i)
+    for i in range(0, n, batch):
+        x,c = rows(i//batch, min(batch, n-i))
         s = (q@x.T).masked_fill(~keep(c), -2)
         v,j = s.topk(k, dim=1)
-        best,names = torch.cat([best,v], 1),torch.cat([names,j+i*batch], 1)
+        best,names = torch.cat([best,v], 1),torch.cat([names,j+i], 1)
         best,j = best.topk(k, dim=1)
         names = names.gather(1, j)
     return [[f'{o}.jpg' for o in r] for r in names.tolist()]

@@ -1,11 +1,13 @@
-"""What large batches cost: losses alone, a body in chunks, and a memory. Time and peak memory.
+"""What large batches cost: losses alone, a body in chunks, a memory, and gathering. Time and peak memory.
 
     python benchmarks/scale.py losses     # each loss alone at d=128, four images a class, forward and backward, 256 to 16,384 rows
     python benchmarks/scale.py chunks     # a step of `LargeBatch` beside one of the whole batch: 256 images of 64 pixels, a small body
     python benchmarks/scale.py memory     # 128 rows against 4,096 remembered ones, beside a plain rectangle and the square of them all
+    python benchmarks/scale.py gather     # rows of two processes (gloo) one below the other, and their gradient: 256 to 16,384 rows
 
 Each measurement of memory is a process of its own: its peak less what it had before the step. What would take more than 6 GiB is stopped,
-and says so. Time is processor time of one thread, the median of a few steps, since a machine may be shared."""
+and says so. Time is processor time of one thread, the median of a few steps, since a machine may be shared; of
+gathering it is time by the clock, least and median of 30, since processes wait for each other."""
 import json, os, resource, statistics, subprocess, sys, time, warnings
 warnings.simplefilter('ignore')
 limit,d,ns = 6,128,(256,1024,4096,16384)
@@ -112,10 +114,33 @@ def memory():
         res = [show(child('one_memory', name, *o), 1e3) for o in (('1000','memory'),('100','memory'),('1000','square'))]
         print(f'| {name} | '+' | '.join(res)+' |', flush=True)
 
+def gather_part(ns):
+    "What each of two processes does"
+    import torch
+    from dmlfast.train.distributed import gather_rows
+    from dmlfast.train.processes import together
+    res = []
+    with together():
+        for n in ns:
+            x,times = torch.randn(n//2, d, requires_grad=True),[]
+            for _ in range(31):
+                t = time.perf_counter()
+                gather_rows(x).sum().backward()
+                times.append(time.perf_counter()-t)
+            res.append((min(times[1:]),statistics.median(times[1:])))
+    return res
+
+def gather():
+    from dmlfast.train.launcher import launch
+    os.environ['PYTHONPATH'] = os.pathsep.join([os.path.dirname(os.path.abspath(__file__)), os.environ.get('PYTHONPATH', '')])
+    print('| rows of both | MB that come to a process | ms, least | ms, median |\n|---|---|---|---|')
+    for n,(least,median) in zip(ns, launch('scale:gather_part', 2, ns=ns)):
+        print(f'| {n:,} | {n/2*d*4/1e6:.2f} | {least*1e3:.2f} | {median*1e3:.2f} |')
+
 if __name__=='__main__':
     what,*args = sys.argv[1:] or ['']
     if what.startswith('one_'): print(json.dumps(globals()[what](*args)))
-    elif what in ('losses','chunks','memory'):
+    elif what in ('losses','chunks','memory','gather'):
         import torch
         print(f'{os.cpu_count()} CPUs, one thread, load {os.getloadavg()[0]:.0f}, torch {torch.__version__}\n')
         globals()[what](*args)

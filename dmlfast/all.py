@@ -11,7 +11,7 @@ from .models import Embedder, bn_inception, embedder_splitter, stage_splitter
 from .retrieval import (
     Embedded, RetrievalResult, evaluate_retrieval, evaluate_protocol, evaluate_random_gallery, neighbours, register_metric,
     register_reranker, QueryExpansion, KReciprocal)
-from .deploy import ImageEmbedder, load_embedder
+from .deploy import ImageEmbedder, load_embedder, load_onnx
 from .data import (
     ClassSplitter, ClassBlock, BalancedSampler, BalancedDL, SetEpoch, hard_pairs, register_reader, MetricDataset, data_folder,
     bad_images, cub200, cars196, online_products, inshop, vehicle_id, glyphs)

@@ -46,7 +46,7 @@ mutants = [ # room, what its code says, what it says instead, tests
     # a pair counts as if both of its classes were drawn independently of its weight
     ('retrieval.verify', "n = (w@above-above.sum(0)/2)[:,1:]", "n = (w@above)[:,1:]", 'test_verify.py -k draw'),
     # what is unknown gets a label
-    ('deploy.embedder', "res = [o if hits[0].score>=least else Label(None, hits[0].score)",
+    ('deploy.finder', "res = [o if hits[0].score>=least else Label(None, hits[0].score)",
         "res = [o if True else Label(None, hits[0].score)", 'test_verify.py -k "find_nothing or labels_from"'),
     # the first item finds itself
     ('retrieval.search', "has = (own>=0).nonzero()[:,0]", "has = (own>0).nonzero()[:,0]", 'test_retrieval.py'),
@@ -56,12 +56,21 @@ mutants = [ # room, what its code says, what it says instead, tests
     ('train.compat', "p.grad = p.grad if p.requires_grad else None", "pass", 'test_lora.py -k two_groups'), # what is frozen decays
     ('train.columns', "(epoch+1)%self.every==0", "epoch%self.every==0", 'test_learner.py -k every_other'),
     ('train.distributed', "return g[r*ctx.n:(r+1)*ctx.n]*n", "return g[r*ctx.n:(r+1)*ctx.n]", 'test_distributed.py -k one_process'),
+    ('train.compat', "bar.update(0)", "pass", 'test_checkpoint.py -k progress_bars'), # a run does not go on in a terminal
+    ('train.memory', "'size','embs','labels','at','steps'", "'size','at','steps'", 'test_distributed.py -k a_memory_is'), # not resumed
+    ('study.plans', "dl.bs //= n", "pass", 'test_distributed.py -k test_an_experiment'), # batches are larger than the plan's
     ('data.batches', ".reshape(len(self), -1, self.bs)[:,self.shard[0]]", ".reshape(len(self), self.bs, -1)[...,self.shard[0]]",
         'test_distributed.py -k share'), # a class is in two processes
-    ('deploy.embedder', "m = min(w/tw, h/th)", "m = max(w/tw, h/th)", 'test_deploy.py'),
+    # any size is fetched
+    ('files.fetching', "if n>(most := min(self.left, most or self.left)):", "if False:", 'test_hub.py -k agreed'),
+    ('files.described', "if hash_of(fn)!=sha256[name]:", "if False:", "test_hub.py -k 'changed_on'"), # what was changed is taken
+    ('deploy.hub', "if private and not api.repo_info(repo).private:", "if False:", 'test_hub.py -k private'), # everybody sees it
+    ('deploy.runtime', "if _elsewhere in data:", "if False:", 'test_onnx.py -k networks'), # another file is read
+    ('deploy.runtime', "np.lexsort((best, -scores[best]))", "np.lexsort((best, scores[best]))", 'test_onnx.py -k many'), # farthest first
+    ('files.resizing', "m = min(w/tw, h/th)", "m = max(w/tw, h/th)", 'test_deploy.py'),
     # what was added later is not found
     ('deploy.gallery', "self.embs is not None and self._ready[0] is self.embs", "self._ready[0] is not None", 'test_deploy.py'),
-    ('deploy.lance', "elif at: res,at = [*res,tuple(at)],None", "elif at: pass", 'test_gallery.py -k table_is'), # ranges hold others
+    ('deploy.lance', "elif at: res,at = [*res,tuple(at)],None", "elif at: pass", 'test_gallery.py -k lance'), # ranges hold others
     ('deploy.journal', "read_text(encoding='utf-8')!=self.text:", "read_text(encoding='utf-8')=='':", 'test_gallery.py -k changed'),
     ('deploy.journal', "write_whole(self._list, text)", "self._list.write_text(text)", 'test_gallery.py -k kill'), # half a list
     ('train.ssr', "self.soft(sim.diff(dim=1)+self.alpha)", "self.soft(sim.diff(dim=1)-self.alpha)", 'test_ranking.py -k loss'),

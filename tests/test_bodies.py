@@ -50,6 +50,12 @@ def folder(tmp_path_factory):
     save_folder('vit_tiny_patch16_224', path, **small, img_size=64)
     return path
 
+def test_one_batch_is_read_for_size_and_channels(make, folder, monkeypatch):
+    read,old = [],DataLoader.one_batch
+    monkeypatch.setattr(DataLoader, 'one_batch', lambda self: read.append(1) or old(self))
+    make(f'local-dir:{folder}', 64)
+    assert len(read)==1
+
 def test_a_folder_trains_and_is_not_needed_again(make, folder, tmp_path):
     "Its weights are what training begins with; an export has timm's own name, and is read where the folder is not"
     (there := tmp_path/'there').mkdir()

@@ -206,6 +206,15 @@ def test_weights_are_saved_whole_or_not_at_all(make_learner, tmp_path, monkeypat
     assert [o.name for o in (tmp_path/'models').iterdir()]==['best.v1.pth'] and (tmp_path/'models'/'best.v1.pth').read_bytes()==before
     learn.load('best.v1')
 
+def test_a_run_goes_on_with_progress_bars(make_learner, tmp_path):
+    "As in a notebook or a terminal"
+    from fastai.callback.progress import ProgressCallback
+    with pytest.raises(KeyboardInterrupt): make_learner().fit(3, cbs=[Checkpoint(tmp_path/'run'), Do(4, stop)])
+    learn = make_learner().resume(tmp_path/'run')
+    learn.add_cb(ProgressCallback())
+    learn.fit(3)
+    assert len(learn.recorder.values)==3 and not hasattr(learn.progress, 'mbar')
+
 def test_a_folder_that_cannot_be_written_to(make_learner, tmp_path):
     (tmp_path/'file').write_text('')
     learn = make_learner()

@@ -171,6 +171,16 @@ def test_arguments_win_over_the_file(tmp_path):
     assert _s('--path elsewhere')['data']==dict(reader='cub200', path='elsewhere', val_pct=.3)
     assert _s('--data glyphs')['data']==dict(reader='glyphs') and _s('--data glyphs')['fit']==dict(lr=.01)
 
+def test_help_names_what_there_is():
+    "It is there before the losses are read, so that it cannot ask them"
+    from dmlfast.losses import register_loss, register_miner
+    from dmlfast.study.settings import declared_settings
+    from dmlfast.train.recipe import recipes
+    def words(path): return re.findall(r'\w+', declared_settings()[path].help.partition("; the")[0].partition(', for losses')[0])
+    for path,registry in {'loss.name':register_loss, 'loss.miner.name':register_miner}.items():
+        assert {registry.full_name(o) for o in words(path) if o!='or'}=={*registry}
+    assert {*recipes}<={*words('recipe')}
+
 def test_help_is_there_at_once(tmp_path):
     import dmlfast.cli as cli
     for f in (cli.dmlfast_train, cli.dmlfast_eval, cli.dmlfast_tune, cli.dmlfast_bench):

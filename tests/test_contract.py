@@ -69,3 +69,9 @@ def test_a_gallery_that_changes(glyph_dir, tmp_path):
     assert finder.search(photos[0], k=1)[0].label=='a new species' and old not in finder.labels and 3<len(finder)<n
     finder.to_lancedb(tmp_path/'birds.lance')
     assert load_embedder(tmp_path/'birds', gallery=tmp_path/'birds.lance').search(photos[0], k=1)[0].label=='a new species'
+
+def test_large_batches_and_memories(make_learner):
+    learn = make_learner(freeze_bn=True)
+    learn.fit_one_cycle(1, 1e-3, cbs=[LargeBatch(chunk=8)])
+    learn.fit_one_cycle(1, 1e-3, cbs=[BatchMemory(64, start=1)])
+    assert len(learn.recorder.values)==1

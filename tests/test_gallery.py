@@ -1,12 +1,14 @@
 "A gallery that changes: against a plain list, in memory and in LanceDB, and in a process that is killed at any moment"
-import builtins, json, shutil, subprocess, sys
+import builtins, json, os, shutil, signal, subprocess, sys, time, warnings
 import hypothesis.strategies as st, numpy as np, pytest, torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from tempfile import TemporaryDirectory
+from unittest.mock import Mock
 from dmlfast.deploy import ImageEmbedder, Journal, LanceGallery, MemoryGallery, Preprocess, load_embedder
+from dmlfast.deploy.folder import _read_gallery
 from dmlfast.deploy.journal import hash_of
 from dmlfast.models.embedder import Embedder
 
@@ -52,18 +54,43 @@ def passes(row, where):
         return v in want if isinstance(want, list) else v==want
     return all(ok(row.get(k), w) for k,w in where.items())
 
+touching = 'open','replace','fsync','write','close','chmod','unlink','rename','mkdir','serialize_file','read','__exit__','scandir'
+
+def killed(f, die=None, after=0., names=touching):
+    "Call `f` in another process, which is killed at call or return `die` of what touches a file, or `after` seconds"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # LanceDB's of a fork
+        pid = os.fork()
+    if not pid:
+        calls = 0
+        def count(frame, event, arg):
+            nonlocal calls
+            calls += event in ('c_call','c_return') and arg.__name__ in names
+            if calls==die: os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            signal.alarm(60) # whatever becomes of the test
+            if die: sys.setprofile(count)
+            f()
+        finally: os._exit(1)
+    if not die:
+        time.sleep(after)
+        os.kill(pid, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
 class Machine(RuleBasedStateMachine):
     "What is done to a finder is done to a list of dictionaries"
-    lance = False
+    lance,kind,kills = False,None,0
 
     @initialize()
     def begin(self):
         self.tmp,self.rows,self.rng,self.columns = TemporaryDirectory(),[],np.random.RandomState(0),set()
         self.at = shutil.copytree(self.folder, Path(self.tmp.name)/'e')
-        self.finder = stub(load_embedder(self.at, write=True))
-        if self.lance: self.finder.to_lancedb(self.table)
-        else: self.finder.gallery.journal.most = 4
+        if self.lance: stub(load_embedder(self.at, write=True)).to_lancedb(self.table)
+        self.load()
+        self.add([('a','1.jpg'),('b','2.jpg'),("c's",'ö 3.jpg')], {})
+        self.started()
 
+    def started(self): pass
     @property
     def table(self): return Path(self.tmp.name)/'g.lance'
     def teardown(self):
@@ -118,30 +145,65 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def load(self): self.finder = stub(load_embedder(self.at, write=True, gallery=self.table if self.lance else None))
 
-    @precondition(lambda self: not self.lance)
     @rule()
     def save(self): self.finder.save(self.at, overwrite=True)
+
+    def state(self): return [(o['label'], o['item'], *o['x'].tolist()) for o in self.rows]
+    @rule(how=st.sampled_from(['add','remove','rename','replace','save']), label=labels, which=st.integers(0, 99), die=st.integers(1, 60))
+    def kill(self, how, label, which, die):
+        "A process is killed while it makes a change, or has made it"
+        row = self.rows[which%len(self.rows)] if self.rows else None
+        def relabel(hit):
+            for o in hit: o['label'] = label
+        f = dict(add=lambda: self.add([(label,'1.jpg')]*2, {}), save=lambda: self.finder.save(self.at, overwrite=True),
+            remove=lambda: self.remove(dict(label=row['label'])), replace=lambda: self.replace(row['item']),
+            rename=lambda: self.changes(lambda: self.finder.rename(row['label'], label), dict(label=row['label']), relabel))[how]
+        if row is None and how not in ('add','save') or how=='replace' and sum(o['item']==row['item'] for o in self.rows)>1: return
+        Machine.kills += killed(f, **(dict(after=die/500) if self.lance else dict(die=die)))
+        before,states = [dict(o) for o in self.rows],[self.state()]
+        self.finder = Mock()
+        f() # to the list alone
+        states.append(self.state())
+        self.load()
+        g = self.finder.gallery
+        got = [(a,b,*x) for a,b,x in zip(g.labels, g.items, g.embs.tolist())] if len(g) else []
+        assert got in states
+        if got!=states[1]: self.rows = before
 
     @invariant()
     def same(self):
         g = self.finder.gallery
+        assert self.finder.index_kind==self.kind
         assert isinstance(g, LanceGallery if self.lance else MemoryGallery) and len(self.finder)==len(self.rows)
         assert (g.labels, g.items)==([o['label'] for o in self.rows], [o['item'] for o in self.rows])
         assert g.classes()==sorted({o['label'] for o in self.rows})
         for k in self.columns: assert g.facts.get(k, [None]*len(self.rows))==[o.get(k) for o in self.rows]
         if self.rows: assert np.array_equal(g.embs.numpy(), np.stack([o['x'] for o in self.rows]))
+        if self.lance: return
+        e = MemoryGallery() # of a reader beside the writer
+        _read_gallery(e, json.loads((self.at/'embedder.json').read_text()), self.at)
+        assert (e.labels, e.items, e.index_kind)==(g.labels, g.items, self.kind)
+
+class IndexMachine(Machine):
+    def started(self): self.index('hnsw')
+    @rule(kind=st.sampled_from(['hnsw','int8','ivf','auto',None]))
+    def index(self, kind):
+        self.finder.index(kind)
+        self.kind = kind
 
 class LanceMachine(Machine): lance = True
 
-def test_a_gallery_in_memory_and_its_folder_is_a_list(empty, one_model):
+@pytest.mark.parametrize('machine,n,steps', [(Machine,20,20), (IndexMachine,20,20), (LanceMachine,12,16)],
+    ids=['memory','index','lance'])
+def test_a_gallery_is_a_list(empty, one_model, monkeypatch, machine, n, steps):
+    "In memory and its folder, with an index, and as a table; whatever is done to it, and whenever its process is killed"
     from hypothesis.stateful import run_state_machine_as_test
-    run_state_machine_as_test(Machine, settings=settings(max_examples=25, stateful_step_count=20, deadline=None, derandomize=True,
-        database=None))
-
-def test_a_table_is_a_list(empty, one_model):
-    from hypothesis.stateful import run_state_machine_as_test
-    run_state_machine_as_test(LanceMachine, settings=settings(max_examples=12, stateful_step_count=16, deadline=None, derandomize=True,
-        database=None))
+    if machine is IndexMachine: pytest.importorskip('faiss')
+    Machine.kills = 0
+    monkeypatch.setattr(Journal, 'most', 2) # changes until their files become one
+    run_state_machine_as_test(machine, settings=settings(max_examples=n, stateful_step_count=steps, deadline=None, derandomize=True,
+        database=None, phases=(Phase.generate,)))
+    assert Machine.kills>5
 
 # ---- a process that is killed ----
 script = '''
@@ -227,6 +289,12 @@ def test_what_was_acknowledged_is_there_after_a_kill(folder):
     assert not res.returncode, res.stderr
     done,between,left = map(int, res.stdout.split())
     assert done>12 and between>0 and left<12 # how many depends on the load of the machine
+
+def test_a_folder_is_never_missing_while_another_takes_its_place(folder):
+    e = stub(load_embedder(folder)).add([*np.eye(d)], list('abcd'), list('1234'))
+    for die in range(1, 5): # before and after each of the renamings that there would be without an exchange
+        killed(lambda: e.save(folder, overwrite=True), die, names=('rename',))
+        assert len(load_embedder(folder))==4
 
 # ---- folders ----
 def test_a_folder_that_changed(folder):
@@ -357,6 +425,34 @@ def test_tables(folder, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"needs lancedb: pip install 'dmlfast\[lance\]'"):
         load_embedder(folder, gallery=tmp_path/'g.lance')
 
+def test_a_table_in_an_object_store_and_one_that_is_open(folder, tmp_path):
+    "LanceDB reads an address `file://` as it reads those of other object stores; a connection of one's own may be to a service"
+    lancedb = pytest.importorskip('lancedb')
+    e,where = stub(load_embedder(folder)).add([*np.eye(d)], list('aabb'), list('1234'), dict(price=[1,2,3,None])),f'file://{tmp_path}'
+    e.to_lancedb(f'{where}/g.lance').add([np.ones(d)], 'c', '5').remove(item='2')
+    again = stub(load_embedder(folder, gallery=f'{where}/g.lance'))
+    assert again.labels==['a','b','b','c'] and again.gallery.facts==dict(price=[1,3,None,None])
+    assert [o.item for o in again.search(np.eye(d)[2], 1)]==['3']
+    with pytest.raises(FileExistsError, match='g.lance'): e.to_lancedb(f'{where}/g.lance')
+    with pytest.raises(FileNotFoundError, match='There is no gallery'): load_embedder(folder, gallery=f'{where}/none.lance')
+    db = lancedb.connect(tmp_path/'service')
+    again.to_lancedb('birds', db=db)
+    with pytest.raises(FileExistsError, match="'birds' is there already"): again.to_lancedb('birds', db=db)
+    again.to_lancedb('birds', overwrite=True, db=db).rename('c', 'd')
+    open_ = load_embedder(folder, gallery=db.open_table('birds'))
+    assert (open_.labels, open_.items, open_.gallery.facts)==(['a','b','b','d'], ['1','3','4','5'], dict(price=[1,3,None,None]))
+    db.create_table('others', [dict(x=1)])
+    with pytest.raises(ValueError, match='is a table of something else'): load_embedder(folder, gallery=db.open_table('others'))
+
+def test_a_table_is_tidied_up_by_its_versions(folder, tmp_path, monkeypatch):
+    "Also where each process makes one change"
+    e = stub(load_embedder(folder)).to_lancedb(tmp_path/'g.lance')
+    tidied = []
+    monkeypatch.setattr(type(e.gallery.table), 'optimize', lambda self: tidied.append(self.version))
+    monkeypatch.setattr(LanceGallery, 'tidy_every', 4)
+    while e.gallery.table.version<9: stub(load_embedder(folder, gallery=tmp_path/'g.lance')).add([np.ones(d)], 'a', 'x')
+    assert tidied==[4,8]
+
 # ---- with an index, a threshold and a second look ----
 def near(rows, q, k):
     "Names of the nearest of `(name, embedding)`s, by hand"
@@ -397,19 +493,54 @@ def test_an_index_follows_the_changes(folder, kind):
     rows['1'],rows['3'] = rows['1'],rows.pop('7')
     change(lambda e: e.remove(item=['3','5']).rename('7', '3', 'item'))
 
-@pytest.mark.parametrize('kind', ['int8','SQ8'])
-def test_the_change_of_all_has_no_index(folder, kind):
-    if kind=='SQ8': pytest.importorskip('faiss')
+@pytest.mark.parametrize('kind', ['int8','SQ8','hnsw'])
+def test_the_change_of_all_has_its_index(folder, kind):
+    "What took long to make is kept, also where the file of all changes takes the place of the folder's own; what is stale is made again"
+    if kind!='int8': pytest.importorskip('faiss')
     stub(load_embedder(folder)).add([*np.eye(d)], list('abcd'), list('1234')).index(kind).save(folder, overwrite=True)
     e = stub(load_embedder(folder, write=True))
     e.calibration = dict(threshold=.5, fmr=.1)
     e.gallery.journal.most = 2
     for i in range(3): e.rename('abcd'[i], f'{i}')
     assert e.index_kind==kind and not [o.name for o in folder.iterdir() if o.name.startswith('index')]
-    again = load_embedder(folder)
-    assert again.labels==['0','1','2','d'] and again.index_kind is None
+    again = stub(load_embedder(folder))
+    assert again.labels==['0','1','2','d'] and again.index_kind==kind and again.gallery.is_ready==(kind!='int8')
+    assert [o.item for o in again.search(np.eye(d)[2], 1)]==['3']
     again = load_embedder(e.save(folder, overwrite=True))
     assert again.labels==['0','1','2','d'] and again.index_kind==kind and again.threshold==.5
+    e.replace('1', -np.eye(d)[0])
+    for i in range(3): e.rename(f'{i}', 'abc'[i]) # folded, and not searched since an item has another image
+    again = load_embedder(folder)
+    assert again.labels==list('abcd') and not again.gallery.is_ready and again.index_kind==(None if kind=='SQ8' else kind)
+
+def test_an_index_is_kept_like_a_change(folder):
+    pytest.importorskip('faiss')
+    e = stub(load_embedder(folder, write=True)).add([*np.eye(d)], list('abcd'), list('1234')).index('SQ8')
+    assert json.loads((folder/'embedder.json').read_text())['format']==4
+    again = stub(load_embedder(folder, write=True))
+    core = again.gallery.searched().indexed.core.index
+    assert again.index_kind=='SQ8' and type(core).__name__=='IndexScalarQuantizer' and core.ntotal==4
+    again.add([-np.ones(d)], 'e', '5').index(None)
+    assert core.ntotal==5 and load_embedder(folder).index_kind is None
+    with pytest.raises(ValueError, match='changed by another process'): e.index('hnsw')
+    name = 'gallery-000002.safetensors'
+    def text(**how): return torch.tensor(list(json.dumps(how).encode()), dtype=torch.uint8)
+    good = load_file(folder/name)['packed']
+    for says,o in {'that of an index in it': dict(change=text(op='index', kind='SQ8')),
+        'index in it.': dict(change=text(op='index', kind=3), packed=good),
+        'must be bytes': dict(change=text(op='index', kind='SQ8'), packed=good.float()),
+        'cannot be read: it must be an index that faiss wrote': dict(change=text(op='index', kind='SQ8'), packed=good[:-9]),
+        'does not fit the gallery: it is IndexScalarQuantizer of 4': dict(change=text(op='index', kind='hnsw'), packed=good),
+        "got 'SQX'": dict(change=text(op='index', kind='SQX'), packed=good),
+        'the parts of a change': dict(change=text(op='remove'), rows=torch.tensor([1]), packed=good)}.items():
+        save_file(o, folder/name)
+        about = json.loads((folder/'embedder.json').read_text())
+        with pytest.raises(ValueError, match='was changed or cut off'): load_embedder(folder)
+        about['sha256'][name] = hash_of(folder/name)
+        whole = (folder/'embedder.json').read_text()
+        (folder/'embedder.json').write_text(json.dumps(about))
+        with pytest.raises(ValueError, match=f"'{name}' in .* is no change of a gallery: .*{says}"): load_embedder(folder)
+        (folder/'embedder.json').write_text(whole)
 
 def test_a_threshold_stays_with_changes(folder):
     e = load_embedder(folder)

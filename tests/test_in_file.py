@@ -2,7 +2,7 @@
 import json, pytest, subprocess, sys, torch
 import numpy as np
 from safetensors import safe_open
-from dmlfast.retrieval import Embedded, evaluate_retrieval, neighbours
+from dmlfast.retrieval import Embedded, evaluate_retrieval, neighbours, products
 from dmlfast.retrieval.search import Rows
 
 EVERY = ['recall','precision@1','r_precision','map@r','map','mrr','pr_curve']
@@ -42,6 +42,15 @@ def test_metrics_are_those_in_memory(kind, metric, block, tmp_path, monkeypatch)
     for names in (EVERY, ['recall','map@r']):
         same(evaluate_retrieval(x, y, file, gy, names, metric=metric), evaluate_retrieval(x, y, g, gy, names, metric=metric))
 
+@pytest.mark.skipif(not products._onednn(), reason='oneDNN is not there')
+@pytest.mark.parametrize('kind', ['random','copies','ties'])
+def test_by_onednn_too(kind, tmp_path, monkeypatch):
+    x,y,g,gy = data(kind)
+    file = in_file(g, tmp_path/'g.npy')
+    in_blocks(monkeypatch, 50)
+    same(*(evaluate_retrieval(x, y, o, gy, EVERY, backend='onednn') for o in (file,g)))
+    for a,b in zip(*(neighbours(x, o, 12, backend='onednn') for o in (file,g))): assert torch.equal(a, b)
+
 @pytest.mark.parametrize('kind', ['random','ties'])
 def test_what_a_query_must_not_see(kind, tmp_path, monkeypatch):
     _,_,g,gy = data(kind)
@@ -55,6 +64,18 @@ def test_what_a_query_must_not_see(kind, tmp_path, monkeypatch):
         same(evaluate_retrieval(g[q], gy[q], in_file(g, tmp_path/'g.npy'), gy, EVERY, **kw), want)
         for a,b in zip(neighbours(g[q], tmp_path/'g.npy', 12, **kw), neighbours(g[q], g, 12, **kw)):
             assert torch.allclose(a, b) if a.is_floating_point() else torch.equal(a, b)
+
+@pytest.mark.parametrize('backend', ['torch']+['onednn']*products._onednn())
+def test_no_row_is_alone(backend, tmp_path):
+    "A block of one row would be rounded otherwise, so that its equal would come first"
+    g = torch.randn(2049, 8192, generator=torch.Generator().manual_seed(0)).numpy()
+    g[2048] = g[5]
+    rows = Rows(in_file(g, tmp_path/'g.npy'))
+    assert [(o.start,o.stop) for o in rows.blocks()]==[(0,1024),(1024,2049)]
+    assert [o.stop for o in Rows(in_file(g[:1100,:3], tmp_path/'s.npy')).blocks()]==[1100]
+    q = g[:40]+.5*g[5]
+    a,b = (neighbours(q, o, 9, backend=backend) for o in (tmp_path/'g.npy',g))
+    assert torch.equal(a[1], b[1]) and torch.equal(a[0], b[0])
 
 def test_nothing_is_relevant(tmp_path):
     x,y,g,gy = data('random')

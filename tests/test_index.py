@@ -80,6 +80,11 @@ def test_without_faiss(no_faiss):
         assert Index(x, 'int8').search(q, 5)[1].shape==(5,5) and Index(x, 'auto').kind is None
     assert ["'hnsw' needs faiss" in str(o.message) for o in w]==[True]
 
+def test_auto_of_many_without_faiss(no_faiss, monkeypatch):
+    monkeypatch.setattr(room, '_exact_below', 100)
+    with pytest.warns(UserWarning, match="'auto' needs faiss, which is not installed: the search is by 'int8'"): a = Index(points(), 'auto')
+    assert a.kind=='int8' and Index(points(), 'auto').kind=='int8'
+
 def test_refused():
     with pytest.raises(ValueError, match="what|got 'hsnw'"): Index(points(), 'hsnw')
     with pytest.raises(ValueError, match='name of a kind'): Index(points(), 3)
@@ -123,6 +128,16 @@ def test_a_grown_index_is_not_made_again(made, monkeypatch):
     assert finder.gallery.searched().indexed.core is core and core.index.ntotal==61
     finder.index(None)
     assert finder.gallery.searched().indexed is None
+
+def test_auto_goes_with_the_size(made, monkeypatch, tmp_path):
+    "Of a gallery that grows, too, and that is loaded"
+    monkeypatch.setattr(room, '_exact_below', 62)
+    finder = made().index()
+    def kind(o): return o.gallery.searched().indexed.kind
+    assert kind(finder) is None and kind(finder.add([image(100)], 'new')) is None
+    assert finder.add([image(101)], 'new') is finder and kind(finder)=='hnsw' and finder.search(image(101))[0].label=='new'
+    again = load_embedder(finder.save(tmp_path/'e'))
+    assert again.gallery.is_ready and again.index_kind=='auto' and kind(again)=='hnsw'
 
 def test_a_folder_whose_index_is_not_as_it_was(made, tmp_path):
     folder = made().index('hnsw').save(tmp_path/'e')

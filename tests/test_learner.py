@@ -208,6 +208,13 @@ def test_batches_without_pairs_are_not_silent(make_learner, loss, recwarn):
 
 def _stop(self): raise CancelFitException
 
+def test_one_class_to_validate_on_is_said(make_learner, few):
+    learn,label = make_learner(),dict(zip(few.items(), few.df.label))
+    vals = few.items('val')
+    learn.dls.loaders[1] = learn.dls.test_dl([o for o in vals if label[o]==label[vals[0]]], with_labels=True)
+    with learn.added_cbs(Callback(after_batch=_stop)):
+        with pytest.warns(UserWarning, match='All validation images are of one class, so that recall is 1'): learn.fit(1, 0.)
+
 def test_a_foreign_loss_and_pairs(make_learner, recwarn):
     from pytorch_metric_learning.losses import MultiSimilarityLoss as Theirs, ProxyAnchorLoss as TheirProxies
     for loss,n in ((Theirs(), 1), (TheirProxies(20, 16), 0), (lambda embs, labels: embs.pow(2).mean(), 0)):

@@ -1,15 +1,17 @@
 "Search and metrics against a brute-force reference in float64, and against what other libraries get right"
-import json, math, re, subprocess, sys, warnings
+import json, math, re, subprocess, sys, time, warnings
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 import dmlfast.retrieval.search as retrieval
+from dmlfast.retrieval import products
 from dmlfast.retrieval.results import Contingency, RetrievalResult
 from dmlfast.retrieval.metrics import evaluate_random_gallery, evaluate_retrieval
 from dmlfast.retrieval.search import Gallery, kmeans, neighbours
 
 KS = (1,2,4,8)
 RANKED = ['recall','precision@1','r_precision','map@r','map','mrr']
+BACKENDS = ['torch','faiss']+['onednn']*products._onednn() # which is not there on every machine
 
 # ---- the reference: one query at a time, straight from the definitions, in float64 ----
 def ref_scores(q, g, metric):
@@ -245,6 +247,89 @@ def test_process_settings_do_not_matter_and_are_left_alone(monkeypatch):
     finally: torch.set_float32_matmul_precision(prec)
     same(a, evaluate_retrieval(x.detach(), labels(60,6), metrics=RANKED))
 
+# ---- whose product ----
+needs_onednn = pytest.mark.skipif('onednn' not in BACKENDS, reason='oneDNN is not there')
+
+@pytest.fixture
+def unprobed():
+    cached = products._onednn,products.fastest_product
+    for o in cached: o.cache_clear()
+    yield
+    for o in cached: o.cache_clear()
+
+@needs_onednn
+@pytest.mark.parametrize('metric', ['cosine','l2','dot'])
+def test_metrics_by_either_product(metric):
+    "Whole numbers are multiplied without rounding, so that both give the same to the bit; and of others nothing but rounding differs"
+    x,y,full = whole(150)/8,labels(150,9),RANKED+['pr_curve']
+    a,b = (evaluate_retrieval(x, y, metrics=full, metric=metric, backend=o, block=37) for o in ('torch','onednn'))
+    if metric!='cosine': same(a, b)
+    assert (a.settings['product'],b.settings['product'])==('torch','onednn')
+    x = torch.randn(150, 40, generator=torch.Generator().manual_seed(1))
+    same(*(evaluate_retrieval(x, y, metrics=full, metric=metric, backend=o, block=37) for o in ('torch','onednn')))
+
+@needs_onednn
+@pytest.mark.parametrize('d', [1,2,15,16,33,128,200,512,1100])
+def test_the_product_of_two_rows_does_not_depend_on_others(d):
+    "Nor on where they stand, or the order of equal items and the results of blocks would"
+    x = torch.randn(700, d, generator=torch.Generator().manual_seed(d))
+    u = products.multiply('onednn', x, x)
+    torch.testing.assert_close(u.double(), x.double()@x.double().T, atol=1e-5*d, rtol=1e-5)
+    assert torch.equal(u, u.T)
+    order = torch.randperm(700, generator=torch.Generator().manual_seed(0))
+    for n in (2,3,5,16,31,64,333):
+        for m in (2,17,100,699): assert torch.equal(products.multiply('onednn', x[5:5+n], x[order[:m]]), u[5:5+n,order[:m]])
+
+@pytest.mark.parametrize('slow,want', [('torch','onednn'),('onednn','torch')])
+def test_the_faster_product_is_found_out_once(slow, want, monkeypatch, unprobed):
+    if 'onednn' not in BACKENDS: want = 'torch'
+    mm,seen = torch.mm,[]
+    def _multiply(product, q, g, *args):
+        seen.append(product)
+        if product==slow: time.sleep(.02)
+        return mm(q, g.T)
+    monkeypatch.setattr(products, 'multiply', _multiply)
+    monkeypatch.setattr(products, '_onednn', lambda: 'onednn' in BACKENDS)
+    cpu,state = torch.device('cpu'),torch.get_rng_state()
+    assert products.product_of('auto', 2**30-1, cpu)=='torch' and not seen # little to multiply is not worth it
+    assert products.product_of('auto', 2**30, cpu)==want
+    n = len(seen)
+    assert products.product_of('auto', 2**40, cpu)==want and len(seen)==n and torch.equal(torch.get_rng_state(), state)
+    assert products.product_of('torch', 2**40, cpu)==products.product_of('auto', 2**40, torch.device('cuda'))=='torch'
+
+@pytest.mark.parametrize('why', ['missing','uneven'])
+def test_a_product_that_cannot_be_used(why, monkeypatch, unprobed):
+    def _multiply(product, q, g, *args):
+        if why=='missing': raise RuntimeError('no such kernel')
+        return q@g.T+torch.arange(len(q))[:,None]*1e-6 # by where a row stands
+    monkeypatch.setattr(products, 'multiply', _multiply)
+    assert products.fastest_product()=='torch'
+    with pytest.raises(ValueError, match="no oneDNN for this processor: take backend='auto' or 'torch'"):
+        neighbours(rand(9), backend='onednn')
+
+def test_both_choose_by_the_whole_of_the_work(monkeypatch, tmp_path):
+    "Metrics say whose product it was; a gallery in a file takes the one that it would take in memory"
+    monkeypatch.setattr(products, 'fastest_product', lambda: 'onednn' if 'onednn' in BACKENDS else 'torch')
+    x,y = torch.randn(1100, 512, generator=torch.Generator().manual_seed(0)),labels(1100,100)
+    np.save(tmp_path/'g.npy', x[:1000].numpy())
+    for n in (1100,1000): # 1,100 x 1,000 x 512 are more than 2**29, and are called many here
+        monkeypatch.setattr(products, '_much', n*1000*512)
+        for q in (1100,1000):
+            a,b = (evaluate_retrieval(x[:q], y[:q], g, y[:1000], backend='auto') for g in (x[:1000],tmp_path/'g.npy'))
+            same(a, b)
+            assert a.settings['product']==b.settings['product']==(BACKENDS[-1] if q>=n and BACKENDS[-1]=='onednn' else 'torch')
+
+@needs_onednn
+def test_onednn_multiplies_in_float32_whatever_training_has_chosen():
+    x,prec = torch.tensor(rand(60), requires_grad=True),torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision('medium')
+        with torch.autocast('cpu', dtype=torch.bfloat16): v,i = neighbours(x, k=9, backend='onednn')
+    finally: torch.set_float32_matmul_precision(prec)
+    ref,s = ref_rankings(x.detach(), x.detach(), own=np.arange(60))
+    np.testing.assert_array_equal(i, [r[:9] for r in ref])
+    np.testing.assert_allclose(v, np.take_along_axis(s, i.numpy(), 1), atol=1e-6)
+
 def test_inputs_are_not_written_to():
     x,y = rand(40),labels(40,4)
     x0,y0 = x.copy(),y.copy()
@@ -290,7 +375,7 @@ def test_metrics_alone_or_together():
         np.testing.assert_array_equal(a.values[m], evaluate_retrieval(x, y, metrics=m, metric='dot').values[m])
 
 # ---- search ----
-@pytest.mark.parametrize('backend', ['torch','faiss','auto'])
+@pytest.mark.parametrize('backend', BACKENDS+['auto'])
 @pytest.mark.parametrize('metric', METRICS)
 @pytest.mark.parametrize('data', ['random','duplicates','separate'])
 def test_neighbours(backend, metric, data):
@@ -303,7 +388,7 @@ def test_neighbours(backend, metric, data):
         np.testing.assert_array_equal(i, [r[:k] for r in ref])
         np.testing.assert_allclose(v, np.take_along_axis(s, i.numpy(), 1), atol=2e-3 if metric=='l2' else 1e-5)
 
-@pytest.mark.parametrize('backend', ['torch','faiss'])
+@pytest.mark.parametrize('backend', BACKENDS)
 def test_neighbours_do_not_see_what_is_to_be_ignored(backend):
     "Among themselves and in a gallery, against the ranking from the definition; where too little is left, the score says so"
     rng = np.random.default_rng(0)
@@ -317,7 +402,7 @@ def test_neighbours_do_not_see_what_is_to_be_ignored(backend):
             assert row[:n]==list(want[:n]) and score[:n].isfinite().all() and (score[n:]==-torch.inf).all()
     with pytest.raises(ValueError, match='ignore'): neighbours(x, ignore=a[:3])
 
-@pytest.mark.parametrize('backend', ['torch','faiss'])
+@pytest.mark.parametrize('backend', BACKENDS)
 def test_neighbours_that_tie(backend):
     x = whole(80)
     ref,_ = ref_rankings(x, x, 'dot', np.arange(80))
@@ -339,7 +424,7 @@ def test_copies_tie_at_every_place_of_a_block():
     for r in range(40):
         if at[r].any(): assert len(v[r][at[r]].unique())==1 and (i[r][at[r]].diff()>0).all()
 
-@pytest.mark.parametrize('backend', ['torch','faiss'])
+@pytest.mark.parametrize('backend', BACKENDS)
 def test_a_cosine_is_at_most_1(backend):
     "Also where rounding says otherwise; the order and the ties are those of what was computed, and `dot` stays as it is"
     x = torch.from_numpy(rand(300, 96))
@@ -593,7 +678,7 @@ def test_sklearn_average_precision():
         o = np.arange(60)!=i
         np.testing.assert_allclose(r[i], average_precision_score(y[o]==y[i], s[i,o]), atol=1e-6)
 
-@pytest.mark.parametrize('backend', ['torch','faiss'])
+@pytest.mark.parametrize('backend', BACKENDS)
 def test_a_gallery_that_is_ready_gives_the_same(backend):
     "Bit for bit, with copies, zeros and excluded items, and it is not changed by being searched"
     g = torch.Generator().manual_seed(0)

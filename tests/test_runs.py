@@ -141,6 +141,8 @@ def test_a_rank_in_the_settings_is_lora(few):
     assert type(learn.model).__name__=='LoraEmbedder' and {o.shape[0] for k,o in learn.model.named_parameters() if 'lora_A' in k}=={2}
     with pytest.raises(ValueError, match='`fit.lora` would not be looked at'):
         check_settings(dict(fit=dict(transfer=True, lora=2)))
+    with pytest.raises(ValueError, match='`fit.lora` is trained as the network is fitted, and `fit.n_epoch` is 0'):
+        check_settings({**s, 'fit':dict(n_epoch=0, lora=2)})
 
 def test_views_are_drawn_with_the_seed_of_the_ranking():
     from dmlfast.study.checks import make_ranking

@@ -97,6 +97,7 @@ def run_command(
     "Run a command from the shell"
     warnings.simplefilter('ignore', FutureWarning) # PyTorch's to fastai, no concern of the user's
     def _say(msg, status):
+        if status==130 and sys.stderr.isatty(): print(file=sys.stderr) # below the bar that was cut short
         print(f'{_name(func)}: {_as_options(func, msg)}', file=sys.stderr)
         return status
     try:

@@ -16,7 +16,7 @@ from fastcore.script import store_true
 from .arguments import *
 from .commands import *
 from .commands import refusing, resume_with, save_figure, sentence, stdout_for
-from .training import resumed_settings
+from .training import check_launch, resumed_settings
 from ..files.writing import *
 
 # %% ../../nbs/api/cli/04_studies.ipynb #ee5dd5d2
@@ -185,9 +185,17 @@ def _guarded(f):
     else: return 0
     return 1
 
-def _share(plan, out, until, workers):
-    "Run one or several processes; raises `RuntimeError` with the messages of those that failed"
+def _bench_part(plan, out, until):
+    "The work of each of the processes that train together"
+    from dmlfast.study.experiments import Experiment
+    with stdout_for(True): Experiment(plan, out).run(until, lambda o: print(o, flush=True))
+
+def _share(plan, out, until, workers, n=None):
+    "Run one or several processes, or let `n` train together; raises `RuntimeError` with the messages of those that failed"
     import os, subprocess
+    if n is not None:
+        from dmlfast.train.launcher import launch
+        return launch('dmlfast.cli.studies:_bench_part', n, plan=str(plan), out=str(out), until=until)
     # glibc else gives each large tensor's memory back, and asks for it anew: 1.4 times the time of a step on a CPU
     keep = dict(MALLOC_MMAP_THRESHOLD_=str(2**33), MALLOC_TRIM_THRESHOLD_=str(2**34))
     code = f'import sys; from {__name__} import _bench_worker; _bench_worker(*sys.argv[1:])'
@@ -205,7 +213,8 @@ def _share(plan, out, until, workers):
 def dmlfast_bench(
     plan:str, # TOML file of an experiment: https://dmlfast.github.io/dmlfast/api/study/plans.html says what is in it
     out:str=None, # File for the results, one line of JSON each; the plan's name with .jsonl in this folder if not given
-    workers:int=1, # Processes
+    workers:int=1, # Processes that train separately
+    launch:int=None, # Processes that train together, one for each GPU; the plan's batches are divided among them
     hours:float=None, # Start no new work after this many hours; no limit if not given
     dry_run:store_true=False, # Only print the plan and its hours?
     Json:store_true=False, # Print the results as JSON, and everything else to standard error?
@@ -213,18 +222,23 @@ def dmlfast_bench(
     "Compare methods: each tuned on training classes, trained with many seeds, scored once on the test classes"
     with stdout_for(Json):
         from dmlfast.study.experiments import Experiment
+        from dmlfast.train.processes import LostProcess
         until = None if hours is None else hours*3600
         with refusing():
             if workers<1: raise ValueError(f"--workers is 1 or more; got {workers}.")
+            if launch is not None:
+                if workers>1: raise ValueError("--workers train apart and --launch lets processes train together: take one of them.")
+                check_launch(launch)
             if hours is not None and hours<=0: raise ValueError(f"--hours is more than 0; got {hours}.")
             exp = Experiment(plan, out or f'{Path(plan).stem}.jsonl')
             exp.check()
         left = exp.hours_left()
         print(_plan_text(exp, left, workers), end='\n\n')
+        kept = f"What is finished is in {str(exp.out)!r}; the same command goes on."
         try:
-            if not dry_run and exp.jobs(): _share(plan, exp.out, until, workers)
-        except KeyboardInterrupt:
-            raise Interrupted(f"Interrupted. What is finished is in {str(exp.out)!r}; the same command goes on.") from None
+            if not dry_run and exp.jobs(): _share(plan, exp.out, until, workers, launch)
+        except KeyboardInterrupt: raise Interrupted(f"Interrupted. {kept}") from None
+        except LostProcess as e: raise RuntimeError(f"{e} {kept}") from None
         res = dict(out=str(exp.out), left=len(exp.jobs()), runs=exp.rows('run'))
     if Json: print(json.dumps(res, ensure_ascii=False))
     elif exp.rows('run') and not dry_run:

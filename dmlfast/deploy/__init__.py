@@ -1,8 +1,17 @@
 "An embedder with its gallery, without its training"
-from . import gallery, embedder, lance, journal, folder
-from .gallery import *
-from .embedder import *
-from .lance import *
-from .journal import *
-from .folder import *
-__all__ = [*gallery.__all__, *embedder.__all__, *lance.__all__, *journal.__all__, *folder.__all__]
+from importlib import import_module
+
+# loaded when one of their names is asked for; what needs neither PyTorch nor fastcore is loaded without the rest
+_light,_rooms = ['finder', 'runtime'],['gallery', 'embedder', 'lance', 'journal', 'folder', 'hub', 'onnx']
+
+def __getattr__(name):
+    if name.startswith('_') and name!='__all__': raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    names = {}
+    for rooms in (_light, _rooms):
+        mods = [import_module(f'.{o}', __name__) for o in rooms]
+        names |= {k:getattr(m, k) for m in mods for k in m.__all__}
+        if name in names: break
+    else: names['__all__'] = [*names]
+    globals().update(names)
+    if name not in globals(): raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals()[name]

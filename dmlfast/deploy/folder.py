@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/deploy/folder.html.md"""
 __all__ = ['check_embedder_folder', 'load_embedder']
 
 # %% ../../nbs/api/deploy/04_folder.ipynb #03ac7f77
-import contextlib, json, math, re, reprlib, shutil, tempfile, threading, torch
+import contextlib, json, math, threading, torch
 from fastcore.basics import patch
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from timm.layers import to_2tuple
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from types import SimpleNamespace
+from .finder import *
 from .gallery import *
-from .gallery import as_facts
 from .embedder import *
 from .lance import *
 from .journal import *
@@ -29,81 +29,37 @@ from ..models.pooling import *
 from ..models.embedder import named_heads
 from ..retrieval.indexes import *
 from ..retrieval.indexes import index_kinds, read_index
-from ..files.writing import check_folder, clear_up
+from ..files.described import *
+from ..files.resizing import *
+from ..files.fetching import HubFiles, hub_ref, is_repo
+from ..files.writing import check_folder, whole_folder
 
 # %% ../../nbs/api/deploy/04_folder.ipynb #cd3fb98f
-_format = 3 # 1: nothing said how images are opened, and they were taken as they are stored; 2: no changes of the gallery
-_max_about,_max_deep,_max_side,_max_px,_max_emb = 2**20,16,2**14,2**24,2**16
-
-def _is_plain(o, deep=_max_deep):
-    "Can JSON hold it, at most `deep` levels of it?"
-    if deep<0: return False
-    if isinstance(o, dict): return all(isinstance(k, str) and _is_plain(v, deep-1) for k,v in o.items())
-    return all(_is_plain(v, deep-1) for v in o) if isinstance(o, (list,tuple)) else isinstance(o, (str,int,float,bool,type(None)))
+# 1: nothing says how images are opened, so that they are taken as they are stored; 2: no changes of the gallery; 3: none of its index;
+# 4: no body that timm reads
+_format = 5
 
 def _leaves(o):
     "The values in a nest of dictionaries and lists"
     return [v for x in (o.values() if isinstance(o, dict) else o) for v in _leaves(x)] if isinstance(o, (dict,list)) else [o]
 
-def _whole(o, lo, hi): return type(o) is int and lo<=o<=hi # True is an int too
-def _number(o, lo, hi): return type(o) in (int,float) and lo<=o<=hi # a nan is not
-def _is_step(o): return isinstance(o, list) and len(o)==3 and o[0] in Preprocess.kinds and _is_size(o[1]) and _whole(o[2], 0, 5)
-def _is_size(o): return isinstance(o, list) and len(o)==2 and all(_whole(v, 1, _max_side) for v in o) and o[0]*o[1]<=_max_px
-def _is_channels(o, lo, hi): return o is None or isinstance(o, list) and len(o) in (1,3) and all(_number(v, lo, hi) for v in o)
-def _is_arg(o): return len(o)<=200 if isinstance(o, str) else o is None or -_max_side<=o<=_max_side
-def _is_hash(o): return re.fullmatch(r'\w[\w.-]{,99}', o[0], re.ASCII) and isinstance(o[1], str) and re.fullmatch('[0-9a-f]{64}', o[1])
-
-_object = lambda o: isinstance(o, dict),'an object'
+def _is_arg(o): return len(o)<=200 if isinstance(o, str) else o is None or -max_side<=o<=max_side
 _rules = { # for each field what it may be, and how that is said
-    'format': (lambda o: _whole(o, 1, 2**31), 'a whole number of 1 or more'),
-    'model': _object,
+    'format': described['format'],
+    'model': an_object,
     'model.arch': (lambda o: isinstance(o, str) and 0<len(o)<=200 and not set('/:\\') & set(o), 'the name of a timm model'),
-    'model.emb_sz': (lambda o: _whole(o, 1, _max_emb), f'a whole number from 1 to {_max_emb:,}'),
+    'model.emb_sz': (lambda o: is_whole(o, 1, max_emb), f'a whole number from 1 to {max_emb:,}'),
     'model.normalize': (lambda o: isinstance(o, bool), 'true or false'),
     'model.pool': (lambda o: o is None or o in pool_names, f"null, {', '.join(map(repr, pool_names[:-1]))} or {pool_names[-1]!r}"),
     'model.head': (lambda o: o in (*named_heads,'identity'), f"{', '.join(map(repr, named_heads))} or 'identity'"),
     'model.model_kwargs': (lambda o: isinstance(o, dict) and len(_leaves(o))<=256 and all(map(_is_arg, _leaves(o))),
-        f'an object of at most 256 values: text, true, false, null and numbers of up to {_max_side:,}'),
-    'preprocess': _object,
-    'preprocess.steps': (lambda o: isinstance(o, list) and len(o)<=16 and all(map(_is_step, o)),
-        f"at most 16 of [{', '.join(map(repr, Preprocess.kinds))}; [width, height] of up to {_max_side:,} each and {_max_px:,} pixels; "
-        "the number of a PIL filter, 0 to 5]"),
-    'preprocess.mean': (lambda o: _is_channels(o, -1e3, 1e3), 'null, or 1 or 3 numbers from -1,000 to 1,000'),
-    'preprocess.std': (lambda o: _is_channels(o, 1e-6, 1e3), 'null, or 1 or 3 numbers from 0.000001 to 1,000'),
-    'preprocess.mode': (lambda o: o in ('RGB','L'), "'RGB' or 'L'"),
-    'preprocess.background': (lambda o: o is None or isinstance(o, str) and len(o)<=40, 'null, or the name of a colour'),
-    'calibration': (lambda o: o is None or isinstance(o, dict) and _number(o.get('threshold'), -1, 1) and _number(o.get('fmr'), 1e-12, 1),
-        'null, or an object with `threshold` from -1 to 1 and `fmr` above 0 and up to 1'),
-    'facts': (lambda o: o is None or isinstance(o, dict), 'an object'),
-    'versions': (lambda o: isinstance(o, dict) and all(isinstance(v, str) for v in o.values()), 'an object of text'),
-    'sha256': (lambda o: isinstance(o, dict) and all(map(_is_hash, o.items())), 'an object with 64 hexadecimal digits for the name of '
-    'each file, which is in no other folder')}
-_optional = 'facts','versions','preprocess.background','calibration'
+        f'an object of at most 256 values: text, true, false, null and numbers of up to {max_side:,}'),
+    **described}
 
 # %% ../../nbs/api/deploy/04_folder.ipynb #1b77c72f
-def _refuse(folder, name, field, want, got):
-    raise ValueError(f"{name!r} in {str(folder)!r}: `{field}` must be {want}; got {reprlib.repr(got)}.")
-
-def _check_about(about, folder, skip=_optional):
+def _check_about(about, folder, skip=optional):
     "Raise `ValueError` where a field of a description is not there, or is not what it may be"
-    if not isinstance(about, dict):
-        raise ValueError(f"'embedder.json' in {str(folder)!r} does not describe an embedder: it must hold an object; got "
-            f"{reprlib.repr(about)}.")
-    if not _is_plain(about):
-        raise ValueError(f"'embedder.json' in {str(folder)!r} does not describe an embedder: it is nested more than {_max_deep} levels "
-            "deep.")
-    for field,(ok,want) in _rules.items():
-        part,_,key = field.rpartition('.')
-        at = about[part] if part else about
-        if key not in at:
-            if field in skip: continue
-            raise ValueError(f"'embedder.json' in {str(folder)!r} lacks {field}: it must be {want}.")
-        if field=='format' and _whole(at[key], _format+1, 2**31):
-            raise ValueError(f"{str(folder)!r} was written by a newer version of the library (format {at[key]}; this one reads up to "
-                f"{_format}).")
-        if not ok(at[key]): _refuse(folder, 'embedder.json', field, want, at[key])
-    mean,std = (about['preprocess'][o] for o in ('mean','std'))
-    if (mean is None)!=(std is None): _refuse(folder, 'embedder.json', 'preprocess.std', 'given if and only if preprocess.mean is', std)
+    check_described(about, _rules, folder, 'embedder.json', _format, skip)
     _check_spec(about['model'], folder)
 
 _refused = *weight_sources,'pretrained','weights','init','freeze_bn','frozen_stages'
@@ -111,7 +67,7 @@ _refused = *weight_sources,'pretrained','weights','init','freeze_bn','frozen_sta
 def _check_spec(spec, folder):
     "Raise `ValueError` where the description of a model has what a folder may not set"
     known = [o.partition('.')[2] for o in _rules if o.startswith('model.')]
-    if bad := [k for k in spec if k not in known] + [k for k,v in spec['model_kwargs'].items() if k in _refused or not _is_plain(v)]:
+    if bad := [k for k in spec if k not in known] + [k for k,v in spec['model_kwargs'].items() if k in _refused or not is_plain(v)]:
         raise ValueError(f"The model described in {str(folder)!r} has an argument that a folder may not set: {bad[0]!r}.")
 
 def _last_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[-1].strip()
@@ -119,11 +75,15 @@ def _last_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[-1
 @torch.no_grad()
 def _probe(model, preprocess):
     "Embed an empty image, of the shape that the preprocessing makes"
+    model.eval()(torch.zeros(1, *_input_size(model, preprocess), device=next(model.parameters()).device))
+
+def _input_size(model, preprocess):
+    "Channels, height and width of what the preprocessing makes"
     kwargs,steps = model.named['model_kwargs'],preprocess['steps']
     c,size = kwargs.get('in_chans', 3),steps[-1][1][::-1] if steps else to_2tuple(kwargs.get('img_size', model.cfg['input_size'][1:]))
     # other networks take batches of tensors alone
     if c in (1,3): c = max(dict(L=1, RGB=3)[preprocess['mode']], len(preprocess['mean'] or []))
-    model.eval()(torch.zeros(1, c, *size, device=next(model.parameters()).device))
+    return [c,*size]
 
 def _check_finite(tensors, what):
     "Raise `ValueError` where a number is nan or infinite"
@@ -141,26 +101,16 @@ def check_embedder_folder(
         raise FileExistsError(f"{str(folder)!r} is there already: `overwrite=True` replaces it.")
     return folder
 
-def _take_place(new, folder):
-    "Move `new` to where `folder` is, which is given up only then"
-    old = new.with_name(f'{new.name}.old')
-    if folder.exists(): folder.rename(old)
-    try: new.rename(folder)
-    except OSError:
-        if old.exists(): old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-def _description(embedder, spec):
+def _description(embedder, spec, for_timm):
     "What `embedder.json` will hold, but for the hashes, as JSON gives it back"
-    res = dict(format=2, model=spec, preprocess=embedder.preprocess.spec(), facts=embedder.facts,
+    res = dict(format=5 if for_timm else 2, model=spec, preprocess=embedder.preprocess.spec(), facts=embedder.facts,
         versions={o:version(o) for o in ('dmlfast','timm','torch')},
         **(dict(calibration=embedder.calibration) if embedder.calibration else {}))
     try: text = json.dumps(res, indent=1, ensure_ascii=False).encode()
     except (TypeError,ValueError,RecursionError) as e:
         raise ValueError(f"This embedder's description cannot be written as JSON: {e}.") from e
-    if len(text)>_max_about//2:
-        raise ValueError(f"This embedder's description has {len(text):,} bytes, and at most {_max_about//2:,} can be written: hold fewer "
+    if len(text)>max_about//2:
+        raise ValueError(f"This embedder's description has {len(text):,} bytes, and at most {max_about//2:,} can be written: hold fewer "
             "facts.")
     return json.loads(text)
 
@@ -182,6 +132,7 @@ def _check_whole(embedder, preprocess):
 def save(self:ImageEmbedder,
     folder, # Where to write; must not be there
     overwrite:bool=False, # Replace what is there?
+    for_timm:bool=False, # Write the body so that timm reads it too, by `'local-dir:folder'`?
 )->Path:
     "Write the embedder; raises `FileExistsError` if `folder` is there, and `ValueError` for a model that could not be built again"
     folder = check_embedder_folder(folder, overwrite)
@@ -190,20 +141,13 @@ def save(self:ImageEmbedder,
         raise ValueError(f"Only an `Embedder` with a `Preprocess` can be written as a folder, and this is a {type(model).__name__} with a "
             f"{type(self.preprocess).__name__}.")
     _check_spec(spec := model.spec(), folder)
-    about = _description(self, spec)
+    about = _description(self, spec, for_timm)
     _check_about(about, folder, ('sha256','calibration'))
     _check_whole(self, about['preprocess'])
-    with clear_up(folder.parent, ()):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}-'))
-        try:
-            try: self.write(tmp, about)
-            except (OSError,SafetensorError) as e:
-                raise OSError(f"The embedder cannot be written to {str(folder)!r}: {_last_line(e)}") from e
-            _prove(tmp, folder)
-            tmp.chmod(0o755)
-            _take_place(tmp, folder)
-        finally: shutil.rmtree(tmp, ignore_errors=True)
+    with whole_folder(folder) as tmp:
+        try: self.write(tmp, about)
+        except (OSError,SafetensorError) as e: raise OSError(f"The embedder cannot be written to {str(folder)!r}: {_last_line(e)}") from e
+        _prove(tmp, folder)
     if self.gallery.journal and self.gallery.journal.folder==folder: self.gallery.journal = Journal(folder)
     return folder
 
@@ -220,34 +164,46 @@ def write(self:ImageEmbedder,
     about:dict, # What `embedder.json` will hold, but for the hashes
 ):
     "Write the files, the one with the hashes last"
-    save_file({k:v.detach().cpu().contiguous() for k,v in unwrapped(self.model).embedder_state().items()}, folder/'weights.safetensors')
+    model = unwrapped(self.model)
+    parts,for_timm = {'':{k:v.detach().cpu().contiguous() for k,v in model.embedder_state().items()}},about['format']==5
+    if for_timm: parts = {o:{k.removeprefix(o):v for k,v in parts[''].items() if k.startswith('body.')==bool(o)} for o in ('','body.')}
+    for o,tensors in parts.items(): save_file(tensors, folder/_weights[o])
     if _has_rows(self):
         save_file({'embs':self.embs.contiguous()}, folder/'gallery.safetensors')
         facts = {'facts':self.gallery.facts} if self.gallery.facts else {}
         (folder/'gallery.json').write_text(json.dumps(dict(labels=self.labels, items=self.items, **facts), ensure_ascii=False),
             encoding='utf-8', errors='surrogateescape')
-    if _has_rows(self) and self.index_kind:
+    if self.index_kind and (_has_rows(self) or self.index_kind in index_kinds):
         (folder/'index.json').write_text(json.dumps(dict(kind=self.index_kind)), encoding='utf-8')
-        self.gallery.searched().indexed.save(folder/'index.faiss')
-    about['sha256'] = {o.name:hash_of(o) for o in sorted(folder.iterdir())}
+        if _has_rows(self): self.gallery.searched().indexed.save(folder/'index.faiss')
+    if for_timm: (folder/'config.json').write_text(json.dumps(_timm_config(model, about), indent=1), encoding='utf-8')
+    about['sha256'] = {o.name:hash_of(o) for o in sorted(folder.iterdir()) if o.name!='config.json'} # it is for timm
     (folder/'embedder.json').write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding='utf-8')
     for o in folder.iterdir(): o.chmod(0o644) # safetensors lets the owner alone read
 
-# %% ../../nbs/api/deploy/04_folder.ipynb #a9170764
-def _json(folder, name, errors='strict'):
-    "What the JSON file `name` holds"
-    try: return json.loads((folder/name).read_text(encoding='utf-8', errors=errors))
-    except (ValueError,RecursionError) as e: raise ValueError(f"{name!r} in {str(folder)!r} cannot be read: it must be JSON ({e}).") from e
+_weights = {'':'weights.safetensors', 'body.':'model.safetensors'} # what stands before the names in it
 
+def _timm_resize(steps):
+    "Steps of `Preprocess` as timm's transforms for testing call them; nothing where they have no word for it"
+    mode = {('fit',):'center', ('squash',):'squash', ('squash','crop'):'squash'}.get(tuple(o for o,*_ in steps))
+    if mode is None: return {}
+    (_,(w,_),resample),last = steps[0],steps[-1][1][0]
+    return dict(crop_mode=mode, crop_pct=last/w, interpolation=filter_names[resample])
+
+def _timm_config(model, about):
+    "What timm reads of a body in `config.json`"
+    cfg,(spec,pre) = model.body.pretrained_cfg,(about['model'], about['preprocess'])
+    kwargs,size = spec['model_kwargs'],_input_size(model, pre)
+    own = {k:cfg[k] for k in ('fixed_input_size','first_conv','classifier') if cfg.get(k) is not None} | _timm_resize(pre['steps'])
+    own |= dict(num_classes=0, input_size=size, **{k:pre[k] or [v]*size[0] for k,v in dict(mean=0., std=1.).items()})
+    return dict(architecture=spec['arch'].partition('.')[0], num_classes=0, num_features=model.body.num_features, model_args=kwargs,
+        pretrained_cfg=own)
+
+# %% ../../nbs/api/deploy/04_folder.ipynb #a9170764
 def _about(folder):
     "The checked description in `folder`"
-    fn = folder/'embedder.json'
-    if not fn.is_file(): raise FileNotFoundError(f"{str(folder)!r} holds no embedder: there is no 'embedder.json' in it.")
-    if fn.stat().st_size>_max_about:
-        raise ValueError(f"'embedder.json' in {str(folder)!r} does not describe an embedder: it has {fn.stat().st_size:,} bytes, and must "
-            f"have at most {_max_about:,}.")
-    about = _json(folder, 'embedder.json')
-    _check_about(about, folder)
+    about = read_described(folder, 'embedder.json', _rules, _format)
+    _check_spec(about['model'], folder)
     _check_files(about['sha256'], folder)
     return about
 
@@ -257,11 +213,7 @@ def _check_files(sha256, folder):
     has = any(o in sha256 or not changed and (folder/o).exists() for o in parts) # changes can have taken their place
     want = ['weights.safetensors',*parts] if has else ['weights.safetensors']
     for name in dict.fromkeys([*want,*sha256]):
-        if not (folder/name).is_file(): raise FileNotFoundError(f"{str(folder)!r} is incomplete: there is no {name!r}.")
-        if name not in sha256:
-            raise ValueError(f"'embedder.json' in {str(folder)!r} lacks sha256 of {name!r}: every file that is read must have its hash "
-                "there.")
-        if hash_of(folder/name)!=sha256[name]: raise ValueError(f"{name!r} in {str(folder)!r} was changed or cut off since it was written.")
+        check_hash(folder, name, sha256, 'embedder.json')
 
 # %% ../../nbs/api/deploy/04_folder.ipynb #b11fa3de
 def _header(folder, name):
@@ -312,9 +264,13 @@ def _check_fit(model, header, folder):
     if sum(o.numel() for o in model.buffers())>sum(math.prod(o.shape) for o in header.values())+2**26:
         raise ValueError(f"{says}: it needs far more memory than they do.")
 
+def _all_weights(read, folder, about):
+    "What `read` gives of the file of weights, or of the two where timm reads one"
+    return {f'{o}{k}':v for o,name in _weights.items() if name in about['sha256'] for k,v in read(folder, name).items()}
+
 def _model(about, folder):
     "The model of a description, which takes memory when a sketch of it without any fits the weights"
-    header = _header(folder, 'weights.safetensors')
+    header = _all_weights(_header, folder, about)
     with _building(folder):
         try: model = _build(about, header, 'meta')
         except RuntimeError: model = _build(about, header, 'cpu') # an older timm cannot sketch every model
@@ -333,39 +289,38 @@ def _tensors(folder, name):
 
 def _gallery(folder, emb_sz):
     "Embeddings, labels and names of a gallery"
-    g,header = _json(folder, 'gallery.json', 'surrogateescape'),_header(folder, 'gallery.safetensors')
+    header = _header(folder, 'gallery.safetensors')
     at = header.get('embs')
     if len(header)!=1 or at is None or not at.is_float or len(at.shape)!=2 or at.shape[1]!=emb_sz or not at.shape[0]:
-        _refuse(folder, 'gallery.safetensors', 'embs', f'its only tensor, of floats in at least one row of {emb_sz} numbers',
+        refuse(folder, 'gallery.safetensors', 'embs', f'its only tensor, of floats in at least one row of {emb_sz} numbers',
             {k:tuple(o.shape) for k,o in header.items()})
-    for k in ('labels','items'):
-        got = g.get(k) if isinstance(g, dict) else g
-        if not isinstance(got, list) or len(got)!=at.shape[0] or not all(isinstance(o, str) for o in got):
-            _refuse(folder, 'gallery.json', k, f"a list of text, one for each of {at.shape[0]:,} rows in 'gallery.safetensors'", got)
-    try: facts = as_facts(g.get('facts'), at.shape[0], {})
-    except (ValueError,TypeError,KeyError) as e:
-        raise ValueError(f"'gallery.json' in {str(folder)!r}: `facts` must be an object of lists, one value for each row: {e}") from e
-    return _tensors(folder, 'gallery.safetensors')['embs'],g['labels'],g['items'],facts
+    names = read_names(folder, at.shape[0], 'gallery.safetensors')
+    return _tensors(folder, 'gallery.safetensors')['embs'],*names
 
 def _load_index(gallery, folder, has_file):
     "Give a gallery the index of its folder; a kind of faiss's own that is not there is not made from a stranger's words"
-    about = _json(folder, 'index.json')
+    about = read_json(folder, 'index.json')
     kind = about.get('kind') if isinstance(about, dict) else about
     if not isinstance(kind, str) or len(kind)>100 or not has_file and kind not in index_kinds:
-        _refuse(folder, 'index.json', 'kind', f"{', '.join(map(repr, index_kinds))}, or that of 'index.faiss'", kind)
+        refuse(folder, 'index.json', 'kind', f"{', '.join(map(repr, index_kinds))}, or that of 'index.faiss'", kind)
     try:
         gallery.index_kind = kind
-        if has_file: gallery.searched(read_index(gallery.embs, kind, folder/'index.faiss'))
+        if has_file and len(gallery): gallery.searched(read_index(gallery.embs, kind, folder/'index.faiss'))
     except ValueError as e: raise ValueError(f"The index in {str(folder)!r} cannot be used: {_last_line(e)}") from e
 
 # %% ../../nbs/api/deploy/04_folder.ipynb #ec0f94a0
 def load_embedder(
-    folder, # What `export_embedder` or `ImageEmbedder.save` wrote
+    folder, # What `export_embedder` or `ImageEmbedder.save` wrote; or `'hf-hub:user/name@revision'`, a repository of the hub
     device='cpu', # Where the model shall be
     write:bool=False, # Keep each change of the gallery in the folder?
-    gallery=None, # A table of LanceDB to search, which `to_lancedb` wrote, `.lance`; the folder's own gallery if not given
+    gallery=None, # What `to_lancedb` wrote, as `LanceGallery` takes it; the folder's own gallery if not given
+    **kwargs # Of `HubFiles`, for a repository: `token`, `local_files_only`, `most`
 )->ImageEmbedder:
-    "Read an embedder; raises `FileNotFoundError` or `ValueError` where the folder is not one, whole and as it was written"
+    "Read an embedder; raises `FileNotFoundError` or `ValueError` where it is not one, whole and as it was written"
+    if hub_ref(folder): return _load_fetched(HubFiles(folder, **kwargs), device, write, gallery)
+    if kwargs: raise ValueError(f"`{next(iter(kwargs))}` is of a repository, 'hf-hub:user/name', and {str(folder)!r} is a folder.")
+    if is_repo(folder) and not Path(folder).exists():
+        raise FileNotFoundError(f"There is no folder {folder!r}. A repository of the hub is 'hf-hub:{folder}'.")
     folder = Path(folder)
     while True:
         text = _text(folder)
@@ -373,7 +328,20 @@ def load_embedder(
         except (FileNotFoundError,ValueError): # a writer can have put one file in the place of many meanwhile
             if _text(folder)==text: raise
 
-def _text(folder): return o.read_bytes() if (o := folder/'embedder.json').is_file() and o.stat().st_size<=_max_about else None
+def _load_fetched(files, device, write, gallery):
+    "An embedder of the hub, whose files have their hashes in `embedder.json`"
+    if write: raise ValueError(f"{files.source!r} is fetched and not written to: `save` it to a folder, and load that with `write=True`.")
+    folder = files('embedder.json', max_about).parent
+    try:
+        about = read_json(folder, 'embedder.json')
+        _check_about(about, folder)
+        for o in about['sha256']: files(o)
+        res = _load(folder, device, False, gallery, None)
+    except (FileNotFoundError,ValueError) as e: raise type(e)(str(e).replace(repr(str(folder)), repr(files.source))) from e
+    res.source = files.source
+    return res
+
+def _text(folder): return o.read_bytes() if (o := folder/'embedder.json').is_file() and o.stat().st_size<=max_about else None
 
 def _load(folder, device, write, gallery, text):
     about = _about(folder)
@@ -381,7 +349,7 @@ def _load(folder, device, write, gallery, text):
     except (TypeError,ValueError) as e:
         raise ValueError(f"'embedder.json' in {str(folder)!r}: `preprocess` must be the arguments of `Preprocess`: {_last_line(e)}") from e
     model = _model(about, folder)
-    try: model.load_state_dict(_tensors(folder, 'weights.safetensors'))
+    try: model.load_state_dict(_all_weights(_tensors, folder, about))
     except RuntimeError as e:
         raise ValueError(f"The weights in {str(folder)!r} do not fit the model that is described there: {_last_line(e)}") from e
     res = ImageEmbedder(model.to(device), preprocess, about.get('facts'), about.get('calibration'))
@@ -393,9 +361,8 @@ def _load(folder, device, write, gallery, text):
 def _read_gallery(gallery, about, folder):
     "The gallery as it was written, and then its changes"
     n = about['model']['emb_sz']
-    if 'gallery.json' in about['sha256']:
-        gallery.add(*_gallery(folder, n))
-        if 'index.json' in about['sha256']: _load_index(gallery, folder, 'index.faiss' in about['sha256'])
+    if 'gallery.json' in about['sha256']: gallery.add(*_gallery(folder, n))
+    if 'index.json' in about['sha256']: _load_index(gallery, folder, 'index.faiss' in about['sha256'])
     for o in changes_in(about['sha256']): read_change(gallery, folder/o, n)
     # an index that has to be made again is none of faiss's own kinds, in a stranger's words
     if not gallery.is_ready and gallery.index_kind not in index_kinds: gallery.index_kind = None

@@ -12,24 +12,42 @@ import datetime, json, math, numpy as np, os, shutil, tempfile, torch
 from fastcore.basics import patch
 from pathlib import Path
 from torch.nn.functional import normalize
+from .finder import *
 from .gallery import *
-from .gallery import as_facts, as_filter, as_texts, check_one, check_rows, fulfilled, refuse_none
 from .embedder import *
 from ..models.embedder import unwrapped
 from ..models.lora import weights_hash
 
 # %% ../../nbs/api/deploy/02_lance.ipynb #1ce8d4da
-def _connect(folder):
-    "LanceDB on a folder; what another process has written meanwhile is seen"
-    os.environ.setdefault('LANCE_LOG', 'error') # it is read once, at the import; LanceDB warns of tables that are new
+_lance_env = dict(LANCE_LOG='error', # LanceDB warns of tables that are new
+    LANCE_DEFAULT_FRAGMENT_READAHEAD='1', LANCE_DEFAULT_IO_BUFFER_SIZE=f'{2**25}') # a scan of more holds more, the more rows there are
+
+def _connect(where):
+    "LanceDB on a folder or an object store; what another process has written meanwhile is seen"
+    for k,v in _lance_env.items(): os.environ.setdefault(k, v) # they are read once
     try: import lancedb
     except ImportError as e: raise ImportError(f"A gallery as a table needs {e.name}: pip install 'dmlfast[lance]'.") from e
-    return lancedb.connect(str(folder), read_consistency_interval=datetime.timedelta(0))
+    return lancedb.connect(where, read_consistency_interval=datetime.timedelta(0))
 
-def _table_path(path):
-    path = Path(path).absolute()
-    if path.suffix!='.lance': raise ValueError(f"A table of LanceDB is a folder whose name ends in '.lance'; got {str(path)!r}.")
-    return path
+def _is_local(path): return '://' not in str(path)
+
+def _table_at(path):
+    "Where LanceDB looks, and the name of the table there"
+    path = str(Path(path).absolute()) if _is_local(path) else path
+    where,name = os.path.split(path)
+    if not name.endswith('.lance'): raise ValueError(f"A table of LanceDB is a folder whose name ends in '.lance'; got {path!r}.")
+    return where,name.removesuffix('.lance')
+
+def _open_table(path):
+    "A table; raises `FileNotFoundError` or `ValueError` where there is none"
+    where,name = _table_at(path)
+    none = f"There is no gallery {str(path)!r}: `finder.to_lancedb` makes one."
+    if _is_local(path) and not Path(path).is_dir(): raise FileNotFoundError(none)
+    db = _connect(where)
+    try: return db.open_table(name)
+    except (ValueError,RuntimeError,OSError) as e:
+        if not _is_local(path) and 'not found' in str(e): raise FileNotFoundError(none) from e
+        raise ValueError(f"{str(path)!r} is no table of LanceDB: {str(e).splitlines()[0]:.200}") from e
 
 # %% ../../nbs/api/deploy/02_lance.ipynb #bec8a174
 def _literal(v):
@@ -65,20 +83,16 @@ def _condition(col, want, values):
 class LanceGallery:
     "Embeddings in a table of LanceDB, with a label, a name and facts each"
     journal = index_kind = None # every change is written as it is made, and the index is in the table
+    tidy_every = 200 # versions, of which each change is one
     def __init__(self,
-        path, # Folder of the table, `.lance`
+        path, # Folder of the table, or its address in an object store, `.lance`; or a table that LanceDB has open, such as one of a service
     ):
-        path = _table_path(path)
-        if not path.is_dir(): raise FileNotFoundError(f"There is no gallery {str(path)!r}: `finder.to_lancedb` makes one.")
-        db = _connect(path.parent)
-        try: self.table = db.open_table(path.stem)
-        except (ValueError,RuntimeError,OSError) as e:
-            raise ValueError(f"{str(path)!r} is no table of LanceDB: {str(e).splitlines()[0]:.200}") from e
+        self.table = path if hasattr(path, 'count_rows') else _open_table(path)
         fields = {o.name:str(o.type) for o in self.table.schema}
         if not {'seq','vector','label','item'}<=set(fields):
             raise ValueError(f"{str(path)!r} is a table of something else: a gallery has `seq`, `vector`, `label` and `item`, and it has "
                 f"{', '.join(fields)}.")
-        self.path,self.width,self._next,self._changed = path,self.table.schema.field('vector').type.list_size,None,0
+        self.width,self._next,self._version = self.table.schema.field('vector').type.list_size,None,self.table.version
 
     def __len__(self): return self.table.count_rows()
     @property
@@ -217,9 +231,10 @@ def replace(self:LanceGallery,
     self._tidy()
 
 @patch
-def _tidy(self:LanceGallery, every=200):
-    self._changed += 1
-    if self._changed%every==0: self.table.optimize()
+def _tidy(self:LanceGallery):
+    n = self.tidy_every
+    if self.table.version//n>self._version//n: self.table.optimize() # versions count on when another process opens the table
+    self._version = self.table.version
 
 @patch
 def index(self:LanceGallery,
@@ -254,37 +269,53 @@ def _made_by(model): return weights_hash(unwrapped(model).state_dict())
 
 @patch
 def to_lancedb(self:ImageEmbedder,
-    path, # Folder of the table, `.lance`
+    path, # Folder of the table, or an address in an object store, `.lance`; its name where `db` is given
     overwrite:bool=False, # Replace what is there?
+    db=None, # What `lancedb.connect` gave, such as a service; the folder or object store of `path` if not given
 )->ImageEmbedder: # Itself, whose gallery is the table from now on
     "Move the gallery to a table of LanceDB, which may be empty; raises `FileExistsError` if it is there"
-    path = _table_path(path)
-    if path.exists() and not overwrite: raise FileExistsError(f"{str(path)!r} is there already: `overwrite=True` replaces it.")
-    old = self.gallery
+    local,old = db is None and _is_local(path),self.gallery
+    where,name = _table_at(path) if db is None else (None,path)
+    there = FileExistsError(f"{str(path)!r} is there already: `overwrite=True` replaces it.")
+    if local and Path(path).exists() and not overwrite: raise there
     d = old.embs.shape[1] if len(old) else getattr(unwrapped(self.model), 'emb_sz', None)
     if d is None: raise ValueError("How many numbers an embedding has is not known: `add` images first.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.stem}-') as tmp:
-        new = _empty(Path(tmp)/path.name, d, _made_by(self.model))
-        for i in range(0, len(old), 2**16):
-            s = slice(i, i+2**16)
-            new.add(old.embs[s], old.labels[s], old.items[s], {k:v[s] for k,v in old.facts.items()})
-        if path.exists(): shutil.rmtree(path)
-        os.replace(Path(tmp)/path.name, path)
-    self.gallery = LanceGallery(path)
+    if local: self.gallery = _in_place(old, where, name, d, _made_by(self.model))
+    else:
+        db = _connect(where) if db is None else db
+        if (has := _has(db, name)) and not overwrite: raise there
+        self.gallery = _written(old, db, name, d, _made_by(self.model), 'overwrite' if has else 'create')
     return self
 
-def _empty(path, d, made_by):
-    "A new table"
-    db = _connect(path.parent)
+def _has(db, name):
+    try: db.open_table(name)
+    except (ValueError,RuntimeError): return False
+    return True
+
+def _in_place(old, where, name, d, made_by):
+    "Write a table to a folder, whose place it takes when it is complete"
+    path = Path(where)/f'{name}.lance'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=where, prefix=f'.{name}-') as tmp:
+        _written(old, _connect(tmp), name, d, made_by)
+        if path.exists(): shutil.rmtree(path)
+        os.replace(Path(tmp)/path.name, path)
+    return LanceGallery(path)
+
+def _written(old, db, name, d, made_by, mode='create'):
+    "Write a table, a gallery's rows in pieces"
     import pyarrow as pa
     schema = pa.schema([('seq',pa.int64()), ('vector',pa.list_(pa.float32(), d)), ('label',pa.string()), ('item',pa.string())],
         metadata={'dmlfast':json.dumps(dict(made_by=made_by))})
-    db.create_table(path.stem, schema=schema)
-    return LanceGallery(path)
+    res = LanceGallery(db.create_table(name, schema=schema, mode=mode))
+    if len(old): embs,labels,items,facts = old.embs,old.labels,old.items,old.facts
+    for i in range(0, len(old), 2**16):
+        s = slice(i, i+2**16)
+        res.add(embs[s], labels[s], items[s], {k:v[s] for k,v in facts.items()})
+    return res
 
 def open_lance(
-    path, # Folder of the table, `.lance`
+    path, # As `LanceGallery` takes it
     model, # The network that makes embeddings
 )->LanceGallery:
     "A gallery in a table of LanceDB; raises `ValueError` where another network made its embeddings"

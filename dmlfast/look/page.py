@@ -45,8 +45,8 @@ def _repeat():
     return shlex.join([Path(sys.executable).name,*sys.orig_argv[1:]]) if told else '',code
 
 _words = dict(network='network', embedding='embedding', size='image size', preprocess='preprocessing', loss='loss', data='trained on',
-    train_classes='training classes', epochs='epochs', recipe='recipe', seed='seed', batch_seed='seed of the batches', date='date',
-    settings='') # first what made the embeddings, then how that was trained
+    train_classes='training classes', split_hash='hash of the splits', epochs='epochs', recipe='recipe', seed='seed',
+    batch_seed='seed of the batches', date='date', settings='') # first what made the embeddings, then how that was trained
 
 def _flat(o, at=''):
     "Values of nested tables by their paths"
@@ -55,7 +55,7 @@ def _flat(o, at=''):
 
 def _facts_said(facts):
     "Rows of known facts about the embeddings"
-    facts = {k:v for k,v in facts.items() if k!='measured_on'}
+    facts = {k:v for k,v in facts.items() if k not in ('measured_on','measured')}
     return _flat({_words.get(k, k):facts[k] for k in (*(o for o in _words if o in facts),*(o for o in facts if o not in _words))
         if k!='settings'}) | _flat(facts.get('settings') or {}, '')
 

@@ -1,5 +1,6 @@
 "Search, the metrics of retrieval, and what they say"
-from . import results, search, verify, metrics, rerank, indexes, embedded
+from . import products, results, search, verify, metrics, rerank, indexes, embedded
+from .products import *
 from .results import *
 from .search import *
 from .verify import *
@@ -7,4 +8,5 @@ from .metrics import *
 from .rerank import *
 from .indexes import *
 from .embedded import *
-__all__ = [*results.__all__, *search.__all__, *verify.__all__, *metrics.__all__, *rerank.__all__, *indexes.__all__, *embedded.__all__]
+__all__ = [*products.__all__, *results.__all__, *search.__all__, *verify.__all__, *metrics.__all__, *rerank.__all__, *indexes.__all__,
+    *embedded.__all__]

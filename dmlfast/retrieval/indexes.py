@@ -21,7 +21,8 @@ _exact_below,_float_kinds = 200_000,('hnsw','ivf')
 
 @cache
 def _said(kind):
-    warnings.warn(f"An index {kind!r} needs faiss, which is not installed: the search is exact (`pip install 'dmlfast[cpu]'` brings it; "
+    how = "by 'int8'" if kind=='auto' else 'exact'
+    warnings.warn(f"An index {kind!r} needs faiss, which is not installed: the search is {how} (`pip install 'dmlfast[cpu]'` brings it; "
         "'int8' works without).")
 
 def index_kind(
@@ -33,7 +34,7 @@ def index_kind(
         raise ValueError(f"An index is the name of a kind, or None for exact search; got {kind!r}.")
     faiss = faiss_or_none()
     if kind in (None,'exact') or kind=='auto' and n<_exact_below: return None
-    if kind=='auto': return 'hnsw' if faiss else 'int8'
+    if kind=='auto': return 'hnsw' if faiss else _said(kind) or 'int8'
     if kind=='int8' or faiss and kind in ('hnsw','ivf','bits'): return kind
     if not faiss: return _said(kind)
     try: faiss.index_factory(64, kind, faiss.METRIC_INNER_PRODUCT)
@@ -177,19 +178,25 @@ def save(self:Index,
     faiss_or_none().write_index(self.core.index, str(file))
     return True
 
+@patch
+def packed(self:Index)->Tensor|None: # uint8; None where there is nothing
+    "What `save` writes, as a tensor"
+    return torch.from_numpy(faiss_or_none().serialize_index(self.core.index)) if isinstance(self.core, _Faiss) else None
+
 def read_index(
     embs, # Embeddings, `(n,d)` float
     kind:str, # What it was
-    file, # What `Index.save` wrote
+    file, # What `Index.save` wrote; or what `Index.packed` gave
 )->Index:
-    "An index from a file; raises `ValueError` where it does not fit the embeddings"
+    "An index that was kept; raises `ValueError` where it does not fit the embeddings"
     x,faiss = as_embeddings(embs),faiss_or_none()
     if faiss is None or index_kind(kind, len(x)) is None: return Index(x, kind)
-    try: ready = faiss.read_index(str(file))
-    except (RuntimeError,MemoryError) as e: raise ValueError(f"{file.name!r} cannot be read: it must be an index that faiss wrote.") from e
-    name = type(ready).__name__
-    fits = dict(hnsw='IndexHNSWFlat', ivf='IndexIVFFlat').get(kind, name)==name
+    name = 'the index' if isinstance(file, Tensor) else repr(file.name)
+    try: ready = faiss.deserialize_index(file.numpy()) if isinstance(file, Tensor) else faiss.read_index(str(file))
+    except (RuntimeError,MemoryError) as e: raise ValueError(f"{name} cannot be read: it must be an index that faiss wrote.") from e
+    made = type(ready).__name__
+    fits = dict(hnsw='IndexHNSWFlat', ivf='IndexIVFFlat').get(kind, made)==made
     if not fits or (ready.ntotal,ready.d,ready.metric_type)!=(len(x),x.shape[1],faiss.METRIC_INNER_PRODUCT):
-        raise ValueError(f"{file.name!r} does not fit the gallery: it is {name} of {ready.ntotal:,} items of {ready.d} numbers, and "
+        raise ValueError(f"{name} does not fit the gallery: it is {made} of {ready.ntotal:,} items of {ready.d} numbers, and "
             f"{kind!r} of {len(x):,} of {x.shape[1]} is wanted.")
     return Index(x, kind, ready)

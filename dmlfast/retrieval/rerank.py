@@ -14,7 +14,8 @@ from torch import Tensor
 from ..files.registry import Registry
 from .results import *
 from .search import *
-from .search import as_embeddings, full_precision, unit_
+from .products import full_precision
+from .search import as_embeddings, unit_
 
 # %% ../../nbs/api/retrieval/04_rerank.ipynb #f6fcbc5f
 def expand(

@@ -8,12 +8,13 @@ Docs: https://dmlfast.github.io/dmlfast/api/retrieval/search.html.md"""
 __all__ = ['Gallery', 'Rows', 'faiss_or_none', 'neighbours', 'kmeans']
 
 # %% ../../nbs/api/retrieval/01_search.ipynb #1b633fd1
-import contextlib, functools, json, mmap, warnings, numpy as np, torch
+import functools, json, mmap, warnings, numpy as np, torch
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
 from torch import Tensor
+from .products import full_precision, multiply, product_of
 
 # %% ../../nbs/api/retrieval/01_search.ipynb #cd05871d
 def _tensor(x, name):
@@ -99,17 +100,6 @@ def _block(width, cuda=False):
     "Rows of `width` numbers to work on at once: 64 MiB or 1024 rows, but at least 128 rows, if these are below 512 MiB"
     return max(1, 2**27//width if cuda else min(1024, 2**24//width), min(128, 2**27//width))
 
-@contextlib.contextmanager
-def full_precision(
-    device, # Where there is computed
-):
-    "Products in float32, whatever the process has chosen for training"
-    prec = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('highest')
-    try:
-        with torch.autocast(device.type, enabled=False), torch.no_grad(): yield
-    finally: torch.set_float32_matmul_precision(prec)
-
 # %% ../../nbs/api/retrieval/01_search.ipynb #14a7c794
 def _distinct(x):
     "Rows of `x` that differ, and, where that is not all of them, their indices and the number of each row among them"
@@ -157,6 +147,7 @@ class Scores:
         block:int=None, # Queries scored at a time; about 64 MiB of scores if not given
         width:int=0, # Further numbers that a query needs room for
         order=None, # Where each row of the gallery stands among equal ones, `(n,)` int64; in its place if not given
+        backend:str='torch', # Whose product, as `product_of` takes it
     ):
         if isinstance(gallery, Gallery): self.q,self.g,self.twins,self.bias,self.scale = unit_(query),gallery.rows,gallery.twins,None,1.
         else:
@@ -166,22 +157,19 @@ class Scores:
         self.metric,self.self_idx,self.ignore,self.n = metric,self_idx,ignore,len(gallery)
         if block is not None and block<1: raise ValueError(f'block must be at least 1, not {block}')
         self.block = min(len(query), block or _block(self.n+width, query.is_cuda))
-        self.buf = self.g.new_empty(self.block, self.n)
-        self.later = self.n-1-(torch.arange(self.n, device=self.g.device) if order is None else order)
+        self.order,self.product = order,product_of(backend, query.numel()*self.n, query.device)
+        self.buf = self.g.new_empty(self.block, self.n) if self.twins or self.product=='torch' else None
 
     def __call__(self,
         rows, # A slice or indices
     ):
-        "Scores of queries `rows`, in a buffer that the next call reuses"
+        "Scores of queries `rows`, maybe in a buffer that the next call reuses"
         q = self.q[rows]
-        s = self.buf[:len(q)]
-        out = s if self.twins is None else None
-        few = len(q)<4 and not q.is_cuda
-        if few: q,out = torch.nn.functional.pad(q, (0,0,0,4-len(q))),None # two rows alone are slower than four, and round differently
-        u = torch.mm(q, self.g.T, out=out) if self.bias is None else torch.addmm(self.bias, q, self.g.T, out=out)
-        if few and self.twins is None: s.copy_(u[:len(s)])
-        u = u[:len(s)]
-        if self.twins: torch.index_select(u, 1, self.twins[1], out=s)
+        n,few = len(q),len(q)<4 and not q.is_cuda
+        if few: q = torch.nn.functional.pad(q, (0,0,0,4-n)) # two rows alone are slower than four, and round differently
+        out = self.buf[:n] if not few and self.twins is None and self.product=='torch' else None
+        s = multiply(self.product, q, self.g, self.bias, out)[:n]
+        if self.twins: s = torch.index_select(s, 1, self.twins[1], out=self.buf[:n])
         return self.mask_(s, rows)
 
     def mask_(self,
@@ -201,6 +189,11 @@ class Scores:
     )->list:
         "Slices of `n`, as many rows as there is room for"
         return [slice(i, min(i+self.block, n)) for i in range(0, n, self.block)]
+
+    @functools.cached_property
+    def later(self):
+        "Where each row of the gallery stands among equal ones, from the end"
+        return self.n-1-(torch.arange(self.n, device=self.g.device) if self.order is None else self.order)
 
     def keys(self,
         s, # Scores, `(r,n)` float32
@@ -309,7 +302,8 @@ class Rows:
     def blocks(self)->list:
         "Slices of rows of about 32 MiB"
         b = min(2**16, max(2**10, 2**23//self.shape[1]//64*64))
-        return [slice(i, min(i+b, len(self))) for i in range(0, len(self), b)]
+        at = [*range(0, max(1, len(self)-63), b),len(self)] # one row alone would be rounded otherwise
+        return [slice(*o) for o in zip(at, at[1:])]
 
 # %% ../../nbs/api/retrieval/01_search.ipynb #31dbdc69
 def _topk_torch(scores, k, vals, idxs, rows):
@@ -318,7 +312,7 @@ def _topk_torch(scores, k, vals, idxs, rows):
         s = scores(rows)
         v,i = s.topk(min(k+1, scores.n), dim=1)
         tied = (v[:,1:]==v[:,:-1]).any(1).nonzero()[:,0]
-        for t in tied.split(max(1, len(rows)//4)):
+        for t in tied.split(max(1, len(rows)//4)) if len(tied) else ():
             i[t,:k] = scores.keys(s[t]).topk(k, dim=1).indices
             v[t,:k] = s[t].gather(1, i[t,:k])
         vals[rows],idxs[rows] = v[:,:k],i[:,:k]
@@ -388,15 +382,16 @@ def ignored(
     return ids[:len(a)],ids[len(a):]
 
 # %% ../../nbs/api/retrieval/01_search.ipynb #a2d633d9
-def _neighbours_in_file(q, rows, k, metric, own, ids, block):
+def _neighbours_in_file(q, rows, k, metric, own, ids, block, backend):
     "The nearest of all blocks are the nearest of the nearest of each"
     if metric=='l2': raise ValueError("Rows in a file are searched by 'cosine' or 'dot': for 'l2' they must be in memory.")
     best = q.new_empty(len(q), 0),torch.empty(len(q), 0, dtype=torch.int64)
+    product = product_of(backend, q.numel()*len(rows), q.device)
     for o in rows.blocks():
         here = None if own is None else torch.where((own>=o.start)&(own<o.stop), own-o.start, -1)
         n = o.stop-o.start-int(here is not None and bool((here>=0).any()))
         if not n: continue
-        s,i = neighbours(q, rows[o], min(k, n), metric, False if here is None else here, 'torch', block, None if ids is None else
+        s,i = neighbours(q, rows[o], min(k, n), metric, False if here is None else here, product, block, None if ids is None else
             (ids[0],ids[1][o]))
         s,at = torch.cat([best[0],s], 1).sort(dim=1, descending=True, stable=True)
         best = s[:,:k],torch.cat([best[1],i+o.start], 1).gather(1, at[:,:k])
@@ -409,7 +404,7 @@ def neighbours(
     k:int=1, # How many to find
     metric:str='cosine', # `'cosine'`, `'l2'` or `'dot'`
     self_exclude=None, # Each query's own index in the gallery, (q,) int, -1 for none; or True or False; True without a gallery
-    backend:str='auto', # `'torch'`, `'faiss'`, or `'auto'`: faiss for up to three queries of a large gallery, if it is there
+    backend:str='auto', # `'torch'`, `'onednn'`, `'faiss'`; `'auto'`: faiss, if there, for up to three queries, else `fastest_product`
     block:int|None=None, # Queries scored at a time; about 64 MiB of scores if not given
     ignore=None, # Ids, (n,) int: a query does not see what has its id. With a gallery a pair of such, (q,) and (n,)
 )->tuple: # Scores, (q,k) float32, larger is nearer, $-\infty$ where nothing is left to find; indices in the gallery, (q,k) int64
@@ -418,16 +413,17 @@ def neighbours(
     n = len(g)-(own is not None and bool((own>=0).any()))
     if not isinstance(k, Integral) or not 1<=k<=n:
         raise ValueError(f'k must be a whole number between 1 and {n}, the number of items there are to find, not {k!r}')
-    if backend not in ('auto','torch','faiss'): raise ValueError(f"backend must be 'auto', 'torch' or 'faiss', not {backend!r}")
+    if backend not in ('auto','torch','onednn','faiss'):
+        raise ValueError(f"backend must be 'auto', 'torch', 'onednn' or 'faiss', not {backend!r}")
     v,i = torch.empty(len(q), k, device=q.device),torch.empty(len(q), k, dtype=torch.int64, device=q.device)
     todo,ids = torch.arange(len(q), device=q.device),ignored(ignore, q, g, gallery is None)
     if isinstance(g, Gallery) and metric!='cosine':
         raise ValueError(f"A `Gallery` is searched by 'cosine', not {metric!r}: give the embeddings themselves.")
-    if isinstance(g, Rows): return _neighbours_in_file(q, g, k, metric, own, ids, block)
+    if isinstance(g, Rows): return _neighbours_in_file(q, g, k, metric, own, ids, block, backend)
     with full_precision(q.device):
         c = q.clone()
-        scores = Scores(c, c if g is q else g if isinstance(g, Gallery) else g.clone(), metric, own, ids, block=block)
-        if backend=='auto' and len(q)<4 and g.shape[0]*g.shape[1]>=2**22 and not q.is_cuda and faiss_or_none(): backend = 'faiss'
+        scores = Scores(c, c if g is q else g if isinstance(g, Gallery) else g.clone(), metric, own, ids, block=block, backend=backend)
+        if backend=='auto' and len(q)<4 and g.shape[0]*g.shape[1]>=2**18 and not q.is_cuda and faiss_or_none(): backend = 'faiss'
         if backend=='faiss' and ids is None and _faiss(): todo = _topk_faiss(scores, k, v, i)
         if len(todo): _topk_torch(scores, k, v, i, todo)
         return as_scores(metric, scores.q, v, scores.scale),i

@@ -14,7 +14,8 @@ from numbers import Real
 from .results import *
 from .results import as_html, as_text, class_draws, ends_of, percentiles, plain_number, too_few
 from .search import *
-from .search import as_labels, as_scores, full_precision, ignored, matched, prepare_
+from .products import full_precision
+from .search import as_labels, as_scores, ignored, matched, prepare_
 
 # %% ../../nbs/api/retrieval/02_verify.ipynb #de65c1b8
 class ScoreSample:

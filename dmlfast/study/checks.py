@@ -184,6 +184,8 @@ def _check_transfer(settings):
 
 def _check_sense(settings):
     "Raise `ValueError` if settings contradict each other"
+    if settings.get('fit', {}).get('lora') and settings['fit'].get('n_epoch')==0:
+        raise ValueError("`fit.lora` is trained as the network is fitted, and `fit.n_epoch` is 0: leave one of them out.")
     _check_fit(settings)
     batch = {'per_class':4, 'valid':'val', **recipe_of(settings).data, **settings.get('batch', {})}
     if batch.get('bs') and batch['bs']%batch['per_class']:

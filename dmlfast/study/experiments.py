@@ -14,6 +14,7 @@ import pandas as pd
 from datetime import datetime, timezone
 from pathlib import Path
 from fastcore.all import *
+from fastai.torch_core import num_distrib
 from ..retrieval.embedded import *
 from ..retrieval.metrics import *
 from ..models.bodies import *
@@ -21,6 +22,7 @@ from ..models.embedder import *
 from ..train.columns import *
 from ..train.gain import *
 from ..train.learner import *
+from ..train.processes import *
 from .checks import *
 from .runs import *
 from .tuning import *
@@ -39,12 +41,14 @@ def run(self:Experiment,
     until:float=None, # Begin nothing after this many seconds; none: to the end
     log=None, # Function of a line of text, called for each piece of work
 )->pd.DataFrame: # As `todo`
-    "Work until everything is done"
+    "Work until everything is done; of several processes, the first one finds and writes, and the others train with it"
     self.check()
     began = time.time()
+    if not is_first(): return self.follow()
     while self.jobs() and (until is None or time.time()-began<until):
         if (row := self.step()) is None: time.sleep(2)
         elif log: log(f'{_came(row)}; {self.n_left()} left, {hours_said(self.hours_left())}')
+    self.tell()
     return self.todo()
 
 @patch
@@ -118,6 +122,35 @@ def write(self:Experiment,
 
 def _as_number(o): return o.tolist() if hasattr(o, 'tolist') else str(o) # of NumPy's or PyTorch's, which a trainer may give
 
+# %% ../../nbs/api/study/06_experiments.ipynb #a3af04ad
+@patch
+def tell(self:Experiment,
+    job=None, # What is to be trained; nothing at the end
+): # What process 0 has told
+    "Tell the other processes of a launcher what to do"
+    with together(): return of_first(job)
+
+@patch
+def follow(self:Experiment):
+    "Train with process 0 what it says, until it has no more"
+    while job := self.tell():
+        settings,split,tries,kwargs = job
+        try: train_run(settings, self.ds, split, noop if tries else None, **kwargs)
+        except Diverged: pass # which process 0 writes down
+        except load_optuna().TrialPruned: pass
+
+@patch
+def train(self:Experiment,
+    method:str, # Name of a method
+    settings:dict, # Tables
+    split:str, # Split to embed
+    report=None, # Function of epoch and score, in a trial
+    **kwargs
+)->tuple: # As `train_run`
+    "Train, with the other processes of a launcher where there are any"
+    if num_distrib()>1: self.tell((settings, split, report is not None, kwargs))
+    return self.trainer(method)(settings, self.ds, split, report, **kwargs)
+
 # %% ../../nbs/api/study/06_experiments.ipynb #785c12c1
 @patch
 def study(self:Experiment,
@@ -147,7 +180,7 @@ def run_trial(self:Experiment,
         prune(epoch, value)
     state = 'COMPLETE'
     ours = {} if 'trainer' in self.methods[method] else dict(metric=self.search['metric'])
-    try: self.trainer(method)(with_settings(settings, {'fit.n_epoch':self.search['n_epoch'], **params}), self.ds, 'val', _report, **ours)
+    try: self.train(method, with_settings(settings, {'fit.n_epoch':self.search['n_epoch'], **params}), 'val', _report, **ours)
     except optuna.TrialPruned: state = 'PRUNED'
     except Diverged: scores.append(0.)
     if not scores:
@@ -166,7 +199,7 @@ def run_seed(self:Experiment,
     settings = with_settings(self.chosen(method), dict(seed=seed))
     save = self._kept('models', f'{method}-{seed}') if self.plan.get('keep_models') and 'trainer' not in self.methods[method] else None
     start,began = time.process_time(),time.time()
-    try: embs,labels,seen = self.trainer(method)(settings, self.ds, 'test', None, **(dict(save=save) if save else {}))
+    try: embs,labels,seen = self.train(method, settings, 'test', **(dict(save=save) if save else {}))
     except Diverged: embs,labels,seen = None,None,dict(diverged=True)
     seconds,cpu = time.time()-began,time.process_time()-start
     about = dict(seed=seed, plan=self.hash_of(method), settings={k:o for k,o in settings.items() if k not in ('data','batch')})
@@ -182,7 +215,8 @@ def run_seed(self:Experiment,
 def facts(self:Experiment)->dict:
     "Versions, commit, and a hash of images, labels and splits"
     if not hasattr(self, '_facts'):
-        self._facts = dict(**about_run(self.ds), commit=_commit(), machine=platform.machine())
+        n = {'processes':num_distrib()} if num_distrib()>1 else {}
+        self._facts = dict(**about_run(self.ds), commit=_commit(), machine=platform.machine(), **n)
     return self._facts
 
 def _commit():
@@ -237,6 +271,8 @@ def run_features(self:Experiment,
 @patch
 def check(self:Experiment):
     "Raise `ValueError` before the experiment begins, for anything that would stop it later"
+    if own := [o for o in self.methods if num_distrib()>1 and 'trainer' in self.methods[o]]:
+        raise ValueError(f"Method {own[0]!r} has a trainer of its own, which several processes cannot share: train in one.")
     self.check_data()
     self.check_models()
 

@@ -12,6 +12,7 @@ import hashlib, importlib.util, json, math
 import numpy as np
 from pathlib import Path
 from fastcore.all import *
+from fastai.torch_core import num_distrib
 from ..data.datasets import *
 from ..files.registry import nearest, shortened
 from ..retrieval.metrics import metric_names
@@ -99,11 +100,20 @@ def train_run(
     doctor = TrainingDoctor()
     if report: s = with_settings(s, {'fit.patience':0, 'fit.monitor':None}) # a trial is scored by its last epoch
     learn = make_learner(s, ds, cbs=[RetrievalMetrics(list(dict.fromkeys(['map@r','recall@1',metric or 'map@r']))),doctor])
-    with learn.no_bar(), learn.no_logging():
+    _share_out(learn.dls.train)
+    with in_processes(learn), learn.no_bar(), learn.no_logging():
         fit_settings(learn, s, cbs=TrialScore(report, metric or 'map@r') if report else None)
         embs,labels = learn.embed(learn.dls.test_dl(ds.items(valid), with_labels=True), bar=False)
-    if save: learn.export_embedder(save, overwrite=True)
+        if save: learn.export_embedder(save, overwrite=True)
     return embs,labels,_seen(doctor)
+
+def _share_out(dl):
+    "Of several processes, each has its part of the plan's batches; raises `ValueError` where they have too few classes"
+    if (n := num_distrib())<2: return
+    if dl.bs%(n*dl.per_class):
+        raise ValueError(f"{n} processes share out batches by classes, and those of {dl.bs} images with {dl.per_class} of a class cannot "
+            f"be: let `batch.bs` be a multiple of {n*dl.per_class}.")
+    dl.bs //= n
 
 def _seen(doctor):
     "Means of the doctor's measurements in the last epoch"

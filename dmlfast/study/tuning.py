@@ -18,6 +18,7 @@ from fastai.callback.core import Callback
 from fastai.learner import *
 from ..data.datasets import *
 from ..train.columns import *
+from ..train.processes import *
 from ..train.learner import *
 from ..train.ssr import *
 from ..retrieval.metrics import less_is_better, metric_names
@@ -100,7 +101,7 @@ class TrialScore(Callback):
 
     def after_epoch(self):
         self.value = float(self.learn.recorder.log[self.names.index(self.metric)])
-        self.report(self.learn.epoch, self.value)
+        by_first(lambda: self.report(self.learn.epoch, self.value))
 
 # %% ../../nbs/api/study/03_tuning.ipynb #4354d888
 def trial_report(

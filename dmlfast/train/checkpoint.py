@@ -68,9 +68,7 @@ def _cb_names(cbs):
 # %% ../../nbs/api/train/14_checkpoint.ipynb #f78b13e9
 def _write(path, state):
     "Write `state` to `path`, completely or not at all"
-    try:
-        with whole_file(path) as tmp, open(tmp, 'wb') as f: torch.save(state, f)
-    except RuntimeError as e: raise OSError(f"{e}".split('\n')[0]) from e # what PyTorch makes of a full disk
+    with whole_file(path) as tmp, open(tmp, 'wb') as f: torch.save(state, f)
 
 # %% ../../nbs/api/train/14_checkpoint.ipynb #40e54ec5
 class Checkpoint(Callback):

@@ -8,11 +8,12 @@ Docs: https://dmlfast.github.io/dmlfast/api/train/columns.html.md"""
 __all__ = ['protocol_of', 'is_fitting', 'Diverged', 'RetrievalMetrics']
 
 # %% ../../nbs/api/train/04_columns.ipynb #b3a31216
-import torch
+import torch, warnings
 from torch import tensor
 from fastcore.all import *
 from fastai.learner import *
 from fastai.callback.core import Callback
+from ..data.batches import labels_of
 from ..retrieval.metrics import *
 from .processes import *
 
@@ -64,7 +65,9 @@ class RetrievalMetrics(Callback):
     def check_fit(self,
         learn, # Learner that is about to be fitted
     ):
-        "Raise `ValueError` if the data set has no such metrics"
+        "Raise `ValueError` if the data set has no such metrics, and warn if they mean nothing"
+        if any(hasattr(o.dataset, 'tls') and len(set(labels_of(o.dataset)))==1 for o in learn.dls.loaders[1:2]):
+            warnings.warn("All validation images are of one class, so that recall is 1 whatever is learned: validate on two or more.")
         metric_names(self.names, drawn=getattr(getattr(learn.dls, 'source', None), 'random_gallery', 0), curve=False)
 
     def due(self):

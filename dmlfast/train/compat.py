@@ -71,6 +71,7 @@ def one_batch(self:BridgedLearner,
 @patch
 def _do_fit(self:BridgedLearner):
     first = self.__dict__.pop('first_epoch', 0) # of this fit alone, also if it is interrupted
+    if first and (bar := getattr(getattr(self, 'progress', None), 'mbar', None)): bar.update(0) # which knows no other beginning
     for self.epoch in range(first, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
 # %% ../../nbs/api/train/00_compat.ipynb #c2a7e6d4

@@ -47,19 +47,8 @@ def distrib_ctx(self:MetricLearner,
     "A context in which the processes of a launcher train together; nothing happens where there is one process"
     _accelerate()
     import fastai.distributed # which cannot be imported without accelerate
-    try:
-        with Learner.distrib_ctx(self, sync_bn, in_notebook and torch.cuda.is_available(), timeout=timeout, **kwargs): yield self
-    except RuntimeError as e:
-        if not _is_lost(e): raise
-        r,n = dist.get_rank(),dist.get_world_size()
-        raise LostProcess(f"Another one of the {n} processes ended, or did not answer within {timeout:g} minutes, and so process {r} ends "
-            f"as well ({str(e).strip().splitlines()[0].split('. ')[0]}).") from e
-
-# %% ../../nbs/api/train/19_distributed.ipynb #5e4a8228
-def _is_lost(e):
-    "Is this what a process sees when another one ends?"
-    lost = isinstance(e, getattr(dist, 'DistError', ())) or any(o in str(e) for o in ('gloo','NCCL','Connection closed by peer'))
-    return lost and dist.is_initialized() and dist.get_world_size()>1
+    with lost_is_said(timeout), Learner.distrib_ctx(self, sync_bn, in_notebook and torch.cuda.is_available(), timeout=timeout, **kwargs):
+        yield self
 
 # %% ../../nbs/api/train/19_distributed.ipynb #db32c3b2
 class _Rows(torch.autograd.Function):

@@ -125,7 +125,7 @@ def export_embedder(self:MetricLearner,
         raise ValueError("Only the models that `metric_learner` makes by name can be built again elsewhere, and this one was given as it "
             "is.")
     self.start_head()
-    res = ImageEmbedder(merged(model), preprocess_of(self.dls), self.about_training())
+    res = ImageEmbedder(merged(model), preprocess_of(self.dls), self.about_training()|dict(split_hash=split_hash(self.dls)))
     if fmr is not None: res.calibrate(self.embedded(), fmr, min_classes, split_hash=split_hash(self.dls))
     if gallery is not None:
         gal = self.embedded(gallery)

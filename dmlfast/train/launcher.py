@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/train/launcher.html.md"""
 __all__ = ['launch', 'run_part']
 
 # %% ../../nbs/api/train/21_launcher.ipynb #634793ad
-import builtins, importlib, json, logging, os, signal, sys, tempfile, time, traceback
+import builtins, importlib, json, logging, os, signal, sys, tempfile, threading, time, traceback, warnings
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from ..files.writing import *
@@ -26,7 +26,8 @@ def launch(
     from torch.distributed.run import parse_args, run
     code = 'import sys; from dmlfast.train.launcher import run_part; run_part(*sys.argv[1:])'
     with tempfile.TemporaryDirectory() as notes, _as_launcher(n):
-        words = ['--standalone', f'--nproc-per-node={n}', '--no-python', sys.executable, '-c', code, func, json.dumps(kwargs), notes]
+        python = [sys.executable, '-W', 'ignore::FutureWarning', '-c', code] # PyTorch's to fastai, no concern of the user's
+        words = ['--standalone', f'--nproc-per-node={n}', '--no-python', *python, func, json.dumps(kwargs), notes, str(os.getpid())]
         try: run(parse_args(words))
         except SignalException: raise KeyboardInterrupt from None
         except ChildFailedError as e: raise _what_failed(_notes(notes), e) from None
@@ -63,11 +64,14 @@ def run_part(
     func:str, # `'module:function'`
     kwargs:str, # Its arguments, JSON
     notes:str, # Folder for the note
+    parent:str, # Number of the process that began it
 ):
     "What each process of `launch` does"
     module,_,name = func.partition(':')
+    threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.default_int_handler) # what a shell began in the background is deaf to Ctrl-C
     try:
+        if not is_first(): warnings.simplefilter('ignore') # the first says it
         with nullcontext() if is_first() else open(os.devnull, 'w') as out, redirect_stdout(out or sys.stdout):
             res = getattr(importlib.import_module(module), name)(**json.loads(kwargs))
         note = dict(res=res if is_first() else None)
@@ -82,6 +86,13 @@ def run_part(
     sys.exit(0 if 'res' in note else 1)
 
 # %% ../../nbs/api/train/21_launcher.ipynb #6f80750e
+def _end_with(parent):
+    "Wait until the launcher is gone, which was killed and could end nothing; then end as on Ctrl-C, so that no file is left half written"
+    while os.getppid()==parent: time.sleep(1)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(30)
+    os._exit(1) # it waits for something that does not come
+
 def _note(e):
     kind = next(o.__name__ for o in type(e).__mro__ if o.__module__=='builtins')
     return dict(kind=kind, said=str(e), at=time.time(), lost=isinstance(e, LostProcess))

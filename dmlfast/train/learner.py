@@ -10,6 +10,7 @@ __all__ = ['MetricLearner', 'metric_learner']
 # %% ../../nbs/api/train/11_learner.ipynb #80c3888e
 import inspect, math, torch, warnings, weakref
 from copy import deepcopy
+from functools import cache
 from torch import nn
 from fastcore.all import *
 from fastai.data.all import *
@@ -17,6 +18,7 @@ from fastai.learner import *
 from fastai.callback.all import *
 from fastai.torch_core import no_random
 from ..files.registry import nearest
+from ..files.writing import *
 from ..retrieval.metrics import less_is_better
 from ..losses import *
 from ..models.bodies import *
@@ -114,9 +116,15 @@ class MetricLearner(GroupedLearner):
         fname='export.pkl', # File to write, in the learner's folder
         **kwargs # Passed to `Learner.export`
     ):
-        "As in fastai, after the head has started"
+        "As in fastai, after the head has started; the file is written completely or not at all, and a failed write leaves the learner unchanged"
         self.start_head()
-        super().export(fname, **kwargs)
+        if not is_first(): return
+        dls,opt = self.dls,self.opt
+        try:
+            with whole_file(self.path/fname) as tmp: super().export(tmp.absolute(), **kwargs)
+        except BaseException:
+            self.dls,self.opt = dls,opt
+            raise
 
 # %% ../../nbs/api/train/11_learner.ipynb #a49b2395
 @patch
@@ -205,12 +213,12 @@ def _check_tfms(dl):
             "by `dls.test_dl(items, with_labels=True)` or of a `DataBlock`, "
             "or make the learner with `normalize=False` where they are normalised already.")
 
-def _normalize(dls, cfg, trained=True):
+def _normalize(dls, cfg, first, trained=True):
     "Let `dls` normalise with a model's statistics; raises `ValueError` if it already has those of another trained model"
     has,norm = _norm_of(dls.train),Normalize.from_stats(cfg['mean'], cfg['std'])
     norm.of_model = True # and not the user's own
     if has is None:
-        if dls.one_batch()[0].shape[1]!=len(cfg['mean']): return
+        if first().shape[1]!=len(cfg['mean']): return
         for o in dls.loaders: _check_tfms(o)
         dls.add_tfms([norm], 'after_batch')
     elif trained and hasattr(has, 'of_model') and not _same(has, norm):
@@ -255,10 +263,10 @@ class _Whole(nn.Module):
     @property
     def arch(self): return type(self.model).__name__
 
-def _sized(dls, arch, model_kwargs):
+def _sized(dls, arch, model_kwargs, first):
     "Arguments that build a body for the image size of the loaders, if it needs a fixed size"
     if not len(dls.train) or not one_size(arch, **model_kwargs): return model_kwargs
-    with no_random(): x = dls.one_batch()[0]
+    with no_random(): x = first()
     return sized(arch, x.shape[-2:], **model_kwargs) if x.ndim==4 else model_kwargs
 
 def _model(arch, weights, pretrained, normalize, recipe, given, model_kwargs):
@@ -413,13 +421,13 @@ def metric_learner(
     given = dict(emb_sz=emb_sz, pool=pool, head=head, init=init, freeze_bn=freeze_bn, frozen_stages=frozen_stages, normalize=normalize_embs)
     arch = ifnone(arch, r.arch)
     if inspect.isfunction(arch): arch = arch.__name__
-    trained = not isinstance(arch, nn.Module) and (pretrained or weights is not None)
+    trained,first = not isinstance(arch, nn.Module) and (pretrained or weights is not None),cache(lambda: dls.one_batch()[0])
     if not isinstance(arch, nn.Module):
         if arch in recipes: raise ValueError(f"{arch!r} is a recipe, and no timm model: pass `recipe={arch!r}`.")
         check_arch(arch, weights)
-        given,model_kwargs = _begin(given, r, trained, dls),_sized(dls, arch, model_kwargs or {})
+        given,model_kwargs = _begin(given, r, trained, dls),_sized(dls, arch, model_kwargs or {}, first)
     model = _model(arch, weights, pretrained, loss_func.normalize_embs, r, given, model_kwargs)
-    if normalize and hasattr(model, 'cfg'): _normalize(dls, model.cfg, pretrained or weights is not None)
+    if normalize and hasattr(model, 'cfg'): _normalize(dls, model.cfg, first, pretrained or weights is not None)
     names,mets = L(metrics).map(str) if metrics and all(isinstance(o, str) for o in L(metrics)) else None,L(metrics)
     cbs = as_callbacks(cbs)
     if not any(isinstance(o, SetEpoch) for o in cbs): cbs = cbs + SetEpoch()

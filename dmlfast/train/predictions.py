@@ -22,7 +22,7 @@ from ..retrieval.embedded import check_lengths
 from ..retrieval.results import *
 from ..retrieval.search import *
 from ..retrieval.metrics import *
-from ..deploy.gallery import Hit
+from ..deploy.finder import Hit
 from ..models.embedder import unwrapped
 from .compat import *
 from .columns import *

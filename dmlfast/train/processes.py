@@ -6,15 +6,16 @@ Docs: https://dmlfast.github.io/dmlfast/api/train/processes.html.md"""
 
 # %% auto #0
 __all__ = ['own_part', 'work_together', 'LostProcess', 'is_first', 'gather_objects', 'of_first', 'alone', 'by_first',
-           'first_does', 'sync_tensors', 'sync_model', 'first_prints']
+           'first_does', 'lost_is_said', 'together', 'sync_tensors', 'sync_model', 'first_prints']
 
 # %% ../../nbs/api/train/01_processes.ipynb #c08cfe0d
 import os, torch
 import torch.distributed as dist
 from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
 from types import SimpleNamespace
 from fastcore.all import *
-from fastai.torch_core import rank_distrib
+from fastai.torch_core import num_distrib, rank_distrib
 
 # %% ../../nbs/api/train/01_processes.ipynb #62055355
 _state = SimpleNamespace(together=False)
@@ -94,6 +95,35 @@ def _error(cls, msg):
     "An error as process 0 has it"
     try: return cls(msg)
     except Exception: return RuntimeError(f'{cls.__name__}: {msg}')
+
+# %% ../../nbs/api/train/01_processes.ipynb #9b36ef90
+def _is_lost(e):
+    "Is this what a process sees when another one ends?"
+    lost = isinstance(e, getattr(dist, 'DistError', ())) or any(o in str(e) for o in ('gloo','NCCL','Connection closed by peer'))
+    return lost and dist.is_initialized() and dist.get_world_size()>1
+
+@contextmanager
+def lost_is_said(
+    timeout:float, # Minutes that a process waits for the others
+):
+    "A context in which a process that has lost another raises `LostProcess`"
+    try: yield
+    except RuntimeError as e:
+        if not _is_lost(e): raise
+        r,n = dist.get_rank(),dist.get_world_size()
+        raise LostProcess(f"Another one of the {n} processes ended, or did not answer within {timeout:g} minutes, and so process {r} ends "
+            f"as well ({str(e).strip().splitlines()[0].split('. ')[0]}).") from e
+
+@contextmanager
+def together(
+    timeout:float=60, # Minutes that a process waits for the others
+):
+    "A context in which the processes of a launcher tell each other something between two fits"
+    if num_distrib()>1 and not dist.is_initialized(): dist.init_process_group(timeout=timedelta(minutes=timeout)) # of CPUs and GPUs
+    work_together(True)
+    try:
+        with lost_is_said(timeout): yield
+    finally: work_together(False)
 
 # %% ../../nbs/api/train/01_processes.ipynb #d6d4611f
 @torch.no_grad()
