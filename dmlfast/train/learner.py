@@ -116,7 +116,7 @@ class MetricLearner(GroupedLearner):
         fname='export.pkl', # File to write, in the learner's folder
         **kwargs # Passed to `Learner.export`
     ):
-        "As in fastai, after the head has started; the file is written completely or not at all, and a failed write leaves the learner unchanged"
+        "As in fastai, after the head has started; written completely or not at all, and a failed write changes nothing"
         self.start_head()
         if not is_first(): return
         dls,opt = self.dls,self.opt
