@@ -13,7 +13,9 @@ avoid = { # a word, and what to say instead
     'comes up to':'reaches', 'came up to':'reached', 'leverage':'use', 'very much':'much', 'it should be noted':'leave it out', 'simply':'leave it out', 'obviously':'leave it out',
     'as much so':'as much', 'nor do':'start a sentence with the subject', 'nor does':'start a sentence with the subject',
     'is another matter':'say how it differs', 'may well':'may', 'as it were':'leave it out',
-    'of which the':'name it', 'cannot be told':'is unknown, or within noise', 'is wanted':'name who wants it', 'at all events':'leave it out', 'save for':'except'}
+    'of which the':'name it', 'cannot be told':'is unknown, or within noise', 'is wanted':'name who wants it', 'at all events':'leave it out', 'save for':'except',
+    'whither':'where', 'as ever':'as usual', 'in the place of':'instead of', 'anew':'again', 'whichever':'the one that', 'as it came':'original', 'be had':'is available', 'of theirs':'their',
+    'come to its end':'finish', 'takes away':'removes'}
 
 def prose(text):
     "Sentences of markdown: no code, formulas, tables, headings, links' addresses"

@@ -280,7 +280,7 @@ def test_evaluation(trained, folder, tmp_path, monkeypatch):
     for o in ('measured on own, all','DRTripletLoss(','<th scope="row">trained on</th><td>few</td>',
         '<th scope="row">fit.n_epoch</th><td>1</td>','hash of the splits'):
         assert o in page, o
-    assert 'optimiser' not in page and 'There is no fit' not in page
+    assert 'optimiser' not in page and 'No fit is known' not in page
     def no(*args): return said(dmlfast_eval, *args)
     assert 'holds scores' in no(run, '--out', tmp_path/'scores')
     assert 'is the folder of a run' in no(run, '--out', run)

@@ -386,7 +386,7 @@ def test_an_embedder_says_what_trained_it(few, tmp_path):
     for o in (row('network','test_resnet'), row('embedding','8 numbers'), row('trained on','few glyphs'), row('epochs',1),
         row('loss.margin',.3), row('model.weights','body.pth'), 'TripletLoss(margin=0.3', 'measured on few glyphs, test'):
         assert o in html, o
-    assert not [o for o in ('optimiser','callbacks','There is no fit','What is wrong','#training') if o in html]
+    assert not [o for o in ('optimiser','callbacks','No fit is known','What is wrong','#training') if o in html]
     for facts in ({}, None):
         (tmp_path/'e'/'embedder.json').write_text(json.dumps(about | dict(facts=facts)))
         html = page(load_embedder(tmp_path/'e'), 'r', overwrite=True)

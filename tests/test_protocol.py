@@ -67,7 +67,7 @@ def test_trials_that_were_given_up_are_not_chosen(few, tmp_path):
     assert [o.state.name for o in trials]==['COMPLETE','PRUNED','COMPLETE','COMPLETE']
     assert [o.intermediate_values for o in trials]==[{0:.1, 1:.3},{0:.9},{0:.2, 1:.4},{0:.3, 1:.2}]
     for o in exp.rows('trial'): exp.write({**o, 'method':'γ', 'state':'PRUNED'})
-    with pytest.raises(ValueError, match="None of the 4 trials of 'γ' came to its end"): exp.chosen('γ')
+    with pytest.raises(ValueError, match="None of the 4 trials of 'γ' finished"): exp.chosen('γ')
 
 def test_killed_and_started_again(few, tmp_path):
     "A process that is killed loses the piece that it was in; what it half wrote, within a letter, is not in the way"

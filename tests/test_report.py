@@ -148,7 +148,7 @@ def test_an_untrained_learner_and_strange_names(make_learner, tmp_path):
     learn.dls.source.name,old = '<script>alert(1)</script>',learn.dls.source.name
     try: p = Page(learn.report(tmp_path, n_queries=1))
     finally: learn.dls.source.name = old
-    assert 'There is no fit to tell of' in p.text and 'No TrainingDoctor looked at this run' in p.text
+    assert 'No fit is known' in p.text and 'No TrainingDoctor looked at this run' in p.text
     assert 'alert(1)' in p.text and '<script>alert' not in p.html
     assert 'fig-curves' not in p.ims and 'fig-neighbours' in p.ims
 
@@ -182,7 +182,7 @@ def test_items_that_are_no_images(tmp_path):
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-3)
         p = Page(learn.report(tmp_path/'r'))
-    assert 'no images that could be drawn' in p.text and list(p.ims)==['fig-curves_retrieval','fig-decisions','fig-curves']
+    assert 'These items are not images' in p.text and list(p.ims)==['fig-curves_retrieval','fig-decisions','fig-curves']
     assert re.search('time of the last epoch', p.text)
 
 def test_the_hash_is_of_items_labels_and_splits(few):
@@ -293,7 +293,7 @@ def test_training_that_did_harm(few, body, tmp_path, no_pictures):
         learn.fit(1, 2.)
         harmed = learn.report(tmp_path/'h')
     p = Page(harmed)
-    assert re.search('<p class="finding">From the features to what was trained, .*<code>freeze_bn=True</code>', p.html)
+    assert re.search('<p class="finding">From the features to the trained embedding, .*<code>freeze_bn=True</code>', p.html)
     assert '<p class="finding">Below the features it started with since epoch 0' in p.html
     assert 'too few to tell' not in p.text or 'something else' in p.text
     assert next(o for o in p.cells if o[:1]==['between start and end'])[1]==f'1: {learn.interpolate.curve[1]:.4f}; kept: 1'

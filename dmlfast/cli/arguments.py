@@ -1,4 +1,4 @@
-"""The words of a shell become settings. Which arguments there are, and what their help says, is what the schema of the settings says.
+"""From shell arguments to settings. The schema of the settings defines the arguments and their help.
 
 Docs: https://dmlfast.github.io/dmlfast/api/cli/arguments.html.md"""
 
@@ -22,7 +22,7 @@ from ..study.settings import is_kind
 def word_value(
     s:str, # Such as `'.3'`, `'true'`, `'(8,16)'` or `'same'`
 ):
-    "A word as a number, a truth value or a list, if it is one"
+    "Text as a number, true or false, or a list, if possible"
     if s.lower() in ('true','false'): return s.lower()=='true'
     try: return ast.literal_eval(s)
     except (ValueError,SyntaxError): pass
@@ -44,7 +44,7 @@ def word_pairs(
 def word_args(
     s:str, # Such as `'a=(1,2), b=same'`; none: no arguments
 )->dict:
-    "Arguments in one word as a dictionary"
+    "Arguments in one text as a dictionary"
     parts,depth = [''],0
     for o in s or '':
         depth += (o in '([{')-(o in ')]}')
@@ -54,23 +54,23 @@ def word_args(
 
 # %% ../../nbs/api/cli/00_arguments.ipynb #7cc325e2
 def run_args(
-    config:str=None, # TOML file of settings; what is given as an argument wins over it
-    # Folder with a folder for each class, table (.csv), or cub200, cars196, online_products, inshop, vehicle_id, glyphs (the default)
+    config:str=None, # TOML file of settings; arguments have priority over it
+    # Folder with one subfolder per class, table (.csv), or cub200, cars196, online_products, inshop, vehicle_id, glyphs (the default)
     data:str=None,
     path:str=None, # Folder of the download of a data set by name
     ssr:store_true=False, # Add self-supervised ranking?
     Set:Annotated[str, dict(nargs='*', action='extend')]=None, # Any setting by its path, such as loss.margin=.3 ssr.m=10; none if not given
 ):
-    "Arguments of a run beside those that are one setting each"
+    "Arguments of a run that are not a single setting"
 
 def setting_args(
     tune:bool=False, # Those of `dmlfast-tune` only?
 )->dict: # `{argument: Setting}`
-    "The arguments that are one setting each"
+    "Arguments that are a single setting"
     return {o.arg:o for o in declared_settings().values() if o.arg and (o.tune or not tune)}
 
 def _param(name, o):
-    "Parameter of a command for a setting; a flag for true or false, or for what begins with no_"
+    "Parameter of a command for a setting; a flag if the setting is true or false, or its name begins with no_"
     kinds = get_args(o.kind) if type(None) in get_args(o.kind) else (o.kind,)
     if kinds[0] is bool and str not in kinds: kind,default = Annotated[store_true, o.help],False
     elif kinds[0] in (list,list[int]):
@@ -81,7 +81,7 @@ def _param(name, o):
 def with_setting_args(
     f, # What `takes_settings` made of a command
 ):
-    "The same, its signature as the settings are now"
+    "The command, with a signature from the current settings"
     own = f.own_signature
     new = setting_args(f.tunes)
     for k in own.parameters.keys() & new.keys():
@@ -112,7 +112,7 @@ def data_table(
     path, # What `--path` says
     old:dict, # The table `data` until now
 )->dict:
-    "The table `data` that arguments mean"
+    "The table `data` from arguments"
     from dmlfast.data.datasets import register_reader
     if data is None and path is None: return old
     names = [o for o in register_reader if o not in ('folder','csv')]
@@ -125,18 +125,18 @@ def data_table(
     return {**(old if old.get('reader')==new['reader'] else {}), **new}
 
 def _put(res, path, value):
-    "Add a setting; raises `ValueError` where an argument set it already"
+    "Add a setting; raises `ValueError` if an argument set it already"
     if path in res: raise ValueError(f"{path!r} is given twice: as {res[path]!r} and as {value!r}.")
     res[path] = value
 
 def _said(o, v):
-    "What the value of an argument is as a setting"
+    "The value of an argument as a setting"
     if v is True: return not o.arg.startswith('no_')
     if isinstance(v, str) and is_kind(True, o.kind): return word_value(v)
     return (o.also or {}).get(v, v) if isinstance(v, str) else v
 
 def _changes(args, given):
-    "Settings by their paths that arguments stand for; `name` begins a table and was looked at before"
+    "Settings by path from arguments; `name`, which begins a table, is handled before"
     res = {}
     for k,o in given.items():
         if is_kind({}, o.kind):
@@ -146,10 +146,10 @@ def _changes(args, given):
     return res
 
 def _check_needed(given, args, settings):
-    "Raise `ValueError` for arguments of what is not there"
+    "Raise `ValueError` for arguments of something that is not named"
     for k,o in given.items():
         if o.needs and get_setting(settings, o.needs) is None:
-            raise ValueError(f"--{k.replace('_', '-')} says more of what is not named: it needs "
+            raise ValueError(f"--{k.replace('_', '-')} has arguments for something that is not named: it needs "
                 f"--{[p for p in o.needs.split('.') if p!='name'][-1]}.")
     if args.get('no_pretrained') and args.get('weights'):
         raise ValueError("--no-pretrained begins with random weights, and --weights with those of a file: take one of them.")
@@ -159,7 +159,7 @@ def run_settings(
     base:dict=None, # Settings to begin with, instead of those in `config`
     **args # And those of `setting_args`
 )->dict: # Tables, checked
-    "The settings that arguments stand for; raises `ValueError` for what is unknown, contradictory or would be ignored"
+    "Settings from arguments; raises `ValueError` for unknown, contradictory or ignored arguments"
     from dmlfast.study.checks import check_settings, load_settings, with_settings
     given = {k:o for k,o in setting_args().items() if is_given(args.get(k))}
     res = load_settings(args['config']) if args.get('config') else {} if base is None else base

@@ -1,4 +1,4 @@
-"""What all commands have in common: words are read, what is wrong is said in a sentence, and the status says how it ended.
+"""What all commands share: reading arguments, errors in one sentence, exit statuses.
 
 Docs: https://dmlfast.github.io/dmlfast/api/cli/commands.html.md"""
 
@@ -18,17 +18,17 @@ from ..files.writing import whole_file
 
 # %% ../../nbs/api/cli/01_commands.ipynb #9c2dcf4a
 class Refused(ValueError):
-    "Arguments or settings that are not right"
+    "Wrong arguments or settings"
 
 class Interrupted(Exception):
-    "Ctrl-C, and what it left"
+    "Ctrl-C, with what was kept"
 
 # %% ../../nbs/api/cli/01_commands.ipynb #ae92ca63
 @contextmanager
 def refusing(
-    worth=lambda: False, # Function that says whether something came of the work by now
+    worth=lambda: False, # Function: does the work have results by now?
 ):
-    "What is wrong here was found before anything came of the work, and nothing is left of it"
+    "A context for errors before there are any results; nothing is left behind"
     try: yield
     except (ValueError,FileExistsError,FileNotFoundError) as e:
         if worth(): raise
@@ -37,14 +37,14 @@ def refusing(
 def sentence(
     e, # An exception
 )->str:
-    "The sentence of an error, also of one that comes from a process that reads images"
+    "The message of an error, also from a worker process that reads images"
     return (str(e).strip().splitlines() or [type(e).__name__])[-1].removeprefix('ValueError: ')
 
 # %% ../../nbs/api/cli/01_commands.ipynb #f740b8b7
 def _name(func): return func.__name__.replace('_', '-')
 
 def _parser(func):
-    "What reads the words of a command"
+    "The parser of a command"
     f = getattr(func, '__wrapped__', func)
     p = anno_parser(with_setting_args(f) if hasattr(f, 'tunes') else f, prog=_name(func))
     p.allow_abbrev = False
@@ -53,7 +53,7 @@ def _parser(func):
 def _options(p): return [o for a in p._actions for o in a.option_strings if o not in ('--pdb','--xtra')]
 
 def _odd(v):
-    "What is wrong with the value of an argument, whatever it is for"
+    "The error in the value of an argument, if any"
     if isinstance(v, str) and not v.strip(): return 'is empty: is a variable of the shell not set?'
     if isinstance(v, (int,float)) and not abs(v)<2**32: return f"is {'too large' if abs(v)>=2**32 else 'not a number'}; got {v}."
 
@@ -61,7 +61,7 @@ def parse_command(
     func, # Function of a command
     argv, # Words
 )->dict: # Arguments
-    "Arguments of a command; raises `Refused` for those that are unknown, naming the nearest one"
+    "Arguments of a command; raises `Refused` for unknown ones, with the nearest name"
     p,lists = _parser(func),f'`{_name(func)} --help` lists the arguments'
     def _error(msg): raise Refused(f"{msg.replace('argument ', '', 1)}. {lists}.")
     p.error = _error
@@ -80,7 +80,7 @@ def parse_command(
 
 # %% ../../nbs/api/cli/01_commands.ipynb #2ec25a87
 def _as_options(func, msg):
-    "A sentence about arguments of functions, about those of a command where it has them"
+    "A message about arguments of functions, translated to those of the command"
     known,planned = _options(_parser(func)),'plan' in inspect.signature(func).parameters
     def _f(m):
         arg = f"{'no_' if m[2]=='=False' else ''}{m[1]}"
@@ -94,7 +94,7 @@ def run_command(
     func, # Function of a command
     argv, # Words
 )->int: # Exit status
-    "Do what a shell asks for"
+    "Run a command from the shell"
     warnings.simplefilter('ignore', FutureWarning) # PyTorch's to fastai, no concern of the user's
     def _say(msg, status):
         if status==130 and sys.stderr.isatty(): print(file=sys.stderr) # below the bar that was cut short
@@ -113,7 +113,7 @@ def run_command(
 def command(
     func, # Function, its arguments with docments
 ):
-    "Let a function be the command of its name where a script calls it, and a function elsewhere, also in a notebook"
+    "Make a function a shell command, which stays a function in Python and notebooks"
     @wraps(func)
     def _f(*args, **kwargs):
         caller = inspect.currentframe().f_back
@@ -132,7 +132,7 @@ def command(
 def stdout_for(
     json_only:bool, # Is JSON asked for?
 ):
-    "Where JSON is asked for, everything else goes to standard error"
+    "A context that sends everything except JSON to standard error, if JSON is requested"
     if not json_only: yield
     else:
         with redirect_stdout(sys.stderr): yield
@@ -142,14 +142,14 @@ def resume_with(
     out, # Its folder
     n:int=None, # Processes; one if not given
 )->str:
-    "The command that goes on with what was interrupted"
+    "The command that continues interrupted work"
     return f"`{command} --out {shlex.quote(str(out))} --resume{'' if n is None else f' --launch {n}'}`"
 
 def save_figure(
     fig, # Figure, or what has one
     file, # Where to
 ):
-    "Write a picture, whole or not at all"
+    "Write a picture, completely or not at all"
     import matplotlib.pyplot as plt
     fig = getattr(fig, 'figure', fig)
     with whole_file(file) as tmp: fig.savefig(tmp, dpi=100)

@@ -1,4 +1,4 @@
-"""`dmlfast-eval` scores a run, or an exported embedder, on any images: every retrieval metric with its interval, pictures, a page.
+"""`dmlfast-eval` scores a run or an exported embedder on any images: all retrieval metrics with intervals, pictures, a report.
 
 Docs: https://dmlfast.github.io/dmlfast/api/cli/measuring.html.md"""
 
@@ -20,7 +20,7 @@ from ..files.writing import *
 
 # %% ../../nbs/api/cli/03_measuring.ipynb #4eb4ff50
 def embedder_of(run):
-    "Folder of the embedder, and the run's settings or nothing"
+    "Folder of the embedder, and the run's settings if there are any"
     run = Path(run)
     if (run/'embedder.json').is_file(): return run,None
     if (run/'embedder'/'embedder.json').is_file(): return run/'embedder',run/'settings.toml'
@@ -33,7 +33,7 @@ def eval_data(file, data, path, data_args, split, batch):
     "Data set and split to measure on"
     from dmlfast.study.checks import check_settings, load_settings, read_data, with_settings
     own = file is not None and data is None
-    if not own and data is None: raise ValueError("An exported embedder does not know what to be measured on: --data.")
+    if not own and data is None: raise ValueError("An exported embedder has no data set of its own: give one with --data.")
     if own and path is not None: raise ValueError("--path is for --data.")
     table = load_settings(file).get('data', {}) if own else data_table(data, path, {})
     table = with_settings(table, word_args(data_args))
@@ -60,7 +60,7 @@ def _pictures(interp, out, queries):
     for k,o in figs.items(): save_figure(o, out/f'{k}.png')
 
 def _run_gain(file, embedder, res, embedded_by):
-    "What a run's embedder has more than the features it began with; None where these are not known"
+    "The gain of a run's embedder over its original features; None if these are unknown"
     import torch
     from dmlfast.train.gain import Gain
     from dmlfast.study.checks import load_settings
@@ -79,26 +79,26 @@ def _run_gain(file, embedder, res, embedded_by):
 @command
 def dmlfast_eval(
     run:str, # Folder of a run, or of an exported embedder
-    data:str=None, # Folder with a folder for each class, table (.csv), or the name of a data set; that of the run if not given
+    data:str=None, # Folder with one subfolder per class, table (.csv), or the name of a data set; that of the run if not given
     path:str=None, # Folder of the download of a data set by name
     data_args:str=None, # More for the reader of the data, such as val_pct=.2,seed=1; nothing more if not given
     # train, val, test, a part of it, or all; test for the run's own data set and those by name, otherwise all if not given
     split:str=None,
     metrics:Annotated[str, dict(nargs='*', action='extend')]=None, # Such as recall@1 map@r nmi; all if not given
-    rerank:str=None, # Also rank anew what is found, by qe, dba, dba+qe or k-reciprocal, and compare; only the plain search if not given
-    ci:str='classes', # What to draw for the intervals: classes or queries
+    rerank:str=None, # Also re-rank the results by qe, dba, dba+qe or k-reciprocal, and compare; only the plain search if not given
+    ci:str='classes', # Resample classes or queries for the intervals
     n_boot:int=1000, # Number of samples for the intervals
     seed:int=0, # Of these samples
     bs:int=64, # Images at a time
     workers:int=None, # Threads that open images; as many as cores, 16 at most, if not given
-    device:str='cpu', # Where to compute: cpu, cuda:1 and the like
+    device:str='cpu', # Device, such as cpu or cuda:1
     out:str=None, # Folder for scores and pictures; dmlfast-eval with --report, and otherwise nothing is written if not given
     queries:int=6, # Queries to draw in a picture
     report:store_true=False, # Write a page too, in --out?
     overwrite:store_true=False, # Replace the scores in --out?
     Json:store_true=False, # Print the results as JSON, and everything else to standard error?
 ):
-    "Measure an embedding: every retrieval metric with its interval, pictures, a report"
+    "Measure an embedding: all retrieval metrics with intervals, pictures, a report"
     with stdout_for(Json):
         from dmlfast.deploy import load_embedder
         from dmlfast.retrieval.metrics import metric_names

@@ -1,4 +1,4 @@
-"""`dmlfast-tune` searches for settings on training classes that are held out; `dmlfast-bench` compares methods that are tuned alike.
+"""`dmlfast-tune` searches for settings on held-out training classes. `dmlfast-bench` compares equally tuned methods.
 
 Docs: https://dmlfast.github.io/dmlfast/api/cli/studies.html.md"""
 
@@ -46,7 +46,7 @@ _tune_files = 'settings.toml','search.json','best.toml','results.json','study.pn
 _tune_defaults = dict(trials=20, epochs=4, folds=None, metric='map@r', storage=None, name='dmlfast', space=None)
 
 def _check_tune_folder(out, resume, overwrite):
-    "Raise `ValueError` where a search cannot be written to a folder"
+    "Raise `ValueError` if a search cannot be written to a folder"
     ours = (out/'search.json').is_file()
     if resume and overwrite: raise ValueError("--resume goes on with a search and --overwrite begins it anew: take one of them.")
     if resume and not ours: raise ValueError(f"There is nothing to resume in {str(out)!r}.")
@@ -54,7 +54,7 @@ def _check_tune_folder(out, resume, overwrite):
         raise ValueError(f"{str(out)!r} holds a search: --resume goes on with it, --overwrite begins it anew.")
 
 def _search_args(out, given, resume):
-    "What to search for and how; raises `ValueError` where this is not what the search in the folder was"
+    "The arguments of a search; raises `ValueError` if they differ from those of the search in the folder"
     old = json.loads((Path(out)/'search.json').read_text(encoding='utf-8')) if resume else _tune_defaults
     if old.get('space') and resume:
         old['space'] = {k:o if isinstance(o, dict) or o[0]!='range' else tuple(o[1:]) for k,o in old['space'].items()}
@@ -66,7 +66,7 @@ def _search_args(out, given, resume):
 def _as_json(space): return space and {k:['range',*o] if isinstance(o, tuple) else o for k,o in space.items()}
 
 def _after_trial(settings, out, n):
-    "Function that says what came of a trial, and keeps the best settings"
+    "A function that prints the result of a trial, and stores the best settings"
     from dmlfast.study.checks import absolute_paths, save_settings
     from dmlfast.study.tuning import best_settings, finished_trials
     def _say(study, trial):
@@ -80,7 +80,7 @@ def _after_trial(settings, out, n):
     return _say
 
 def _study_results(study):
-    "What a search found, as plain numbers and strings"
+    "The results of a search, as plain numbers and strings"
     from dmlfast.study.tuning import finished_trials
     trials = [dict(number=i, state=o.state.name, score=o.value if o.state.name=='COMPLETE' else None, params=o.params)
         for i,o in enumerate(finished_trials(study))]
@@ -93,21 +93,21 @@ def dmlfast_tune(
     out:str='dmlfast-tune', # Folder of the search
     trials:int=None, # Trials in all; 20 if not given
     epochs:int=None, # Passes over the training images in a trial; 4 if not given
-    # 1: judge on the split val; more: as many class-disjoint folds of the training classes; 1 if not given, and 3 where val has fewer
+    # 1: judge on the split val; more: as many class-disjoint folds of the training classes; 1 if not given, and 3 if val has fewer
     # than 20 classes
     folds:int=None,
     metric:str=None, # Score, higher is better; map@r if not given
-    # Where to look: loss.margin=.1:.5 fit.lr=1e-4:1e-2:log model.head=linear,mlp, or a TOML file; the loss's own, fit.lr and, for a
-    # trained body, how it begins if not given
+    # Search space: loss.margin=.1:.5 fit.lr=1e-4:1e-2:log model.head=linear,mlp, or a TOML file; the loss's own, fit.lr and, for a
+    # trained body, the settings of its start if not given
     space:Annotated[str, dict(nargs='*', action='extend')]=None,
     storage:str=None, # Database of the study, a file or any URL; study.db in --out if not given
     name:str=None, # Name of the study in the database; dmlfast if not given
-    resume:store_true=False, # Go on with the search in --out?
-    overwrite:store_true=False, # Take away the search in --out and begin anew?
+    resume:store_true=False, # Continue the search in --out?
+    overwrite:store_true=False, # Remove the search in --out and start again?
     Json:store_true=False, # Print the results as JSON, and everything else to standard error?
     **kwargs
 ):
-    "Search for the best settings on training classes that are held out; the test classes are not looked at"
+    "Search for the best settings on held-out training classes; the test classes are not used"
     with stdout_for(Json):
         from dmlfast.study.checks import absolute_paths, read_data, save_settings
         from dmlfast.study.tuning import best_settings, check_space, n_folds, plot_study, run_space, tune_settings
@@ -147,13 +147,13 @@ def dmlfast_tune(
 
 # %% ../../nbs/api/cli/04_studies.ipynb #a2c5b9cd
 def _where(o):
-    "In words where a search looks for a setting"
+    "The range of a setting as text"
     if isinstance(o, list): return ' or '.join(map(str, o))
     lo,hi = (o['low'],o['high']) if isinstance(o, dict) else o[:2]
     return f'{lo:g} to {hi:g}'
 
 def _plan_text(exp, hours, workers):
-    "The data, what there is to do, where searches look, and how long it will take"
+    "Text of the data, the work, the search spaces and the estimated time"
     from dmlfast.study.experiments import hours_said
     spaces = {k:exp.space(k) for k in exp.methods}
     looks = [f"{k}: {', '.join(f'{name} {_where(v)}' for name,v in o.items())}" for k,o in spaces.items() if o]
@@ -164,7 +164,7 @@ def _plan_text(exp, hours, workers):
 
 # %% ../../nbs/api/cli/04_studies.ipynb #da662be6
 def _bench_worker(plan, out, until, workers):
-    "What each of several processes does"
+    "The work of one process"
     import os, torch
     warnings.simplefilter('ignore', FutureWarning) # as in `run_command`
     from dmlfast.study.experiments import Experiment
@@ -173,7 +173,7 @@ def _bench_worker(plan, out, until, workers):
     sys.exit(_guarded(_f))
 
 def _guarded(f):
-    "Status of a process; standard output is for why it failed, and standard error for all else"
+    "Status of a process; the reason of a failure goes to standard output, everything else to standard error"
     import traceback
     try:
         with redirect_stdout(sys.stderr): f()
@@ -186,12 +186,12 @@ def _guarded(f):
     return 1
 
 def _bench_part(plan, out, until):
-    "What each of the processes does that train together"
+    "The work of each of the processes that train together"
     from dmlfast.study.experiments import Experiment
     with stdout_for(True): Experiment(plan, out).run(until, lambda o: print(o, flush=True))
 
 def _share(plan, out, until, workers, n=None):
-    "Let one or several processes work, or `n` train together; raises `RuntimeError` with what those say that failed"
+    "Run one or several processes, or let `n` train together; raises `RuntimeError` with the messages of those that failed"
     import os, subprocess
     if n is not None:
         from dmlfast.train.launcher import launch
@@ -213,9 +213,9 @@ def _share(plan, out, until, workers, n=None):
 def dmlfast_bench(
     plan:str, # TOML file of an experiment: https://dmlfast.github.io/dmlfast/api/study/plans.html says what is in it
     out:str=None, # File for the results, one line of JSON each; the plan's name with .jsonl in this folder if not given
-    workers:int=1, # Processes, each of which trains for itself
-    launch:int=None, # Processes that train together, one for each GPU; the plan's batches are shared out among them
-    hours:float=None, # Begin nothing after so many hours; to the end if not given
+    workers:int=1, # Processes that train separately
+    launch:int=None, # Processes that train together, one for each GPU; the plan's batches are divided among them
+    hours:float=None, # Start no new work after this many hours; no limit if not given
     dry_run:store_true=False, # Only print the plan and its hours?
     Json:store_true=False, # Print the results as JSON, and everything else to standard error?
 ):

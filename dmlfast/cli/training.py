@@ -1,4 +1,4 @@
-"""`dmlfast-train` trains an embedding and leaves everything in a folder; `dmlfast-demo` shows what one learns.
+"""`dmlfast-train` trains an embedding and writes everything into a folder. `dmlfast-demo` shows the effect of training.
 
 Docs: https://dmlfast.github.io/dmlfast/api/cli/training.html.md"""
 
@@ -20,14 +20,14 @@ from ..files.writing import *
 
 # %% ../../nbs/api/cli/02_training.ipynb #4ea2e71c
 def _with_epochs(settings, n_epoch=None):
-    "Settings that say for how many epochs to fit, if neither they nor their recipe do: 3 for a trained body, 10 for random weights"
+    "Settings with a number of epochs; by default 3 for a trained body, 10 for random weights"
     from dmlfast.study.checks import is_trained, with_settings
     from dmlfast.study.runs import n_epochs
     if n_epochs(settings) is not None: return settings
     return with_settings(settings, {'fit.n_epoch':n_epoch or (3 if is_trained(settings) else 10)})
 
 def _with_transfer(settings, args):
-    "Settings that plan the transfer of a trained body, unless something says how to train it"
+    "Settings with `fit.transfer` for a trained body, unless other settings control training"
     from dmlfast.study.checks import check_settings, with_settings
     fit = settings.get('fit', {})
     if 'transfer' in fit or args.get('config') or fit.get('n_epoch')==0: return settings
@@ -38,7 +38,7 @@ def resumed_settings(
     out, # Folder of what was interrupted
     args:dict, # Arguments of settings, as `run_settings` has them
 )->dict:
-    "Settings of an interrupted run or search; raises `ValueError` where arguments say otherwise"
+    "Settings of an interrupted run or search; raises `ValueError` if arguments say otherwise"
     from dmlfast.study.checks import absolute_paths, load_settings, plain_settings
     if not (Path(out)/'settings.toml').is_file(): raise ValueError(f"There is nothing to resume in {str(out)!r}.")
     base = load_settings(Path(out)/'settings.toml')
@@ -55,7 +55,7 @@ def resumed_settings(
 def features_row(
     gain:dict, # Of `Gain.to_dict`
 )->str:
-    "What the features were worth"
+    "The row of the features"
     return 'Frozen features: ' + ', '.join(f'{k} {v:.4f}' for k,v in gain['features'].items()) + '.'
 
 def _metrics_table(scores):
@@ -64,7 +64,7 @@ def _metrics_table(scores):
     return '\n'.join(_row(k, o) for k,o in scores['metrics'].items() if o['mean'] is not None)
 
 def _train_text(out, res):
-    "What a run found, in words"
+    "The results of a run as text"
     for split,o in res['scores'].items():
         some = any(m['low'] is not None for m in o['metrics'].values())
         how = 'with 95 % intervals' if some else 'which are too few for intervals, and to choose settings by'
@@ -77,7 +77,7 @@ def _epochs_done(out):
     return max(0, len(f.read_text(encoding='utf-8').splitlines())-1) if f.is_file() else 0
 
 def _left_by_training(out, n=None):
-    "What an interrupted run left, in a sentence"
+    "What was kept of an interrupted run, in a sentence"
     file,again = Path(out)/'checkpoint'/'checkpoint.pt',resume_with('dmlfast-train', out, n)
     if not (Path(out)/'settings.toml').is_file(): return 'Interrupted before anything was written.'
     if not file.is_file(): return f"Interrupted in the first epoch. {again} begins it again."
@@ -91,7 +91,7 @@ def _tensorboard(folder):
     return TensorBoardCallback(folder, trace_model=False, log_preds=False)
 
 def _fit(settings, out, tensorboard, Json=False, **kwargs):
-    "What each process of a training does"
+    "The work of each training process"
     from dmlfast.study.runs import train_settings
     with stdout_for(Json):
         cbs = [_tensorboard(tensorboard)] if tensorboard else []
@@ -106,7 +106,7 @@ def _train(n, how, Json):
 def check_launch(
     n:int, # Processes
 ):
-    "Raise `ValueError` for a number of processes that cannot be"
+    "Raise `ValueError` for an impossible number of processes"
     import torch
     if n<1: raise ValueError(f"--launch is a number of processes, 1 or more; got {n}.")
     have = torch.cuda.device_count()
@@ -118,14 +118,14 @@ def dmlfast_train(
     out:str='dmlfast-run', # Folder of the run
     plain:store_true=False, # Only fit, where the transfer of a trained body would be planned (how far it may move, which epoch to keep)?
     report:store_true=False, # Write a page about the run?
-    tensorboard:str=None, # Folder for TensorBoard; nothing is written for it if not given
-    resume:store_true=False, # Go on with the interrupted run in --out?
-    overwrite:store_true=False, # Take away the run in --out and begin anew?
+    tensorboard:str=None, # Folder for TensorBoard; none if not given
+    resume:store_true=False, # Continue the interrupted run in --out?
+    overwrite:store_true=False, # Remove the run in --out and start again?
     launch:int=None, # Processes that train together, one for each GPU; --bs images in each, and a loss of all of them
     Json:store_true=False, # Print the results as JSON, and everything else to standard error?
     **kwargs
 ):
-    "Train an embedding, measure it on classes it has never seen, and leave everything in a folder"
+    "Train an embedding, measure it on unseen classes, and write everything into a folder"
     with stdout_for(Json):
         from dmlfast.study.runs import can_resume, check_run_folder
         from dmlfast.train.processes import LostProcess, is_first
@@ -148,19 +148,19 @@ def dmlfast_train(
 
 # %% ../../nbs/api/cli/02_training.ipynb #e4bb68a7
 def _or(x, default):
-    "`x`, or a default where it is not given; raises `ValueError` where it is not positive"
+    "`x`, or a default where it is not given; raises `ValueError` if it is not positive"
     if x is not None and not 0<x<float('inf'): raise ValueError(f"Sizes, rates and numbers of epochs must be positive; got {x}.")
     return default if x is None else x
 
 def demo_data(
-    data:str=None, # Folder with a folder of images for each class; `glyphs` if not given
+    data:str=None, # Folder with one subfolder of images per class; `glyphs` if not given
     size:int=None, # Pixels to a side
     bs:int=None, # Images in a batch
     per_class:int=None, # Images of one class in a batch
     seed:int=0, # Determines the batches
     skip_bad:bool=False, # Leave out images that cannot be read?
 ): # `DataLoaders`
-    "Loaders of `dmlfast-demo`: with `'val'` where it has enough classes to choose by, otherwise with the test classes, only measured on"
+    "Loaders of `dmlfast-demo`: with `'val'` if it has enough classes to choose by, otherwise with the test classes for measuring only"
     from dmlfast.data.datasets import MetricDataset, glyphs
     from fastai.vision.augment import aug_transforms
     if data is None:
@@ -172,7 +172,7 @@ def demo_data(
 
 # %% ../../nbs/api/cli/02_training.ipynb #43b93e48
 def _raw_pixels(dl):
-    "Images of a loader as they are, one row each, and their class ids"
+    "Raw images of a loader, one row each, and their class ids"
     import torch
     xs,ys = zip(*[(x.flatten(1).cpu(), y.cpu()) for x,y in dl])
     x = torch.cat([o.as_subclass(torch.Tensor).float() for o in xs])
@@ -188,28 +188,28 @@ def _table(rows):
     return '\n'.join([_head(next(iter(rows.values())))] + [_line(k, o) for k,o in rows.items()])
 
 def _is_demo(out):
-    "Does a folder hold what a demo wrote?"
+    "Does a folder hold the results of a demo?"
     try: return 'raw pixels' in json.loads((out/'scores.json').read_text(encoding='utf-8'))
     except (OSError,ValueError,TypeError): return False
 
 # %% ../../nbs/api/cli/02_training.ipynb #ba3a3898
 def run_demo(
-    data:str=None, # Folder with a folder of images for each class; built-in characters if not given
+    data:str=None, # Folder with one subfolder of images per class; built-in characters if not given
     arch:str=None, # timm model; resnet10t for characters, mobilenetv2_050 for a folder
     weights:str=None, # File of the body's weights (.safetensors or .pth); timm's for a folder if not given
     arch_args:str=None, # Arguments of the timm model, such as pad_type=same
     epochs:int=None, # Passes over the training images; 12 for characters, 3 for a folder
-    lr:float=None, # Highest learning rate; 6e-3 for characters, and found for a trained body
+    lr:float=None, # Highest learning rate; 6e-3 for characters, and searched for a trained body
     size:int=None, # Pixels to a side; 32, or 128 for a folder
     bs:int=None, # Images in a batch; 128, or 64 for a folder
     per_class:int=None, # Images of one class in a batch; 8, or 4 for a folder
-    # Numbers in an embedding; 128 if not given, and as many as features where a head starts from fewer than 512 images
+    # Numbers in an embedding; 128 if not given, and as many as features if a head starts from fewer than 512 images
     emb_sz:int=None,
     seed:int=0, # The same seed gives the same numbers
     out:str='dmlfast-demo', # Folder for the picture and the scores
     skip_bad:store_true=False, # Leave out images that cannot be read?
 )->dict: # Scores by row: raw pixels, features and start or untrained, trained; and for a trained body the sentence of `Gain`
-    "What `dmlfast-demo` does, for Python"
+    "`dmlfast-demo` as a Python function"
     from fastai.callback.channelslast import ChannelsLast
     from fastai.torch_core import no_random, set_seed
     from dmlfast.train.gain import gain_of
@@ -252,7 +252,7 @@ def run_demo(
 @command
 @delegates(run_demo)
 def dmlfast_demo(**kwargs):
-    "Train an embedding, and show what it learned on classes it has never seen"
+    "Train an embedding, and show the result on unseen classes"
     with refusing(): rows = run_demo(**kwargs)
     print(f"\nOn classes it has never seen:\n\n{_table(rows)}\n" + (f"\n{rows['sentence']}\n" if 'sentence' in rows else '')
         + f"\nQueries with their nearest neighbours: {Path(kwargs.get('out', 'dmlfast-demo'))/'neighbours.png'}")

@@ -1,4 +1,4 @@
-"""Class-disjoint splits, labels that know which classes are unseen, and balanced batches.
+"""Class-disjoint splits, labels that mark unseen classes, and balanced batches.
 
 Docs: https://dmlfast.github.io/dmlfast/api/data/batches.html.md"""
 
@@ -26,7 +26,7 @@ def _has_hash(o):
 def distinct_labels(
     labels, # What names a class, as often as it likes
 )->list:
-    "Distinct `labels` in order, also of several types; raises `ValueError` for what does not name a class, as lists and tensors"
+    "Distinct `labels` in order, also of mixed types; raises `ValueError` for lists and tensors, which cannot name a class"
     labels = list(labels)
     try: labels,bad = set(labels),next((o for o in labels if isinstance(o, Tensor)), None)
     except TypeError: bad = next(o for o in labels if not _has_hash(o))
@@ -40,7 +40,7 @@ def some_of(
     labels, # Names
     n:int=3, # How many to write
 )->str:
-    "The first few and how many more there are, for a sentence"
+    "The first few items and the number of others, as text"
     labels = list(labels)
     return ', '.join(map(repr, labels[:n])) + (f' and {len(labels)-n} more' if len(labels)>n else '')
 
@@ -114,7 +114,7 @@ class ClassCategorize(Categorize):
         if vocab is not None: self.n_train_classes = ifnone(n_train_classes, len(self.vocab))
 
     def setup(self, items=None, train_setup=False):
-        "Read the classes of every split of `items`; raises `ValueError` where a class is in two"
+        "Read the classes of every split of `items`; raises `ValueError` if a class is in two"
         if self.vocab is None and items is not None:
             labels = L(iter(items))
             seen,*others = [distinct_labels(labels[o]) for o in items.splits]
@@ -148,7 +148,7 @@ class BalancedSampler:
         bs:int, # Items in a batch, a multiple of `per_class`
         per_class:int=4, # Items of one class in a batch
         seed:int=0, # Determines, with the number of the epoch, what it holds
-        neighbours:dict=None, # For each class those that look like it, as from `hard_pairs`, to be drawn together
+        neighbours:dict=None, # Similar classes of each class, as from `hard_pairs`, to draw together
         share:float=.5, # Of the classes in a batch, how many are drawn as neighbours of its others, 0 to 1
     ):
         store_attr('bs,per_class,seed,share')
@@ -170,16 +170,16 @@ class BalancedSampler:
 # %% ../../nbs/api/data/00_batches.ipynb #56c15234
 @patch
 def check_size(self:BalancedSampler):
-    "Raise `ValueError` where a batch cannot have so many items"
+    "Raise `ValueError` for an impossible batch size"
     if not all(isinstance(o, Integral) and o>=1 for o in (self.bs,self.per_class)) or self.bs%self.per_class:
         raise ValueError(f"`bs` must be a multiple of `per_class`, and both at least 1; got bs={self.bs!r} and "
             f"per_class={self.per_class!r}.")
 
 @patch
 def check(self:BalancedSampler):
-    "Raise `ValueError` where no such batch can be made"
+    "Raise `ValueError` if no such batch can be made"
     if self.n==0: raise ValueError("There is nothing to make batches of: the split has no items.")
-    if self.n_classes==1: raise ValueError(f"All {self.n} items are of one class: a metric needs at least two to tell apart.")
+    if self.n_classes==1: raise ValueError(f"All {self.n} items are of one class: a metric needs at least two classes.")
     if self.n_classes<self.p:
         raise ValueError(f"A batch of bs={self.bs} with per_class={self.per_class} needs {self.p} classes and there are {self.n_classes}: "
             f"take bs={self.n_classes*self.per_class} or less, or a larger per_class.")
@@ -199,7 +199,7 @@ def classes(self:BalancedSampler,
 
 # %% ../../nbs/api/data/00_batches.ipynb #692608ff
 def _near_rows(neighbours, names):
-    "For each class, numbered from 0, the numbers of its neighbours; raises `ValueError` for a class that there is not"
+    "For each class, numbered from 0, the numbers of its neighbours; raises `ValueError` for an unknown class"
     at = {o:i for i,o in enumerate(names)}
     if bad := [o for k,v in neighbours.items() for o in (k,*v) if o not in at]:
         raise ValueError(f"`neighbours` names {some_of(dict.fromkeys(bad))}, and the training classes are {some_of(names)}: they are "
@@ -210,7 +210,7 @@ def _near_rows(neighbours, names):
 def count_near(self:BalancedSampler,
     neighbours, # As given
 )->int: # 0 for none
-    "How many classes of a batch are drawn as neighbours of its others, which are one at least"
+    "Number of classes of a batch that are drawn as neighbours of the others"
     if not (isinstance(self.share, Real) and 0<=self.share<=1):
         raise ValueError(f"`share` is a part of a batch, 0 to 1; got {self.share!r}.")
     return min(round(self.share*self.p), self.p-1) if neighbours else 0
@@ -222,7 +222,7 @@ def near_round(
     near:list, # For each class, by number, its neighbours
     n_near:int, # How many classes of a batch are drawn as neighbours
 )->list: # Classes of one batch after another, each batch with `p` that differ
-    "A round in which neighbours come together: each class once, and some again that fill up the last batch"
+    "A round with neighbours in the same batch: each class once, and some again to fill the last batch"
     order = order.tolist()
     place,left,res,full = {o:i for i,o in enumerate(order)},dict.fromkeys(order),[],False
     for _ in range(math.ceil(len(order)/p)):
@@ -243,7 +243,7 @@ def round_of(self:BalancedSampler,
     rnd:int, # Number of the round, from 0
     classes, # Classes whose images are put in order; the others' stay
 )->np.ndarray: # Items, class after class, `(n,)` int64
-    "The order in which a round hands out the images of each class"
+    "The order of the images of each class in a round"
     cls = np.repeat(np.arange(self.n_classes), self.counts)
     at = np.flatnonzero(np.isin(cls, classes))
     items,keys = self.items.copy(),np.random.default_rng([self.seed, rnd, 1]).random(self.n)
@@ -268,7 +268,7 @@ def check_target(
     ds, # Data set; nothing is known of one that is not fastai's
     several:bool=False, # May there be more than one target? Then the first counts
 ):
-    "Raise `ValueError` where the items of a data set have no target, more than one, or one that is no class"
+    "Raise `ValueError` if the items have no target, several targets, or a target that is not a class"
     if not hasattr(ds, 'tls') or not len(ds): return
     ys = ds.tls[ds.n_inp:]
     y = ys[0][0] if ys else None
@@ -300,7 +300,7 @@ class BalancedDL(TfmdDL):
         per_class:int=4, # Items of one class in a batch
         labels=None, # Class of each item, `(n,)` integers, where `dataset` is not fastai's
         seed:int=None, # Determines the order with the number of the epoch; drawn from Python's generator if not given
-        neighbours:dict=None, # For each class those that look like it, as from `hard_pairs`, to be drawn together
+        neighbours:dict=None, # Similar classes of each class, as from `hard_pairs`, to draw together
         share:float=.5, # Of the classes in a batch, how many are drawn as neighbours of its others, 0 to 1
         **kwargs
     ):
@@ -312,13 +312,13 @@ class BalancedDL(TfmdDL):
 
     @cached_property
     def sampler(self):
-        "The `BalancedSampler` of this loader; raises `ValueError` where its batches cannot be made"
+        "The `BalancedSampler` of this loader; raises `ValueError` if its batches cannot be made"
         labels = labels_of(self.dataset) if self.labels is None else self.labels
         return BalancedSampler(labels, self.bs*self.shard[1], self.per_class, self.seed, self.neighbours, self.near_share)
 
     def __len__(self): return len(self.sampler) if self.shuffle and self.n else len(self._run())
     def _run(self):
-        "Which batches of a pass in order are its own"
+        "The batches of an ordered pass that belong to this loader"
         (i,n),b = self.shard,super().__len__()
         return range(b*i//n, b*(i+1)//n)
 
@@ -331,7 +331,7 @@ class BalancedDL(TfmdDL):
         i:int, # Which of the loaders this one is, from 0
         n:int, # How many loaders share the work; 1: it has it all
     ):
-        "Be one of `n` loaders: of shuffled batches, which are of `n`·`bs` images, it has its own classes; in order, a run of the batches"
+        "Become one of `n` loaders: shuffled, with its own classes of batches of `n`·`bs` images; in order, with its own run of batches"
         if (i,n)==self.shard: return
         was,self.shard = self.shard,(i,n)
         self.__dict__.pop('sampler', None)
@@ -344,14 +344,14 @@ class BalancedDL(TfmdDL):
     def set_epoch(self,
         epoch:int, # Number of the epoch, from 0
     ):
-        "Say which epoch comes next, as a training does; otherwise each complete pass counts as one"
+        "Set the number of the next epoch; otherwise each complete pass counts as one"
         self.epoch = epoch
 
     def set_neighbours(self,
         neighbours:dict=None, # For each class those that look like it, as from `hard_pairs`; none: draw as they come
         share:float=.5, # Of the classes in a batch, how many are drawn as neighbours of its others, 0 to 1
     )->TfmdDL: # Itself
-        "Draw classes that look alike together from now on"
+        "From now on, draw similar classes into the same batch"
         old,self.neighbours,self.near_share = (self.neighbours,self.near_share),neighbours,share
         self.__dict__.pop('sampler', None)
         try: self.sampler
@@ -376,7 +376,7 @@ def show_batch(self:BalancedDL,
     figsize:tuple=None, # Width and height in inches
     **kwargs
 ):
-    "Draw images of a batch, those of a class in a row"
+    "Draw images of a batch, one row per class"
     other = {k:v for k,v in kwargs.items() if k in ('nrows','ncols','ctxs','show','unique')}
     if b is None and not other: b = self.one_batch()
     if other or not self.shuffle or not isinstance(b[0], TensorImageBase):
@@ -394,7 +394,7 @@ def show_batch(self:BalancedDL,
 
 # %% ../../nbs/api/data/00_batches.ipynb #4a2778af
 class SetEpoch(Callback):
-    "Tell the training loader which epoch of this learner comes; one that is cut short counts"
+    "Tell the training loader the number of the epoch; an incomplete epoch counts"
     order,run_valid = -5,False # before batches are drawn
     def __init__(self): self.n = 0
     def before_train(self):

@@ -34,7 +34,7 @@ def _table_file(
     images=None, # Folder that relative paths start from; the file's own if not given
     **kwargs
 ):
-    "Data set from a table, its arguments called as those of the other readers are"
+    "Data set from a table, with the argument names of the other readers"
     return MetricDataset.from_csv(path, images, **kwargs)
 
 # %% ../../nbs/api/data/02_datasets.ipynb #3442fec0
@@ -52,7 +52,7 @@ def _read_list(
     types, # Name of each column to its type: `int`, `str`, or a function that raises `ValueError`
     head=0, # Lines before the list, the last of them with the names of the columns
 ):
-    "Table in a list file; raises `ValueError` naming file and line where one is malformed"
+    "Table in a list file; raises `ValueError` with file and line of a malformed line"
     if not fn.is_file(): raise ValueError(f"There is no list {str(fn)!r}.")
     rows,fs,split = [],list(types.values()),re.compile('[ \t]+').split
     for i,line in enumerate(fn.read_text(encoding='utf-8', errors='surrogateescape').split('\n'), 1):
@@ -66,7 +66,7 @@ def _read_list(
     return pd.DataFrame(rows, columns=list(types), dtype=object)
 
 def _one_of(*words):
-    "Function that lets only `words` through"
+    "Function that accepts only `words`"
     def _f(o):
         if o not in words: raise ValueError(o)
         return o
@@ -83,7 +83,7 @@ def _published(df, path, name, val_pct, seed, classes=None, **kwargs):
 
 # %% ../../nbs/api/data/02_datasets.ipynb #99738b28
 def _joined(a, b, fa, fb):
-    "The values of `b` for the keys of `a`, two columns each; raises `ValueError` where one is not there or is there twice"
+    "The values of `b` for the keys of `a`, two columns each; raises `ValueError` for missing or double keys"
     at = dict(zip(*b))
     if len(at)<len(b[0]): raise ValueError(f"{str(fb)!r} has {len(b[0])-len(at)} lines for something that has a line already.")
     if missing := [o for o in dict.fromkeys(a) if o not in at]:
@@ -99,7 +99,7 @@ def cub200(
     seed:int=None, # Draw the validation classes with this seed instead
     **kwargs
 )->MetricDataset: # Classes 1 to 100 for training, the others for test
-    "CUB-200-2011; raises `ValueError` naming what is missing or malformed"
+    "CUB-200-2011; raises `ValueError` for missing or malformed files"
     path = _home(path, 'CUB-200-2011', 'images.txt')
     ims,labels,names = path/'images.txt',path/'image_class_labels.txt',path/'classes.txt'
     im,label = _read_list(ims, dict(image_id=int, image_name=str)),_read_list(labels, dict(image_id=int, class_id=int))
@@ -161,7 +161,7 @@ def cars196(
     seed:int=None, # Draw the validation classes with this seed instead
     **kwargs
 )->MetricDataset: # Classes 1 to 98 for training, the others for test
-    "Cars-196; raises `ValueError` naming what is missing or malformed"
+    "Cars-196; raises `ValueError` for missing or malformed files"
     path = _home(path, 'Cars-196', 'car_ims', 'cars_train')
     df = _one_folder(path) if (path/'car_ims').is_dir() else _two_folders(path)
     if len(df.drop_duplicates(['id','label']))>df.label.nunique(): raise ValueError("Cars-196: two classes have one name.")
@@ -178,7 +178,7 @@ def online_products(
     seed:int=0, # Draw them with this seed; none: the last ones
     **kwargs
 )->MetricDataset: # The lists' own split
-    "Stanford Online Products; raises `ValueError` naming what is missing or malformed"
+    "Stanford Online Products; raises `ValueError` for missing or malformed files"
     path = _home(path, 'Stanford Online Products', 'Ebay_train.txt')
     types = dict(image_id=int, class_id=int, super_class_id=int, path=str)
     df = pd.concat([_read_list(path/f'Ebay_{o}.txt', types, head=1).assign(split=o) for o in ('train','test')])
@@ -195,7 +195,7 @@ def inshop(
     seed:int=0, # Draw them with this seed; none: the last ones
     **kwargs
 )->MetricDataset: # The list's own split, with roles
-    "In-Shop Clothes Retrieval; raises `ValueError` naming what is missing or malformed"
+    "In-Shop Clothes Retrieval; raises `ValueError` for missing or malformed files"
     path = _home(path, 'In-Shop', 'Eval/list_eval_partition.txt', 'list_eval_partition.txt')
     fn = path/'Eval'/'list_eval_partition.txt'
     if not fn.is_file(): fn = path/fn.name
@@ -217,7 +217,7 @@ def vehicle_id(
     seed:int=0, # Draw them with this seed; none: the last ones
     **kwargs
 )->MetricDataset: # The lists' own split, with three subsets for test
-    "PKU VehicleID; raises `ValueError` naming what is missing or malformed"
+    "PKU VehicleID; raises `ValueError` for missing or malformed files"
     path = _home(path, 'VehicleID', 'train_test_split')
     read = lambda o: _read_list(path/'train_test_split'/f'{o}.txt', dict(image=str, vehicle=int))
     sizes = dict(test_small=800, test_medium=1600, test_large=2400)
@@ -263,7 +263,7 @@ def _ink(char, font):
 
 # %% ../../nbs/api/data/02_datasets.ipynb #6baf6997
 def _same(chars, face, charmap):
-    "Which pairs of `chars` a face draws the same, and which pairs it has; `(n,n)` booleans"
+    "Pairs of `chars` that a face draws the same, and pairs that it has; `(n,n)` booleans"
     font = ImageFont.truetype(str(face), 48)
     inks = np.stack([_ink(c if ord(c) in charmap else ' ', font) for c in chars])
     extent,ink,have = inks[:,:2],np.nan_to_num(inks[:,2:]),~np.isnan(inks[:,0])
@@ -276,7 +276,7 @@ def _same(chars, face, charmap):
 def glyph_chars(
     min_faces:int=12, # A character must be in this many of the sixteen faces, 1 to 16
 )->tuple: # Characters, in code point order
-    "The characters of `glyphs`: those that enough faces can draw, without those that most of them draw like an earlier one"
+    "The characters of `glyphs`: enough faces can draw them, and most faces draw them unlike earlier ones"
     faces = _faces()
     maps = _charmaps(faces)
     chars = [chr(c) for a,b in _ranges for c in range(a,b) if unicodedata.category(chr(c))[0] in 'LNPS'

@@ -1,4 +1,4 @@
-"""Classes that look alike, found with one search, so that batches can show them side by side.
+"""Find similar classes with one search, and draw them into the same batch.
 
 Docs: https://dmlfast.github.io/dmlfast/api/data/hard.html.md"""
 
@@ -16,16 +16,16 @@ from ..retrieval.search import *
 # %% ../../nbs/api/data/03_hard.ipynb #531c443b
 def hard_pairs(
     embedded:Embedded, # Embeddings of training items with their labels, as from `learn.embedded(learn.dls.train)`
-    k:int=5, # Neighbours of each class, 1 or more; fewer where there are fewer classes
+    k:int=5, # Neighbours of each class, 1 or more; fewer if there are fewer classes
 )->dict: # Class to its neighbours, nearest first; numbered as the labels are
-    "For each class the classes whose prototypes are nearest; raises `ValueError` where there are no labels, or one class"
+    "The nearest classes of each class, by prototypes; raises `ValueError` without labels, or with one class"
     if not isinstance(embedded, Embedded):
-        raise ValueError("What is hard is found among embeddings, such as `learn.embedded(learn.dls.train)`; got a "
+        raise ValueError("`hard_pairs` takes embeddings, such as `learn.embedded(learn.dls.train)`; got a "
             f"{type(embedded).__name__}.")
     embedded.check_labels()
     if not isinstance(k, int) or k<1: raise ValueError(f"`k` is a number of neighbours, 1 or more; got {k!r}.")
     classes,at = embedded.labels.unique(return_inverse=True)
-    if len(classes)<2: raise ValueError("All items are of one class, and it has no neighbours: give items of two or more.")
+    if len(classes)<2: raise ValueError("All items are of one class, which has no neighbours: give items of two or more classes.")
     x = F.normalize(embedded.embs.float(), dim=1)
     proto = torch.zeros(len(classes), x.shape[1]).index_add_(0, at, x)
     _,near = neighbours(F.normalize(proto, dim=1), k=min(k, len(classes)-1))

@@ -1,4 +1,4 @@
-"""Near duplicates across splits: images of the training that are, nearly, in the test too, and queries that are in their own gallery.
+"""Find near duplicates across splits: test images that are nearly in the training set, and queries that are nearly in their gallery.
 
 Docs: https://dmlfast.github.io/dmlfast/api/data/leaks.html.md"""
 
@@ -21,7 +21,7 @@ from .tables import *
 # %% ../../nbs/api/data/04_leaks.ipynb #78f0d39d
 def _rows_of(ds, embedded):
     "The row of each embedding in the table"
-    if embedded.items is None: raise ValueError("These embeddings have no names, so that it is not known of which images they are.")
+    if embedded.items is None: raise ValueError("These embeddings have no names, so their images are unknown.")
     known = _rows_by_name(ds)
     if lost := [o for o in embedded.items if o not in known]:
         raise ValueError(f"{len(lost)} of {len(embedded)} embeddings are of no image of {ds.name}, such as {lost[0]!r}.")
@@ -30,7 +30,7 @@ def _rows_of(ds, embedded):
 def _rows_by_name(ds): return {str(o):i for i,o in enumerate(ds.df.path)} | {str(o):i for i,o in enumerate(ds.items())}
 
 def _parts(df):
-    "Split of each row, with its role where it has one"
+    "Split of each row, with its role if it has one"
     return df.split.astype(object) if 'role' not in df else (df.split.astype(object)+' '+df.role).str.strip()
 
 @patch
@@ -39,7 +39,7 @@ def leaks(self:MetricDataset,
     min_sim:float=.98, # Least cosine similarity of a pair
     k:int=5, # Nearest images of another part to look at, for each image
 )->pd.DataFrame: # Rows `a` and `b` of the table, the most similar first; `without` leaves `a` out
-    "Pairs of images that are nearly equal and in two parts of the data; raises `ValueError` for embeddings of other images"
+    "Pairs of nearly equal images in different parts of the data; raises `ValueError` for embeddings of other images"
     rows,part = _rows_of(self, embedded),_parts(self.df).to_numpy()
     df = pairs_across(embedded.embs, part[rows], min_sim, k, rows)
     cols = dict(part=part, label=self.df.label.to_numpy(), path=self.df.path.to_numpy())
@@ -49,7 +49,7 @@ def leaks(self:MetricDataset,
 def without(self:MetricDataset,
     leaks, # What `leaks` gives; rows of the table, `(n,)` int; or a `LabelReview` or its file: what is wrong in it goes
 )->MetricDataset: # Another
-    "The data set without the images `a` of some pairs: those of training before those of validation, these before those of test"
+    "The data set without the images `a` of some pairs; training images go first, then validation, then test"
     if isinstance(leaks, (str,os.PathLike,LabelReview)): rows = [i for i,_ in _decided(self, leaks, 'wrong')]
     else: rows = np.unique(leaks['a'] if isinstance(leaks, pd.DataFrame) else np.asarray(leaks, int))
     return _with_table(self, self.df.drop(index=rows).reset_index(drop=True))
@@ -84,8 +84,8 @@ def plot_leaks(self:MetricDataset,
     max_n:int=8, # Pairs to draw
     size:float=1.3, # Inches to an image
 )->plt.Figure:
-    "Draw pairs of images that are nearly equal and in two parts of the data, with their similarity"
-    if not len(leaks): raise ValueError("There are no leaks to draw; a lower `min_sim` looks for more.")
+    "Draw pairs of nearly equal images in different parts of the data, with their similarity"
+    if not len(leaks): raise ValueError("There are no leaks to draw; a lower `min_sim` finds more.")
     pairs = leaks[:max_n]
     fig,axs = plt.subplots(2, len(pairs), figsize=(max(3, size*len(pairs)),2.6*size+.3), squeeze=False, layout='constrained')
     for col,o in zip(axs.T, pairs.itertuples()):

@@ -1,4 +1,4 @@
-"""Tables of images with their classes, splits and roles: checked, and made into data loaders.
+"""`MetricDataset`: a checked table of images with classes, splits and roles, and the data loaders from it.
 
 Docs: https://dmlfast.github.io/dmlfast/api/data/tables.html.md"""
 
@@ -28,13 +28,13 @@ from .batches import some_of, distinct_labels
 # %% ../../nbs/api/data/01_tables.ipynb #7e6d1ef9
 class NamedImage(PILImage):
     "A `PILImage` as `open_image` opens it, whose reading errors name the file"
-    background = 'white' # Colour behind what is transparent; another one in a subclass
+    background = 'white' # Colour behind transparent parts; a subclass may change it
     @classmethod
     def create(cls,
         fn, # Path of an image, or what else `open_image` opens
         **kwargs # Passed to `open_image`
     ):
-        "Open `fn`; raises `ValueError` naming it where it is no complete image"
+        "Open `fn`; raises `ValueError` with its name if it is not a complete image"
         try: return cls(open_image(fn, **{**cls._open_args, 'background':cls.background, **kwargs}))
         except ValueError as e:
             if not isinstance(fn, (str,Path)) or not Path(fn).exists(): raise
@@ -45,12 +45,12 @@ def bad_images(
     fns, # Paths of images
     max_workers:int=None, # Threads; as many as there are CPUs if not given
 )->list: # Those of `fns` that cannot be read, in order
-    "The files among `fns` that are no complete images; each is read as a whole"
+    "The files among `fns` that are not complete images; each is read to its end"
     ok = parallel(_readable, fns, n_workers=ifnone(max_workers, defaults.cpus), progress=False, chunksize=64, threadpool=True)
     return [f for f,o in zip(fns, ok) if not o]
 
 def _readable(fn):
-    "Can an image be opened as training opens it? fastai's `verify_image` passes palettes that are missing or too short"
+    "Can training open this image? fastai's `verify_image` accepts missing or short palettes"
     try: NamedImage.create(fn)
     except ValueError: return False
     return True
@@ -59,7 +59,7 @@ def _readable(fn):
 _splits,_needed = ('train','val','test'),('path','label','split')
 
 def _printable(s):
-    "`s`, with bytes that are no UTF-8 spelled out: a name from the disk may hold such, and no figure or table can show them"
+    "`s` with bytes that are not UTF-8 escaped, because figures and tables cannot show them"
     return s.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace') if isinstance(s, str) and not s.isascii() else s
 
 # %% ../../nbs/api/data/01_tables.ipynb #8de5fcc9
@@ -69,7 +69,7 @@ class MetricDataset:
         df:pd.DataFrame, # One row an image, with the columns `path`, `label` and `split`, and perhaps `role`, `sequence` and `category`
         path='.', # Folder that relative paths start from
         name:str='images', # What to call it
-        size:int=224, # Pixels to a side that `dataloaders` makes images, unless told; none: they are used as they are
+        size:int=224, # Default size of images in `dataloaders`, pixels to a side; None: unchanged
         flip:bool=True, # Does a mirrored image show the same class?
         whole:bool=False, # Does an image show its object up to the border, as a packshot does? Then nothing is cut off to measure
         ks=(1,2,4,8), # Neighbours to look at for recall
@@ -94,11 +94,11 @@ class MetricDataset:
 def check(self:MetricDataset,
     files:bool=True, # Look whether each image is there?
 ):
-    "Raise `ValueError` where the table is not one of a retrieval data set, and warn of classes with one image"
+    "Raise `ValueError` for an invalid table, and warn about classes with one image"
     self._check_columns()
     df = self.df
     distinct_labels(df.label) # raises for labels that cannot be told apart
-    # not `map`: it would make strings of pyarrow where there is one, which take no names that are not UTF-8
+    # not `map`: it would make strings of pyarrow if there is one, which take no names that are not UTF-8
     for c,f in (('path',os.path.normpath), ('label',_printable)): df[c] = pd.Series([f(o) for o in df[c]], df.index, dtype=object)
     if unknown := distinct_labels(set(df.split)-set(_splits)):
         raise ValueError(f"Unknown split {some_of(unknown)}; the splits are {some_of(_splits)}.")
@@ -116,7 +116,7 @@ def check(self:MetricDataset,
 # %% ../../nbs/api/data/01_tables.ipynb #a05bb2b1
 @patch
 def _check_columns(self:MetricDataset):
-    "Raise `ValueError` where columns or what is in them is missing"
+    "Raise `ValueError` for missing columns or values"
     if missing := [c for c in (*_needed, *self.subsets) if c not in self.df]:
         raise ValueError(f"The table of {self.name} has no column {some_of(missing)}; it has {some_of(self.df.columns, 9)}.")
     if len(self)==0: raise ValueError(f"{self.name} has no images.")
@@ -129,7 +129,7 @@ def _check_columns(self:MetricDataset):
 
 @patch
 def _check_roles(self:MetricDataset):
-    "Raise `ValueError` where there is an unknown role, or a split with queries and no gallery"
+    "Raise `ValueError` if there is an unknown role, or a split with queries and no gallery"
     if 'role' not in self.df: return
     self.df['role'] = self.df.role.astype(object).where(self.df.role.notna(), '')
     unknown = distinct_labels(set(self.df.role)-{'query','gallery',''})
@@ -154,7 +154,7 @@ def summary(self:MetricDataset)->pd.DataFrame: # One row a split or subset
 def check_shares(
     **shares # Name of each to its value
 ):
-    "Raise `ValueError` for what is no share of the classes"
+    "Raise `ValueError` for an invalid share of the classes"
     for k,o in shares.items():
         if not (isinstance(o, Real) and 0<=o<1): raise ValueError(f"`{k}` is a share of the classes, 0 or more and less than 1; got {o!r}.")
 
@@ -169,7 +169,7 @@ def train_val_classes(
     return {c:'train' if i<len(classes)-n_val else 'val' for i,c in enumerate(classes)}
 
 def _class_splits(classes, test_pct, val_pct, seed):
-    "The split of each class: the last `test_pct` of them for test, none where it is 0, and the last `val_pct` of the others for validation"
+    "The split of each class: the last `test_pct` for test, and the last `val_pct` of the others for validation"
     if seed is not None: classes = random.Random(seed).sample(classes, len(classes))
     n_test = min(max(round(len(classes)*test_pct), 1), len(classes)-1) if test_pct else 0
     return train_val_classes(classes[:len(classes)-n_test], val_pct) | dict.fromkeys(classes[len(classes)-n_test:], 'test')
@@ -188,7 +188,7 @@ def _without_bad(fns, bad):
 def data_folder(
     path, # Its path; `'.'` is the current one
 )->Path:
-    "The folder that is meant; raises `ValueError` where there is none"
+    "The folder as a `Path`; raises `ValueError` if it does not exist"
     if not isinstance(path, (str,os.PathLike)) or path=='':
         raise ValueError(f"The images' folder is a path, such as 'photos', or '.' for the current one; got {path!r}.")
     if not (path := Path(path)).is_dir(): raise ValueError(f"There is no folder {str(path)!r}.")
@@ -211,7 +211,7 @@ def _image_files(path):
     return L(sorted(fns)),left
 
 def _merged(path, fns):
-    "The classes whose images lie in folders that are called alike, each with its folders"
+    "Classes merged from several folders of the same name, each with its folders"
     folders = defaultdict(dict)
     for o in fns: folders[o.parent.name][o.parent.relative_to(path).as_posix()] = True
     return [f"{k!r} ({', '.join(v)})" for k,v in folders.items() if len(v)>1]
@@ -224,10 +224,10 @@ def from_folder(cls:MetricDataset,
     test_pct:float=0.5, # Share of the classes for test; 0: none of them
     val_pct:float=0.2, # Share of the other classes for validation
     seed:int=None, # Draw the classes with this seed; none: by label order, the last ones for test
-    bad:str=None, # Read every image beforehand, and `'raise'` or `'skip'` where one cannot be read; none: not looked for
+    bad:str=None, # Check every image first, and `'raise'` or `'skip'` unreadable ones; None: no check
     **kwargs # Passed to `MetricDataset`
 ):
-    "Data set from a folder with a folder of images for each class; raises `ValueError` where there is none or only one"
+    "Data set from a folder with one subfolder of images per class; raises `ValueError` for fewer than two classes"
     check_shares(test_pct=test_pct, val_pct=val_pct)
     path = data_folder(path)
     fns,left = _image_files(path)
@@ -257,13 +257,13 @@ def from_folder(cls:MetricDataset,
 def from_df(cls:MetricDataset,
     df:pd.DataFrame, # One row an image
     path='.', # Folder that relative paths start from
-    columns:dict=None, # Our name of a column to its name in `df`, where they differ: `dict(path='file', label='species')`
+    columns:dict=None, # Our name of a column to its name in `df`, if they differ: `dict(path='file', label='species')`
     test_pct:float=0.5, # Without a column `split`: share of the classes for test
     val_pct:float=0.2, # Without a column `split`: share of the other classes for validation
     seed:int=None, # Without a column `split`: draw the classes with this seed; none: by label order
     **kwargs # Passed to `MetricDataset`
 ):
-    "Data set from a table; raises `ValueError` where it is not one of a retrieval data set"
+    "Data set from a table; raises `ValueError` for an invalid table"
     check_shares(test_pct=test_pct, val_pct=val_pct)
     columns = columns or {}
     known = (*_needed,'role','sequence','category',*kwargs.get('subsets', ()))
@@ -282,7 +282,7 @@ def from_df(cls:MetricDataset,
 
 # %% ../../nbs/api/data/01_tables.ipynb #49252945
 def _read_csv(fn, sep, encoding):
-    "Table in a file, all text; raises `ValueError` naming file and line where one is malformed"
+    "Table in a file, all text; raises `ValueError` with file and line of a malformed line"
     try:
         with open(fn, encoding=encoding, errors='surrogateescape', newline='') as f:
             lines = csv.reader(f, delimiter=sep, strict=True)
@@ -302,11 +302,11 @@ def _read_csv(fn, sep, encoding):
 def from_csv(cls:MetricDataset,
     fn, # File
     path=None, # Folder that relative paths start from; the file's own if not given
-    sep:str=',', # What stands between fields; a tab is `'\t'`
+    sep:str=',', # Separator of fields; a tab is `'\t'`
     encoding:str='utf-8-sig', # Of the file; bytes that do not fit it are kept as they are, which is right for paths
     **kwargs # Passed to `MetricDataset.from_df`
 ):
-    "Data set from a table in a text file; raises `ValueError` naming file and line where one is malformed"
+    "Data set from a table in a text file; raises `ValueError` with file and line of a malformed line"
     fn = Path(fn)
     if not fn.is_file(): raise ValueError(f"There is no file {str(fn)!r}.")
     df = _read_csv(fn, sep, encoding)
@@ -321,7 +321,7 @@ def crop_tfms(
     flip:bool=True, # Mirror half of the training images?
     whole:bool=False, # Do images show their object up to the border?
 )->list: # fastai's transforms
-    "Random crops and flips for training; otherwise the middle of an image whose shorter side is 8/7 of `size`, or all of it, squashed"
+    "Random crops and flips for training; otherwise a centre crop, with the shorter side 8/7 of `size`, or the whole image, squashed"
     if not (isinstance(size, Integral) and size>=1): raise ValueError(f"`size` is a number of pixels to a side, 1 or more; got {size!r}.")
     train = RandomResizedCrop(size, min_scale=ifnone(min_scale, 0.5 if whole else 0.2), split_idx=0)
     valid = [Resize(size, 'squish', split_idx=1)]
@@ -342,7 +342,7 @@ def items(self:MetricDataset,
 def split_of(self:MetricDataset,
     items, # Paths
 )->str: # None if there is none
-    "Name of the split or subset that has all of these items and no others"
+    "Name of the split or subset with exactly these items"
     names = sorted(map(str, items))
     return next((o for o in (*self.df.split.unique(), *self.subsets) if sorted(map(str, self.items(o)))==names), None)
 
@@ -364,7 +364,7 @@ class _HeldSplitter:
 # %% ../../nbs/api/data/01_tables.ipynb #02f7fa74
 @patch
 def _held_out(self:MetricDataset, valid):
-    "Which rows are trained on, and which are measured on"
+    "The rows for training and the rows for measuring"
     if valid not in ('val','test',None,*self.subsets):
         raise ValueError(f"`valid` is {', '.join(map(repr, ('val','test',*self.subsets)))} or None; got {valid!r}.")
     seen = self.df.split.isin(('train',) if valid=='val' else ('train','val'))
@@ -394,7 +394,7 @@ def dblock(self:MetricDataset,
 
 # %% ../../nbs/api/data/01_tables.ipynb #3c017d4d
 def _batch_size(n, per_class):
-    "Images in a batch where nobody said: 64 or as near below as whole classes make, and no more classes than there are"
+    "Default batch size: at most 64 images of whole classes, and at most as many classes as there are"
     most = max(2, 64//max(per_class, 1))
     if per_class>0 and n<most:
         warnings.warn(f"Batches have {n*per_class} images, since there are {n} training classes, with {per_class} images of each.")
@@ -429,7 +429,7 @@ def show_batch(self:MetricDataset,
     valid:str='val', # Split that is held out, see `dataloaders`
     **kwargs # Passed to `dataloaders`
 ):
-    "Draw images as a training batch has them, those of a class in a row"
+    "Draw a training batch, one row per class"
     self.dataloaders(n_classes*per_class, per_class, valid, **{'num_workers':0, **kwargs}).show_batch()
 
 # %% ../../nbs/api/data/01_tables.ipynb #aa600360
@@ -454,7 +454,7 @@ def folds(self:MetricDataset,
 
 # %% ../../nbs/api/data/01_tables.ipynb #afa1724a
 def _sequence_ids(df):
-    "A number for each pair of class and sequence, and one of its own for an image without a sequence"
+    "A number for each pair of class and sequence; a separate one for each image without a sequence"
     seq = df.sequence.astype(object).where(df.sequence.notna() & (df.sequence.astype(object)!=''), None)
     ids = df.assign(sequence=seq).groupby(['label','sequence'], sort=False).ngroup().fillna(-1).to_numpy(dtype=np.int64, copy=True)
     alone = np.flatnonzero(ids<0)
@@ -464,7 +464,7 @@ def _sequence_ids(df):
 @patch
 def protocol(self:MetricDataset,
     items, # Paths of some images
-)->dict: # `ks`, and `role`, `ignore`, `random_gallery` where there are such
+)->dict: # `ks`, and `role`, `ignore`, `random_gallery` if the data set has them
     "How images of the table are scored: arguments of `evaluate_protocol`"
     res = dict(ks=self.ks)
     if self.random_gallery: res['random_gallery'] = self.random_gallery

@@ -1,4 +1,4 @@
-"""Drawing: queries with their neighbours, and what all curves have in common.
+"""Draw queries with their neighbours, and all curves in one style.
 
 Docs: https://dmlfast.github.io/dmlfast/api/files/drawing.html.md"""
 
@@ -38,7 +38,7 @@ def draw_image(
 # %% ../../nbs/api/files/03_drawing.ipynb #7d1f0a52
 def title_height(
     labels, # Classes whose names stand above the images of a row
-    name, # Function from a class to what is written
+    name, # Function from a class to the text of its title
 )->int: # Points
     "Height of the titles of a row"
     return max(12*(_wrapped(name(o), '✓').count('\n')+1) for o in labels)
@@ -49,14 +49,14 @@ def show_neighbours(
     queries, # Indices of the queries, `(q,)`
     neighbours, # Indices of each query's neighbours, nearest first, `(q,k)`; of one with fewer than `k` a shorter row
     labels, # Class of each image, indexed as the images are
-    scores=None, # Similarity of each neighbour, `(q,k)`; where it is $-\infty$ nothing was found, and nothing is drawn
+    scores=None, # Similarity of each neighbour, `(q,k)`; $-\infty$ where nothing was found, and nothing is drawn
     gallery=None, # Function from an index to an image of the gallery; `image` if not given
     gallery_labels=None, # Class of each image of the gallery; `labels` if not given
     size:float=1.15, # Inches to an image
     titles:bool=True, # Write the class over each image?
-    names=str, # Function from a class to what is written
+    names=str, # Function from a class to the text of its title
 ):
-    "Draw queries, each with its neighbours: right ones framed green with a tick, wrong ones red with a cross"
+    "Draw queries, each with its neighbours: correct ones framed green with a tick, wrong ones red with a cross"
     if scores is not None: neighbours = [[j for j,v in zip(row, s) if v>-np.inf] for row,s in zip(neighbours, scores)]
     gallery,gallery_labels = gallery or image, labels if gallery_labels is None else gallery_labels
     y,z = [labels[int(i)] for i in queries],[[gallery_labels[int(j)] for j in row] for row in neighbours]

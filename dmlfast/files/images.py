@@ -1,4 +1,4 @@
-"""An image as a viewer shows it: one function, for training, measuring and use.
+"""Open an image as a viewer shows it: one function for training, measuring and use.
 
 Docs: https://dmlfast.github.io/dmlfast/api/files/images.html.md"""
 
@@ -17,7 +17,7 @@ from PIL import Image, ImageColor, UnidentifiedImageError
 _turns = {2:'FLIP_LEFT_RIGHT', 3:'ROTATE_180', 4:'FLIP_TOP_BOTTOM', 5:'TRANSPOSE', 6:'ROTATE_270', 7:'TRANSVERSE', 8:'ROTATE_90'}
 
 def _turn(im):
-    "What makes `im` upright, as EXIF says; None if it is"
+    "The transposition that makes `im` upright, from EXIF; None if not needed"
     try: return getattr(Image.Transpose, _turns[im.getexif()[0x0112]])
     except Exception: return None # no such tag, or a broken one, which viewers do not look at either
 
@@ -51,7 +51,7 @@ def _eight_bits(im):
 
 # %% ../../nbs/api/files/02_images.ipynb #a2a60e76
 def _composed(im, mode, background):
-    "`im` in `mode`, what is transparent filled with `background`"
+    "`im` in `mode`, with transparent parts filled with `background`"
     if not im.has_transparency_data: return im.convert(mode)
     im = im.convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', im.size, background), im).convert(mode)
@@ -69,7 +69,7 @@ def _shown(im, mode, background, max_pixels):
 
 # %% ../../nbs/api/files/02_images.ipynb #37e5f400
 def _channels_last(a, first):
-    "An array `(h,w,c)`; of two readings, `first` takes the one with the channels first"
+    "An array `(h,w,c)`; if ambiguous, `first` prefers channels first"
     if a.ndim==2: a = a[...,None]
     ways = [a]*(a.ndim==3 and a.shape[-1] in (1,3,4)) + [np.moveaxis(a, 0, -1)]*(a.ndim==3 and a.shape[0] in (1,3))
     if not ways or not a.size:
@@ -78,7 +78,7 @@ def _channels_last(a, first):
     return ways[-1 if first else 0]
 
 def _bytes_of(a):
-    "Numbers as uint8"
+    "Values as uint8"
     if a.dtype==np.uint8: return a
     if a.dtype.newbyteorder('=')==np.uint16: return (a>>8).astype(np.uint8)
     if not np.issubdtype(a.dtype, np.floating):
@@ -98,19 +98,19 @@ def _of_array(x):
 
 # %% ../../nbs/api/files/02_images.ipynb #edb25a76
 def _name(x):
-    "How an image is called in an error"
+    "Name of an image in an error message"
     if isinstance(x, (bytes,bytearray,memoryview)): return f'in {len(x):,} bytes'
     name = x if isinstance(x, (str,os.PathLike)) else getattr(x, 'filename', None) or getattr(x, 'name', None)
     return repr(os.fspath(name)) if isinstance(name, (str,os.PathLike)) else f'in a {type(x).__name__}'
 
 def _why(e):
-    "What is wrong with a file, from an exception"
+    "The problem with a file, from an exception"
     return 'Pillow knows no such format' if isinstance(e, UnidentifiedImageError) else str(e).rstrip('.') or type(e).__name__
 
 def check_background(
     o, # Name of a colour, `'#rrggbb'`, or None
 ):
-    "Raise `ValueError` for what is no colour"
+    "Raise `ValueError` for an invalid colour"
     if o is None: return
     if not isinstance(o, str): raise ValueError(f"A background is the name of a colour or '#rrggbb'; got {o!r}.")
     ImageColor.getrgb(o)
@@ -118,10 +118,10 @@ def check_background(
 def open_image(
     x, # Path, bytes or file object; PIL image; array `(h,w)`, `(h,w,c)` or `(c,h,w)` or tensor, of uint8, uint16, or float in [0,1]
     mode:str='RGB', # PIL mode of what is returned: `'RGB'` or `'L'`
-    background:str='white', # Colour behind what is transparent; None: the pixels as they are stored, neither turned, composed nor scaled
-    max_pixels:int=None, # More are refused before they are decoded; Pillow's bound if not given, twice `PIL.Image.MAX_IMAGE_PIXELS`
+    background:str='white', # Colour behind transparent parts; None: raw pixels, without turning, composing or scaling
+    max_pixels:int=None, # Larger images raise an error before decoding; Pillow's bound if not given, twice `PIL.Image.MAX_IMAGE_PIXELS`
 )->Image.Image: # 8 bits a channel
-    "An image as a viewer shows it: upright, composed on one colour, in 8 bits; raises `ValueError` naming the file where it is none"
+    "An image as a viewer shows it: upright, on one background colour, in 8 bits; raises `ValueError` with the file if it cannot be read"
     if mode not in ('RGB','L'): raise ValueError(f"Images are opened as 'RGB' or 'L'; got {mode!r}.")
     check_background(background)
     is_file = isinstance(x, (str,os.PathLike,bytes,bytearray,memoryview)) or hasattr(x, 'read')

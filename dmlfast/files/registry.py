@@ -1,4 +1,4 @@
-"""Things that are found by name: losses, miners, readers of data, metrics. For a wrong name the nearest is offered.
+"""Find losses, miners, readers and metrics by name. For a wrong name, the error has the nearest one.
 
 Docs: https://dmlfast.github.io/dmlfast/api/files/registry.html.md"""
 
@@ -17,7 +17,7 @@ def nearest(
     what:str, # What these are, such as `'loss'`
     otherwise:str='', # What to say where none is near; all of them if empty
 )->str:
-    "The sentence that names the nearest of some names, and all of them where none is near"
+    "An error message with the nearest of some names, or with all of them if none is near"
     said = names if isinstance(names, dict) else {str(o).lower():o for o in names}
     near = most_alike(str(name).lower(), said)
     otherwise = otherwise or f"there are {', '.join(map(repr, dict.fromkeys(said.values())))}"
@@ -26,8 +26,8 @@ def nearest(
 def most_alike(
     name:str, # A name
     names, # Others
-)->str|None: # None where none is near
-    "The most alike of some names; in the same table, as of `'loss.margn'`, what makes them differ counts"
+)->str|None: # None if none is near
+    "The most similar of some names; within one table, as in `'loss.margn'`, only the differing parts count"
     best,near = .6,None
     (t,_,x) = name.rpartition('.')
     for o in names:
@@ -40,31 +40,31 @@ def most_alike(
 def shortened(
     name, # What was given
 )->str: # As Python writes it, but for the middle of what has more than 80 characters
-    "How a name is said in a sentence, which goes on after it"
+    "A name, shortened for a sentence"
     said = repr(name)
     return said if len(said)<=80 else f'{said[:50]}…{said[-20:]}'
 
 # %% ../../nbs/api/files/00_registry.ipynb #9c4be4bc
 def plain_name(
     name, # A name, such as `'DRTripletLoss'` or `'dr_triplet'`
-    suffix:str='', # What it may end in, such as `'loss'`
+    suffix:str='', # Usual ending, such as `'loss'`
 )->str: # Such as `'drtriplet'`
-    "A name without case, underscores, hyphens, blanks and a usual ending, so that many ways of writing it are one"
+    "A name without case, underscores, hyphens, blanks and usual ending, to accept different spellings"
     return str(name).lower().replace('_', '').replace('-', '').replace(' ', '').removesuffix(suffix)
 
 class Registry:
     "Classes or functions by name"
     def __init__(self,
-        what:str, # What they are, such as `'loss'`; their names may end in this
+        what:str, # Kind, such as `'loss'`; names may end in it
     ): self.what,self._all,self._short = what,{},{}
 
     def __call__(self,
         o=None, # Class or function to register; none: a decorator with these arguments
         *,
-        name:str=None, # What it is called; its own name if not given
+        name:str=None, # Name; its own name if not given
         short:str=None, # Another name, a shorter one; what `o` itself has as `short` if not given
     ):
-        "Register something, as a decorator does; the same name again takes the old one's place"
+        "Register something, also as a decorator; the same name replaces the old entry"
         if o is None: return lambda o: self(o, name=name, short=short)
         name = name or o.__name__
         self._all[name] = o
@@ -74,14 +74,14 @@ class Registry:
     def remove(self,
         name:str, # What it was registered as
     ):
-        "Forget what was registered under a name"
+        "Remove an entry by its name"
         self._all.pop(name)
         self._short = {k:o for k,o in self._short.items() if o!=name}
 
     def full_name(self,
         name:str, # Any way of writing it
     )->str:
-        "The name under which something was registered; raises `ValueError` naming the nearest one where there is none"
+        "The registered name; raises `ValueError` with the nearest one for an unknown name"
         known = {plain_name(k, self.what):k for k in self._all} | self._short
         if (o := known.get(plain_name(name, self.what))) is None: raise ValueError(nearest(name, known, self.what))
         return o
@@ -93,6 +93,6 @@ class Registry:
     def __iter__(self): return iter(self._all)
     def __len__(self): return len(self._all)
     def items(self):
-        "Names and what they mean"
+        "Names with their objects"
         return self._all.items()
     def __repr__(self): return f"Registry({self.what!r}): {', '.join(self._all)}"

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and folders that are not taken from anybody.
+"""Files that are written completely or not at all, and folders that are not overwritten by mistake.
 
 Docs: https://dmlfast.github.io/dmlfast/api/files/writing.html.md"""
 
@@ -17,7 +17,7 @@ from pathlib import Path
 def whole_file(
     file, # Where to
 ):
-    "A path to write to; what is there becomes `file` at the end, and nothing is left of it after an error"
+    "A temporary path that becomes `file` at the end, or is removed after an error"
     file = Path(file)
     tmp = file.with_name(f'.{os.getpid()}.{file.name}') # the suffix stays, since writers of images look at it
     try:
@@ -38,16 +38,16 @@ def write_whole(
     file, # Where to
     text:str, # What to write
 ):
-    "Write a text file, whole or not at all"
+    "Write a text file, completely or not at all"
     with whole_file(file) as tmp: tmp.write_text(text, encoding='utf-8', newline='')
 
 # %% ../../nbs/api/files/01_writing.ipynb #fa00116d
 def check_folder(
     folder, # Folder to write to
-    ours:bool, # Does it hold what the same command wrote?
+    ours:bool, # Does it hold results of the same command?
     what:str, # What that is, in words
 )->bool: # Is something of the command's own there?
-    "Raise `FileExistsError` for a folder with something else in it, and `ValueError` for one that cannot be made"
+    "Raise `FileExistsError` for a folder with other content, and `ValueError` for one that cannot be made"
     folder = Path(folder)
     over = next(o for o in (folder.absolute(),*folder.absolute().parents) if o.exists())
     there = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
@@ -62,7 +62,7 @@ def remove_files(
     folder, # Folder
     names, # Names of files and folders in it
 ):
-    "Take files and folders away"
+    "Remove files and folders"
     for o in (Path(folder)/o for o in names):
         if o.is_dir() and not o.is_symlink(): shutil.rmtree(o)
         else: o.unlink(missing_ok=True)
@@ -71,9 +71,9 @@ def remove_files(
 def clear_up(
     folder, # Folder that is written to
     names, # Names of files and folders that may be written in it
-    worth=lambda: False, # Function that says whether something worth keeping is there
+    worth=lambda: False, # Function: is there something worth keeping?
 ):
-    "Take away what is made in a folder by work that fails; what was there before stays"
+    "Remove the files that failing work made in a folder; older files stay"
     folder = Path(folder).absolute()
     made = [o for o in (folder,*folder.parents) if not o.exists()]
     new = [o for o in names if not os.path.lexists(folder/o)]

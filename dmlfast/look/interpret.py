@@ -1,4 +1,4 @@
-"""What an embedding takes for near, and what it confuses: numbers and tables.
+"""Which items an embedding considers similar, and what it confuses, as numbers and tables.
 
 Docs: https://dmlfast.github.io/dmlfast/api/look/interpret.html.md"""
 
@@ -23,7 +23,7 @@ from ..retrieval.search import unit_
 
 # %% ../../nbs/api/look/00_interpret.ipynb #c5ad13b3
 class RetrievalInterpretation(Embedded):
-    "What an embedding takes for near in a set of items, in pictures and tables"
+    "Neighbours and mistakes of an embedding in a set of items, as pictures and tables"
     def __init__(self,
         embs, # Embeddings, `(n,d)` float; they are compared by cosine
         labels, # Class of each item, `(n,)` integer
@@ -37,13 +37,13 @@ class RetrievalInterpretation(Embedded):
     ):
         super().__init__(embs, labels, items, vocab, image, ks=ks, **kwargs)
         self.check_labels()
-        if len(self)<2: raise ValueError('to interpret an embedding takes two items at least, and there is 1')
+        if len(self)<2: raise ValueError('interpreting an embedding needs at least two items, and there is 1')
         self.loss,self.block = loss,block
         self.ids = torch.arange(len(self)) if self.ignore is None else self.ignore
 
     @cached_property
     def most(self):
-        "As many neighbours each query has at least, but for those to ignore"
+        "Least number of items that each query can find, before `ignore`"
         return self.n_others(self.queries)
 
 # %% ../../nbs/api/look/00_interpret.ipynb #44190f43
@@ -52,7 +52,7 @@ def from_learner(cls:RetrievalInterpretation,
     learn:MetricLearner, # Learner, trained or not
     dl=None, # Loader, or the name of a split of the data set (`'val'`, `'test'`, `'train'`); the validation loader if not given
 ):
-    "Interpretation of the items of a loader; raises `ValueError` where they have no labels"
+    "Interpretation of the items of a loader; raises `ValueError` if they have no labels"
     return cls.of(learn.embedded(dl), learn.loss_func)
 
 @patch(cls_method=True)
@@ -60,7 +60,7 @@ def of(cls:RetrievalInterpretation,
     embedded:Embedded, # Embeddings with their items, such as `Embedded.load(file)`
     loss=None, # The loss that it was trained with, for its miner, margin and γ
 ):
-    "Interpretation of embeddings that are there already; raises `ValueError` where they have no labels"
+    "Interpretation of existing embeddings; raises `ValueError` if they have no labels"
     embedded.check_labels()
     return cls(embedded.embs, embedded.labels, embedded.items, embedded.vocab, embedded.draw, loss, facts=embedded.facts,
         **embedded.protocol())
@@ -135,7 +135,7 @@ def from_batch(cls:RetrievalInterpretation,
         facts=learn.about_training())
 
 def _as_array(x):
-    "An image tensor `(c,h,w)` of 0 to 255, or of 0 to 1, as an array that can be drawn"
+    "An image tensor `(c,h,w)`, 0 to 255 or 0 to 1, as an array to draw"
     x = x.as_subclass(Tensor).detach().cpu()
     if x.is_floating_point(): x = (x*255).clamp(0, 255)
     x = x.permute(1, 2, 0).to(torch.uint8).numpy()

@@ -1,4 +1,4 @@
-"""One HTML page about embeddings and what is known of them.
+"""One HTML page about embeddings and everything known about them.
 
 Docs: https://dmlfast.github.io/dmlfast/api/look/page.html.md"""
 
@@ -28,7 +28,7 @@ from .interpret import *
 _packages = 'fastai','fastcore','torch','timm','numpy','scikit-learn','faiss-cpu','faiss-gpu'
 
 def run_versions()->dict:
-    "Names and versions of what this was run with"
+    "Names and versions of the installed packages"
     res = dict(dmlfast=dmlfast.__version__, Python=platform.python_version())
     for o in _packages:
         try: res[o] = importlib.metadata.version(o)
@@ -49,12 +49,12 @@ _words = dict(network='network', embedding='embedding', size='image size', prepr
     batch_seed='seed of the batches', date='date', settings='') # first what made the embeddings, then how that was trained
 
 def _flat(o, at=''):
-    "Values in a nest of tables by their paths"
+    "Values of nested tables by their paths"
     if not isinstance(o, dict): return {at:', '.join(map(str, o)) if isinstance(o, list) else str(o)}
     return {k:v for name,x in o.items() if x is not None for k,v in _flat(x, f'{at}.{name}' if at and name else at or name).items()}
 
 def _facts_said(facts):
-    "Rows about what made embeddings, as far as it is known"
+    "Rows of known facts about the embeddings"
     facts = {k:v for k,v in facts.items() if k not in ('measured_on','measured')}
     return _flat({_words.get(k, k):facts[k] for k in (*(o for o in _words if o in facts),*(o for o in facts if o not in _words))
         if k!='settings'}) | _flat(facts.get('settings') or {}, '')
@@ -77,7 +77,7 @@ def _gain_note(g):
         'the interval holds 0, the difference is within noise.')
 
 def _way(g):
-    "Which colour the sentence has"
+    "Colour of the sentence"
     ways = [g.verdict(k) for k in g.keys() if k in ('recall@1','map@r')]
     return 'finding' if 'lowered' in ways else 'well' if 'raised' in ways else 'unknown'
 
@@ -159,24 +159,24 @@ summary { cursor: pointer; color: var(--blue) }
 {% for o in findings %}<p class="finding">{{ prose(o) }}</p>{% endfor %}
 {%- if well %}<p class="{{ well[0] }}">{{ well[1] }}</p>{% endif %}{% endif %}
 {% if gain or decisions %}<h2 id="gain">{{ 'What training was worth' if says or decisions else 'Against the features' }}</h2>{% endif %}
-{% if gain %}<p>The embedding against the features it started from: those of the body as it came, pooled and compared by cosine,
+{% if gain %}<p>The embedding compared with the features it started from: those of the original body, pooled and compared by cosine,
 without a head.</p>
 {{ table(*gain) }}<p class="note">{{ gain_note }}</p>{% endif %}
-{% if decisions %}<p>What was decided on the way, by classes that were not trained on:</p>
+{% if decisions %}<p>Decisions during training, by classes that were not trained on:</p>
 {{- pairs(decisions) }}{{ pictures(['between']) }}{% endif %}
 <h2 id="metrics">Metrics</h2>
 {{ table(*metrics[:2]) }}{% for o in metrics[2] %}<p class="note">{{ o }}</p>{% endfor %}
 {{ terms(meanings) }}
 {{ pictures(['curves_retrieval']) }}
 <h2 id="thresholds">Thresholds</h2>
-<p>Which similarity says that two items are of one class? At the threshold for a false-match rate (fmr) that share of the pairs of two
-classes is taken for one class; the false non-match rate (fnmr) is the share of the pairs of one class that is missed. At the equal error
-rate (eer) both are the same; auc is the probability that a pair of one class is more similar than one of two.</p>
+<p>Which similarity means that two items are of one class? At the threshold for a false-match rate (fmr), that share of the pairs of two
+classes counts as one class. The false non-match rate (fnmr) is the share of the pairs of one class that is missed. At the equal error
+rate (eer) both are equal. Auc is the probability that a pair of one class is more similar than a pair of two classes.</p>
 {{ table(*thresholds[:2]) }}{% for o in thresholds[2] %}<p class="note">{{ o }}</p>{% endfor %}
 {{ pictures(['decisions']) }}
 <h2 id="neighbours">Neighbours</h2>
 {% if images %}{{ pictures(['neighbours', 'worst']) }}
-{%- else %}<p class="note">These items are no images that could be drawn.</p>{% endif %}
+{%- else %}<p class="note">These items are not images.</p>{% endif %}
 <h2 id="confusions">Confusions</h2>
 {% if confused[1] %}<p>How often the nearest neighbour of a query is of another class, for the pairs of classes where this happens most.</p>
 {{- table(*confused, left=2) }}{{ pictures(['confused']) }}{% else %}<p>The nearest neighbour of each item is of its class.</p>{% endif %}
@@ -184,7 +184,7 @@ rate (eer) both are the same; auc is the probability that a pair of one class is
 {% if epochs[1] %}{{ pictures(['curves', 'doctor']) }}
 {%- if panels %}<details><summary>How to read the doctor's panels</summary>{{ terms(panels) }}</details>{% endif -%}
 <details><summary>All epochs</summary>{{ table(*epochs) }}</details>
-{%- else %}<p>There is no fit to tell of: this learner was not trained, or its record was overwritten.</p>{% endif %}{% endif %}
+{%- else %}<p>No fit is known: this learner was not trained, or its record was overwritten.</p>{% endif %}{% endif %}
 <h2 id="settings">Settings</h2>
 {{ pairs(settings) }}
 {% if data %}<h2 id="data">Data</h2>
@@ -205,7 +205,7 @@ items in the same splits.</p>{% endif %}
 
 # %% ../../nbs/api/look/02_page.ipynb #9730da29
 def _figure(name, fig, text, photos=False):
-    "A figure for the template: JPEG where there are photos in it, PNG with a palette where there are none"
+    "A figure for the template: JPEG with photos, otherwise PNG with a palette"
     fig = getattr(fig, 'figure', fig)
     fig.set_dpi(200)
     canvas = FigureCanvasAgg(fig) # `savefig` would draw twice, and write a file that is read at once
@@ -224,7 +224,7 @@ def _drawable(interp):
     return isinstance(im, Image.Image) or isinstance(im, np.ndarray) and im.ndim in (2,3)
 
 def _figures(interp, n, images, confused, pairs):
-    "Figures of what was found, by name"
+    "Figures of the results, by name"
     fig,axs = plt.subplots(1, 3, figsize=(10,3.4), layout='constrained')
     interp.plot_recall(axs[0]), interp.plot_pr(axs[1]), interp.plot_similarities(axs[2])
     yield 'curves_retrieval',fig,('Left: the share of queries with their class among their k nearest. Middle: of the items that are '
@@ -278,7 +278,7 @@ def _what(interp):
 
 # %% ../../nbs/api/look/02_page.ipynb #9fabd93f
 _unknown = dict(title=None, # Heading
-    split='items that were given', # On what it was measured, in words
+    split='items that were given', # Data that it was measured on, as text
     gain=None, # `Gain` against the features
     says=False, # Is that what a training was worth?
     decisions={}, # What was decided on the way, by what it is about
@@ -296,7 +296,7 @@ def page_file(
     folder, # Where the page shall be
     overwrite:bool=False, # May it take the place of another?
 )->Path:
-    "The file of a page; raises `FileExistsError` rather than overwrite one"
+    "The file of a page; raises `FileExistsError` instead of overwriting"
     file = Path(folder)/'index.html'
     if file.exists() and not overwrite: raise FileExistsError(f"{str(file)!r} is there already: `overwrite=True` replaces it.")
     return file
@@ -309,7 +309,7 @@ def write_page(
     n_queries:int=6, # Queries to draw in each picture
     **known # What else is known, by the names in `_unknown`
 )->Path: # The file
-    "Write a page about embeddings and what is known of them"
+    "Write a page about embeddings and known facts about them"
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(_template).render(
         _context(interp, {**_unknown, **known}, code, n_queries, began))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -326,7 +326,7 @@ def _sections(o):
         ('repeat','Do it again',True), ('versions','Versions',True)) if there]
 
 def _context(interp, known, code, n, began):
-    "What the template is filled with"
+    "The values for the template"
     r,images,confused,gain = interp.result,_drawable(interp),interp.most_confused(),known['gain']
     pairs = interp.verify()
     command,own = ('',code) if code is not None else _repeat()
@@ -351,7 +351,7 @@ def _context(interp, known, code, n, began):
 def data_known(
     dls, # `DataLoaders`, or a `MetricDataset`
 )->dict: # Parts of a page
-    "What a page says about data"
+    "The facts about data on a page"
     return dict(data=split_table(dls), hashes={'data set':getattr(getattr(dls, 'source', dls), 'name', '(not named)'),
         'hash of the splits':split_hash(dls)})
 
@@ -363,9 +363,9 @@ def report(self:Embedded,
     n_queries:int=6, # Queries to draw in each picture
     overwrite:bool=False, # Replace a report that is there?
     ds:MetricDataset=None, # Data set that the items are of, for a table of its splits and their hash
-    gain=None, # `Gain` against the features that the training began with, where it is known
+    gain=None, # `Gain` over the original features, if known
 )->Path: # The page
-    "Write a page about embeddings and what is known of them; raises `FileExistsError` rather than overwrite, `ValueError` without labels"
+    "Write a page about embeddings and known facts about them; raises `FileExistsError` instead of overwriting, `ValueError` without labels"
     began,file,on = time.perf_counter(),page_file(folder, overwrite),self.facts.get('measured_on')
     interp = self if isinstance(self, RetrievalInterpretation) else RetrievalInterpretation.of(self)
     return write_page(interp, file, began, code, n_queries, title=title or f"{self.facts.get('network', 'An embedding')} on "

@@ -1,4 +1,4 @@
-"""Drawn: neighbours, mistakes, curves, a map of the embedding, and triplets.
+"""Pictures of neighbours, mistakes, curves, a map of the embedding, and triplets.
 
 Docs: https://dmlfast.github.io/dmlfast/api/look/pictures.html.md"""
 
@@ -32,7 +32,7 @@ def plot_neighbours(self:RetrievalInterpretation,
     seed:int=0, # Of the draw
     **kwargs # Passed to `show_neighbours`
 )->plt.Figure:
-    "Draw queries with their nearest neighbours, right ones framed green with a tick, wrong ones red with a cross"
+    "Draw queries with their nearest neighbours: correct ones framed green with a tick, wrong ones red with a cross"
     if queries is None: queries = self.queries.numpy()[np.random.default_rng(seed).permutation(len(self.queries))[:max_n]]
     scores,nn = self.nearest_of(queries, k)
     fig = show_neighbours(self.image, queries, nn, self.labels, scores=scores, names=self.name, **kwargs)
@@ -46,7 +46,7 @@ def plot_top_losses(self:RetrievalInterpretation,
     k:int=6, # Neighbours of each
     **kwargs # Passed to `show_neighbours`
 )->plt.Figure:
-    "Draw the queries with the least average precision, worst first, and what they found instead"
+    "Draw the queries with the lowest average precision, worst first, and the items they found"
     worst = self.top_losses(max_n)
     fig = self.plot_neighbours(worst.index.to_numpy(), k=k, **kwargs)
     k = len(fig.axes)//len(worst)-1
@@ -89,7 +89,7 @@ def _draw_pairs(self, axs, pairs, sims):
 def _pair_axes(fig, rows, cols): return fig.subplots(rows, 3*cols-1, squeeze=False, gridspec_kw=dict(width_ratios=([1,1,.25]*cols)[:-1]))
 
 def _only_text(text):
-    "A figure of one sentence: that nothing is wrong is no error"
+    "A figure with one sentence, if there is nothing to draw"
     fig = plt.figure(figsize=(6,.5))
     fig.text(.01, .5, text, va='center', fontsize=10)
     return fig
@@ -131,7 +131,7 @@ def plot_pr(self:RetrievalInterpretation,
 def plot_recall(self:RetrievalInterpretation,
     ax:plt.Axes=None, # Where to; a new figure if not given
 )->plt.Axes:
-    "Draw recall@k against k, with 95 % intervals where there are enough classes"
+    "Draw recall@k against k, with 95 % intervals if there are enough classes"
     r,ks = self.result,[k for k in self.ks if k<=self.most] or [self.ks[0]]
     vals,ends = [r[f'recall@{k}'] for k in ks],[r.interval(f'recall@{k}') for k in ks]
     ax = light_axes(ax, xlabel='neighbours looked at, k', ylabel='recall@k', ylim=(0,1.02),
@@ -147,7 +147,7 @@ def plot_recall(self:RetrievalInterpretation,
 def _n_used(self): return int((~np.isnan(self.values('map'))).sum())
 
 def _searched(self):
-    "Distinct pairs of how many items a query searches and how many are relevant, `(2,m)`, and how many queries have them, if any"
+    "Distinct pairs (items searched, relevant items) of the queries, `(2,m)`, and the number of queries of each"
     q,g,y = self.queries,self.gallery,self.labels
     both = torch.stack([y,self.ids], 1)
     n,r = len(g)-_count(self.ids[q], self.ids[g]),_count(y[q], y[g])-_count(both[q], both[g])
@@ -155,7 +155,7 @@ def _searched(self):
     return n.numpy(),r.numpy(),count.numpy()
 
 def _count(values, among):
-    "How many of `among` equal each of `values`"
+    "Number of items of `among` that equal each of `values`"
     inv = torch.cat([values,among]).unique(return_inverse=True, dim=0)[1]
     return inv[len(values):].bincount(minlength=int(inv.max())+1)[inv[:len(values)]]
 
@@ -191,7 +191,7 @@ def plot_roc(self:Embedded,
     ax:plt.Axes=None, # Where to; a new figure if not given
     pairs:PairScores=None, # What `verify` gave, if it is there already
 )->plt.Axes:
-    "Draw the share of true matches at each false-match rate, and where the rates of `verify` are"
+    "Draw the share of true matches at each false-match rate, with the rates of `verify` marked"
     p = pairs or self.verify()
     p.check()
     fmr,fnmr,_ = p.roc()
@@ -236,7 +236,7 @@ def plot_map(self:RetrievalInterpretation,
     method:str='tsne', # `'tsne'` or `'pca'`
     n_classes:int=16, # Classes to draw, at random
     max_n:int=600, # Items to draw, at most
-    thumbs:bool=True, # Draw images, where there are some?
+    thumbs:bool=True, # Draw images, if there are any?
     seed:int=0, # Of the draws and of t-SNE
     figsize:tuple=(10,8), # Inches
 )->plt.Axes:
@@ -260,7 +260,7 @@ _colours = ['#0072B2','#E69F00','#009E73','#CC79A7','#D55E00','#56B4E9',grey,'#8
 _markers = 'osD^vPX*'
 
 def _sample(self, n_classes, max_n, seed):
-    "Indices of up to `max_n` items of `n_classes` classes of two items or more, where there are as many"
+    "Indices of up to `max_n` items of up to `n_classes` classes with two items or more"
     rng = np.random.default_rng(seed)
     cls,size = np.unique(self.labels.numpy(), return_counts=True)
     cls = rng.permutation(cls[size>1] if (size>1).any() else cls)[:n_classes]
@@ -272,7 +272,7 @@ def _shortened(name, n=26):
     return name if len(name)<=n else name[:n-1]+'…'
 
 def _draw_thumbs(self, ax, idx, xy, colours, seed, points=26):
-    "Draw the images of those of the items `idx` whose images do not overlap"
+    "Draw the images of the items `idx` that do not overlap"
     ax.margins(.04)
     ax.figure.canvas.draw() # the layout, which says how much room there is
     scale = 72/ax.figure.dpi
@@ -283,7 +283,7 @@ def _draw_thumbs(self, ax, idx, xy, colours, seed, points=26):
         ax.add_artist(AnnotationBbox(box, xy[i], pad=.1, bboxprops=dict(edgecolor=colours[self.labels[idx[i]].item()], lw=1.5)))
 
 def _without_overlap(xy, gap, seed):
-    "Indices of some rows of `xy`, in random order, no two of which are nearer than `gap` in both coordinates"
+    "Indices of rows of `xy`, in random order, that are at least `gap` apart in one coordinate"
     kept = []
     for i in np.random.default_rng(seed).permutation(len(xy)):
         if not kept or (np.abs(xy[kept]-xy[i])>=gap).any(1).all(): kept.append(i)
@@ -293,12 +293,12 @@ def _without_overlap(xy, gap, seed):
 @patch
 def plot_triplets(self:RetrievalInterpretation,
     max_n:int=4, # Triplets to draw
-    bs:int=64, # Items in a batch that is drawn where there are more items than `max_batch`
+    bs:int=64, # Size of the batch that is drawn if there are more items
     per_class:int=4, # Items of a class in it
     max_batch:int=256, # As many items are a batch themselves
     seed:int=0, # Of the draw and of the miner
     size:float=1.3, # Inches to an image
-    **kwargs # `miner`, `margin`, `gamma` and `squared`, see `triplet_table`, where they are not to be those of the loss
+    **kwargs # `miner`, `margin`, `gamma` and `squared` of `triplet_table`; those of the loss if not given
 )->plt.Figure:
     "Draw the triplets of a batch that violate the margin most, with their distances, angle and violation with and without γ"
     settings = _triplet_settings(self.loss)|kwargs
@@ -325,7 +325,7 @@ def _batch(self:RetrievalInterpretation, bs, per_class, seed):
     return np.unique(BalancedSampler(self.labels.numpy(), bs, per_class, seed).idxs(0)[0])
 
 def _triplet_settings(loss):
-    "Miner, margin, γ and `squared` of a loss, and what stands in for what it does not have"
+    "Miner, margin, γ and `squared` of a loss, with defaults for missing ones"
     part,margin = asking(loss, 'gap', 'boundary')
     gammas = (o.gamma for o in getattr(loss, 'losses', [loss]) if getattr(o, 'gamma', 0)) # of a sum
     if part is None: return dict(miner=BatchHardMiner(), margin=.2, gamma=next(gammas, .3), squared=False)

@@ -1,4 +1,4 @@
-"""A page about a run that can be handed to a colleague.
+"""`learn.report` writes one page about a run, to share with others.
 
 Docs: https://dmlfast.github.io/dmlfast/api/look/report.html.md"""
 
@@ -68,17 +68,17 @@ def _callback(o): return repr(o) if type(o).__repr__ is not Callback.__repr__ el
 
 # %% ../../nbs/api/look/03_report.ipynb #efc94933
 def _gain(learn, interp, dl):
-    "What the embedding has more than the features; None where these are not known"
+    "The gain over the features; None if these are unknown"
     start,r = _start(learn),interp.result
     if getattr(start, 'origin', None) is None or not r.used.any(): return
     return gain_of(learn, r, dl)
 
 def _between(learn):
-    "Where a fit looked between its start and its end, what it kept, and by which metric; None where it did not look"
+    "The points that a fit tried between start and end, the one it kept, and the metric; None if it tried none"
     if o := learn.between: return o['curve'],o['kept'],o['metric']
 
 def _decisions(learn):
-    "What `fit_transfer` decided, and what `Interpolate` kept"
+    "The decisions of `fit_transfer`, and the weights that `Interpolate` kept"
     t,res,between = getattr(learn, 'transfer', {}),{},_between(learn)
     if o := t.get('head'):
         res['head alone'] = (f"{o['epochs']} epochs on the features of the body as it was: map@r {o['before']:.4f} → {o['after']:.4f}, "
@@ -91,7 +91,7 @@ def _decisions(learn):
     return res
 
 def _plot_between(learn, curve, kept, metric):
-    "Draw the metric between start and end of a fit, what was kept, and the features"
+    "Draw the metric between start and end of a fit, the kept point, and the features"
     fig,ax = plt.subplots(figsize=(5,2.9), layout='constrained')
     _axes(ax, title='Between start and end', xlabel='0: start, 1: end of the fit', ylabel=f'{metric}, validation classes')
     ax.plot(*zip(*sorted(curve.items())), color=_blue, marker='o', ms=4)
@@ -103,7 +103,7 @@ def _plot_between(learn, curve, kept, metric):
 
 # %% ../../nbs/api/look/03_report.ipynb #29d0ca84
 def _epochs(learn):
-    "Head and rows of the table of the last fit; no rows where there was none"
+    "Head and rows of the table of the last fit; no rows without a fit"
     rec = learn.recorder
     head = [str(o) for o in getattr(rec, 'metric_names', [])][:-1]
     rows = [[i,*map(float, o)] for i,o in enumerate(rec.values) if len(o)==len(head)-1] if getattr(rec, 'lrs', None) else []
@@ -157,7 +157,7 @@ def _fit_figures(learn):
 def _doctor(learn): return next((o for o in learn.cbs if isinstance(o, TrainingDoctor)), None)
 
 def _well(learn):
-    "What there is to say if nothing was found"
+    "The message if nothing was found"
     doctor = _doctor(learn)
     if doctor is None or not doctor.steps:
         return 'unknown','No TrainingDoctor looked at this run: with cbs=TrainingDoctor() this is where it says what is wrong.'
@@ -170,7 +170,7 @@ def _well(learn):
             'regularisers that take over, weights that do not move and overfitting.')
 
 def _seconds(learn):
-    "How long the fit took, as far as it is known"
+    "Duration of the fit, if known"
     doctor,log = _doctor(learn),getattr(learn.recorder, 'log', [])
     if doctor and doctor.steps: return {'time of the fit':f'{doctor.seconds:.1f} s'}
     return {'time of the last epoch':log[-1]} if log and isinstance(log[-1], str) else {}
@@ -185,7 +185,7 @@ def report(self:MetricLearner,
     n_queries:int=6, # Queries to draw in each picture
     overwrite:bool=False, # Replace a report that is there?
 )->Path: # The page
-    "Write a page about the last fit and what came of it; raises `FileExistsError` rather than overwrite one"
+    "Write a page about the last fit and its results; raises `FileExistsError` instead of overwriting"
     began,file = time.perf_counter(),first_does(lambda: page_file(folder, overwrite))
     interp = RetrievalInterpretation.from_learner(self, dl)
     name = f'{getattr(self.model, "arch", type(self.model).__name__)} on {getattr(getattr(self.dls, "source", None), "name", "images")}'
@@ -193,7 +193,7 @@ def report(self:MetricLearner,
         gain=_gain(self, interp, dl), says=getattr(self, 'fitted', False), **_known(self)))
 
 def _known(learn):
-    "What a learner knows of its run, as parts of a page"
+    "Facts of a learner about its run, as parts of a page"
     doctor,(head,rows) = _doctor(learn),_epochs(learn)
     seen = doctor and doctor.steps
     return dict(decisions=_decisions(learn), findings=[o.text for o in doctor.findings] if seen else [], well=_well(learn),

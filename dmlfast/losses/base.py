@@ -1,4 +1,4 @@
-"""What all losses have in common, losses of your own and from elsewhere, and several at once.
+"""What all losses share, a loss of your own, losses from other packages, and several losses at once.
 
 Docs: https://dmlfast.github.io/dmlfast/api/losses/base.html.md"""
 
@@ -22,7 +22,7 @@ from .miners import *
 
 # %% ../../nbs/api/losses/02_base.ipynb #5b368fec
 class Margin(NamedTuple):
-    "How far apart a loss wants embeddings to be"
+    "The distance that a loss demands between embeddings"
     name:str # The loss's argument that says so
     value:float # Its value
     squared:bool=False # Is it about squared distances?
@@ -36,8 +36,8 @@ class MetricLoss(CheckedArgs, nn.Module):
     ranges = dict(gamma='finite', lr_mult='from 0') # What its arguments may be
     lr_mult = 1. # Multiplier of the learning rate for the loss's own weights
     normalize_embs = True # Does it want unit rows?
-    seen_only = False # Has it weights for each training class, and so no value on any other?
-    repeatable = True # May it be computed once more, with nothing changed? Not if it remembers batches
+    seen_only = False # Does it have weights for each training class, and so no value on others?
+    repeatable = True # Can it be computed again without side effects? Not if it remembers batches
     short = None # Another name of it in settings and commands, such as `'ms'`
     dr_space = dict(gamma=(0.,.6)) # Where a search looks for the weight of direction regularisation; 0 is the plain loss
     space = {} # Where a search looks for its arguments: `(low, high)`, `(low, high, 'log')` or a list of choices
@@ -67,7 +67,7 @@ class MetricLoss(CheckedArgs, nn.Module):
     def check_reduction(self,
         reduction:str, # As given
     ):
-        "Raise `ValueError` for a reduction that there is not"
+        "Raise `ValueError` for an unknown reduction"
         if reduction not in self.reductions:
             raise ValueError(f'{type(self).__name__}: reduction {reduction!r} is none of {self.reductions}')
 
@@ -77,7 +77,7 @@ class MetricLoss(CheckedArgs, nn.Module):
     def of_nothing(self,
         embs:Tensor, # Embeddings, `(0,d)` float
     )->Tensor: # Scalar, or `(0,)` if `reduction` is `'none'`
-        "0, with a gradient of 0 for everything that a batch would have given one"
+        "The loss of an empty batch: 0, with a gradient of 0 for the embeddings and the weights"
         return (embs.sum(1) if self.reduction=='none' else embs.sum()) + sum(0*p.sum() for p in self.parameters())
 
     def compute(self,
@@ -85,21 +85,21 @@ class MetricLoss(CheckedArgs, nn.Module):
         labels:Tensor, # Class of each row, `(n,)` int64
         n:int=None, # Only the first `n` rows are anchors; all if not given. A loss that takes no others leaves it out
     )->Tensor: # Scalar, or `(n,)` if `reduction` is `'none'`
-        "What a subclass defines: the loss of finite float embeddings and int64 labels; with a third argument `n=None` it takes others"
+        "The loss of finite float embeddings and int64 labels, defined by a subclass; with a third argument `n=None` it takes others"
         raise NotImplementedError
 
     def setup(self,
         n_classes:int=None, # Number of training classes
         emb_sz:int=None, # Numbers in an embedding
     ): # The loss itself
-        "Make the weights that need the number of training classes or the embedding size; nothing for a loss without"
+        "Make the weights that need the number of training classes or the embedding size; a loss without such weights does nothing"
         return self
 
     def start(self,
         embs:Tensor, # Embeddings of training images, `(n,d)` float, unit rows
         labels:Tensor, # Class of each row, `(n,)` integer
     ):
-        "Begin weights for each class where these embeddings are; nothing for a loss without"
+        "Initialise the weights of each class from these embeddings; a loss without such weights does nothing"
 
     @property
     def compares(self):
@@ -107,7 +107,7 @@ class MetricLoss(CheckedArgs, nn.Module):
         return not self.seen_only
 
     def no_others(self)->str|None:
-        "Why it cannot compare a batch with more than the batch, such as remembered embeddings; None where it can"
+        "Why the loss cannot compare a batch with others, such as remembered embeddings; None if it can"
         name,miner = type(self).__name__,getattr(self, 'miner', None)
         if not self.compares: return f"{name} does not compare images with each other"
         if 'n' not in inspect.signature(self.compute).parameters: return f"{name} compares the images of a batch alone"
@@ -117,25 +117,25 @@ class MetricLoss(CheckedArgs, nn.Module):
         embs:Tensor, # Embeddings, `(n,d)` float32 or float64
         labels:Tensor, # Class of each row, `(n,)` int64
     )->Tensor|None: # Scalar, 0 to 1
-        "Share of what it compares that still has a gradient; None where it does not say, or where all has"
+        "Share of the compared pairs or triplets that still have a gradient; None if unknown, or if all have"
 
     def asks(self)->Margin|None:
         "The margin that it asks for; None if it asks for none"
 
     def cut(self,
-        d:int, # Numbers of an embedding that are kept
-    )->dict: # What stands in for each such weight, by its name
-        "The weights that have a number for each of an embedding's, cut to the first `d`; nothing for a loss without"
+        d:int, # Dimensions of an embedding that are kept
+    )->dict: # The cut version of each such weight, by its name
+        "The weights with one number per dimension, cut to the first `d`; empty for a loss without such weights"
         return {}
 
     def first(self,
-        d:int, # Numbers of an embedding that are kept
+        d:int, # Dimensions of an embedding that are kept
         embs:Tensor, # Embeddings, `(n,D)` float
         labels:Tensor, # Class of each row, `(n,)` integer
         others:Tensor=None, # As of `forward`
         other_labels:Tensor=None, # As of `forward`
     )->Tensor: # As of `forward`
-        "The loss of the first `d` numbers of embeddings alone, of length 1 again where it wants unit rows"
+        "The loss of the first `d` dimensions only, scaled to length 1 again if the loss wants unit rows"
         def part(x): return F.normalize(x[:,:d], dim=1) if self.normalize_embs else x[:,:d]
         more = () if others is None else (part(others),other_labels)
         return functional_call(self, self.cut(d), (part(embs), labels, *more))
@@ -161,7 +161,7 @@ def beside(self:MetricLoss,
     others:Tensor, # Embeddings of others, `(m,d)` float
     other_labels:Tensor, # Class of each of them, `(m,)` integer
 )->tuple[Tensor,Tensor]: # Embeddings `(n+m,d)` and labels `(n+m,)`
-    "A batch with others behind it; raises `ValueError` where the loss cannot compare it with them"
+    "The batch followed by the others; raises `ValueError` if the loss cannot compare with others"
     if why := self.no_others(): raise ValueError(f"{why}, so there is nothing to compare a batch with others for.")
     others,other_labels = check_batch(others.detach(), other_labels)
     if others.shape[1]!=embs.shape[1]: raise ValueError(f'embeddings have {embs.shape[1]} numbers, and the others {others.shape[1]}')
@@ -185,7 +185,7 @@ def reduce_terms(
     anchors:Tensor, # Row that each term belongs to, `(t,)` int64
     n:int, # Rows in the batch
     reduction:str, # `'active'`, `'mean'`, `'sum'`, or `'none'`: the mean of each row's terms
-)->Tensor: # Scalar, or `(n,)`; 0 where there are no terms
+)->Tensor: # Scalar, or `(n,)`; 0 if there are no terms
     "Reduce non-negative terms that each belong to an anchor"
     if reduction=='none':
         count = torch.bincount(anchors, minlength=n).clamp(min=1)
@@ -209,17 +209,17 @@ def reduce_masked(
 # %% ../../nbs/api/losses/02_base.ipynb #fdf256ce
 def active_terms(
     terms:Tensor, # Terms of the loss before they are cut off at 0, `(t,)`
-)->Tensor: # Scalar, 0 to 1; 0 where there are no terms
+)->Tensor: # Scalar, 0 to 1; 0 if there are no terms
     "Share of the terms that are more than 0, and so have a gradient"
     return (terms>0).sum()/max(len(terms), 1)
 
 # %% ../../nbs/api/losses/02_base.ipynb #43b2b4de
 def known_labels(
-    loss:nn.Module, # The loss whose weights are meant
+    loss:nn.Module, # The loss with the weights
     labels:Tensor, # Class of each row, `(n,)` int64
     n_classes:int, # How many classes it has weights for
 )->tuple[Tensor,Tensor|None]: # Labels, 0 where unknown; which ones are unknown, None if none
-    "In training, refuse labels that the loss has no weights for; in evaluation, mark them"
+    "Labels that the loss has no weights for: an error in training, marked in evaluation"
     lo,hi = (o.item() for o in labels.aminmax()) if len(labels) else (0,0)
     if lo>=0 and hi<n_classes: return labels,None
     bad = (labels<0)|(labels>=n_classes)
@@ -231,13 +231,13 @@ def known_labels(
 def mark_unknown(
     res:Tensor, # A loss, scalar or `(n,)`
     bad:Tensor|None, # Rows of unknown label, `(n,)` bool, or more rows behind those
-)->Tensor: # The same, nan where it does not exist
-    "A loss over labels that it has no weights for does not exist"
+)->Tensor: # The same, nan if it does not exist
+    "The loss is nan for labels that it has no weights for"
     return res if bad is None else res.masked_fill(bad[:len(res)] if res.ndim else bad.any(), math.nan)
 
 # %% ../../nbs/api/losses/02_base.ipynb #690facfb
 def _copy_of(loss):
-    "A copy of a module that shares its weights; the loss itself where it is none, or cannot be copied"
+    "A copy of a module that shares its weights; the loss itself if it is not a module, or cannot be copied"
     if not isinstance(loss, nn.Module): return loss
     try: return copy.deepcopy(loss, {id(p):p for p in loss.parameters()})
     except (RuntimeError,TypeError): return loss
@@ -250,7 +250,7 @@ class OtherLoss(MetricLoss):
         loss, # Callable `(embs, labels)` that gives a scalar
     ):
         super().__init__()
-        if isinstance(loss, type): raise ValueError(f'a loss is wanted, such as {loss.__name__}(), and not its class')
+        if isinstance(loss, type): raise ValueError(f'a loss must be an object such as {loss.__name__}(), and not its class')
         self.loss,self.n_classes = loss,None
 
     @property
@@ -265,7 +265,7 @@ class OtherLoss(MetricLoss):
         return self
 
     def cut(self, d):
-        "Refuse what has weights: nobody knows which of their numbers belong to which of an embedding's"
+        "Raise an error if the loss has weights: which of them belong to which dimension is unknown"
         if not self.seen_only: return {}
         raise ValueError(f"{type(self.loss).__name__} has weights, and does not say how they are cut with the embeddings: take a loss of "
             "this package, or derive one from `MetricLoss` that has `cut`.")
@@ -312,11 +312,11 @@ class CombinedLoss(MetricLoss):
     def repeatable(self): return all(o.repeatable for o in self.losses)
 
     def active(self, embs, labels):
-        "Of the first part that says it"
+        "The share of the first part that reports one"
         return next((o for o in (l.active(embs, labels) for l in self.losses) if o is not None), None)
 
     def asks(self):
-        "Of the first part that asks for one"
+        "The margin of the first part that asks for one"
         return next((m for o in self.losses if (m := o.asks())), None)
 
     def setup(self, n_classes=None, emb_sz=None):
@@ -331,7 +331,7 @@ class CombinedLoss(MetricLoss):
     def cut(self, d): return {f'losses.{i}.{k}':w for i,o in enumerate(self.losses) for k,w in o.cut(d).items()}
 
     def no_others(self):
-        "Where one part can, the others see the batch alone"
+        "None if one part can; the other parts then see only the batch"
         why = [o.no_others() for o in self.losses]
         return why[0] if all(why) else None
 
@@ -348,7 +348,7 @@ def part(self:CombinedLoss,
     d:int=None, # Compare the first `d` numbers alone; all of them if not given
     n:int=None, # Only the first `n` rows are the batch; all if not given
 )->Tensor: # Scalar, or `(n,)`
-    "The value of one part, reduced in its own way, or not at all if we are not"
+    "The value of one part, with its own reduction, or `'none'` if the sum is not reduced"
     value = loss if d is None else partial(loss.first, d)
     batch = (embs[:n],labels[:n]) if n is None or loss.no_others() else (embs[:n],labels[:n],embs[n:],labels[n:])
     if self.reduction!='none' or 'none' not in loss.reductions: return value(*batch)
@@ -360,7 +360,7 @@ def part(self:CombinedLoss,
 def asking(
     loss, # Any loss
     *of:str, # Kinds of `Margin` that count; all if none is given
-)->tuple[MetricLoss|None,Margin|None]: # It, or the first of its parts, and what that asks for
+)->tuple[MetricLoss|None,Margin|None]: # The loss, or the first of its parts, and the margin
     "The loss that asks for a margin, and the margin"
     if isinstance(loss, CombinedLoss): parts = [asking(o, *of) for o in loss.losses]
     else: parts = [(loss,loss.asks())] if isinstance(loss, MetricLoss) else []

@@ -1,4 +1,4 @@
-"""An anchor's positives against all else in the batch at once: supervised contrastive and circle loss.
+"""Supervised contrastive loss and circle loss: they compare an anchor's positives with the whole batch at once.
 
 Docs: https://dmlfast.github.io/dmlfast/api/losses/contrast.html.md"""
 
@@ -17,7 +17,7 @@ from .base import *
 # %% ../../nbs/api/losses/09_contrast.ipynb #ae8d9153
 @register_loss
 class SupConLoss(MetricLoss):
-    "Softmax over the other images of the batch, with all positives as its targets"
+    "Softmax over the other images of the batch; all positives are its targets"
     space = dict(temperature=(.03,.3,'log'))
     ranges = dict(temperature='positive')
     def __init__(self,
@@ -34,7 +34,7 @@ class SupConLoss(MetricLoss):
         pos:Tensor, # Positives of each row, `(n,n)` float of 0 and 1
         neg:Tensor, # Negatives of each row, likewise
     )->tuple[Tensor,Tensor]: # Values `(n,)`, and their gradient by the similarities `(n,n)`
-        "For `sim_loss`: a positive's weight is its share of the softmax less that of the targets"
+        "For `sim_loss`: the weight of a positive is its share of the softmax minus its share of the targets"
         x = (far/self.temperature).fill_diagonal_(-1e30)
         x.sub_(x.amax(1, keepdim=True))
         pos = pos/pos.sum(1, keepdim=True).clamp_(min=1)
@@ -49,7 +49,7 @@ class SupConLoss(MetricLoss):
 
 # %% ../../nbs/api/losses/09_contrast.ipynb #8c370252
 def _masked_softmax(x, mask):
-    "Masked logarithm of a sum of exponentials, finite also where the mask is empty, and the softmax which is its gradient"
+    "Masked log-sum-exp, finite for an empty mask, and its gradient, the softmax"
     x = x.add(mask-1, alpha=1e30)
     top = x.amax(1, keepdim=True)
     e = x.sub_(top).clamp_(-80).exp_().mul_(mask) # exp is slow where it underflows

@@ -1,4 +1,4 @@
-"""Label masks, distances and the direction cosine from one Gram matrix, numerically safe.
+"""Label masks, distances and direction cosines of a batch. One Gram matrix gives all of them, and they are numerically safe.
 
 Docs: https://dmlfast.github.io/dmlfast/api/losses/geometry.html.md"""
 
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 # %% ../../nbs/api/losses/00_geometry.ipynb #04d89914
 def class_index(
     labels:Tensor, # Class of each row, `(n,)` integer
-)->tuple[Tensor,Tensor]: # Number of each row's class and the size of it, itself included, `(n,)` int64 each
+)->tuple[Tensor,Tensor]: # Number of each row's class, and its size including the row, `(n,)` int64 each
     "Number the classes of a batch from 0, and count them"
     _,idx,size = labels.unique(return_inverse=True, return_counts=True)
     return idx,size[idx]
@@ -90,7 +90,7 @@ def gram_sqdist(
 def wide_sqdist(
     w:Tensor, # Vectors, `(m,d)` of `wide_dtype`
     eps:float, # Machine epsilon that they had before
-    rows=None, # Which of them to measure from, slice or `(n,)` int64; all if not given
+    rows=None, # Rows to measure from, slice or `(n,)` int64; all if not given
 )->Tensor: # Squared distances, `(n,m)`
     "Squared distances of some vectors to all, without a gradient"
     return gram_sqdist(w@w.T, eps) if rows is None else gram_sqdist(w[rows]@w.T, eps, _norms(w, rows))
@@ -109,7 +109,7 @@ def both_ways(
 
 def pad_rows(
     x:Tensor, # `(n,d)`
-    m:int, # Rows there are to be, `n` or more
+    m:int, # Number of rows, `n` or more
 )->Tensor: # `(m,d)`, the last ones 0
     "The gradient of all rows from that of the anchors"
     return x if len(x)==m else torch.cat([x, x.new_zeros(m-len(x), x.shape[1])])
@@ -200,7 +200,7 @@ def pair_sqdist(
     i:Tensor, # Numbers of rows, `(t,)` int64
     j:Tensor, # Likewise
 )->Tensor: # Squared distances of these pairs, `(t,)` of the dtype of `d2`
-    "Distances of any pairs of rows, such as positives and negatives: from the matrix, where it has all rows"
+    "Distances of any pairs of rows, such as positives and negatives; taken from the matrix if it has all rows"
     return d2[i,j] if len(d2)==len(embs) else (embs[i].to(d2.dtype)-embs[j].to(d2.dtype)).pow(2).sum(1)
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #5afe8f77
@@ -208,15 +208,15 @@ def hardest_positive(
     d2:Tensor, # Squared distances, `(n,m)`
     pos:Tensor, # Positives of each anchor, `(n,m)`, 0 or 1 in a float dtype
 )->Tensor: # `(n,)` int64
-    "The farthest positive of each row; the row itself where it has none, so that its direction cosines are 0"
+    "The farthest positive of each row; the row itself if it has none, which makes its direction cosines 0"
     return (d2*pos).fill_diagonal_(torch.finfo(d2.dtype).tiny).max(1)[1]
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #342c5d67
 def cos_parts(
     d2:Tensor, # Squared distances, `(n,m)` float64
     p:Tensor, # A positive for each anchor, `(n,)` int64
-    mask:Tensor=None, # 1 where there are to be cosines and 0 elsewhere, `(n,m)` float
-    near:Tensor=None, # Squared distances from these positives, `(n,m)`, where they may be others than anchors; overwritten
+    mask:Tensor=None, # 1 where cosines are needed and 0 elsewhere, `(n,m)` float
+    near:Tensor=None, # Squared distances from these positives, `(n,m)`, if they may be other rows than anchors; overwritten
 )->tuple[Tensor,Tensor,Tensor]: # At row i cosines of row j with `p[i]`, `(n,m)`; factors of negatives `(n,m)` and of the positive `(n,1)`
     "Direction cosines of all rows at all anchors, with what `cos_grad` needs"
     ap = d2.gather(1, p[:,None])
@@ -345,7 +345,7 @@ def check_batch(
     embs:Tensor, # Embeddings, `(n,d)` float
     labels:Tensor, # Class of each row, `(n,)` integer
 )->tuple[Tensor,Tensor]: # Plain tensors, float32 or float64 and int64
-    "Cast a batch to what a loss computes with, or say what is wrong with it"
+    "Cast a batch to the dtypes of a loss, or raise an error with the reason"
     for name,o in (('embeddings',embs),('labels',labels)):
         if isinstance(o, Tensor): continue
         names = ' of whole numbers, which np.unique(names, return_inverse=True)[1] gives for names'*(name=='labels')

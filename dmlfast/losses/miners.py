@@ -1,4 +1,4 @@
-"""Which pairs and triplets of a batch to learn from.
+"""A miner chooses which pairs and triplets of a batch to learn from.
 
 Docs: https://dmlfast.github.io/dmlfast/api/losses/miners.html.md"""
 
@@ -81,7 +81,7 @@ class CheckedArgs(metaclass=PrePostInitMeta):
     "A class whose numeric arguments are checked before it is made"
     ranges = {} # One of `kinds` for each argument; those of the classes it derives from count too
     def __pre_init__(self, *args, **kwargs):
-        "Check what is given, and return it by name"
+        "Check the given arguments, and return them by name"
         try: given = inspect.signature(type(self).__init__).bind_partial(self, *args, **kwargs).arguments
         except TypeError: return {} # Python says it better
         ranges = {k:v for o in reversed(type(self).__mro__) for k,v in vars(o).get('ranges', {}).items()}
@@ -93,7 +93,7 @@ register_miner = Registry('miner')
 
 class Miner(CheckedArgs):
     "Chooses pairs or triplets of a batch by their distances"
-    takes_others = False # May there be more rows than anchors, so that `d2` in `mine` has a row for each of the first `n` alone?
+    takes_others = False # Are more rows than anchors allowed? Then `d2` in `mine` has only rows for the first `n`
     def __call__(self,
         embs:Tensor, # Embeddings, `(m,d)` float
         labels:Tensor, # Class of each row, `(m,)` integer
@@ -109,7 +109,7 @@ class Miner(CheckedArgs):
         labels:Tensor, # Class of each row, `(m,)` integer
         d2:Tensor, # Squared distances of the anchors, the first `n` rows, to all, `(n,m)`; of all rows unless `takes_others`
     )->tuple: # `(a,p,n)` or `(a,p,a2,n)`, int64 vectors
-        "What a subclass defines"
+        "Choose pairs or triplets; a subclass defines this"
         raise NotImplementedError
 
     def __repr__(self):
@@ -123,7 +123,7 @@ def call_miner(
     labels:Tensor, # Class of each row, `(m,)` int64
     d2:Tensor, # Squared distances of the anchors, the first `n` rows, to all, `(n,m)`
 )->tuple: # `(a,p,n)` or `(a,p,a2,n)`, int64 vectors
-    "What the miner finds, without a gradient, sparing our own miners a second Gram matrix"
+    "Ask a miner, without a gradient; our own miners get the distances instead of computing them again"
     if isinstance(miner, type) or not callable(miner): raise ValueError(f'a miner is a callable such as SemiHardMiner(), not {miner!r}')
     if len(d2)<len(embs) and not getattr(miner, 'takes_others', False):
         raise ValueError(f'{miner!r} chooses within a batch alone, and there are others: a `Miner` that can says `takes_others = True`')
@@ -158,7 +158,7 @@ def pair_slots(
     p:Tensor, # Positives, `(t,)` int64
     n:int=None, # Only the first `n` rows are anchors; all if not given
 )->Tensor: # `(t,)` int64, from 0
-    "Which one of its anchor's positives, in the order of the batch, each positive is"
+    "Position of each positive among its anchor's positives, in the order of the batch"
     return label_masks(labels, n=n)[0].cumsum(1)[a,p]-1
 
 # %% ../../nbs/api/losses/01_miners.ipynb #f0a69081
@@ -206,13 +206,13 @@ def hardest(
     pos:Tensor, # Positives, `(n,n)` bool
     neg:Tensor, # Negatives, `(n,n)` bool
 )->tuple[Tensor,Tensor,Tensor,Tensor]: # Distances and columns of the farthest positive, then of the nearest negative, `(n,)` each
-    "The farthest positive and the nearest negative of each row; distances -1 and inf where there is none"
+    "The farthest positive and the nearest negative of each row; distances -1 and inf if there is none"
     return *d2.masked_fill(~pos, -1).max(1),*d2.masked_fill(~neg, float('inf')).min(1)
 
 # %% ../../nbs/api/losses/01_miners.ipynb #bee23021
 @register_miner
 class SoftHardMiner(Miner):
-    "For each anchor, a random one of its too-far positives and a random one of its too-near negatives"
+    "For each anchor, a random positive among those too far and a random negative among those too near"
     takes_others = True
     def mine(self, embs, labels, d2):
         pos,neg = label_masks(labels, n=len(d2))

@@ -1,4 +1,4 @@
-"""Losses that look at positive and at negative pairs, each with direction regularisation.
+"""Contrastive, margin and N-pair loss: they compare positive and negative pairs, each with direction regularisation.
 
 Docs: https://dmlfast.github.io/dmlfast/api/losses/pairs.html.md"""
 
@@ -130,7 +130,7 @@ class MarginLoss(MetricLoss):
         labels:Tensor, # Class of each row, `(m,)` int64
         n:int=None, # Only the first `n` rows are anchors; all if not given
     )->tuple[Tensor,Tensor,Tensor|None]: # Hinges before they are cut off at 0, and their anchors, `(t,)` each; rows of unknown label
-        "What is to be less than 0: how far pairs are beyond their side of the gap"
+        "How far pairs are on the wrong side of the gap; each term should be below 0"
         d2 = sqdist(embs, n)
         idx = call_miner(self.miner, embs, labels, d2) if self.miner else all_triplets(labels, n)
         a,dp,a2,dn = shifted_pairs(idx, d2, embs, labels, self.gamma)
@@ -151,7 +151,7 @@ class MarginLoss(MetricLoss):
 # %% ../../nbs/api/losses/04_pairs.ipynb #cd36c7fd
 @register_loss
 class NPairLoss(MetricLoss):
-    "One pair per class, told from the pairs of all other classes at once"
+    "One pair per class, compared with the pairs of all other classes at once"
     normalize_embs = False
     reductions = 'mean','none'
     space = dict(l2=(.002,.1,'log'))

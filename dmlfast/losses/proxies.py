@@ -38,7 +38,7 @@ class ProxyLoss(MetricLoss):
         self.setup()
 
     def setup(self, n_classes=None, emb_sz=None):
-        "Make the proxies once both their number and their length are known; what was given before stays"
+        "Make the proxies when both their number and their length are known; numbers given earlier stay"
         self.n_classes,self.emb_sz = self.n_classes or n_classes,self.emb_sz or emb_sz
         if self.proxies is None and self.n_classes and self.emb_sz:
             self.proxies = nn.Parameter(torch.randn(self.n_classes*self.centers, self.emb_sz)/self.emb_sz**.5)
@@ -46,7 +46,7 @@ class ProxyLoss(MetricLoss):
 
     @torch.no_grad()
     def start(self, embs, labels):
-        "Begin the proxy of each class at the mean of its embeddings, and several at the means of as many parts of them"
+        "Set the proxy of each class to the mean of its embeddings; several proxies to the means of as many parts"
         if self.proxies is None: return
         order,size = labels.argsort(stable=True),labels.bincount(minlength=self.n_classes)
         part = torch.empty_like(labels).index_copy_(0, order, torch.arange(len(labels))-(size.cumsum(0)-size)[labels[order]])%self.centers
@@ -82,7 +82,7 @@ class ProxyLoss(MetricLoss):
         inv:Tensor, # Factor of each proxy, `(c,)` or scalar
         sq:Tensor, # Squared norms of the proxies with that factor, `(c,)` or scalar
     )->Tensor: # Scalar, or `(n,)` if `reduction` is `'none'`
-        "What a subclass defines: the loss of embeddings against proxies, as from `proxy_norms`"
+        "The loss of embeddings against proxies, as from `proxy_norms`; a subclass defines it"
         raise NotImplementedError
 
 # %% ../../nbs/api/losses/06_proxies.ipynb #6ef68f57
@@ -90,14 +90,14 @@ def proxy_norms(
     proxies:Tensor, # Proxies, `(c,d)`
     normalize:bool, # To unit length?
 )->tuple[Tensor,Tensor,Tensor]: # The proxies as they are, the factor of each, and its squared norm with that factor, `(c,)` or scalars
-    "What `proxy_dots` needs to deal with normalised proxies"
+    "Proxies with their scale factors, for `proxy_dots`"
     one = proxies.new_ones(())
     if not normalize: return proxies,one,proxies.pow(2).sum(1)
     return proxies,1/F.threshold(torch.linalg.vector_norm(proxies, dim=1), 1e-12, 1e-12),one
 
 # %% ../../nbs/api/losses/06_proxies.ipynb #0f1abaec
 def _by_length(g, proxies, inv, dots, by_dots):
-    "Add to the gradient by proxies what goes through the factors `inv`, as those are one over the proxies' lengths; not if a scalar"
+    "Add the gradient through `inv`, one over the lengths of the proxies; nothing if `inv` is a scalar"
     return g.addcmul_(proxies, ((dots*by_dots).sum(0)*inv*inv)[:,None], value=-1) if inv.ndim else g
 
 class _ProxyDots(torch.autograd.Function):
@@ -142,7 +142,7 @@ def proxy_sims(
     sq:Tensor, # Their squared norms, `(c,)` or scalar
     pool=None, # Function that makes one similarity a class of `(n,c)`; then `labels` are numbers of classes
 )->Tensor: # `(n,c)`, in `wide_dtype` if an embedding is near the proxy of another class
-    "Similarities with all proxies, precise where they hardly differ"
+    "Similarities with all proxies, precise even if they hardly differ"
     s = proxy_dots(embs, proxies, inv)
     if pool: s = pool(s)
     with torch.no_grad(): near = _near_another(s, embs.pow(2).sum(1, keepdim=True)+sq, labels, 2**-11)
@@ -150,7 +150,7 @@ def proxy_sims(
 
 # %% ../../nbs/api/losses/06_proxies.ipynb #7caed473
 class _ProxyCos(torch.autograd.Function):
-    "`proxy_cos` with an analytic backward; None where an embedding is near the proxy of another class"
+    "`proxy_cos` with an analytic backward; None if an embedding is near the proxy of another class"
     @staticmethod
     def forward(ctx, embs, labels, proxies, inv, sq, eps):
         rows,which = labels.unique(return_inverse=True)
@@ -203,7 +203,7 @@ def proxy_cos(
     sq:Tensor, # Their squared norms, `(c,)` or scalar
     eps:float=None, # Machine epsilon of the numbers given; that of `embs` if not given
 )->tuple[Tensor,Tensor]: # Squared distances and cosines, `(n,c)`; in `wide_dtype` if an embedding is near the proxy of another class
-    "Squared distances to all proxies, and direction cosines with respect to the own one; 0 where two points coincide"
+    "Squared distances to all proxies, and direction cosines relative to the embedding's own proxy; 0 where two points coincide"
     eps = eps or torch.finfo(embs.dtype).eps
     d2,c = _ProxyCos.apply(embs, labels, proxies, inv, sq, eps)
     return proxy_cos(*_widen(embs, labels, proxies, inv), eps) if c is None else (d2,c)
@@ -242,7 +242,7 @@ class ProxyNCALoss(ProxyLoss):
         inv:Tensor, # Factor of each proxy, `(c,)` or scalar
         sq:Tensor, # Squared norms of the proxies with that factor, `(c,)` or scalar
     )->Tensor: # `(n,c)`
-        "Minus the scaled distances, up to a number per row"
+        "Minus the scaled distances, up to a constant per row"
         if self.squared and not self.gamma:
             s = proxy_sims(embs, labels, proxies, inv, sq)
             return s*(2*self.scale) if inv.ndim else torch.sub(s, sq, alpha=.5)*(2*self.scale) # `sq` is 1 for all if they are normalised
@@ -256,7 +256,7 @@ def precise_cross_entropy(
     labels:Tensor, # Column of each row's own class, `(n,)` int64
     reduction:str, # `'mean'`, `'sum'` or `'none'`
 )->Tensor: # Scalar, or `(n,)`
-    "Cross-entropy, in `wide_dtype` once it is so small that 1 minus the own probability cancels"
+    "Cross-entropy, in `wide_dtype` when it is so small that 1 minus the probability of the correct class cancels"
     res,wide = F.cross_entropy(logits, labels, reduction=reduction),wide_dtype(logits)
     mean = res.detach().sum().item()/(1 if reduction=='mean' else len(labels))
     return F.cross_entropy(logits.to(wide), labels, reduction=reduction) if mean<.01 and logits.dtype!=wide else res

@@ -1,4 +1,4 @@
-"""Recall@k itself, made smooth enough to have a gradient.
+"""A smooth version of recall@k that has a gradient, for training with large batches.
 
 Docs: https://dmlfast.github.io/dmlfast/api/losses/recallk.html.md"""
 
@@ -18,7 +18,7 @@ from .base import *
 # %% ../../nbs/api/losses/08_recallk.ipynb #3930ae69
 @register_loss
 class RecallAtKLoss(MetricLoss):
-    "One less a smooth recall@k, mean over several k"
+    "One minus a smooth recall@k, averaged over several k"
     short = 'recall'
     space = dict(t1=(.3,3.,'log'), t2=(.005,.1,'log'))
     ranges = dict(t1='positive', t2='positive')
@@ -36,7 +36,7 @@ class RecallAtKLoss(MetricLoss):
 
     @property
     def ks(self):
-        "The numbers k, also where there is one"
+        "The numbers k as a list, also for a single one"
         return self.k if isinstance(self.k, (list,tuple)) else (self.k,)
 
     def compute(self, embs, labels, n=None):

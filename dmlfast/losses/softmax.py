@@ -1,4 +1,4 @@
-"""Losses that classify: cross-entropy over a learned vector for each class, with a margin, or with several vectors a class.
+"""Losses that classify: cross-entropy over a learned vector for each class, with a margin, or with several vectors per class.
 
 Docs: https://dmlfast.github.io/dmlfast/api/losses/softmax.html.md"""
 
@@ -86,13 +86,13 @@ class NormFaceLoss(ProxyLoss):
         embs:Tensor, # Embeddings, `(n,d)` float
         own:Tensor, # The nearest vector of the class of each, of any length, `(n,d)`
     )->Tensor|None: # `(n,)`
-        "What a subclass may define: what a margin adds to the cosine with the own class"
+        "The number that a margin adds to the cosine with the own class; a subclass may define it"
 
     def pool(self,
         s:Tensor, # Similarities with all vectors, `(n,k*c)`
         c:Tensor=None, # Another number for each, likewise
     ): # `(n,c)`; two where there is `c`
-        "Of each class, those of its nearest vector"
+        "The similarity, and the other number, of the nearest vector of each class"
         if self.centers==1: return s if c is None else (s,c)
         s,i = s.unflatten(1, (self.centers,-1)).max(1)
         return s if c is None else (s,c.unflatten(1, (self.centers,-1)).gather(1, i[:,None])[:,0])
@@ -106,7 +106,7 @@ class NormFaceLoss(ProxyLoss):
         return _OwnCos.apply(embs, labels, proxies.unflatten(0, (self.centers,-1)))
 
     def chosen(self, labels):
-        "All vectors; in training with a `sample` those of the classes of the batch and of a share of the others"
+        "All vectors; in training with `sample`, those of the classes in the batch and of a share of the others"
         if self.sample==1 or not self.training: return self.proxies,labels
         rng = torch.Generator(labels.device).manual_seed(self.draws.sum().item())
         self.draws[1] += 1
@@ -122,7 +122,7 @@ class NormFaceLoss(ProxyLoss):
 # %% ../../nbs/api/losses/07_softmax.ipynb #904db811
 @register_loss
 class CosFaceLoss(NormFaceLoss):
-    "`NormFaceLoss` that takes a margin off the own cosine"
+    "`NormFaceLoss` with a margin subtracted from the cosine with the own class"
     space = NormFaceLoss.space | dict(margin=(0.,.5))
     ranges = dict(margin='from 0')
     def __init__(self,
@@ -174,7 +174,7 @@ def small_angle(
 # %% ../../nbs/api/losses/07_softmax.ipynb #70d2a207
 @register_loss
 class ArcFaceLoss(CosFaceLoss):
-    "`NormFaceLoss` that widens the own angle by a margin"
+    "`NormFaceLoss` with a margin added to the angle with the own class"
     space = NormFaceLoss.space | dict(margin=(0.,.7))
     ranges = dict(margin='angle')
     def __init__(self,
@@ -197,7 +197,7 @@ class ArcFaceLoss(CosFaceLoss):
 # %% ../../nbs/api/losses/07_softmax.ipynb #0ef6683a
 @register_loss
 class SubCenterArcFaceLoss(ArcFaceLoss):
-    "`ArcFaceLoss` with several vectors a class, of which the nearest one counts"
+    "`ArcFaceLoss` with several vectors per class; the nearest one counts"
     short = 'subcenter'
     def __init__(self, n_classes=None, emb_sz=None, margin=.5, scale=16., gamma=0., sample=1., lr_mult=100., reduction='mean',
                  centers:int=3, # Vectors of each class; the nearest one counts
@@ -224,7 +224,7 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
 # %% ../../nbs/api/losses/07_softmax.ipynb #284cbdcc
 @register_loss
 class SoftTripleLoss(CosFaceLoss):
-    "Softmax over classes that are several vectors each, all of which count, the near ones most"
+    "Softmax over classes with several vectors each; all count, near ones most"
     space = NormFaceLoss.space | dict(margin=(0.,.2), temp=(.03,.3,'log'), tau=(0.,.5))
     ranges = dict(temp='positive', tau='from 0')
     def __init__(self,
@@ -244,7 +244,7 @@ class SoftTripleLoss(CosFaceLoss):
         self.temp,self.tau = temp,tau
 
     def pool(self, s, c=None):
-        "Of each class, the means over its vectors, the near ones of which count most"
+        "Means over the vectors of each class, weighted towards the near ones"
         s = s.unflatten(1, (self.centers,-1))
         q = (s/self.temp).softmax(1)
         return (q*s).sum(1) if c is None else ((q*s).sum(1),(q*c.unflatten(1, s.shape[1:])).sum(1))

@@ -1,4 +1,4 @@
-"""A negative must be farther away than a positive. Direction regularisation says in which direction it should go.
+"""`TripletLoss` asks that a negative be farther away than a positive. Direction regularisation adds the direction in which it should move.
 
 Docs: https://dmlfast.github.io/dmlfast/api/losses/triplet.html.md"""
 
@@ -24,7 +24,7 @@ class TripletLoss(MetricLoss):
     space = dict(margin=(.05,.5))
     ranges = dict(margin='finite')
     def __init__(self,
-        margin:float=.2, # Least difference between the distances, in the embeddings' unit
+        margin:float=.2, # Smallest required difference of the distances, in the embeddings' unit
         gamma:float=0., # Weight of the direction regulariser
         squared:bool=False, # Compare squared distances?
         reduction:str='active', # `'active'`, `'mean'` over all triplets, `'sum'`, or `'none'`: the mean of each anchor
@@ -80,7 +80,7 @@ def mates_first(
     labels:Tensor, # Class of each row, `(m,)` int64
     n:int, # The first `n` rows are anchors
 )->tuple[Tensor,Tensor,int]: # Embeddings and labels in another order, and how many rows are anchors or of their classes
-    "Put the other rows of the anchors' classes behind the anchors, so that the distances from these are the first rows of a matrix"
+    "Sort the rows: anchors, then other rows of their classes, then the rest"
     mate = torch.isin(labels[n:], labels[:n])
     order = torch.cat([torch.arange(n, device=labels.device), n+(~mate).int().argsort(stable=True)])
     return embs[order],labels[order],n+int(mate.sum())
@@ -89,7 +89,7 @@ def mates_first(
 def triplet_terms(
     d2:Tensor, # Squared distances, `(n,m)` float64, as from `sqdist`; with `gamma` also from all rows of the anchors' classes, `(r,m)`
     labels:Tensor, # Class of each row, `(m,)` int64
-    margin:float, # Least difference between a negative's and a positive's distance
+    margin:float, # Smallest required difference of a negative's and a positive's distance
     gamma:float=0., # Weight of the direction regulariser
     squared:bool=False, # Compare squared distances?
     dtype:torch.dtype=torch.float32, # Precision of what does not cancel

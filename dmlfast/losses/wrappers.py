@@ -1,4 +1,4 @@
-"""Embeddings that can be shortened, one threshold for all classes, and directions that stay in use: terms around and beside any loss.
+"""Add to any loss: embeddings that can be shortened, one threshold for all classes, no collapse into a few directions.
 
 Docs: https://dmlfast.github.io/dmlfast/api/losses/wrappers.html.md"""
 
@@ -16,10 +16,10 @@ from .base import *
 
 # %% ../../nbs/api/losses/10_wrappers.ipynb #7057ef95
 class MatryoshkaLoss(CombinedLoss):
-    "A loss of the first numbers of an embedding too, so that it can be shortened"
+    "Apply a loss to the first dimensions of an embedding too, so it can be shortened"
     def __init__(self,
-        loss, # `MetricLoss`, several to be added up, or any callable `(embs, labels)` without weights of its own
-        dims=None, # How many numbers are kept, one or several, each 1 or more; all, a half, a quarter and an eighth if not given
+        loss, # `MetricLoss`, several to be summed, or any callable `(embs, labels)` without weights
+        dims=None, # Lengths to keep, one or several, each 1 or more; all dimensions, a half, a quarter and an eighth if not given
         weights=None, # A factor for each of these; 1 if not given
     ):
         super().__init__([CombinedLoss(loss) if isinstance(loss, (list,tuple)) else loss])
@@ -39,7 +39,7 @@ class MatryoshkaLoss(CombinedLoss):
     def lengths(self,
         emb_sz:int, # Numbers in an embedding
     )->list: # `(numbers kept, weight)` for each
-        "What is kept of embeddings of a length; raises `ValueError` where they are too short"
+        "The dimensions to keep of embeddings of this length; raises `ValueError` if they are too short"
         if self.dims and max(self.dims)>emb_sz:
             raise ValueError(f'MatryoshkaLoss keeps the first {max(self.dims)} numbers of an embedding, and there are {emb_sz}: leave out '
                 '`dims`, or make `emb_sz` larger')
@@ -56,7 +56,7 @@ class MatryoshkaLoss(CombinedLoss):
 
 # %% ../../nbs/api/losses/10_wrappers.ipynb #0afc538b
 class ThresholdConsistency(MetricLoss):
-    "Positives at least so similar, and negatives at most so similar: a term beside another loss"
+    "Keep positives above one similarity and negatives below another: a term beside another loss"
     reductions = 'active','mean','sum','none'
     space = dict(pos=(.7,1.), neg=(.2,.6))
     ranges = dict(pos='finite', neg='finite')
@@ -73,7 +73,7 @@ class ThresholdConsistency(MetricLoss):
         labels:Tensor, # Class of each row, `(m,)` int64
         n:int=None, # Only the first `n` rows are anchors; all if not given
     )->list: # Of positive and of negative pairs: how far each is on the wrong side of its margin, and where such pairs are, `(n,m)` each
-        "What is to be less than 0"
+        "How far pairs are on the wrong side of their margin; each should be below 0"
         s = embs[:n]@embs.T
         return list(zip((self.pos-s,s-self.neg), label_masks(labels, embs.dtype, n)))
 
@@ -86,7 +86,7 @@ class ThresholdConsistency(MetricLoss):
 
 # %% ../../nbs/api/losses/10_wrappers.ipynb #7f4a05fb
 class AntiCollapse(MetricLoss):
-    "Minus the coding rate of a batch, so that embeddings use their directions: a term beside another loss"
+    "Minus the coding rate of a batch, so embeddings use many directions: a term beside another loss"
     reductions = 'mean','sum'
     compares = False # it is about the batch as a whole, whatever the classes
     space = dict(distortion=(.05,1.,'log'))

@@ -1,4 +1,4 @@
-"""BN-Inception, the backbone of much of the literature, as a timm model.
+"""BN-Inception, the backbone of many papers, as a timm model.
 
 Docs: https://dmlfast.github.io/dmlfast/api/models/bninception.html.md"""
 
@@ -149,7 +149,7 @@ def forward(self:BNInception, x): return self.forward_head(self.forward_features
 _taps = ['conv1','conv2','3b','4d','5b'] # the steps of `feature_info`
 
 def _take(indices):
-    "Positions in `_taps`: the last so many, or those of a list; all if None"
+    "Positions in `_taps`: the last `n`, or those of a list; all if None"
     every = range(len(_taps))
     return [every[i] for i in indices] if isinstance(indices, (list,tuple)) else [*every][-(indices or len(every)):]
 
@@ -163,7 +163,7 @@ def forward_intermediates(self:BNInception,
     output_fmt:str='NCHW', # The only format there is
     intermediates_only:bool=False, # Leave out the final map?
 ): # Final map and list of maps, or the list alone
-    "Maps from the middle of the model"
+    "Intermediate maps of the model"
     if output_fmt!='NCHW': raise ValueError(f"BNInception gives maps as 'NCHW', and not as {output_fmt!r}.")
     take,res = _take(indices),[]
     wanted = {_taps[i] for i in take}
@@ -179,7 +179,7 @@ def prune_intermediate_layers(self:BNInception,
     prune_norm:bool=False, # Not used, since there is no norm at the end
     prune_head:bool=True, # Remove the classifier?
 )->list: # Indices of the maps that are kept
-    "Remove what comes after the last map that is wanted"
+    "Remove everything after the last requested map"
     take = _take(indices)
     last = max(take)
     for o in _steps[_steps.index(_taps[last])+1:]:

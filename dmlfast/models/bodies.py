@@ -1,4 +1,4 @@
-"""A body by its name: timm's, a model of the hub, or a folder; for images of a size, with weights that fit.
+"""A body by its name, from timm, the hub or a folder, for a given image size, with checked weights.
 
 Docs: https://dmlfast.github.io/dmlfast/api/models/bodies.html.md"""
 
@@ -25,7 +25,7 @@ def _weights_file(fn):
     if not Path(fn).is_file(): raise ValueError(f"There is no file of weights {str(fn)!r}.")
 
 def _source(arch):
-    "Where a model is, and its name there: `''`, timm; `'hf-hub'`, a repository; `'local-dir'`, a folder"
+    "Source of a model and its name there: `''` for timm, `'hf-hub'` for a repository, `'local-dir'` for a folder"
     if not isinstance(arch, str): raise ValueError(f"`arch` is the name of a timm model, such as 'resnet18', or a module; got {arch!r}.")
     source,_,ref = arch.partition(':')
     if source in ('hf-hub','hf_hub','local-dir') and ref: return source.replace('_', '-'),ref
@@ -38,7 +38,7 @@ def check_arch(
     arch:str, # Name of a timm model, `'hf-hub:user/model'` or `'local-dir:folder'`
     weights=None, # File of weights
 ):
-    "Raise `ValueError` for a model that timm does not have, naming the nearest one, and for a folder or a file that is not there"
+    "Raise `ValueError` for an unknown model, with the nearest name, and for a missing folder or file"
     source,name = _source(arch)
     base,_,tag = name.partition('.')
     if source=='local-dir': _config(arch)
@@ -53,7 +53,7 @@ def check_arch(
 
 # %% ../../nbs/api/models/00_bodies.ipynb #bea42ca1
 def _config(arch):
-    "What `config.json` says of a model in a folder or on the hub"
+    "The `config.json` of a model in a folder or on the hub"
     source,ref = _source(arch)
     if source=='local-dir': fn = Path(ref)/'config.json'
     else:
@@ -72,7 +72,7 @@ def built_as(
     arch:str, # Name of a timm model, `'hf-hub:user/model'` or `'local-dir:folder'`
     **kwargs # Passed to `timm.create_model`
 )->tuple[str,dict]: # timm's name of the architecture, and arguments
-    "What builds a body again, without the hub or the folder that it comes from"
+    "Name and arguments that build a body again, without its hub or folder"
     source,ref = _source(arch)
     if not source: return ref,kwargs
     if source=='hf-hub': _reach_weights(arch, ('config.json',))
@@ -101,7 +101,7 @@ def timm_body(
     return _timm_model(arch, pretrained, kwargs)
 
 def _timm_model(arch, pretrained, kwargs):
-    "What timm makes of its arguments; raises `ValueError` where that is nothing, `RuntimeError` where its weights cannot be had"
+    "timm's model for these arguments; raises `ValueError` for invalid ones, `RuntimeError` if its weights are not available"
     if arch.startswith(('hf-hub:','hf_hub:')): _reach_weights(arch, ('config.json',))
     try: return timm.create_model(arch, pretrained=pretrained, num_classes=0, **kwargs)
     except (TypeError,AttributeError,AssertionError,ArithmeticError,LookupError) as e:
@@ -119,7 +119,7 @@ def _no_weights(arch, e):
     return RuntimeError(says+"Without a network, pass a file as `weights=`, or `pretrained=False` to begin with random ones.")
 
 def _reach_weights(arch, files=('model.safetensors','pytorch_model.bin')):
-    "Raise `RuntimeError` at once where the files of a model are neither here nor within reach: the hub tries for a minute"
+    "Raise `RuntimeError` at once if a model's files are not available: the hub's own attempt takes a minute"
     source,ref = _source(arch)
     if not (hub := ref if source else getattr(timm.get_pretrained_cfg(ref), 'hf_hub_id', None)): return
     repo,_,revision = hub.partition('@')
@@ -133,7 +133,7 @@ def _reach_weights(arch, files=('model.safetensors','pytorch_model.bin')):
 weight_sources = 'checkpoint_path','pretrained_cfg','pretrained_cfg_overlay','cache_dir'
 
 def _sketch(name, kwargs):
-    "A body without memory"
+    "A body on the meta device"
     kwargs = {k:v for k,v in kwargs.items() if k not in weight_sources}
     with torch.device('meta'): return timm.create_model(name, num_classes=0, **kwargs).eval()
 
@@ -141,7 +141,7 @@ def _patch(body): return to_2tuple(getattr(getattr(body, 'patch_embed', None), '
 
 @torch.no_grad()
 def _takes(name, size, kwargs):
-    "Does a body that is built for a size take images of it, and see all of them?"
+    "Does a body built for a size accept such images, and use all of their pixels?"
     try:
         body = _sketch(name, {**kwargs, 'img_size':size})
         body.forward_features(torch.zeros(1, kwargs.get('in_chans', 3), *size, device='meta'))
@@ -160,7 +160,7 @@ def one_size(
     arch:str, # Name of a timm model, `'hf-hub:user/model'` or `'local-dir:folder'`
     **kwargs # Passed to `timm.create_model`
 )->bool:
-    "Is a body built for images of one size, and does nobody say which?"
+    "Is a body built for one image size, with no size given?"
     name,args = built_as(arch, **kwargs)
     dynamic = args.get('dynamic_img_size') or args.get('strict_img_size') is False or 'img_size' in kwargs
     return not dynamic and getattr(timm.get_pretrained_cfg(name), 'fixed_input_size', False)
@@ -170,7 +170,7 @@ def sized(
     size:tuple, # Height and width of images, pixels
     **kwargs # Passed to `timm.create_model`
 )->dict: # The same, with `img_size` where it is needed
-    "Arguments that build a body for images of a size; raises `ValueError` where there are none, naming sizes that work"
+    "Arguments that build a body for images of a size; raises `ValueError` if there are none, naming sizes that work"
     if not one_size(arch, **kwargs): return kwargs
     name,args = built_as(arch, **kwargs)
     size,usual = tuple(size),tuple(timm.get_pretrained_cfg(name).input_size[1:])
@@ -203,8 +203,8 @@ def _read_weights(fn):
 def misfits(
     have:dict, # Names and tensors that are wanted
     sd:dict, # Those that there are
-)->dict: # What is wrong to what it is wrong with
-    "Names that do not fit, by what is wrong with them"
+)->dict: # Reason to the names with this problem
+    "Names that do not fit, grouped by the reason"
     return dict(missing=[k for k in have if k not in sd and not k.endswith('num_batches_tracked')],
         unexpected=[k for k in sd if k not in have],
         misshapen=[f'{k} {tuple(sd[k].shape)} for {tuple(have[k].shape)}' for k in have if k in sd and sd[k].shape!=have[k].shape])
@@ -212,7 +212,7 @@ def misfits(
 def misfits_said(
     wrong:dict, # What `misfits` found
 )->str:
-    "What is wrong, in words"
+    "The misfits as text"
     return '; '.join(f"{len(v)} {k} ({', '.join(v[:3])}{', ...' if len(v)>3 else ''})" for k,v in wrong.items() if v)
 
 # %% ../../nbs/api/models/00_bodies.ipynb #a52f4707
@@ -224,7 +224,7 @@ def _without_classifier(model, sd):
 
 # %% ../../nbs/api/models/00_bodies.ipynb #3cead3dd
 def _converted(model, sd):
-    "`sd` as timm converts older layouts of this kind of model, or as it is"
+    "`sd`, converted by timm if it has an older layout"
     convert = getattr(sys.modules.get(type(model).__module__), 'checkpoint_filter_fn', None)
     try: return convert(dict(sd), model) if convert else sd
     except Exception: return sd # a layout that the conversion does not know
@@ -234,7 +234,7 @@ def load_weights(
     model:nn.Module, # Model to fill
     fn, # File of weights: `.safetensors`, or what `torch.save` wrote of a state dict
 )->nn.Module: # `model`
-    "Load the weights in `fn` into `model`; raises `ValueError` for a file of anything else, and naming the keys that do not fit"
+    "Load the weights in `fn` into `model`; raises `ValueError` for another file, and with the keys that do not fit"
     fn,have = Path(fn),model.state_dict()
     sd = _read_weights(fn)
     for o in (sd, _converted(model, sd)):

@@ -1,4 +1,4 @@
-"""A timm backbone with pooling and an embedding head, in parameter groups; what of it is frozen.
+"""A timm body with pooling, an embedding head, parameter groups and frozen parts.
 
 Docs: https://dmlfast.github.io/dmlfast/api/models/embedder.html.md"""
 
@@ -64,7 +64,7 @@ def make_head(
     emb_sz:int=None, # Numbers in an embedding; 128 if not given, and for `'identity'` as many as features; `'all'`: as many as features
     init:str=None, # See `init_head`
 )->tuple[nn.Module,int]: # The head, and `emb_sz`
-    "Head by name; raises `ValueError` for an unknown one, and for a size that it cannot have"
+    "Head by name; raises `ValueError` for an unknown name or an impossible size"
     if emb_sz=='all': emb_sz = n_in
     if emb_sz is not None and not (isinstance(emb_sz, int) and emb_sz>=1):
         raise ValueError(f"`emb_sz` is the number of dimensions of an embedding, 1 or more; got {emb_sz!r}.")
@@ -91,7 +91,7 @@ _parallel = nn.DataParallel,nn.parallel.DistributedDataParallel
 
 # %% ../../nbs/api/models/02_embedder.ipynb #f82544d2
 def _stages_by_ends(names, ends):
-    "Groups of `names`, in order, of which each ends with what is in a module of `ends`"
+    "Groups of `names`, in order; each ends with a module of `ends`"
     groups,cur = [[] for _ in ends],0
     for n in names:
         cur = max([cur] + [i for i,e in enumerate(ends) if n.startswith(f'{e}.')])
@@ -141,7 +141,7 @@ class Embedder(nn.Module):
 
     @property
     def cfg(self):
-        "What timm says of the body's weights: `mean`, `std`, `input_size` and more"
+        "timm's settings of the body's weights: `mean`, `std`, `input_size` and more"
         return self.body.pretrained_cfg
 
     def features(self,
@@ -159,7 +159,7 @@ class Embedder(nn.Module):
 def body_end(self:Embedder,
     x:Tensor, # Images, `(n,c,h,w)` float
 ): # A map, tokens, or what else a body ends in
-    "What the body makes of images, before pooling; raises `ValueError` for a size that it does not take"
+    "Output of the body before pooling; raises `ValueError` for an image size that it does not accept"
     try: return self.body.forward_features(x)
     except AssertionError as e:
         raise ValueError(f"{self.arch!r} cannot take images of {x.shape[-2]}×{x.shape[-1]} pixels ({str(e).rstrip('.')}): "
@@ -169,14 +169,14 @@ def body_end(self:Embedder,
 def pooled(self:Embedder,
     x, # What `body_end` gives
 )->Tensor: # `(n,n_features)`
-    "A map or tokens without their places"
+    "Pooled map or tokens"
     if isinstance(x, Tensor) and x.ndim==4:
         return self.pool(x.permute(0,3,1,2) if getattr(self.body, 'output_fmt', 'NCHW')=='NHWC' else x)
     return self.body.forward_head(x, pre_logits=True) if self.own_pool else pool_tokens(x, self.body, self.pool, self.named['pool'])
 
 @patch
 def _what_size(self:Embedder, x):
-    "Which size images must have instead of that of `x`, and what to say to timm for it"
+    "The image size that the body needs instead of that of `x`, and timm's argument for it, as text"
     patches = getattr(self.body, 'patch_embed', None)
     if not (p := to_2tuple(getattr(patches, 'patch_size', None))[0]): return f"make them {self.cfg['input_size'][-1]} pixels to a side"
     n = max(1, round(x.shape[-1]/p))*p
@@ -200,7 +200,7 @@ def _width(self:Embedder, c, size):
 def freeze_body(self:Embedder,
     n:int=0, # Number of stages that are not trained
 ):
-    "Freeze the first `n` stages alone, and batch norm's weights if `freeze_bn='affine'`; raises `ValueError` for more than there are"
+    "Freeze only the first `n` stages, and batch norm's weights if `freeze_bn='affine'`; raises `ValueError` if there are fewer"
     if self.freeze_bn not in (False,True,'affine'): raise ValueError(f"`freeze_bn` is True, False or 'affine'; got {self.freeze_bn!r}.")
     stages = body_stages(self.body) if n else []
     if not (isinstance(n, int) and 0<=n<=len(stages)):
@@ -233,7 +233,7 @@ def _plain(name): return name.replace('_orig_mod.', '') # what `torch.compile` p
 
 @patch
 def state_dict(self:Embedder, *args, prefix='', **kwargs):
-    "As any module; a part that is compiled has the names that it has otherwise"
+    "As in any module; the names of compiled parts are the usual ones"
     res = nn.Module.state_dict(self, *args, prefix=prefix, **kwargs)
     for k in [k for k in res if k.startswith(prefix)]:
         if (name := prefix+_plain(k[len(prefix):]))!=k: res[name] = res.pop(k)
@@ -241,7 +241,7 @@ def state_dict(self:Embedder, *args, prefix='', **kwargs):
 
 @patch
 def _load_from_state_dict(self:Embedder, state_dict, prefix, *args):
-    "As any module, compiled or not, and without the weights of a ranking head that is not there; a head that is loaded waits for nothing"
+    "As in any module, compiled or not; ignores weights of a missing ranking head, and marks a loaded head as started"
     own = {_plain(k):k for k in nn.Module.state_dict(self)}
     for k in [k for k in state_dict if k.startswith(prefix)]:
         if (name := prefix+own.get(_plain(k[len(prefix):]), k[len(prefix):]))!=k: state_dict[name] = state_dict.pop(k)
@@ -253,7 +253,7 @@ def _load_from_state_dict(self:Embedder, state_dict, prefix, *args):
 # %% ../../nbs/api/models/02_embedder.ipynb #fc4685b3
 @patch
 def spec(self:Embedder)->dict: # Arguments of `Embedder`; those for timm under `model_kwargs`
-    "What builds this embedder again; raises `ValueError` where its pooling or head has no name"
+    "Arguments that build this embedder again; raises `ValueError` if its pooling or head has no name"
     for k in ('pool','head'):
         if not isinstance(self.named[k], (str,type(None))):
             raise ValueError(f"This embedder's {k} is {self.named[k]!r}, which has no name to build it by.")
@@ -269,7 +269,7 @@ def embedder_state(self:Embedder)->dict: # Weights and buffers by name
 def embedder_splitter(
     model:nn.Module, # An `Embedder`, with or without a loss in it
 )->list: # Two lists of parameters
-    "Parameters of the body, and all others, for discriminative learning rates and freezing; raises `ValueError` where there is no body"
+    "Two groups, the body and everything else; raises `ValueError` if there is no body"
     model = unwrapped(model)
     if not hasattr(model, 'body'):
         raise ValueError(f"A {type(model).__name__} has no `body` to tell from the rest: of what wraps an `Embedder`, only "
@@ -283,7 +283,7 @@ def embedder_splitter(
 def stage_splitter(
     model:nn.Module, # An `Embedder`, with or without a loss in it
 )->list: # A list of parameters for each stage that is trained, and one for all others
-    "Parameters of each stage of the body, and all others, for rates that rise from stage to stage"
+    "One group per stage of the body, and one for everything else"
     model = unwrapped(model)
     frozen = set(model.frozen)
     stages = [[model.body.get_parameter(o) for o in names if o not in frozen] for names in body_stages(model.body)]

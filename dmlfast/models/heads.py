@@ -1,4 +1,4 @@
-"""Where a head starts: closed forms that keep what the features of a trained body already know.
+"""Start a head in closed form, so it keeps what the features of a trained body already know.
 
 Docs: https://dmlfast.github.io/dmlfast/api/models/heads.html.md"""
 
@@ -16,7 +16,7 @@ from .embedder import *
 
 # %% ../../nbs/api/models/03_heads.ipynb #54fa8cab
 def _unit_rows(W):
-    "Rows of mean length 1, each pointing where its largest entry is positive"
+    "Rows of mean length 1, with signs that make each row's largest entry positive"
     W = W*W.gather(1, W.abs().argmax(1, keepdim=True)).sign()
     return W/W.norm(dim=1).mean()
 
@@ -61,14 +61,14 @@ class WithinClass:
 
     @property
     def possible(self):
-        "Do features vary within a class? They do not where each class has one image"
+        "Do features vary within a class? Not if each class has one image"
         return bool(self.within.diagonal().mean()>1e-9*self.total.diagonal().mean())
 
     def head(self,
         k:int=None, # Numbers in an embedding; d if not given, and d at most
         s:float=.5, # Shrinkage, above 0 and at most 1, which is PCA
     )->tuple: # Weights `(k,d)` with rows of mean length 1, and the mean `(d,)`, both float64
-        "The LDA head of a shrinkage; raises `ValueError` where features do not vary within a class"
+        "The LDA head of a shrinkage; raises `ValueError` if features do not vary within a class"
         if not self.possible: raise ValueError("LDA needs classes with two different images or more; 'pca' needs no labels.")
         if not 0<s<=1: raise ValueError(f"Shrinkage is above 0 and at most 1; got {s!r}.")
         S,d = self.within,len(self.within)
@@ -82,14 +82,14 @@ def lda_head(
     k:int=None, # Numbers in an embedding; d if not given, and d at most
     s:float=.5, # Shrinkage, above 0 and at most 1, which is PCA
 )->tuple: # Weights `(k,d)` with rows of mean length 1, and the mean `(d,)`, both float64
-    "Linear head by discriminant analysis; raises `ValueError` where features do not vary within a class"
+    "Linear head by discriminant analysis; raises `ValueError` if features do not vary within a class"
     return WithinClass(X, labels).head(k, s)
 
 # %% ../../nbs/api/models/03_heads.ipynb #b0257770
 def last_linear(
     head:nn.Module, # A head
 )->tuple|None: # Layers before it, the linear layer, and the batch norm after it or None
-    "The linear layer of a head that a closed form can fill; None where a head does not end in one"
+    "The linear layer of a head that a closed form can fill; None if a head does not end in one"
     head = unwrapped(head)
     layers = list(head) if isinstance(head, nn.Sequential) else [head]
     bn = layers.pop() if len(layers)>1 and isinstance(layers[-1], _BatchNorm) else None
@@ -100,7 +100,7 @@ def head_inputs(
     head:nn.Module, # A head that ends in a linear layer
     X:Tensor, # Features, `(n,d)` float
 )->Tensor: # `(n,h)` float, on the CPU
-    "What reaches the last linear layer of a head: the features, or what is made of them on the way"
+    "Inputs of the last linear layer of a head"
     before,lin,_ = last_linear(head)
     was = before.training
     before.eval()
@@ -130,7 +130,7 @@ def put_head(
 
 # %% ../../nbs/api/models/03_heads.ipynb #c46a6ff1
 def _first_outputs(layer, d):
-    "A linear layer or a batch norm with its first `d` outputs alone"
+    "A linear layer or a batch norm with only its first `d` outputs"
     res = copy.deepcopy(layer)
     for k,o in layer.named_parameters(): setattr(res, k, nn.Parameter(o.detach()[:d].clone(), o.requires_grad))
     for k,o in layer.named_buffers(): setattr(res, k, o[:d].clone() if o.ndim else o.clone())
@@ -142,7 +142,7 @@ def shorten_head(
     model:nn.Module, # An `Embedder`
     d:int, # Numbers kept, 1 to its `emb_sz`
 )->nn.Module: # An `Embedder` with the same body
-    "An embedder of the first `d` numbers of another's embeddings"
+    "An embedder that gives the first `d` dimensions of another's embeddings"
     model = unwrapped(model)
     res = copy.deepcopy(model, {id(model.body):model.body})
     head,res.emb_sz,res.named = unwrapped(res.head),d,dict(model.named)

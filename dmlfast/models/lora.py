@@ -1,4 +1,4 @@
-"""Train a few weights beside each layer of a body, and leave the body as it is: little to keep, little to lose.
+"""Train a few weights beside each layer of a body, and leave the body unchanged: small files, low risk.
 
 Docs: https://dmlfast.github.io/dmlfast/api/models/lora.html.md"""
 
@@ -22,11 +22,11 @@ from .embedder import *
 _split_qkv = {'q_proj','k_proj','v_proj','q','k','v','kv'} # where they are not one layer
 
 def _fits(m):
-    "Can peft put LoRA on a layer and merge it again? It does not copy dilation and groups, and a subclass may treat its weights"
+    "Can peft add LoRA to a layer and merge it? It does not copy dilation and groups, and a subclass may treat its weights differently"
     return type(m) is nn.Linear or type(m) is nn.Conv2d and m.groups==1 and m.dilation==(1,1) and m.padding_mode=='zeros'
 
 def _layers(body):
-    "Layers that can have LoRA, by name, whether they have it or not"
+    "Layers that can have LoRA, by name, with or without it"
     return {n.removesuffix('.base_layer'):m for n,m in unwrapped(body).named_modules() if '.lora_' not in n and _fits(m)}
 
 def _said(layers):
@@ -38,7 +38,7 @@ def _said(layers):
         for k,_ in kinds if by[k])
 
 def _matching(layers, target):
-    "Names of the layers that `target` means"
+    "Names of the layers that match `target`"
     if target in ('linear','conv'): return [n for n,m in layers.items() if isinstance(m, nn.Linear if target=='linear' else nn.Conv2d)]
     if target=='qkv':
         return [n for n in layers if n.rpartition('.')[2]=='qkv'] or [n for n in layers if n.rpartition('.')[2] in _split_qkv]
@@ -53,7 +53,7 @@ def _matching(layers, target):
 
 @torch.no_grad()
 def _called(model, layers):
-    "Names of the layers that the body calls, and does not only take the weights of"
+    "Names of the layers that the body calls, without those whose weights it uses directly"
     seen,was,kwargs = set(),model.training,model.named['model_kwargs']
     hooks = [m.register_forward_hook(lambda *_, n=n: seen.add(n)) for n,m in layers.items()]
     size = to_2tuple(kwargs.get('img_size', model.cfg['input_size'][1:]))
@@ -68,7 +68,7 @@ def lora_layers(
     model:Embedder, # A model, with LoRA or without
     target='qkv', # `'qkv'`, `'linear'`, `'conv'`, names of layers, or a regular expression that whole names match
 )->list: # Names of layers of the body
-    "Layers that LoRA is put on; raises `ValueError` naming the layers that there are, and for layers that LoRA would not reach"
+    "Layers that get LoRA; raises `ValueError` for unknown layers, and for layers where LoRA would do nothing"
     layers = _layers(model.body)
     frozen = set(model.before[0] if isinstance(model, LoraEmbedder) else model.frozen)
     names = [n for n in _matching(layers, target) if f'{n}.weight' not in frozen]
@@ -84,7 +84,7 @@ def lora_layers(
 
 # %% ../../nbs/api/models/05_lora.ipynb #f79c66e8
 def _peft():
-    "peft, which imports slowly and so only here"
+    "peft, imported only here because it is slow"
     try: import peft
     except ImportError as e: raise ImportError(f"LoRA needs {e.name or 'peft'}: pip install 'dmlfast[lora]'.") from e
     return peft
@@ -102,7 +102,7 @@ def check_lora(
     alpha:float=16, # Multiplier, times rank
     target='qkv', # Which layers
 )->list: # Names of layers of the body
-    "Layers that `add_lora` would put LoRA on; raises what it raises, and changes nothing"
+    "Layers that `add_lora` would use; raises the same errors, and changes nothing"
     if not isinstance(model, Embedder):
         raise ValueError(f"LoRA is put on the body of a model that `metric_learner` makes by name, and this is a {type(model).__name__}.")
     if isinstance(model, LoraEmbedder):
@@ -117,7 +117,7 @@ def add_lora(
     alpha:float=16, # The difference is multiplied by `alpha/rank`; greater than 0
     target='qkv', # Which layers, see `lora_layers`
 )->Embedder: # `model`, a `LoraEmbedder` now
-    "Freeze the body of a model, and put LoRA on some of its layers; raises `ImportError` without peft, and `ValueError` where it cannot be"
+    "Freeze the body of a model, and add LoRA to some layers; raises `ImportError` without peft, `ValueError` if LoRA cannot be added"
     layers,peft = check_lora(model, rank, alpha, target),_peft()
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules='|'.join(map(re.escape, layers)))
     peft.inject_adapter_in_model(config, unwrapped(model.body))
@@ -146,14 +146,14 @@ class LoraEmbedder(Embedder):
         self.train(self.training)
 
     def spec(self):
-        "Raises `ValueError`: what builds an embedder again knows of no LoRA"
+        "Raises `ValueError`: the arguments of an embedder cannot describe LoRA"
         raise ValueError("An embedder with LoRA cannot be described by the arguments of `Embedder`: merge it first with `merge_lora`.")
 
 def _lora_said(lora): return f"rank {lora['rank']}, alpha {lora['alpha']:g}, {len(lora['layers'])} layer{'s'*(len(lora['layers'])!=1)}"
 
 # %% ../../nbs/api/models/05_lora.ipynb #92766b6a
 def _take_off(body, merge):
-    "Give a body its own layers back, with or without what LoRA learned"
+    "Restore a body's own layers, with or without what LoRA learned"
     for name,m in [*body.named_modules()]:
         if not hasattr(m, 'get_base_layer'): continue
         if merge: m.merge(safe_merge=True)
@@ -166,7 +166,7 @@ def merge_lora(
     model:LoraEmbedder, # A model with LoRA
     merge:bool=True, # Add what was learned to the body's weights? If not, LoRA is taken off
 )->Embedder: # `model`, a plain `Embedder` now
-    "Make one matrix of each layer and its LoRA; raises `ValueError` for a model without"
+    "Merge LoRA into the layers; raises `ValueError` for a model without LoRA"
     if not isinstance(model, LoraEmbedder): raise ValueError("This model has no LoRA to merge.")
     model.filed = None
     model.__class__ = Embedder
@@ -179,8 +179,8 @@ def merge_lora(
 
 def merged(
     model:nn.Module, # A model, with LoRA or without
-)->nn.Module: # A copy, or the same model where there is no LoRA
-    "A copy of a model with its LoRA merged; all but the body is shared"
+)->nn.Module: # A copy, or the same model if there is no LoRA
+    "A copy of a model with merged LoRA; everything except the body is shared"
     if not isinstance(model, LoraEmbedder): return model
     res = copy(model)
     res._modules = {**model._modules, 'body':deepcopy(unwrapped(model.body))}
@@ -190,7 +190,7 @@ def merged(
 def weights_hash(
     state:dict, # Tensors by name
 )->str: # 32 hexadecimal digits
-    "What tells whether two sets of weights are the same"
+    "A hash, equal for equal weights"
     h = hashlib.blake2b(digest_size=16)
     for k in sorted(state):
         h.update(f'{k}{tuple(state[k].shape)}'.encode())
@@ -208,7 +208,7 @@ def as_filed(
     model:nn.Module, # A model, with LoRA or without
     short:bool=True, # Leave out the body's own weights?
 ):
-    "A context in which the state dict of a model with LoRA is as files hold it; nothing changes for others"
+    "A context in which the state dict of a model with LoRA is as in files; other models are unchanged"
     if not isinstance(model, LoraEmbedder): yield
     else:
         base = weights_hash(own_state(model)) if short else None
@@ -227,15 +227,15 @@ def _record_key(sd): return next((k for k in sd if k=='lora' or k.endswith('.lor
 def lora_in(
     sd:dict, # A state dict
 )->dict|None: # Rank, alpha, names of layers, and a hash of the body's own weights, or None where they are in the state dict
-    "What a state dict that was made within `as_filed` says of its LoRA; None where there is none"
+    "The LoRA settings in a state dict made within `as_filed`; None if there are none"
     return sd[key] if (key := _record_key(sd)) else None
 
 def check_filed(
     model:nn.Module, # The model that it is for
     sd:dict, # A state dict
-    where:str, # Where it is from, for the message
+    where:str, # Source, for the message
 ):
-    "Raise `ValueError` where a state dict is of another LoRA than a model's, or of another body"
+    "Raise `ValueError` if a state dict has other LoRA settings than the model, or another body"
     lora = lora_in(sd)
     if lora is None:
         if isinstance(model, LoraEmbedder) and not any('.lora_' in k for k in sd):
@@ -252,7 +252,7 @@ def whole_state(
     model:nn.Module, # The model that it is for
     sd:dict, # A state dict
 )->dict: # The same, with the weights that were left out, and without what is said of LoRA
-    "A state dict that may have been made within `as_filed`, as any other; see `check_filed`"
+    "A complete state dict from one that may have been made within `as_filed`; see `check_filed`"
     if not (key := _record_key(sd)): return sd
     prefix,model = key.removesuffix('lora'),unwrapped(model)
     left = {prefix+k:v for k,v in own_state(model).items()} if sd[key]['base'] else {}

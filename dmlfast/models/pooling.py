@@ -1,4 +1,4 @@
-"""Maps and tokens become one row of features: by average, maximum, generalised mean, or the class token.
+"""From maps and tokens to one row of features: average, maximum, generalised mean, or the class token.
 
 Docs: https://dmlfast.github.io/dmlfast/api/models/pooling.html.md"""
 
@@ -14,7 +14,7 @@ from torch import nn, Tensor
 
 # %% ../../nbs/api/models/01_pooling.ipynb #9a08bd9c
 class GeM(nn.Module):
-    "Generalised mean of a map over its places, with a learned exponent"
+    "Generalised mean of a map over its positions, with a learned exponent"
     def __init__(self,
         p:float=3., # Exponent to begin with, above 0
         eps:float=1e-6, # Smaller values of the map count as this, above 0
@@ -44,7 +44,7 @@ pool_names = 'token','token+avg','map','avg','max','avgmax','gem'
 def make_pool(
     pool, # One of `pool_names`, or a callable from `(n,c,h,w)` to `(n,c)`
 )->nn.Module: # From `(n,c,h,w)` to `(n,c)`
-    "Pooling of places by name, timm's but for GeM; raises `ValueError` for an unknown one"
+    "Pooling of positions by name, timm's except for GeM; raises `ValueError` for an unknown one"
     if callable(pool): return pool
     if pool not in pool_names:
         raise ValueError(f"Pooling is by {', '.join(map(repr, pool_names[:-1]))} or {pool_names[-1]!r}; got {pool!r}.")
@@ -75,7 +75,7 @@ def check_pool(
     x, # What its `forward_features` gives
     kind, # Name of the pooling
 ):
-    "Raise `ValueError` for a pooling that the end of a body does not have"
+    "Raise `ValueError` for a pooling that does not fit the output of a body"
     is_map,tokens = isinstance(x, Tensor) and x.ndim==4,isinstance(x, Tensor) and x.ndim==3
     n = getattr(body, 'num_prefix_tokens', int(has_class_token(body)))
     if is_map and kind in ('token','token+avg','map'):

@@ -1,4 +1,4 @@
-"""Embeddings with what is known of their items: who they are, what they are called, who searches where, and how they were made.
+"""Embeddings together with facts about their items: classes, names, who searches where, and how they were made.
 
 Docs: https://dmlfast.github.io/dmlfast/api/retrieval/embedded.html.md"""
 
@@ -31,7 +31,7 @@ from .indexes import *
 def in_order(
     labels, # Labels of items, anything that can be in a set
 )->list: # Each once
-    "Labels in order, also when they are of several types"
+    "Labels in order, also of mixed types"
     try: return sorted(set(labels))
     except TypeError: return sorted(set(labels), key=str)
 
@@ -98,7 +98,7 @@ class Embedded:
     def image(self,
         i:int, # Index of an item
     ):
-        "Image of an item, reduced to 160 pixels; raises `ValueError` where there are no images"
+        "Image of an item, reduced to 160 pixels; raises `ValueError` if there are no images"
         if self.draw is None: raise ValueError('these items have no images to draw: give `image`, a function from an index to an image')
         im = self.draw(int(i))
         if not isinstance(im, Image.Image) or max(im.size)<=160: return im
@@ -137,7 +137,7 @@ def gallery(self:Embedded)->Tensor: # `(g,)` int64
 def n_others(self:Embedded,
     queries, # Indices of items, `(q,)`
 )->int:
-    "As many items each of some queries has to find at least, but for those to ignore"
+    "Least number of items that each of some queries can find, before `ignore`"
     _,g,own = self.search
     return len(g)-int((own[queries]>=0).any())
 
@@ -160,12 +160,12 @@ def once(self:Embedded,
     key, # What it is called
     f, # Function that makes it
 ):
-    "What `f` makes of these items, made the first time only"
+    "The result of `f`, computed only the first time"
     if key not in self._once: self._once[key] = f()
     return self._once[key]
 
 def _search(self, queries, k, rerank, **kwargs):
-    "Scores and indices of items: plain, by expanded embeddings, or a list that is ranked anew"
+    "Scores and indices of items: plain, with expanded embeddings, or re-ranked"
     if isinstance(rerank, str): rerank = register_reranker[rerank]
     o = self.sides(queries)
     outside = o.own is None
@@ -182,19 +182,19 @@ def _search(self, queries, k, rerank, **kwargs):
 
 @patch
 def neighbours(self:Embedded,
-    k:int=1, # How many; fewer where there are fewer
+    k:int=1, # Number of neighbours; fewer if there are fewer
     queries=None, # Indices of items, `(q,)`; all that search if not given
-    rerank=None, # Name of a re-ranker, or a function, which ranks anew what was found; none if not given
+    rerank=None, # Name of a re-ranker, or a function that re-ranks the results; none if not given
     **kwargs # Passed to the function `neighbours`: `metric`, `backend`, `block`
-)->tuple: # Scores, `(q,k)` float32, $-\infty$ where fewer are left to find; indices of items, `(q,k)` int64
+)->tuple: # Scores, `(q,k)` float32, $-\infty$ if there are fewer; indices of items, `(q,k)` int64
     "The nearest items to some items, nearest first"
     q = self.queries if queries is None else torch.tensor(np.asarray(queries), dtype=torch.int64)
     return _search(self, q, k, rerank, **kwargs)
 
 @patch
 def find(self:Embedded,
-    embs, # Embeddings of what is searched for, `(q,d)` float
-    k:int=5, # How many; fewer where there are fewer
+    embs, # Embeddings of the queries, `(q,d)` float
+    k:int=5, # Number of neighbours; fewer if there are fewer
     rerank=None, # As `neighbours` takes it
 )->tuple: # Scores, `(q,k)` float32; indices of items, `(q,k)` int64
     "The items nearest to other embeddings, by cosine, nearest first"
@@ -204,15 +204,15 @@ def find(self:Embedded,
 def index(self:Embedded,
     kind:str='auto', # `'hnsw'`, `'ivf'`, `'int8'`, `'bits'`, `'auto'`, None for exact search, or what faiss's index_factory takes
 )->Index:
-    "Make an index of all items, in which `find` then searches"
+    "Make an index of all items for `find`"
     self.indexed = Index(self.embs, kind)
     return self.indexed
 
 @patch
 def grown(self:Embedded,
-    embs, # These embeddings and, behind them, more, `(m,d)` float
+    embs, # These embeddings followed by more, `(m,d)` float
 )->Embedded: # Another, of embeddings alone
-    "All of them, with the index of these grown"
+    "An `Embedded` with more rows, and with the index extended"
     res = Embedded(embs)
     if self.indexed is not None:
         res.indexed = self.indexed.add(res.embs[len(self):])
@@ -222,7 +222,7 @@ def grown(self:Embedded,
 # %% ../../nbs/api/retrieval/06_embedded.ipynb #57d8f5d9
 @patch
 def check_labels(self:Embedded):
-    "Raise `ValueError` where the classes of the items are not known"
+    "Raise `ValueError` if the classes of the items are not known"
     if self.labels is None:
         raise ValueError("These items have no labels, so what they find is neither right nor wrong: give labels to measure, or use the "
             "embeddings alone.")
@@ -235,11 +235,11 @@ def protocol(self:Embedded)->dict:
 @patch
 def evaluate(self:Embedded,
     metrics='all', # Names, see `evaluate_retrieval`
-    dims=None, # Keep the first so many numbers of each embedding, several lengths or one; all of them if not given
-    rerank=None, # Name of a re-ranker, or a function: the result also has the plain search, and what the new ranking adds
-    **kwargs # Passed to `evaluate_protocol`, over what is known of the items; with a `gallery` to `evaluate_retrieval`
+    dims=None, # Lengths to evaluate, one or several: the first dimensions of each embedding; all if not given
+    rerank=None, # Name of a re-ranker, or a function: the result also has the plain search, and the difference
+    **kwargs # Passed to `evaluate_protocol`, with priority over the items' own roles; with a `gallery` to `evaluate_retrieval`
 )->RetrievalResult: # `ResultsByLength` where `dims` are given, `RerankedResult` with `rerank`
-    "Retrieval metrics of the items; raises `ValueError` where they have no labels"
+    "Retrieval metrics of the items; raises `ValueError` if they have no labels"
     self.check_labels()
     if rerank is not None: return _reranked(self, metrics, dims, rerank, **kwargs)
     if dims is not None:
@@ -249,7 +249,7 @@ def evaluate(self:Embedded,
     return evaluate_protocol(self.embs, self.labels, metrics=metrics, **{**self.protocol(), **kwargs})
 
 def _reranked(self, metrics, dims, rerank, role=None, ignore=None, random_gallery=None, ks=None, **kwargs):
-    "Metrics of the new ranking, with the plain ones"
+    "Metrics of the re-ranked and of the plain search"
     if dims is not None or {'gallery','metric'} & set(kwargs):
         raise ValueError("A re-ranker is evaluated on the items' own gallery by cosine: give it without `dims`, `gallery` and `metric`.")
     name,r = (rerank,register_reranker[rerank]) if isinstance(rerank, str) else (getattr(rerank, '__name__', repr(rerank)),rerank)
@@ -284,13 +284,13 @@ def _again(self, names, rerank, repeats=None, **kwargs):
 
 @patch
 def __sub__(self:Embedded, other):
-    "What these embeddings have more than others of the same items, with paired intervals"
+    "The difference to other embeddings of the same items, with paired intervals"
     return self.evaluate()-other.evaluate()
 
 # %% ../../nbs/api/retrieval/06_embedded.ipynb #9f497b01
 @patch
 def pairs(self:Embedded)->dict:
-    "Who is compared with whom, as arguments of `pair_scores` and `open_set`; raises `ValueError` where the items have no labels"
+    "Who is compared with whom, as arguments of `pair_scores` and `open_set`; raises `ValueError` if the items have no labels"
     self.check_labels()
     if self.all_search: return dict(embs=self.embs, labels=self.labels, ignore=self.ignore)
     q,g,own = self.search
@@ -310,7 +310,7 @@ def open_set(self:Embedded,
     rates=(1e-2,1e-1), # False-alarm rates, above 0 and below 1
     **kwargs # Passed to the function `open_set`: `unknown`, `seed`, `metric`, `n_boot`
 )->OpenSet:
-    "How many queries are recognised where some are of classes that are not in the gallery"
+    "Recognition rates if some queries are of classes that are not in the gallery"
     return open_set(**self.pairs(), rates=rates, **kwargs)
 
 # %% ../../nbs/api/retrieval/06_embedded.ipynb #ead040e3
@@ -329,7 +329,7 @@ def first_numbers(
     embs:Tensor, # Embeddings, `(n,D)` float
     d:int, # Numbers kept
 )->Tensor: # `(n,d)` float
-    "The first `d` numbers of each row; of rows of length 1 of length 1 again"
+    "The first `d` dimensions of each row; rows of length 1 are scaled to length 1 again"
     unit = len(embs) and (embs.norm(dim=1)-1).abs().max()<1e-2
     return F.normalize(embs[:,:d], dim=1) if unit else embs[:,:d].clone()
 
@@ -338,7 +338,7 @@ def first_numbers(
 def shorten(self:Embedded,
     d:int, # Numbers kept, 1 or more
 )->Embedded: # Another, of the same items
-    "The first `d` numbers of each embedding; raises `ValueError` where there are fewer"
+    "Keep the first `d` dimensions of each embedding; raises `ValueError` if there are fewer"
     check_lengths(d, self.embs.shape[1])
     res = copy.copy(self)
     res.embs,res._once,res.indexed = first_numbers(self.embs, d),{},None
@@ -352,7 +352,7 @@ _fields = 'items','vocab','random_gallery','ks','facts'
 def save(self:Embedded,
     file, # Where to write; the ending `.safetensors` is usual
 )->Path:
-    "Write embeddings and what is known of their items to a file, whole or not at all"
+    "Write embeddings and facts about their items to a file, completely or not at all"
     file,numbers = Path(file),dict(embs=self.embs.contiguous())
     for k in ('labels','ignore'):
         if getattr(self, k) is not None: numbers[k] = getattr(self, k).contiguous()
@@ -374,7 +374,7 @@ def load(cls:Embedded,
     file, # What `save` wrote
     image=None, # Function from an index to an image
 ):
-    "Read embeddings and what is known of their items; raises `ValueError` for another file"
+    "Read embeddings and facts about their items; raises `ValueError` for other files"
     numbers,about = _read(file)
     if not isinstance(about, dict) or 'embs' not in numbers:
         raise ValueError(f"{str(file)!r} holds no embeddings with their items: it must be what `Embedded.save` writes.")

@@ -1,4 +1,4 @@
-"""Every metric of retrieval as a row of one table: what it computes, how deep it must look, what it says. Your own is one more row.
+"""All retrieval metrics in one table, with their definitions. A metric of your own is one more row.
 
 Docs: https://dmlfast.github.io/dmlfast/api/retrieval/metrics.html.md"""
 
@@ -38,9 +38,9 @@ class _Table(Registry):
     def __call__(self,
         f=None, # Function of `ranks`, `(q,m)` int, and `there`, `(q,m)` bool, and of k where the name ends in `@k`: values, `(q,)`
         *,
-        depth='all', # Ranks that must be exact: a number; `'R'`, as many as there are right ones; `'k'`, that of `@k`; or `'all'`
-        says:str='', # What it means, in a sentence, for reports
-        name:str=None, # What it is called; the name of the function if not given
+        depth='all', # Ranks that must be exact: a number; `'R'`, as many as there are items to find; `'k'`, that of `@k`; or `'all'`
+        says:str='', # Meaning in a sentence, for reports
+        name:str=None, # Name; that of the function if not given
         kind:str='query', # `'query'`, or `'clusters'`, `'pairs'` or `'curve'`, which `evaluate_retrieval` computes itself
         less:bool=False, # Is less better?
     ):
@@ -70,23 +70,23 @@ def _recall(ranks, there, k): return ranks[:,0]<=k
 @register_metric(name='precision@1', depth=1, says='the same as recall@1')
 def _precision_1(ranks, there): return ranks[:,0]==1
 
-@register_metric(name='r_precision', depth='R', says='share of right ones among the R nearest, where R is how many right ones there are')
+@register_metric(name='r_precision', depth='R', says='share of correct items among the R nearest, where R is the number of items to find')
 def _r_precision(ranks, there): return _within_r(ranks, there).sum(1)/there.sum(1)
 
-@register_metric(name='map@r', depth='R', says='the same as r_precision, and right ones count for more the nearer they stand (mean '
+@register_metric(name='map@r', depth='R', says='like r_precision, but correct items at lower ranks count more (mean '
     'average precision at R)')
 def _map_r(ranks, there): return (precision_at(ranks, there)*_within_r(ranks, there)).sum(1, dtype=torch.float64)/there.sum(1)
 
-@register_metric(name='map', says='mean average precision: the precision at each right item of the whole ranking, averaged')
+@register_metric(name='map', says='mean average precision: the mean precision at the correct items of the whole ranking')
 def _map(ranks, there): return precision_at(ranks, there).sum(1, dtype=torch.float64)/there.sum(1)
 
-@register_metric(name='mrr', says='mean reciprocal rank: 1 divided by the rank of the nearest right one')
+@register_metric(name='mrr', says='mean reciprocal rank: 1 divided by the rank of the nearest correct item')
 def _mrr(ranks, there): return 1/ranks[:,0].double()
 
 # %% ../../nbs/api/retrieval/03_metrics.ipynb #6411a26d
 _levels = torch.linspace(0, 1, 101, dtype=torch.float64)
 
-@register_metric(name='pr_curve', kind='curve', says='precision at each share of the right ones that is found')
+@register_metric(name='pr_curve', kind='curve', says='precision at each level of recall')
 def _curve_sum(ranks, there):
     "Sum over queries of their interpolated precision at 101 levels of recall, and how many queries have one"
     n = there.sum(1)
@@ -96,23 +96,23 @@ def _curve_sum(ranks, there):
     return best.gather(1, i).sum(0, dtype=torch.float64).cpu(),len(n)
 
 # %% ../../nbs/api/retrieval/03_metrics.ipynb #534be063
-for _o,_says in dict(nmi='how much clusters, as many as there are classes, say of the classes: from 0 to 1 (normalised mutual information)',
-    ami='the same as nmi, less what chance gives (adjusted mutual information)',
-    f1='are pairs of items in one cluster where they are of one class, and only there? (harmonic mean of precision and recall)').items():
+for _o,_says in dict(nmi='agreement of clusters with classes, as many clusters as classes, 0 to 1 (normalised mutual information)',
+    ami='nmi corrected for chance (adjusted mutual information)',
+    f1='agreement of pairs in one cluster with pairs in one class (harmonic mean of precision and recall)').items():
     register_metric(Contingency.scores, name=_o, kind='clusters', says=_says)
 
 # %% ../../nbs/api/retrieval/03_metrics.ipynb #282ffaa2
 for _o,_less,_says in (
-    ('fnmr@fmr=r',True,'share of pairs of one class below the threshold above which a share r of the pairs of two classes lies'),
-    ('eer',True,'equal error rate: where the share of pairs of two classes above a threshold is that of pairs of one class below it'),
+    ('fnmr@fmr=r',True,'share of pairs of one class below the threshold that a share r of the pairs of two classes reaches'),
+    ('eer',True,'equal error rate: share of wrong decisions at the threshold where it is equal for pairs of one class and of two'),
     ('auc',False,'probability that a pair of one class scores above a pair of two classes')):
     register_metric(PairScores.scores, name=_o, kind='pairs', less=_less, says=_says)
 
 # %% ../../nbs/api/retrieval/03_metrics.ipynb #f914bc9f
 def metric_of(
     name, # A full name, such as `'recall@1'`
-)->tuple|None: # Its row in the table, and its k, or rate, where it ends in one; None if there is no such metric
-    "What a metric is"
+)->tuple|None: # Its row in the table, and its k or rate if it ends in one; None for an unknown metric
+    "The row of a metric, and its k"
     if not isinstance(name, str) or name.endswith(('@k','=r')): return None
     if name in set(register_metric): return register_metric[name],None
     family,_,k = name.rpartition('=')
@@ -121,15 +121,15 @@ def metric_of(
     return (register_metric[f'{family}@k'],int(k)) if k.isdecimal() and int(k)>0 and f'{family}@k' in set(register_metric) else None
 
 def less_is_better(
-    name:str, # A full name, such as `'eer'`; also one that is no metric
+    name:str, # A full name, such as `'eer'`; unknown names too
 )->bool:
-    "Is less of a metric better? Of a name that is no metric not"
+    "Is less of a metric better? False for an unknown name"
     return bool(o := metric_of(name)) and o[0].less
 
 def metric_meanings(
     names, # Full names
 )->dict: # Name, that of the family for those with a k, to a sentence
-    "What some metrics mean, in the order of the table"
+    "Meanings of some metrics, in the order of the table"
     rows = [metric_of(o)[0] for o in names]
     return {k:o.says for k,o in register_metric.items() if any(o is r for r in rows) and o.says}
 
@@ -137,10 +137,10 @@ def metric_meanings(
 def metric_names(
     metrics=None, # Names, `'recall'` for all `ks`, `'module:metric'`; `'all'` but those of pairs; recall, r_precision, map@r if not given
     ks=(1,2,4,8), # k of those that end in `@k`, or one of them
-    drawn:bool=False, # Is a gallery drawn, so that there are no scores of clusters and of pairs?
-    curve:bool=True, # May it be a curve, which is not one number?
+    drawn:bool=False, # Is a gallery drawn? Then there are no scores of clusters and pairs
+    curve:bool=True, # May it be a curve instead of one number?
 )->list: # Full names
-    "Metrics asked for, each by its full name; raises `ValueError` naming the nearest one where there is none"
+    "Metrics asked for, each by its full name; raises `ValueError` naming the nearest one if there is none"
     ks = list(ks) if hasattr(ks, '__iter__') else [ks]
     if not all(isinstance(k, Real) and 1<=k<math.inf and int(k)==k for k in ks):
         raise ValueError(f'ks must be whole numbers from 1, not {ks}')
@@ -154,12 +154,12 @@ def metric_names(
         elif metric_of(m): res.append(m)
         else: raise ValueError(_no_metric(m))
     if bad := [o for o in res if _no(metric_of(o)[0])]:
-        raise ValueError("'pr_curve' is a curve, and what is wanted here is one number: 'map' is its height on average" if 'pr_curve' in bad
+        raise ValueError("'pr_curve' is a curve, and a single number is needed here: use 'map', its mean height" if 'pr_curve' in bad
             else f'{", ".join(bad)} have no gallery, and here it is drawn')
     return list(dict.fromkeys(res))
 
 def _imported(name):
-    "A name without its module, which is imported, so that it registers what it has"
+    "Import the module in a name, so its metrics are registered, and return the rest of the name"
     module,colon,own = name.partition(':') if isinstance(name, str) else ('','','')
     if not colon: return name
     try: import_module(module)
@@ -167,7 +167,7 @@ def _imported(name):
     return own
 
 def _no_metric(m):
-    "The sentence for a name that is not there"
+    "The error message for an unknown name"
     given = [f'{o[:-1]}1e-3' if o.endswith('=r') else o for o in register_metric]
     names = [v for o in given for v in ((o[:-2],f'{o[:-1]}1') if o.endswith('@k') else (o,))]
     every = ', '.join(f'{o[:-2]}, {o}' if o.endswith('@k') else o for o in given)
@@ -175,7 +175,7 @@ def _no_metric(m):
 
 # %% ../../nbs/api/retrieval/03_metrics.ipynb #407151f9
 def _count_before(s, pos, pad, k):
-    "For relevant columns `pos` of `s`, best first: irrelevant ones before each, up to `k`; which are there at all; rows with a tie"
+    "For relevant columns `pos` of `s`, best first: irrelevant ones before each, up to `k`; which are not padding; rows with a tie"
     low = lowest(s)
     p = s.gather(1, pos).masked_fill_(pad, low)
     s.scatter_(1, pos, low)
@@ -188,7 +188,7 @@ def _count_before(s, pos, pad, k):
 
 # %% ../../nbs/api/retrieval/03_metrics.ipynb #3cf2cf42
 class _Relevant:
-    "Order of the queries that have something of their label in the gallery, order of the gallery, and where in it that is"
+    "Order of the queries with relevant items, order of the gallery, and the positions of the relevant items in it"
     def __init__(self, labels, gallery_labels):
         c = torch.cat([labels,gallery_labels]).unique(return_inverse=True)[1]
         c,gc = c[:len(labels)],c[len(labels):]
@@ -201,7 +201,7 @@ class _Relevant:
         self.most = int(size[c].max())
 
     def __call__(self, rows):
-        "Columns of the ordered gallery for some of the ordered queries, and which of them only fill up"
+        "Columns of the ordered gallery for some of the ordered queries, and which of them are padding"
         lo,hi = self.lo[rows],self.hi[rows]
         i = lo + torch.arange(int((hi-lo).max()), device=lo.device)
         return torch.minimum(i, hi-1),i>=hi
@@ -255,7 +255,7 @@ class _InFile:
         return order_keys(s, len(self.rows)-1-columns)
 
     def masked(self, s, a, columns):
-        "Put $-\\infty$ where queries from `a` on must not look"
+        "Set scores that queries from `a` on must not see to $-\\infty$"
         o = slice(a, a+len(s))
         if self.own is not None:
             here = ((self.own[o]>=columns.min())&(self.own[o]<=columns.max())).nonzero()[:,0]
@@ -264,7 +264,7 @@ class _InFile:
         return s
 
     def relevant(self, a, b):
-        "Keys of what is relevant to queries `a` to `b`, best first, `(b-a,R)`, the least number where there is less"
+        "Keys of the items relevant to queries `a` to `b`, best first, `(b-a,R)`, padded with the least number"
         lo,hi = (o[a:b,0] for o in (self.rel.lo,self.rel.hi))
         res = torch.full((b-a,int((hi-lo).max())), torch.iinfo(torch.int64).min)
         last = 0
@@ -327,7 +327,7 @@ def _in_order_of(found, blocks, y, gy):
 
 # %% ../../nbs/api/retrieval/03_metrics.ipynb #d6c97d08
 def _depth(names):
-    "How many irrelevant items must be told apart, beside the R of each query; 0 for all"
+    "Number of irrelevant items to rank in addition to the R of each query; 0 for all"
     deep = [k if o.depth=='k' else o.depth for o,k in map(metric_of, names)]
     return 0 if 'all' in deep else max([1]+[o for o in deep if o!='R'])
 
@@ -368,10 +368,10 @@ def evaluate_retrieval(
     n_boot:int=1000, # Samples drawn for an interval
     seed:int=0, # Of the samples and of the clusters
     block:int|None=None, # Queries scored at a time; about 64 MiB of scores if not given
-    found=None, # The nearest items of each query in an order of your own, (q,m) int, -1 for none; those behind them keep their places
-    backend:str='auto', # Whose product of matrices: `'torch'`, `'onednn'`, or `'auto'` for the faster one, as measured once
+    found=None, # The nearest items of each query in an order of your own, (q,m) int, -1 for none; items after them keep their places
+    backend:str='auto', # Library for matrix products: `'torch'`, `'onednn'`, or `'auto'` for the faster one, measured once
 )->RetrievalResult: # Values for each query, means and intervals
-    "Retrieval metrics of `embs`: where do the items with a query's label stand in its ranking of the gallery?"
+    "Retrieval metrics of `embs`, from the ranks of the items with each query's label"
     names = metric_names(metrics, ks)
     q,g,own = matched(embs, gallery, self_exclude)
     y = as_labels(labels, len(q), device=q.device)
@@ -418,7 +418,7 @@ def draw_gallery(
     labels:torch.Tensor, # Class of each item, (n,) int
     rng, # NumPy's generator
 )->tuple: # Items that search, and that are searched, in order; int64 arrays
-    "One random item of each class as the gallery, and the others as queries; raises `ValueError` where none are left"
+    "One random item of each class as the gallery, and the others as queries; raises `ValueError` if none are left"
     perm = rng.permutation(len(labels))
     g = np.sort(perm[np.unique(labels.numpy()[perm], return_index=True)[1]])
     q = np.setdiff1d(perm, g)
@@ -434,7 +434,7 @@ def evaluate_random_gallery(
     ignore=None, # Ids, (n,) int: a query does not see what has its id
     **kwargs, # For `evaluate_retrieval`
 )->RetrievalResult: # With the values of all repeats
-    "Retrieval metrics where the gallery is one random item of each class and the others are the queries"
+    "Retrieval metrics with one random item of each class as the gallery and the others as queries"
     metrics = metric_names(metrics, kwargs.get('ks', (1,2,4,8)), drawn=True)
     if not isinstance(repeats, Integral) or repeats<1:
         raise ValueError(f'repeats is how often a gallery is drawn, 1 or more, not {repeats!r}')
@@ -452,7 +452,7 @@ def query_gallery(
     role, # Of each item `'query'`, `'gallery'` or `''` for both, (n,) str; all are both if None
     n:int, # How many items there are
 )->tuple: # Items that search, (q,), and that are searched, (g,); where each item is in the gallery, (n,), -1 if it is not; int64
-    "Who searches where; raises `ValueError` where roles are not words for `n` items, or leave no queries or no gallery"
+    "Who searches where; raises `ValueError` if roles are not words for `n` items, or leave no queries or no gallery"
     role = np.full(n, '') if role is None else np.asarray(role)
     if role.shape!=(n,): raise ValueError(f'role must be one word for each of {n} items, not of shape {role.shape}')
     if unknown := sorted(set(role)-{'query','gallery',''}): raise ValueError(f"a role is 'query', 'gallery' or '', not {str(unknown[0])!r}")

@@ -1,4 +1,4 @@
-"""What a set of scores says: means, intervals, and whether two embeddings differ.
+"""Means, confidence intervals, and whether two embeddings differ.
 
 Docs: https://dmlfast.github.io/dmlfast/api/retrieval/results.html.md"""
 
@@ -19,7 +19,7 @@ def class_draws(
     seed:int, # Of the samples
     size:int=2**22, # Numbers in a block
 ):
-    "How often each of `n` units occurs in each of `n_boot` samples of `n` with replacement, in blocks `(b,n)`"
+    "Counts of `n` units in `n_boot` samples of `n` with replacement, in blocks `(b,n)`"
     rng = np.random.default_rng(seed)
     step = max(1, size//n)
     for i in range(0, n_boot, step):
@@ -37,7 +37,7 @@ def _boot_means(values, groups, n_boot, seed):
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #8ab42995
 class Contingency:
-    "How many items of each class are in each cluster"
+    "Number of items of each class in each cluster"
     def __init__(self,
         labels, # Class of each item, (n,) int
         clusters, # Cluster of each item, (n,) int
@@ -61,7 +61,7 @@ class Contingency:
         draws, # How often each class is drawn, in blocks `(b,classes)`
         names, # Which scores
     )->dict: # Name to values, as many as there are samples
-        "Scores of samples of the classes, shifted to have the score of the whole as their mean"
+        "Scores of samples of the classes, shifted so that their mean is the score of the whole"
         bs,own = [self.scores(w, names) for w in draws],self.scores(names=names)
         bs = {k:np.concatenate([b[k] for b in bs]) for k in names}
         return {k:np.minimum(b-b.mean()+own[k], 1) for k,b in bs.items()}
@@ -70,7 +70,7 @@ class Contingency:
 def _nlogn(x): return x*np.log(np.where(x>0, x, 1))
 
 def _ratio(a, b):
-    "`a/b`, and 1 where `b` vanishes: one cluster of one class, or all items alone"
+    "`a/b`, or 1 if `b` is 0: one cluster of one class, or all items alone"
     zero = np.abs(b)<1e-12
     return np.where(zero, 1., a/np.where(zero, 1, b))
 
@@ -114,13 +114,13 @@ def _expected_info(a, m):
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #c0e357aa
 def _by_source(whole):
-    "What gives scores of the whole set, each with the names of its scores"
+    "Sources of scores of the whole set, each with the names of its scores"
     return [(o,[k for k,a in whole.items() if a is o]) for o in {id(a):a for a in whole.values()}.values()]
 
 class RetrievalResult:
     "Retrieval metrics of a set of queries"
     def __init__(self,
-        values:dict, # Name of each metric to its value for each query, (q,) float, nan where nothing is relevant
+        values:dict, # Name of each metric to its value for each query, (q,) float, nan if nothing is relevant
         labels, # Label of each query, (q,) int64
         whole:dict=None, # Name of each score of the whole set to what gives it and is drawn from, such as a `Contingency`
         items=None, # Which item each query is, (q,) int, if one item is a query more than once
@@ -177,7 +177,7 @@ def too_few(
     n:int, # How many classes there are
     what:str='classes', # What they are called
 )->str|None: # None if they are enough
-    "Why there is no interval, where there are fewer than 10 classes to draw from"
+    "Why there is no interval, if there are fewer than 10 classes"
     return None if n>=10 else f'no interval: {n} {what} to draw from, fewer than 10'
 
 def _groups(self):
@@ -226,7 +226,7 @@ def interval(self:RetrievalResult,
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #6d1327a1
 def _frame(self, name):
-    "A row for each metric: what `self[metric]` is, which is called `name`, its macro mean, and its interval"
+    "A row for each metric: its value, in the column `name`, its macro mean, and its interval"
     import pandas as pd # here, as measuring does without it
     rows = {k:[self[k], self.macro(k), *(self.interval(k) or (np.nan,np.nan))] for k in self.keys()}
     return pd.DataFrame.from_dict(rows, orient='index', columns=[name,'macro','2.5 %','97.5 %']).rename_axis(columns='metric')
@@ -237,25 +237,25 @@ def as_text(
     frame, # `pandas.DataFrame`
     notes:list, # Lines below it
 )->str:
-    "A table and what stands below it, as text"
+    "A table and its notes, as text"
     return '\n'.join([frame.to_string(col_space=8, **_shown)]*bool(len(frame)) + notes)
 
 def as_html(
     frame, # `pandas.DataFrame`
     notes:list, # Lines below it
 )->str:
-    "A table and what stands below it, as HTML"
+    "A table and its notes, as HTML"
     return frame.to_html(**_shown)+''.join(f'<p>{escape(o)}</p>' for o in notes)
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #8bff47f6
 @patch
-def to_frame(self:RetrievalResult): # `pandas.DataFrame`; nan where there is no value
+def to_frame(self:RetrievalResult): # `pandas.DataFrame`; nan if there is no value
     "Means, macro means and the ends of 95 % intervals, a row for each metric"
     return _frame(self, 'mean')
 
 @patch
 def _notes(self:RetrievalResult):
-    "What stands below the table"
+    "Notes below the table"
     notes = [f'{len(self.labels)} queries' + f', of which {self.n_left_out} left out: nothing is relevant to them'*(self.n_left_out>0)]
     notes += [f'intervals: {self.n_boot} samples of {self.ci}'] if any(self.interval(k) for k in self.keys()) else []
     return notes+list(dict.fromkeys(filter(None, map(self.why_no_interval, self.keys()))))
@@ -281,7 +281,7 @@ def ends_of(
 
 @patch
 def to_dict(self:RetrievalResult)->dict:
-    "Means, macro means and intervals, and how they were obtained, as plain numbers and strings"
+    "Means, macro means, intervals and how they were computed, as plain numbers and strings"
     ms = {k:dict(mean=plain_number(self[k]), macro=plain_number(self.macro(k)), **ends_of(self.interval(k))) for k in self.keys()}
     res = dict(metrics=ms, n_queries=len(self.labels), n_left_out=self.n_left_out,
         n_classes=len(np.unique(self.labels[self.used] if self.values else self.labels)),
@@ -299,7 +299,7 @@ def to_json(self:RetrievalResult,
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #3be57abb
 class RetrievalDifference:
-    "What one result has more than another on the same queries"
+    "The difference of two results on the same queries"
     def __init__(self,
         a:RetrievalResult, # This
         b:RetrievalResult, # minus this
@@ -357,13 +357,13 @@ def to_json(self:RetrievalDifference,
     return json.dumps(self.to_dict(), allow_nan=False, **kwargs)
 
 @patch
-def to_frame(self:RetrievalDifference): # `pandas.DataFrame`; nan where there is no value
+def to_frame(self:RetrievalDifference): # `pandas.DataFrame`; nan if there is no value
     "Differences, those of macro means, and the ends of paired 95 % intervals, a row for each metric"
     return _frame(self, 'difference')
 
 @patch
 def _notes(self:RetrievalDifference):
-    "What stands below the table"
+    "Notes below the table"
     return list(dict.fromkeys(filter(None, map(self.a.why_no_interval, self.keys()))))
 
 @patch
@@ -374,7 +374,7 @@ def _repr_html_(self:RetrievalDifference): return as_html(self.to_frame(), self.
 
 # %% ../../nbs/api/retrieval/00_results.ipynb #bbe923ad
 class ResultsByLength(dict):
-    "Retrieval metrics by how many numbers of each embedding were kept"
+    "Retrieval metrics for several lengths of the embedding"
     def to_frame(self): # `pandas.DataFrame`
         "Means, a row for each number kept"
         import pandas as pd
@@ -392,7 +392,7 @@ class ResultsByLength(dict):
         name:str=None, # A metric; the first if not given
         ax=None, # Where to; a new figure if not given
     ):
-        "Draw a metric over the numbers kept, with 95 % intervals where there are enough classes"
+        "Plot a metric over the length, with 95 % intervals if there are enough classes"
         from dmlfast.files.drawing import blue, light_axes # brings matplotlib, which nothing else here needs
         ds = sorted(self)
         name = name or self[ds[0]].keys()[0]

@@ -1,4 +1,4 @@
-"""From scores to decisions: which similarity says "the same class", and how often that is wrong.
+"""From scores to decisions: which similarity means "the same class", and how often that is wrong.
 
 Docs: https://dmlfast.github.io/dmlfast/api/retrieval/verify.html.md"""
 
@@ -19,7 +19,7 @@ from .search import as_labels, as_scores, ignored, matched, prepare_
 
 # %% ../../nbs/api/retrieval/02_verify.ipynb #de65c1b8
 class ScoreSample:
-    "Scores, and how often each occurs"
+    "Scores with counts"
     def __init__(self,
         values, # The scores, `(m,)` float64, ascending
         counts, # How often each occurs, `(m,)` int64, 1 or more
@@ -31,14 +31,14 @@ class ScoreSample:
 
     def below(self,
         t, # A score, or several
-    ): # nan where there are no scores
+    ): # nan if there are no scores
         "Share of scores below `t`"
         return self.upto[np.searchsorted(self.values, t)]/len(self) if len(self) else np.full(np.shape(t), np.nan)
 
     def quantile(self,
         p:float, # A share, 0 to 1
-    )->float: # nan where there are no scores
-        "The score with a share `p` below it, between two scores on the line from one to the other"
+    )->float: # nan if there are no scores
+        "The score with a share `p` below it, interpolated linearly"
         if not len(self): return float('nan')
         at = p*(len(self)-1)
         low,high = (self.values[np.searchsorted(self.upto[1:], o, side='right')] for o in (np.floor(at),np.ceil(at)))
@@ -50,7 +50,7 @@ def _bins(s, lo, hi, n):
     return ((s-lo)*(n/(hi-lo))).int().clamp_(0, n-1)
 
 class _Tally:
-    "Scores as they come: all of them up to `most`, and beyond that how many lie in each of 20,000 bins"
+    "Collects scores: all of them up to `most`, beyond that counts in 20,000 bins"
     def __init__(self, lo, hi, most, n_bins=20_000):
         self.lo,self.hi,self.most,self.n_bins = lo,hi,most,n_bins
         self.kept,self.n,self.counts = [],0,None
@@ -129,7 +129,7 @@ class _Pairs:
 
 # %% ../../nbs/api/retrieval/02_verify.ipynb #cb2ca182
 class PairScores:
-    "Scores of genuine and of impostor pairs, and what a threshold makes of them"
+    "Scores of genuine and impostor pairs, and the error rates at thresholds"
     def __init__(self,
         genuine, # `ScoreSample` of the pairs of one class
         impostor, # `ScoreSample` of the pairs of two classes
@@ -146,7 +146,7 @@ class PairScores:
         self._counts,self._boots = None,{}
 
     def check(self):
-        "Raise `ValueError` where there are no pairs of one class, or none of two"
+        "Raise `ValueError` if there are no pairs of one class, or none of two"
         if not len(self.genuine) or not len(self.impostor):
             raise ValueError(f"There are {len(self.genuine):,} pairs of one class and {len(self.impostor):,} of two: it takes both kinds.")
 
@@ -198,7 +198,7 @@ class PairScores:
 def _areas(fmr, fnmr): return ((2-fnmr[:,1:]-fnmr[:,:-1])*(fmr[:,:-1]-fmr[:,1:])).sum(1)/2
 
 def _crossing(fmr, fnmr):
-    "Index of the last point where the false-match rate is not below the other, and how far it is from there to where they meet"
+    "Index of the last point where the false-match rate is not below the other, and the distance from there to the crossing"
     d = fmr-fnmr
     i = (d>=0).sum(1)-1
     a,b = (np.take_along_axis(d, o[:,None], 1)[:,0] for o in (i,i+1))
@@ -214,7 +214,7 @@ def _at_rate(fmr, y, r): return np.array([np.interp(r, f[::-1], v[::-1]) for f,v
 def check_rates(
     rates, # One rate, or several
 )->list:
-    "Rates as numbers; raises `ValueError` for what is not above 0 and below 1"
+    "Rates as numbers; raises `ValueError` unless above 0 and below 1"
     rates = list(rates) if hasattr(rates, '__iter__') and not isinstance(rates, str) else [rates]
     for r in rates:
         if not (isinstance(r, Real) and 0<r<1): raise ValueError(f"A rate is a number above 0 and below 1, such as 1e-3; got {r!r}.")
@@ -222,7 +222,7 @@ def check_rates(
 
 def rate_of(
     name:str, # Such as `'fnmr@fmr=1e-3'`
-)->float|None: # None where it names no rate between 0 and 1
+)->float|None: # None if it names no rate between 0 and 1
     "The false-match rate in the name of a score"
     try: r = float(name.partition('=')[2])
     except ValueError: return None
@@ -233,7 +233,7 @@ def rate_of(
 def scores(self:PairScores,
     w=None, # How often each class is drawn, `(b,classes)`; the scores themselves, exactly, if not given
     names=('eer','auc'), # Which: `'eer'`, `'auc'`, `'fnmr@fmr=1e-3'`, `'threshold@fmr=1e-3'`, `'threshold@eer'`
-)->dict: # Name to values, `(b,)`; nan where there are no genuine or no impostor pairs
+)->dict: # Name to values, `(b,)`; nan if there are no genuine or no impostor pairs
     "Scores of all pairs, or of samples of the classes"
     if not len(self.genuine) or not len(self.impostor): return {o:np.full(1 if w is None else len(w), np.nan) for o in names}
     if w is not None: return {o:_drawn(o, *_curves(self, w)) for o in names}
@@ -290,7 +290,7 @@ def boots(self:PairScores,
 @patch
 def interval(self:PairScores,
     name:str, # As in `scores`
-)->tuple|None: # Lower and upper end; None where there are fewer than 10 classes, or no such pairs
+)->tuple|None: # Lower and upper end; None if there are fewer than 10 classes, or no such pairs
     "95 % interval of a score, over samples of the classes"
     if too_few(len(self.classes)) or not np.isfinite(self[name]): return None
     if name not in self._boots:
@@ -299,7 +299,7 @@ def interval(self:PairScores,
 
 # %% ../../nbs/api/retrieval/02_verify.ipynb #966026c2
 @patch
-def to_frame(self:PairScores): # `pandas.DataFrame`; nan where there is no value
+def to_frame(self:PairScores): # `pandas.DataFrame`; nan if there is no value
     "A row for each rate, the equal error rate and the area: threshold, value, and the ends of the 95 % interval"
     import pandas as pd
     at = {k:f'threshold@{k.removeprefix("fnmr@")}' for k in self.keys() if k!='auc'}
@@ -308,7 +308,7 @@ def to_frame(self:PairScores): # `pandas.DataFrame`; nan where there is no value
 
 @patch
 def notes(self:PairScores)->list: # Sentences
-    "What is said below the table"
+    "Notes below the table"
     n,o = len(self.impostor),self.impostor
     res = [f'{len(self.genuine):,} genuine and {n:,} impostor pairs of {len(self.classes):,} classes']
     if width := max(o.width, self.genuine.width): res.append(f'scores are counted in bins, so that a threshold is exact to {width:.1g}')
@@ -325,7 +325,7 @@ def _repr_html_(self:PairScores): return as_html(self.to_frame(), self.notes())
 
 @patch
 def to_dict(self:PairScores)->dict:
-    "Rates, thresholds and intervals, and how they were obtained, as plain numbers and strings"
+    "Rates, thresholds, intervals and how they were computed, as plain numbers and strings"
     rates = [dict(fmr=r, threshold=plain_number(self.threshold(r)), fnmr=plain_number(self.fnmr(r)), **ends_of(self.interval(k)))
         for r,k in zip(self.rates, self.keys())]
     return dict(rates=rates, **{k:dict(value=plain_number(self[k]), **ends_of(self.interval(k))) for k in ('eer','auc')},
@@ -362,13 +362,13 @@ def pair_scores(
     return PairScores(genuine.sample(), impostor.sample(), classes.cpu(), source.by_class, settings=settings, **kwargs)
 
 def _fine(x, like):
-    "Embeddings in float64 where they were given so, and otherwise as they are, in float32"
+    "Embeddings in float64 if given so, otherwise in float32"
     x = torch.as_tensor(x).detach().as_subclass(torch.Tensor)
     return x if x.dtype==torch.float64 else like
 
 # %% ../../nbs/api/retrieval/02_verify.ipynb #b03c7b89
 class OpenSet:
-    "Best scores of queries with something to find and of those without, and what a threshold makes of them"
+    "Best scores of known and unknown queries, and the rates at thresholds"
     def __init__(self,
         score, # Score of the best match of each query, `(q,)`
         right, # Is it of the query's class? `(q,)` bool
@@ -388,7 +388,7 @@ class OpenSet:
 
     @property
     def n_classes(self)->tuple:
-        "How many classes are known, and how many are not"
+        "Number of known and of unknown classes"
         return tuple(len(np.unique(self.labels[o])) for o in (~self.unknown,self.unknown))
 
     def threshold(self,
@@ -417,7 +417,7 @@ class OpenSet:
 
     def interval(self,
         far:float, # False-alarm rate, above 0 and below 1
-    )->tuple|None: # Lower and upper end, or None where there are fewer than 10 classes of a kind
+    )->tuple|None: # Lower and upper end, or None if there are fewer than 10 classes of a kind
         "95 % interval of the rate, over samples of the known and of the unknown classes"
         if min(self.n_classes)<10: return None
         (s,c),(k,z) = ((self.score[o],np.unique(self.labels[o], return_inverse=True)[1]) for o in (self.unknown,~self.unknown))
@@ -439,7 +439,7 @@ class OpenSet:
         return pd.DataFrame.from_dict(rows, orient='index', columns=['threshold','value','2.5 %','97.5 %']).rename_axis(columns='score')
 
     def notes(self)->list: # Sentences
-        "What is said below the table"
+        "Notes below the table"
         (a,b),n = self.n_classes,int(self.unknown.sum())
         res = [f'{len(self.labels)-n:,} queries of {a} known classes and {n:,} of {b} unknown ones',self.said]
         return [*filter(None, res), too_few(min(a, b)) or f'intervals: {self.n_boot} samples of classes']
@@ -460,7 +460,7 @@ def open_set(
     self_exclude=None, # Each query's own index in the gallery, as in `neighbours`
     n_boot:int=1000, # Samples of the classes for an interval
 )->OpenSet:
-    "How many queries are recognised where some are of classes that the gallery does not hold"
+    "Recognition rates if some queries are of classes that are not in the gallery"
     q,g,own = matched(embs, gallery, self_exclude)
     y = as_labels(labels, len(q), device=q.device)
     gy = y if gallery is None else as_labels(gallery_labels, len(g), 'gallery_labels', q.device)

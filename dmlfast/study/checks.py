@@ -1,4 +1,4 @@
-"""Settings are checked before any work is done, changed by their paths, read from TOML and written to it.
+"""Check settings before any work is done, change them by their paths, read and write TOML.
 
 Docs: https://dmlfast.github.io/dmlfast/api/study/checks.html.md"""
 
@@ -27,25 +27,25 @@ from .settings import settings_of, table_settings
 def loss_class(
     name:str, # `'DRTripletLoss'`, `'dr_triplet'`, `'ms'`
 )->type: # Class of the loss
-    "The loss of a name; raises `ValueError` naming the nearest one where there is none"
+    "The loss of a name; raises `ValueError` naming the nearest one if there is none"
     return register_loss[name]
 
 def miner_class(
     name:str, # `'SemiHardMiner'`, `'semi_hard'`
 )->type: # Class of the miner
-    "The miner of a name; raises `ValueError` naming the nearest one where there is none"
+    "The miner of a name; raises `ValueError` naming the nearest one if there is none"
     return register_miner[name]
 
 # %% ../../nbs/api/study/01_checks.ipynb #52905345
 def _same(a, b):
-    "Do two names mean the same loss or miner?"
+    "Do two names stand for the same loss or miner?"
     def _full(name, known): return known.full_name(name) if name in known else plain_name(name, known.what)
     return a==b or isinstance(a, str) and isinstance(b, str) and any(_full(a, o)==_full(b, o) for o in (register_loss,register_miner))
 
 def reader_name(
     data:dict, # The table `data`
 )->str: # Such as `'folder'`
-    "Name of the reader that some settings mean"
+    "Name of the reader in some settings"
     name,path = data.get('reader'),data.get('path')
     for o in ('reader','path'):
         if o in data: declared_settings()[f'data.{o}'].check(data[o])
@@ -56,9 +56,9 @@ def reader_name(
 def built(
     f, # Function or class
     kwargs:dict, # Its arguments
-    what:str, # What to call it where it fails
+    what:str, # Name for the error message
 ):
-    "What `f` makes of settings; raises `ValueError` where it can make nothing of their values"
+    "The result of `f` for some settings; raises `ValueError` if it fails"
     try: return f(**kwargs)
     except (TypeError,AttributeError,ArithmeticError,LookupError) as e: raise ValueError(f"{what} cannot be made of {kwargs}: {e}") from e
 
@@ -80,7 +80,7 @@ def _made(o, f):
 
 # %% ../../nbs/api/study/01_checks.ipynb #e297e44a
 def make_loss(
-    loss:dict, # The table `loss`; nothing: what the recipe or `metric_learner` says
+    loss:dict, # The table `loss`; empty: the default of the recipe or `metric_learner`
 ):
     "The loss of some settings"
     if not loss: return None
@@ -100,7 +100,7 @@ def make_ranking(
 
 # %% ../../nbs/api/study/01_checks.ipynb #92a17029
 def _merged(old, new):
-    "What becomes of a setting when it is changed: a table takes over what is not changed, unless it is now of something else"
+    "The new value of a setting: a table keeps its unchanged values, unless its name changes"
     both = isinstance(new, dict) and isinstance(old, dict) and _same(new.get('name', old.get('name')), old.get('name'))
     return with_settings(old, new) if both else deepcopy(new)
 
@@ -108,7 +108,7 @@ def with_settings(
     settings:dict, # Tables
     changes:dict, # Further tables, or single settings by their path: `{'loss.margin': .3}`
 )->dict: # A copy
-    "Settings with some of them changed; a loss of another name takes nothing over"
+    "Settings with some of them changed; a loss of another name keeps no old values"
     res = deepcopy(settings)
     for k,o in changes.items():
         *path,last = k.split('.')
@@ -123,7 +123,7 @@ def with_settings(
 def allowed_settings(
     settings:dict, # Tables
 )->dict: # `{table: {name: Setting}}`
-    "What each table of some settings can hold; raises `ValueError` for a reader, a loss or a miner that there is not"
+    "Allowed settings of each table; raises `ValueError` for an unknown reader, loss or miner"
     loss,ssr = settings.get('loss', {}),settings.get('ssr', {})
     res = {o:table_settings(o) for o in ('batch','model','fit','loss')}
     res['data'] = table_settings('data', register_reader[reader_name(settings.get('data', {}))], but=('df','check_files'))
@@ -136,7 +136,7 @@ def allowed_settings(
     return res
 
 def _check_table(table, values, known):
-    "Raise `ValueError` for an unknown name in a table, or a value that it cannot have"
+    "Raise `ValueError` for an unknown name in a table, or an invalid value"
     for k,o in values.items():
         if k not in known: raise ValueError(nearest(f'{table}.{k}'.lstrip('.'), [s.path for s in known.values()], 'setting'))
         known[k].check(o)
@@ -145,7 +145,7 @@ def _check_table(table, values, known):
 def recipe_of(
     settings:dict, # Tables
 )->Recipe:
-    "The recipe of some settings, one that says nothing where they name none; raises `ValueError` for an unknown name"
+    "The recipe of some settings, an empty one if they name none; raises `ValueError` for an unknown name"
     return Recipe() if settings.get('recipe') is None else recipes[settings['recipe']]
 
 def sched_name(
@@ -155,7 +155,7 @@ def sched_name(
     return settings.get('fit', {}).get('sched') or recipe_of(settings).fit.get('sched', 'one_cycle')
 
 def _check_fit(settings):
-    "Raise `ValueError` where the settings of a fit make no sense together"
+    "Raise `ValueError` if the settings of a fit contradict each other"
     fit,sched = settings.get('fit', {}),sched_name(settings)
     if fit.get('transfer'): _check_transfer(settings)
     if fit.get('steps') is not None and sched!='step':
@@ -174,7 +174,7 @@ def is_trained(
     return model.get('weights') is not None or model.get('pretrained', True)
 
 def _check_transfer(settings):
-    "Raise `ValueError` for settings that `fit_transfer` would not look at"
+    "Raise `ValueError` for settings that `fit_transfer` would ignore"
     if not is_trained(settings): raise ValueError("`fit.transfer` is for a trained body, and this one begins with random weights.")
     if settings.get('recipe'): raise ValueError("`fit.transfer` and `recipe` both say how to train: take one of them.")
     for o in ('sched','steps','factor','patience','monitor','interpolate','lora'):
@@ -183,7 +183,7 @@ def _check_transfer(settings):
                 "one of them.")
 
 def _check_sense(settings):
-    "Raise `ValueError` where settings contradict each other"
+    "Raise `ValueError` if settings contradict each other"
     if settings.get('fit', {}).get('lora') and settings['fit'].get('n_epoch')==0:
         raise ValueError("`fit.lora` is trained as the network is fitted, and `fit.n_epoch` is 0: leave one of them out.")
     _check_fit(settings)
@@ -204,7 +204,7 @@ def _check_sense(settings):
     if 'ssr' in settings: make_ranking(settings['ssr'], 0)
 
 def _try_loss(loss):
-    "Raise `ValueError` for a loss that four embeddings of two classes cannot be trained with"
+    "Raise `ValueError` for a loss that fails on four embeddings of two classes"
     if loss is None: return
     with torch.random.fork_rng(devices=[]):
         x,y = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0))),torch.tensor([0,0,1,1])
@@ -216,7 +216,7 @@ def _try_loss(loss):
 def check_settings(
     settings:dict, # Tables
 )->dict: # The same
-    "Raise `ValueError` for an unknown name, naming the nearest one, a value of another type, and what makes no sense together"
+    "Raise `ValueError` for an unknown name (with the nearest one), a value of another type, or a contradiction"
     if not isinstance(settings, dict): raise ValueError(f"Settings are a dictionary of tables; got a {type(settings).__name__}.")
     _check_table('', settings, table_settings(''))
     recipe_of(settings)
@@ -231,7 +231,7 @@ def check_settings(
 def read_toml(
     file, # TOML file
 )->dict: # Its tables, as they are
-    "Read a file; raises `ValueError` naming the line where it is malformed"
+    "Read a file; raises `ValueError` with the line of an error in it"
     if not Path(file).is_file(): raise ValueError(f"There is no file {str(file)!r}.")
     try: return tomllib.loads(Path(file).read_text(encoding='utf-8'))
     except (tomllib.TOMLDecodeError,UnicodeDecodeError) as e: raise ValueError(f"{str(file)!r} is not a TOML file: {e}.") from None
@@ -240,7 +240,7 @@ def read_toml(
 def load_settings(
     file, # TOML file
 )->dict: # Tables, checked
-    "Read settings; raises `ValueError` naming the line where the file is malformed, and for unknown names"
+    "Read settings; raises `ValueError` with the line of an error in the file, and for unknown names"
     res = read_toml(file)
     try: return check_settings(res)
     except ValueError as e: raise ValueError(f"{str(file)!r}: {e}") from None
@@ -248,15 +248,15 @@ def load_settings(
 # %% ../../nbs/api/study/01_checks.ipynb #5cbd897a
 def plain_settings(
     o, # Tables, or a value of one
-    where:str='', # Path of it, for the sentence where it cannot be written down
+    where:str='', # Its path, for the error message
     none:bool=False, # Keep None?
 ):
-    "What a file can hold: TOML no None, which is the same as not being there; raises `ValueError` for what is in no settings of a file"
+    "Settings in types of TOML, without None, which means unset; raises `ValueError` for other types"
     if isinstance(o, dict) and all(isinstance(k, str) for k in o):
         return {k:plain_settings(v, f'{where}.{k}' if where else k, none) for k,v in o.items() if none or v is not None}
     if isinstance(o, (list,tuple)): return [plain_settings(v, where, none) for v in o]
     if not (o is None or isinstance(o, (str,int,float,Path))):
-        raise ValueError(f"`{where}` is {o!r}, which cannot be written down: settings are numbers, words, true or false, and lists and "
+        raise ValueError(f"`{where}` is {o!r}, which cannot be stored: settings are numbers, words, true or false, and lists and "
             "tables of these.")
     return str(o) if isinstance(o, Path) else o
 
@@ -265,14 +265,14 @@ def check_nones(
 ):
     "Raise `ValueError` for a None that a file would turn into the argument's default"
     if 'upper' in (m := get_setting(settings, 'loss.miner') or {}) and m['upper'] is None:
-        raise ValueError("`loss.miner.upper` is None, which TOML cannot say: inf means the same.")
+        raise ValueError("`loss.miner.upper` is None, which TOML cannot express: inf means the same.")
 
 # %% ../../nbs/api/study/01_checks.ipynb #1acf791e
 def save_settings(
     settings:dict, # Tables
     file, # Where to
 ):
-    "Write settings as TOML; raises `ValueError` for settings that are not right, or that TOML cannot say"
+    "Write settings as TOML; raises `ValueError` for invalid settings, or values that TOML cannot express"
     check_nones(check_settings(settings))
     write_whole(Path(file), tomli_w.dumps(plain_settings(settings)))
 
@@ -280,6 +280,6 @@ def save_settings(
 def absolute_paths(
     settings:dict, # Tables
 )->dict: # A copy
-    "Settings that mean the same wherever they are read"
+    "Settings with absolute paths, so they can be read from any folder"
     paths = {o.path:get_setting(settings, o.path) for o in declared_settings().values() if o.is_path()}
     return with_settings(settings, {k:str(Path(o).absolute()) for k,o in paths.items() if isinstance(o, (str,Path))})

@@ -1,4 +1,4 @@
-"""What the results of an experiment say: means and their intervals over seeds, paired differences, tables and pictures.
+"""The results of an experiment: means and intervals over seeds, paired differences, tables and pictures.
 
 Docs: https://dmlfast.github.io/dmlfast/api/study/comparison.html.md"""
 
@@ -25,7 +25,7 @@ from .plans import *
 
 # %% ../../nbs/api/study/05_comparison.ipynb #0771bcbb
 class Results(Plan):
-    "A plan and what came of it, read from the file of its results; raises `ValueError` where the file is of something else"
+    "A plan and what came of it, read from the file of its results; raises `ValueError` if the file is of something else"
     def __init__(self,
         plan, # TOML file, or a dictionary
         out, # File of the results, one line of JSON each; it need not be there yet
@@ -103,7 +103,7 @@ def difference(self:Results,
 def compared(self:Results,
     pairs=None, # Pairs of names, the second may be `'features'`; each method with its twin if not given
 )->list: # Pairs of names
-    "Those pairs that have two seeds or more in common"
+    "Pairs with at least two common seeds"
     if pairs is None: pairs = [(o,m['twin']) for o,m in self.methods.items() if 'twin' in m]
     elif pairs and isinstance(pairs[0], str): pairs = [pairs]
     return [o for o in pairs if len(self.difference(*o))>1]
@@ -123,7 +123,7 @@ def differences(self:Results,
 # %% ../../nbs/api/study/05_comparison.ipynb #3a19b153
 @patch
 def choices(self:Results)->pd.DataFrame: # One row a method; none where no search has begun
-    "What each search chose, its score on the validation classes, and how many trials were pruned"
+    "Settings chosen by each search, its validation score, and the number of pruned trials"
     def _row(o):
         trials = self.rows('trial', o)
         best = max((t for t in trials if t['state']=='COMPLETE'), key=lambda t: t['value'])
@@ -136,7 +136,7 @@ def choices(self:Results)->pd.DataFrame: # One row a method; none where no searc
 def seen(self:Results,
     methods=None, # Names; all that have runs if not given
 )->pd.DataFrame: # One row a method, a column for each number
-    "What trainers gave beside the embeddings, means over the runs: `train_run` what the `TrainingDoctor` saw in the last epoch"
+    "Facts from the trainers, means over the runs; `train_run` gives the `TrainingDoctor`'s measurements of the last epoch"
     rows = {o:pd.DataFrame([r['seen'] for r in self.runs(o)]) for o in self._named(methods)}
     return method_frame([{'method':k, **o.mean().to_dict()} for k,o in rows.items() if o.size])
 
@@ -164,7 +164,7 @@ def plot_differences(self:Results,
     pairs=None, # Pairs of names, the second may be `'features'`; each method with its twin if not given
     ax:plt.Axes=None, # Where to; a new figure if not given
 )->plt.Axes:
-    "Draw each method minus another one: seeds, mean and 95 % interval; raises `ValueError` where no pair has two seeds in common"
+    "Draw each method minus another one: seeds, mean and 95 % interval; raises `ValueError` if no pair has two seeds in common"
     if not (pairs := self.compared(pairs)):
         raise ValueError("There is nothing to draw: no two methods that are compared, a method with its `twin` if none are named, have "
             "two seeds in common.")
@@ -181,7 +181,7 @@ def plot_sweep(self:Results,
     measure:str='recall@1', # Name of a measure
     ax:plt.Axes=None, # Where to; a new figure if not given
 )->plt.Axes:
-    "Draw a method and those that are like it against the setting in which they differ; raises `ValueError` where there are none"
+    "Plot a method and those like it against the setting in which they differ; raises `ValueError` if there are none"
     x = {o:get_setting(self.chosen(o) or {}, path) for o,m in self.methods.items() if like in (o,m.get('like')) and self.runs(o)}
     x = dict(sorted(((o,v) for o,v in x.items() if v is not None), key=lambda o: o[1]))
     if not x:
@@ -198,7 +198,7 @@ def plot_sweep(self:Results,
 # %% ../../nbs/api/study/05_comparison.ipynb #f3d07649
 @patch
 def features(self:Results)->dict: # First method of a body to its line
-    "The lines of features in the file that the plan's methods begin with, and that are scored by all its measures"
+    "Lines of the features that the plan's methods begin with, if scored by all its measures"
     rows = [o for o in self.rows('features') if all(m in o['scores'] for m in self.measures)]
     found = {k:next((o for o in rows if o['body']==json.loads(json.dumps(b))), None) for k,(b,_) in self.bodies().items()}
     return {k:o for k,o in found.items() if o}
@@ -208,7 +208,7 @@ def theirs(self:Results,
     method:str, # Name of a method
     measure:str, # Name of a measure
 )->float: # From 0 to 1
-    "Score of the features that a method begins with; raises `ValueError` where the file has none"
+    "Score of the features that a method begins with; raises `ValueError` if the file has none"
     self.values(method, measure) # which raises for a measure or a method that is not there
     first = next((k for k,(_,names) in self.bodies().items() if method in names), None)
     if (row := self.features().get(first)) is None:
@@ -221,7 +221,7 @@ def embedded(self:Results,
     method:str, # Name of a method
     seed:int, # Seed of a run
 )->Embedded: # With the images, where the data set is there
-    "The test embeddings of a run, to be measured by whatever was not thought of; raises `ValueError` where they were not kept"
+    "The test embeddings of a run, for further metrics; raises `ValueError` if they were not kept"
     self.methods[method]
     file = self._kept('embeddings', f'{method}-{seed}.safetensors')
     if not file.is_file():
@@ -245,12 +245,12 @@ def chosen(self:Results,
     trials = self.rows('trial', method)
     if len(trials)<self.search['n_trials']: return None
     done = [o for o in trials if o['state']=='COMPLETE']
-    if not done: raise ValueError(f"None of the {len(trials)} trials of {method!r} came to its end, so that nothing can be chosen.")
+    if not done: raise ValueError(f"None of the {len(trials)} trials of {method!r} finished, so nothing can be chosen.")
     return with_settings(self.settings(method), max(done, key=lambda o: o['value'])['params'])
 
 @patch
 def check_rows(self:Results):
-    "Raise `ValueError` where the file is of something else, or of a method that was another one then; older lines do not say, and count"
+    "Raise `ValueError` if the file is of something else, or of a method with other settings; older lines without settings are accepted"
     if self.out.is_dir():
         raise ValueError(f"Results are lines in a file, and {str(self.out)!r} is a folder: name a file in it, such as "
             f"{str(self.out/'results.jsonl')!r}.")
@@ -276,7 +276,7 @@ def check_rows(self:Results):
 # %% ../../nbs/api/study/05_comparison.ipynb #947f70e2
 @patch
 def _lines(self:Results):
-    "The lines of the file, read again only where it has changed"
+    "The lines of the file, read again only if it has changed"
     if not self.out.exists(): return []
     now = (o := self.out.stat()).st_ino,o.st_size,o.st_mtime_ns # before it is read: what is added in the meantime is seen the next time
     if getattr(self, '_read', (None,))[0]!=now:
@@ -291,13 +291,13 @@ def _lines(self:Results):
 
 @patch
 def _kept(self:Results, what, name):
-    "Where something of a run is kept: methods are names of files"
+    "Path of something kept of a run; methods are file names"
     return self.out.parent/f'{self.out.stem}-{what}'/name
 
 def method_frame(
     rows:list, # Dictionaries, each with a `method`
 )->pd.DataFrame: # One row a method; the heading of their names stands in the line of the columns
-    "A table with a row for each method; empty where there are none"
+    "A table with a row for each method; empty if there are none"
     return pd.DataFrame(rows).set_index('method').rename_axis(index=None, columns='method') if rows else pd.DataFrame()
 
 def _said(m, _, hi): return f'{m:.{_digits(m)}f}' + (f' ± {hi-m:.{_digits(m)}f}' if hi==hi else '')
@@ -308,7 +308,7 @@ def _digits(mean): return 1 if mean>=10 else 2
 def _named(self:Results, methods): return listify(methods) or list(self.methods)
 
 def _label(body, bodies):
-    "What features are called: by that in which bodies differ, where there are several"
+    "Name of the features; with several bodies, from the setting in which they differ"
     differ = [k for k in dict.fromkeys(k for o in bodies for k in o) if len({str(o.get(k)) for o in bodies})>1]
     said = ', '.join(str(body[k]) for k in differ if k in body)
     return 'features' + f" ({said or 'default'})"*(len(bodies)>1)
@@ -322,7 +322,7 @@ def _baselines(self:Results, methods):
 
 @patch
 def _beside(self:Results, method, other, measure):
-    "Scores by seed of what a method is compared with; features have the same for each of its seeds"
+    "Scores by seed of the method to compare with; features have the same score for each seed"
     return dict.fromkeys(self.values(method, measure), self.theirs(method, measure)) if other=='features' else self.values(other, measure)
 
 def _draw_runs(ax, rows, least=-math.inf, most=math.inf):

@@ -1,4 +1,4 @@
-"""Experiments that can be believed: settings chosen on training classes, many seeds, every number written down as it comes.
+"""Fair experiments: settings chosen on training classes, many seeds, every result stored at once.
 
 Docs: https://dmlfast.github.io/dmlfast/api/study/experiments.html.md"""
 
@@ -33,7 +33,7 @@ from .comparison import method_frame
 
 # %% ../../nbs/api/study/06_experiments.ipynb #62b94cc2
 class Experiment(Results):
-    "A plan that is carried out: trials, runs and the scores of features, each written down as it comes"
+    "A plan that is run: trials, runs and scores of features, each written at once"
     def __repr__(self): return f'{self.name}: {len(self.methods)} methods\n{self.todo().to_string()}'
 
 @patch
@@ -41,7 +41,7 @@ def run(self:Experiment,
     until:float=None, # Begin nothing after this many seconds; none: to the end
     log=None, # Function of a line of text, called for each piece of work
 )->pd.DataFrame: # As `todo`
-    "Work until all is done; of several processes, the first finds and writes what the others train with it"
+    "Work until everything is done; of several processes, the first one finds and writes, and the others train with it"
     self.check()
     began = time.time()
     if not is_first(): return self.follow()
@@ -52,8 +52,8 @@ def run(self:Experiment,
     return self.todo()
 
 @patch
-def step(self:Experiment)->dict: # What was written down; None if there was nothing to do
-    "Do one piece of work that nobody else does"
+def step(self:Experiment)->dict: # The written line; None if there was nothing to do
+    "Do one free piece of work"
     for job in self.jobs():
         method,seed = job
         if method!='features' and seed is not None and self.chosen(method) is None: continue
@@ -65,7 +65,7 @@ def step(self:Experiment)->dict: # What was written down; None if there was noth
 
 @patch
 def todo(self:Experiment)->pd.DataFrame: # One row a method, and before them one for the features if there are any to score
-    "Trials and runs of each method: how many there are, and how many there will be"
+    "Finished and planned trials and runs of each method"
     def _row(name):
         n_trials = self.search['n_trials'] if self.space(name) else 0
         done = {o['seed'] for o in self.rows('run', name)}
@@ -78,7 +78,7 @@ def todo(self:Experiment)->pd.DataFrame: # One row a method, and before them one
 # %% ../../nbs/api/study/06_experiments.ipynb #2b83fae3
 @patch
 def jobs(self:Experiment)->list: # Pairs: `'features'` and a method that begins with them, or a method and a seed, None for its next trial
-    "What is left to do, in the order of the plan"
+    "Remaining work, in the order of the plan"
     res = []
     for name in self.methods:
         if self.space(name) and len(self.rows('trial', name))<self.search['n_trials']: res.append((name,None))
@@ -89,7 +89,7 @@ def jobs(self:Experiment)->list: # Pairs: `'features'` and a method that begins 
 
 @patch
 def n_left(self:Experiment)->int: # Trials, runs and features
-    "How much is left to do"
+    "Amount of remaining work"
     return sum(1 if seed is not None else self.search['n_trials']-len(self.rows('trial', o)) for o,seed in self.jobs())
 
 @patch
@@ -102,7 +102,7 @@ def _locked(self:Experiment, job):
     except filelock.Timeout: return None
 
 def _came(o):
-    "What came of a piece of work"
+    "The result of a piece of work"
     if o['kind']=='trial': return f"{o['method']}, trial {o['number']}: {o['value']:.4f}" + (', given up' if o['state']=='PRUNED' else '')
     name,value = next(iter(o['scores'].items()))
     if o['kind']=='features': return f"features of {o['body']['arch']}: {name} {value:.4f}"
@@ -112,7 +112,7 @@ def _came(o):
 def write(self:Experiment,
     row:dict, # What to write
 )->dict: # The same
-    "Add a line, whole, also where a process was killed while it wrote the one before"
+    "Add a complete line, even if the line before is incomplete because a process was killed"
     self.out.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f'{self.out}.lock'):
         old = self.out.read_bytes()[-1:] if self.out.exists() else b'\n'
@@ -156,7 +156,7 @@ def train(self:Experiment,
 def study(self:Experiment,
     method:str, # Name of a method
 ): # `optuna.Study`
-    "The search of a method, as far as it has come"
+    "The search of a method so far"
     optuna,space,done = load_optuna(),distributions(self.space(method)),self.rows('trial', method)
     study = make_study(seed=self.search['seed']+len(done))
     for o in done:
@@ -169,7 +169,7 @@ def study(self:Experiment,
 def run_trial(self:Experiment,
     method:str, # Name of a method
 )->dict: # What was written down
-    "Try settings on the validation classes, and write down what came of it"
+    "Try settings on the validation classes, and write the result"
     optuna = load_optuna()
     study,settings = self.study(method),self.settings(method)
     trial = study.ask()
@@ -184,7 +184,7 @@ def run_trial(self:Experiment,
     except optuna.TrialPruned: state = 'PRUNED'
     except Diverged: scores.append(0.)
     if not scores:
-        raise ValueError(f"The trainer of {method!r} reported no score in a trial: it calls `report(epoch, score)` after each epoch.")
+        raise ValueError(f"The trainer of {method!r} reported no score in a trial: it must call `report(epoch, score)` after each epoch.")
     return self.write(dict(kind='trial', method=method, plan=self.hash_of(method), data_hash=self.facts()['data_hash'],
         number=trial.number, params=params, state=state, value=scores[-1],
         scores=scores, seconds=round(time.time()-began, 1), cpu_seconds=round(time.process_time()-start, 1)))
@@ -213,14 +213,14 @@ def run_seed(self:Experiment,
 
 @patch
 def facts(self:Experiment)->dict:
-    "What a run was made with: versions, commit, and a hash of which image has which label in which split"
+    "Versions, commit, and a hash of images, labels and splits"
     if not hasattr(self, '_facts'):
         n = {'processes':num_distrib()} if num_distrib()>1 else {}
         self._facts = dict(**about_run(self.ds), commit=_commit(), machine=platform.machine(), **n)
     return self._facts
 
 def _commit():
-    "Commit of the source, where it is a repository"
+    "Commit of the source, if it is a repository"
     def _git(*words):
         return subprocess.run(['git',*words], cwd=Path(dmlfast.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
     # the first asks whether the file is ours: an environment may lie in a repository of others
@@ -229,7 +229,7 @@ def _commit():
 
 @patch
 def _tested(self:Experiment, method, embs, labels, **facts):
-    "What a trainer gave for the test classes, with what is known of their items; None for a run that diverged"
+    "Test embeddings of a trainer, with facts about their items; None for a run that diverged"
     if embs is None: return
     items,df = self.ds.items('test'),self.ds.df[self.ds.df.split=='test']
     if len(embs)!=len(items) or len(labels)!=len(items):
@@ -242,7 +242,7 @@ def _tested(self:Experiment, method, embs, labels, **facts):
 
 @patch
 def _score(self:Experiment, emb):
-    "Scores of the test classes; the worst for a run that diverged"
+    "Scores of the test classes; the worst possible for a run that diverged"
     if emb is None: return {k:float(less_is_better(k)) for k in self.measures} # the worst there is
     res = emb.evaluate(self.measures)
     return {k:round(float(res[k]), 6) for k in self.measures}
@@ -252,7 +252,7 @@ def _score(self:Experiment, emb):
 def run_features(self:Experiment,
     method:str, # Name of a method whose body is trained
 )->dict: # What was written down
-    "Score the frozen features that a method begins with on the test classes; raises `ValueError` where it has none"
+    "Score the frozen features that a method begins with on the test classes; raises `ValueError` if it has none"
     body = next((b for b,names in self.bodies().values() if method in names), None)
     if body is None:
         raise ValueError(f"Method {method!r} begins with random weights or has a trainer of its own, so that there are no features to "
@@ -270,7 +270,7 @@ def run_features(self:Experiment,
 # %% ../../nbs/api/study/06_experiments.ipynb #41d255e5
 @patch
 def check(self:Experiment):
-    "Raise `ValueError` for what would stop the experiment on its way, before it begins"
+    "Raise `ValueError` before the experiment begins, for anything that would stop it later"
     if own := [o for o in self.methods if num_distrib()>1 and 'trainer' in self.methods[o]]:
         raise ValueError(f"Method {own[0]!r} has a trainer of its own, which several processes cannot share: train in one.")
     self.check_data()
@@ -278,7 +278,7 @@ def check(self:Experiment):
 
 @patch
 def check_data(self:Experiment):
-    "Raise `ValueError` where the data set lacks classes that the experiment needs, or is not the one that the results are of"
+    "Raise `ValueError` if the data set lacks needed classes, or is not that of the results"
     metric_names(self.measures, drawn=self.ds.random_gallery, curve=False)
     need,df = ['test'] + ['val']*any(self.space(o) for o in self.methods),self.ds.df
     for o in need:
@@ -293,7 +293,7 @@ def check_data(self:Experiment):
 
 @patch
 def check_models(self:Experiment):
-    "Raise `ValueError` where the network of a method with work left, or the file of its weights, is not there"
+    "Raise `ValueError` if the network or weights of a method with remaining work are missing"
     for o in dict.fromkeys(o for o,_ in self.jobs() if o!='features' and 'trainer' not in self.methods[o]):
         m = self.settings(o).get('model', {})
         try: check_arch(m.get('arch', 'resnet18'), m.get('weights'))
@@ -301,7 +301,7 @@ def check_models(self:Experiment):
 
 # %% ../../nbs/api/study/06_experiments.ipynb #4699a920
 @patch
-def hours_left(self:Experiment)->float: # nan where only other libraries' methods are left, of which nothing was measured
+def hours_left(self:Experiment)->float: # nan if only other libraries' methods are left, of which nothing was measured
     "Estimate of the hours of computing that are left, for one process"
     jobs = self.jobs()
     if not jobs: return 0.
@@ -314,14 +314,14 @@ def hours_left(self:Experiment)->float: # nan where only other libraries' method
 
 @patch
 def _n_images(self:Experiment):
-    "Images that a trial trains on in an epoch, those that a run trains on, and as many as take the time of features"
+    "Training images per epoch of a trial and of a run, and the equivalent number for scoring features"
     split = self.ds.df.split
     features = int((split=='test').sum())/3 # without a backward pass
     return dict(trial=int((split=='train').sum()), run=int((split!='test').sum()), features=features)
 
 @patch
 def _rate(self:Experiment):
-    "Seconds for one image of one epoch: the median of what was measured, or a few steps where nothing was"
+    "Seconds per image and epoch: the median of measured ones, or from a few steps"
     n = self._n_images()
     def _images(o): return n[o['kind']]*(len(o['scores']) if o['kind']=='trial' else ifnone(n_epochs(o['settings']), 1))
     rows = [o for o in self.rows() if o['method'] in self.methods and o['seconds']]
@@ -346,8 +346,8 @@ def _timed_rate(self:Experiment):
 
 # %% ../../nbs/api/study/06_experiments.ipynb #86c63971
 def hours_said(
-    hours:float, # nan where it is not known
+    hours:float, # nan if it is not known
 )->str: # Such as `'about 1.5 hours'`
-    "A time in words"
+    "A time as text"
     if hours!=hours: return 'for how long is not known before one of them is finished'
     return f'about {hours:.1f} hours' if hours>=1 else f'about {60*hours:.0f} minutes' if hours>=1/30 else 'a minute or two'

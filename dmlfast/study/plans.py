@@ -1,4 +1,4 @@
-"""What an experiment is to do, written down and checked before it begins: methods, their settings and seeds, and where each search looks.
+"""The plan of an experiment, checked before it begins: methods, their settings and seeds, and search spaces.
 
 Docs: https://dmlfast.github.io/dmlfast/api/study/plans.html.md"""
 
@@ -28,7 +28,7 @@ from .tuning import check_count, check_metric, plain_space
 
 # %% ../../nbs/api/study/04_plans.ipynb #e2f44a2a
 class Plan:
-    "Methods to be tuned alike, trained with several seeds and compared; raises `ValueError` for a plan that cannot be"
+    "Methods to tune equally, train with several seeds and compare; raises `ValueError` for an invalid plan"
     def __init__(self,
         plan, # TOML file, or a dictionary
         ds:MetricDataset=None, # Data set; that of the settings if not given
@@ -58,7 +58,7 @@ class Plan:
     def settings(self,
         method:str, # Name of a method
     )->dict: # Tables
-        "What a method begins with"
+        "The settings that a method begins with"
         like = self.methods[method].get('like')
         return self._own(method, self.settings(like) if like else {'seed':0, **self.plan['settings']})
 
@@ -70,7 +70,7 @@ class Plan:
     def space(self,
         method:str, # Name of a method
     )->dict: # Path of a setting to where to look
-        "Where to look for its settings; nothing for a method without a search"
+        "Search space of a method; empty for a method without a search"
         m = self.methods[method]
         return {} if 'like' in m else m['space'] if 'space' in m else settings_space(self.settings(method))
 
@@ -81,7 +81,7 @@ class Plan:
 def hash_of(self:Plan,
     method:str, # Name of a method
 )->str: # 8 hexadecimal digits
-    "What tells whether a line was written by the method as the plan has it now: its settings and where it looks for them"
+    "A hash of a method's settings and search space, to match lines of results with the plan"
     what = dict(settings={k:o for k,o in self.settings(method).items() if k!='data'}, space=self.space(method),
         search={k:self.search[k] for k in ('n_epoch','metric')})
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:8]
@@ -94,7 +94,7 @@ def train_run(
     report=None, # Function of epoch and score, in a trial
     save:Path=None, # Folder to write the embedder to; what a killed process left there is replaced
     metric:str=None, # Column of the score
-)->tuple: # Embeddings `(n,d)`, labels `(n,)`, and what is worth keeping
+)->tuple: # Embeddings `(n,d)`, labels `(n,)`, and facts to keep
     "Train a method of this library"
     s = with_settings(settings, {'batch.valid':valid if report else 'none'})
     doctor = TrainingDoctor()
@@ -116,7 +116,7 @@ def _share_out(dl):
     dl.bs //= n
 
 def _seen(doctor):
-    "Means of what the doctor saw in the last epoch"
+    "Means of the doctor's measurements in the last epoch"
     if not doctor.steps: return {}
     last = [o for o in doctor.steps if o['epoch']==doctor.steps[-1]['epoch']]
     names = [k for k,v in last[-1].items() if isinstance(v, float)]
@@ -126,7 +126,7 @@ def _seen(doctor):
 def trainer(self:Plan,
     method:str, # Name of a method
 ): # Function as `train_run`
-    "What trains a method"
+    "The function that trains a method"
     where = self.methods[method].get('trainer')
     if where is None: return train_run
     file,_,name = where.partition(':')
@@ -150,7 +150,7 @@ def bodies(self:Plan)->dict: # First method to what its features depend on, and 
     return res
 
 def _body(settings):
-    "What the frozen features of some settings depend on; None where the body begins with random weights"
+    "Settings that determine the frozen features; None if the body begins with random weights"
     m,r = settings.get('model', {}),recipe_of(settings)
     if not is_trained(settings): return
     batch = {**r.data, **settings.get('batch', {})}
@@ -169,7 +169,7 @@ class _Methods(dict):
     def __missing__(self, name): raise ValueError(nearest(name, list(self), 'method'))
 
 def _read_plan(file, above=()):
-    "The table in a TOML file, with what it takes over from its base"
+    "The table in a TOML file, merged with its base"
     plan = read_toml(file)
     if (name := plan.pop('base', None)) is None: return plan
     if not isinstance(name, str): raise ValueError(f"`base` is the name of a file beside {str(file)!r}; got {name!r}.")
@@ -183,21 +183,21 @@ def _read_plan(file, above=()):
     return {**base, **plan, 'settings':with_settings(base.get('settings', {}), plan.get('settings', {})), 'methods':methods}
 
 def _seeds(o):
-    "Seeds as a list; raises `ValueError` for what is none"
+    "Seeds as a list; raises `ValueError` for anything else"
     res = list(range(o)) if isinstance(o, int) and not isinstance(o, bool) else list(o) if isinstance(o, (list,tuple)) else []
     if not res or any(not isinstance(v, int) or isinstance(v, bool) or v<0 for v in res) or len(set(res))<len(res):
         raise ValueError(f"`seeds` is how many there are, 1 or more, or a list of different whole numbers; got {o!r}.")
     return res
 
 def _measures(plan):
-    "By what runs are scored; raises `ValueError` for what is no metric with one number"
+    "Metrics of the runs; raises `ValueError` unless each is a metric with one number"
     o = plan.get('measures', ['recall','map@r'])
     if not (res := metric_names(o if isinstance(o, str) else listify(o), curve=False)):
         raise ValueError("`measures` are one or more metrics, such as 'map@r'; got none.")
     return res
 
 def _written(name, m):
-    "What a method says, as results are written down and read again; raises `ValueError` for what cannot be"
+    "The values of a method in types of JSON; raises `ValueError` for other types"
     def _one(k, o): return plain_space(o) if k=='space' and isinstance(o, dict) else plain_settings(o, k, True)
     try: return {k:_one(k, o) for k,o in m.items()}
     except ValueError as e: raise ValueError(f"{name}: {e}") from None
@@ -207,7 +207,7 @@ def _written(name, m):
 def check_method(self:Plan,
     method:str, # Name of a method
 ):
-    "Raise `ValueError` where its settings, its space or its trainer cannot be"
+    "Raise `ValueError` if settings, space or trainer of a method are invalid"
     ours = 'trainer' not in self.methods[method]
     try:
         space = self.space(method)
@@ -225,7 +225,7 @@ def check_method(self:Plan,
 
 # %% ../../nbs/api/study/04_plans.ipynb #76cc4d02
 def _check_plan(plan):
-    "Raise `ValueError` for a word that is not known, or a method that refers to none"
+    "Raise `ValueError` for an unknown word, or a reference to an unknown method"
     if not isinstance(plan, dict): raise ValueError(f"An experiment is a TOML file or a dictionary; got a {type(plan).__name__}.")
     for k,o in plan.items():
         if k not in _top: raise ValueError(f"{nearest(k, _top, 'word')} An experiment has {', '.join(map(repr, _top))}.")
@@ -243,7 +243,7 @@ def _check_plan(plan):
     if any('trainer' not in m for m in methods.values()): check_metric(plan.get('search', {}).get('metric', 'map@r'))
 
 def _check_search(search):
-    "Raise `ValueError` for a search that cannot be"
+    "Raise `ValueError` for an invalid search"
     for k in search:
         if k not in _search: raise ValueError(nearest(f'search.{k}', [f'search.{o}' for o in _search], 'word'))
     for k in ('n_trials','n_epoch'): check_count(f'search.{k}', search.get(k, 1))
@@ -251,7 +251,7 @@ def _check_search(search):
         raise ValueError(f"`search.seed` is a whole number, 0 or more; got {o!r}.")
 
 def _check_method(name, m, methods):
-    "Raise `ValueError` for a word of a method that is not known, or that contradicts another"
+    "Raise `ValueError` for an unknown word of a method, or one that contradicts another"
     _check_name(name)
     if m is False: raise ValueError(f"Method {name!r} is `false`, which leaves out a method of a base, and this plan has none.")
     if not isinstance(m, dict): raise ValueError(f"Method {name!r} is a table; got {m!r}.")
@@ -274,7 +274,7 @@ def _check_method(name, m, methods):
     if 'seeds' in m: _seeds(m['seeds'])
 
 def _check_name(name):
-    "Raise `ValueError` for the name of a method that is no name of a file: locks and kept models are called so"
+    "Raise `ValueError` if the name of a method is not a valid file name: locks and kept models use it"
     ok = isinstance(name, str) and name and name[0]!='.' and name.isprintable() and len(name.encode())<=200
     if not ok or set(name) & set('/\\:*?"<>|'):
         raise ValueError(f"Method {shortened(name)}: files are called by the names of methods. Such a name does not begin with a dot, is "

@@ -1,4 +1,4 @@
-"""A run as plain settings: a table of names and numbers that becomes a learner, a search, or a file.
+"""From settings to a learner, a fit, and a folder with all results.
 
 Docs: https://dmlfast.github.io/dmlfast/api/study/runs.html.md"""
 
@@ -54,14 +54,14 @@ def _lr(fit):
 
 # %% ../../nbs/api/study/02_runs.ipynb #5dde1097
 def _stepped(steps, factor, n_epoch):
-    "Function of the rates to a schedule which multiplies them after some epochs"
+    "A function from rates to a schedule that multiplies them after some epochs"
     def _sched(lrs):
         def _inner(pos): return lrs*factor**sum(pos*n_epoch>=o-1e-6 for o in steps)
         return _inner
     return _sched
 
 def _sched(settings, n_epoch):
-    "What `fit_recipe` takes as a schedule"
+    "The schedule for `fit_recipe`"
     fit,name = settings.get('fit', {}),sched_name(settings)
     steps,factor = fit.get('steps'),fit.get('factor')
     if not n_epoch or steps is None and factor is None: return name
@@ -76,14 +76,14 @@ def n_epochs(
     return ifnone(settings.get('fit', {}).get('n_epoch'), recipe_of(settings).fit.get('n_epoch'))
 
 def _arguments(settings, table):
-    "What a table says to the function whose arguments it holds: all but the settings that do themselves what they say"
+    "The values of a table that are arguments of its function, without registered settings"
     known = table_settings(table)
     return {k:o for k,o in settings.get(table, {}).items() if not known[k].apply}
 
 def as_device(
     name, # Such as `'cpu'` or `'cuda:1'`, or a `torch.device`
 )->torch.device:
-    "A device; raises `ValueError` where this machine has no such one"
+    "A device; raises `ValueError` if this machine does not have it"
     try: torch.zeros(1, device=name).item()
     except (RuntimeError,AssertionError,NotImplementedError):
         have = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
@@ -118,7 +118,7 @@ def make_learner(
     return learn
 
 def _trackers(settings):
-    "Callbacks that keep the best epoch and stop when there is no better one, if there is a column to go by"
+    "Callbacks that keep the best epoch and stop early, if there is a column to monitor"
     fit = {**recipe_of(settings).fit, **settings.get('fit', {})}
     if not (monitor := fit.get('monitor')): return L()
     comp = np.less if less_is_better(monitor) else None # None: as fastai chooses
@@ -133,7 +133,7 @@ def fit_settings(
     plan:dict=None, # What `plan_transfer` gave, where the settings ask for `fit_transfer`
     best=None, # File for the weights of its best epoch
 )->MetricLearner: # The same
-    "Fit as some settings say; raises `ValueError` where nothing says for how many epochs"
+    "Fit with some settings; raises `ValueError` without a number of epochs"
     fit,n_epoch = settings.get('fit', {}),ifnone(n_epoch, n_epochs(settings))
     if n_epoch is None: raise ValueError("Nothing says for how many epochs to fit: set `fit.n_epoch`, or a `recipe`.")
     if n_epoch and fit.get('transfer'):
@@ -148,7 +148,7 @@ def fit_settings(
     return learn
 
 def _transfer_args(settings):
-    "What `fit_transfer` and `plan_transfer` are told of how to train"
+    "Arguments for `fit_transfer` and `plan_transfer`"
     fit = settings.get('fit', {})
     return {k:fit[k] for k in ('lr','body_lr','head_epochs')
         if fit.get(k) is not None} | dict(freeze_bn=settings.get('model', {}).get('freeze_bn'))
@@ -165,9 +165,9 @@ _run_files = 'settings.toml','transfer.json','history.csv','checkpoint','best.pt
 def check_run_folder(
     out:Path, # Folder
     resume:bool, # Go on with the run in it?
-    overwrite:bool, # Begin anew?
+    overwrite:bool, # Start again?
 ):
-    "Raise `FileExistsError` or `FileNotFoundError` where a run cannot be written to a folder"
+    "Raise `FileExistsError` or `FileNotFoundError` if a run cannot be written to a folder"
     if resume and overwrite: raise ValueError("`resume` goes on with a run and `overwrite` begins it anew: take one of them.")
     is_run = (out/'settings.toml').is_file()
     if resume and not is_run: raise FileNotFoundError(f"There is no run to resume in {str(out)!r}.")
@@ -178,12 +178,12 @@ def check_run_folder(
 def can_resume(
     out, # Folder of a run
 )->bool:
-    "Is there something in it to go on from?"
+    "Does the folder hold a run that can be resumed?"
     return (Path(out)/'checkpoint'/'checkpoint.pt').is_file()
 
 # %% ../../nbs/api/study/02_runs.ipynb #040566e9
 class History(Callback):
-    "Write a row for each epoch to a CSV file, also those of a run that goes on"
+    "Write a row for each epoch to a CSV file, also for a resumed run"
     order,run_valid = 98,False # before Checkpoint, so that no epoch is stored without its row
     def __init__(self,
         file, # Where to
@@ -202,7 +202,7 @@ class History(Callback):
 
 # %% ../../nbs/api/study/02_runs.ipynb #645b511c
 def _begin(learn, settings, out, resume, overwrite):
-    "Make the folder of a run, and put the learner where its checkpoint left it"
+    "Make the folder of a run, and restore the learner from its checkpoint"
     def _folder():
         if overwrite: remove_files(out, _run_files)
         out.mkdir(parents=True, exist_ok=True)
@@ -212,14 +212,14 @@ def _begin(learn, settings, out, resume, overwrite):
     else: learn.add_cb(Checkpoint(out/'checkpoint'))
 
 def _scores(learn):
-    "Scores on the validation classes, by the name of their split, and their gain over the features; nothing where there are none"
+    "Scores on the validation classes, by the name of their split, and their gain over the features; nothing if there are none"
     if not len(learn.dls.valid.dataset): return dict(scores={})
     split,known = 'test' if learn.measures_on_test() else 'val',getattr(learn, 'head_start', None) is not None
     res = learn.evaluate()
     return dict(scores={split:res.to_dict()}) | (dict(gain={split:gain_of(learn, res).to_dict()}) if known else {})
 
 def _plan(learn, settings, out):
-    "What a transfer decides, found once for a run and kept in its folder; None where the settings ask for none"
+    "The decisions of a transfer, made once per run and kept in its folder; None without a transfer"
     file = out/'transfer.json'
     if not settings.get('fit', {}).get('transfer') or not n_epochs(settings): return
     def _found(): return json.loads(file.read_text(encoding='utf-8')) if can_resume(out) and file.is_file() else None
@@ -231,7 +231,7 @@ def _plan(learn, settings, out):
 def about_run(
     dls, # `DataLoaders` of a `MetricDataset`, or that itself
 )->dict: # Plain numbers and strings
-    "What a run was made with: versions, and a hash of which image has which label in which split"
+    "Versions, and a hash of images, labels and splits"
     keep = 'dmlfast','Python','fastai','torch','timm','system'
     return dict(versions={k:v for k,v in run_versions().items() if k in keep}, data=getattr(getattr(dls, 'source', dls), 'name', ''),
         data_hash=split_hash(dls))
@@ -241,12 +241,12 @@ def train_settings(
     out, # Folder of the run, which must not be there unless one of the next two says otherwise
     ds:MetricDataset=None, # Data set; that of the table `data` if not given
     resume:bool=False, # Go on with the interrupted run in `out`?
-    overwrite:bool=False, # Take away the run in `out` and begin anew?
+    overwrite:bool=False, # Remove the run in `out` and start again?
     report:bool=False, # Write a page about it?
     plain:bool=False, # Print a plain table instead of progress bars?
     cbs=None, # Further callbacks
 )->dict: # What `results.json` holds
-    "Train, measure, and leave all in a folder, but nothing of a failed first epoch; raises `FileExistsError` rather than overwrite"
+    "Train, measure, and write everything into a folder, or nothing if the first epoch fails; raises `FileExistsError` for an old run"
     out = Path(out)
     if is_first(): check_run_folder(out, resume, overwrite)
     if resume and (out/'results.json').is_file(): return json.loads((out/'results.json').read_text(encoding='utf-8'))
@@ -273,14 +273,12 @@ def _run(learn, settings, out, report):
     first_does(lambda: write_whole(out/'results.json', json.dumps(res, indent=1, ensure_ascii=False)))
     return res
 
-
-
 # %% ../../nbs/api/study/02_runs.ipynb #deee9442
 def features_of(
     settings:dict, # Tables of a run
     embedder:ImageEmbedder, # What came of it
 )->ImageEmbedder|None: # Its embeddings are the pooled features of the body that the run began with; None for random weights
-    "The embedder that a run began with, as far as its settings say; raises `RuntimeError` where the weights cannot be had"
+    "The original embedder of a run, from its settings; raises `RuntimeError` if the weights are not available"
     if not is_trained(settings) or isinstance(embedder.model.named['pool'], str) and embedder.model.named['pool']=='gem': return
     m = settings.get('model', {})
     model = Embedder(m.get('arch') or embedder.model.arch, weights=m.get('weights'), head='identity', pool=embedder.model.named['pool'],

@@ -1,4 +1,4 @@
-"""What can be set, declared once: the check of a table, the shell's arguments, their help and the tables below are made from it.
+"""All settings, declared once. Checks, shell arguments, their help and the tables below come from this declaration.
 
 Docs: https://dmlfast.github.io/dmlfast/api/study/settings.html.md"""
 
@@ -31,7 +31,7 @@ def is_kind(
     value, # Any
     kind, # Type as an argument has it: `float`, `int|None`, `list[int]`; `object` is any
 )->bool:
-    "Is a value of a type, as far as a type of an argument says anything of a setting?"
+    "Does a value have a type, as far as the argument's type applies to a setting?"
     if len(_kinds(kind))>1: return any(is_kind(value, o) for o in _kinds(kind))
     if value is None or kind is type(None): return value is None and kind is type(None)
     if kind in (int,float): return isinstance(value, (int,kind)) and not isinstance(value, bool) and abs(value)<=_most[kind]
@@ -41,13 +41,13 @@ def is_kind(
 def kind_said(
     kind, # Type
 )->str: # Such as `'a number or a word'`
-    "A type in words"
+    "A type as text"
     return ' or '.join(_kind_names[o] for o in _kinds(kind) if o in _kind_names) or 'of another type'
 
 # %% ../../nbs/api/study/00_settings.ipynb #f0413a45
 @dataclass(frozen=True)
 class Setting:
-    "What is known of one setting"
+    "One setting: path, type, range and help"
     path:str # Such as `'fit.lr'`
     kind:object=object # Type, with None where a file may leave it to what is made of it: `float|None`
     help:str='' # What it is, and what holds if it is not given
@@ -59,11 +59,11 @@ class Setting:
     arg:str=None # Name of its argument in the shell; none if not given
     tune:bool=True # Is that an argument of `dmlfast-tune` too?
     needs:str=None # Setting without which its argument means nothing, by its path
-    apply:callable=None # Function of a new learner and the value, which does what is set
+    apply:callable=None # Function of a new learner and the value, which applies the setting
 
     @property
     def table(self):
-        "The table that it stands in"
+        "Its table"
         return self.path.rpartition('.')[0]
     @property
     def name(self):
@@ -75,7 +75,7 @@ class Setting:
         return Path in _kinds(self.kind)
 
     def said(self)->str: # Such as `'a number, greater than 0'`
-        "Type and range in words"
+        "Type and range as text"
         numbers = [f'{self.least:g} or more' if self.least is not None else '',
             f'greater than {self.above:g}' if self.above is not None else '',
             f'{self.most:g} or less' if self.most not in (None,math.inf) else '']
@@ -83,7 +83,7 @@ class Setting:
         return ', '.join(filter(None, [kind_said(self.kind), *numbers, words]))
 
     def _fits(self, o):
-        "Is a number in the range, a word among the words?"
+        "Is a number in the range, or a word in the list?"
         if isinstance(o, str): return not self.words or o in self.words
         if o is None or isinstance(o, bool) or not isinstance(o, (int,float)): return True
         return (self.least is None or o>=self.least) and (self.above is None or o>self.above) and (self.most is None or o<=self.most)
@@ -91,7 +91,7 @@ class Setting:
     def check(self,
         value, # Any
     ):
-        "Raise `ValueError` for a value that it cannot have"
+        "Raise `ValueError` for an invalid value"
         if isinstance(value, str) and value=='': raise ValueError(f"`{self.path}` is empty.")
         right = is_kind(value, self.kind) or self.most==math.inf and value==math.inf
         if right and isinstance(value, str) and not self._fits(value): raise ValueError(nearest(value, self.words, f'`{self.path}`'))
@@ -112,8 +112,8 @@ setting.__delwrap__ = Setting # a data class has its comments, and its `__init__
 # %% ../../nbs/api/study/00_settings.ipynb #4e2c5e8b
 @dataclass
 class DataSettings:
-    "What to train and measure on; further names are arguments of the reader"
-    # folder, csv, or the name of a data set; csv for a file, folder for a folder, and glyphs where there is no path, if not given
+    "Data to train and measure on; further names are arguments of the reader"
+    # folder, csv, or the name of a data set; csv for a file, folder for a folder, and glyphs if there is no path, if not given
     reader:str|None = setting(arg=False)
     path:Path|None = setting(arg=False) # Folder, or file of a table
     images:Path|None = setting(arg=False) # Folder that paths in a table start from; the file's own if not given
@@ -130,7 +130,7 @@ class ModelSettings:
     weights:Path|None = setting() # File of the body's weights (.safetensors or .pth); timm's if not given
     timm:dict|None = setting(arg='arch_args') # More for the timm model, such as pad_type=same; nothing more if not given
     pretrained:bool = setting(arg='no_pretrained') # Begin with trained weights? --no-pretrained: with random ones; trained if not given
-    # Numbers in an embedding; the recipe's, or 128, and as many as features where a head starts from fewer than 512 images
+    # Numbers in an embedding; the recipe's, or 128, and as many as features if a head starts from fewer than 512 images
     emb_sz:int|None = setting()
     # avg, max, avgmax, gem, and of tokens token, token+avg or map; avg if not given, and for tokens the model's own
     pool:str|None = setting()
@@ -143,7 +143,7 @@ class ModelSettings:
     # trained body
     freeze_bn:bool|str|None = setting(words=('affine',))
     normalize:bool = setting(arg=False) # Normalise images with the statistics of the body? Yes if not given
-    normalize_embs:bool|None = setting(arg=False) # Scale embeddings to length 1? What the loss wants if not given
+    normalize_embs:bool|None = setting(arg=False) # Scale embeddings to length 1? As the loss needs if not given
 
 @dataclass
 class MinerSettings:
@@ -171,7 +171,7 @@ class RankingSettings:
 
 @dataclass
 class BatchSettings:
-    "What the network sees at a time; arguments of `MetricDataset.dataloaders`"
+    "Batches; arguments of `MetricDataset.dataloaders`"
     bs:int|None = setting(least=1) # Images in a batch; the recipe's, or 64
     per_class:int = setting(least=1) # Images of one class in a batch; the recipe's, or 4
     size:int|None = setting(least=1) # Pixels to a side; the recipe's, or the data set's
@@ -225,7 +225,7 @@ class RunSettings:
     loss:LossSettings = setting('loss_args', needs='loss.name')
     # Its arguments, such as m=10,gamma=.8,views.strength=.2,loss.alpha=.05; its own defaults if not given
     ssr:RankingSettings = setting('ssr_args', needs='ssr')
-    batch:BatchSettings = setting(arg=False) # What the network sees at a time
+    batch:BatchSettings = setting(arg=False) # Batches
     fit:FitSettings = setting(arg=False) # How to train
     seed:int = setting(least=0) # The same seed gives the same numbers; 0 if not given
 
@@ -235,7 +235,7 @@ _registered = {}
 def _arg(arg, name): return (name if arg is True else arg) or None
 
 def _docs(f):
-    "What the comments of arguments say; one that stands in several lines above its argument is one line of help"
+    "Comments of arguments; a comment of several lines above an argument becomes one line of help"
     return {k:' '.join((o or '').split()) for k,o in docments(f).items()}
 
 @cache
@@ -256,7 +256,7 @@ def declared_settings()->dict: # `{path: Setting}`
 
 # %% ../../nbs/api/study/00_settings.ipynb #d3edac96
 def _kind_of(p):
-    "Type of an argument: what its annotation says, or its default, and None too where that is the default; `object` if it is not known"
+    "Type of an argument, from its annotation or default, with None if that is the default; `object` if unknown"
     said = object if isinstance(p.annotation, str) else p.annotation
     kind = said if said is not p.empty else type(p.default) if isinstance(p.default, (bool,int,float,str)) else object
     return kind|None if p.default is None else kind
@@ -264,8 +264,8 @@ def _kind_of(p):
 @cache
 def settings_of(
     f, # Function, or class
-    table:str='', # Table that its arguments stand in
-    but:tuple=(), # Arguments that are no settings
+    table:str='', # Table of its arguments
+    but:tuple=(), # Arguments that are not settings
 )->dict: # `{name: Setting}`
     "Settings that are the arguments of a function, read from its signature and its comments"
     f = f.__init__ if isinstance(f, type) else f
@@ -277,9 +277,9 @@ def settings_of(
 def table_settings(
     table:str, # Such as `'fit'`; `''`: what stands beside the tables, and these
     *fs, # Functions or classes whose arguments further names are
-    but:tuple=(), # Arguments that are no settings
+    but:tuple=(), # Arguments that are not settings
 )->dict: # `{name: Setting}`
-    "What a table can hold: the schema's settings, and the arguments of functions; the schema's is more exact about one that both have"
+    "All settings of a table: the schema's, and the arguments of functions; the schema's has priority"
     ours,theirs = {o.name:o for o in declared_settings().values() if o.table==table},{}
     for f in fs: theirs |= settings_of(f, table, tuple(but))
     return theirs | {k:o for k,o in ours.items() if not fs or k in theirs or k in ('name','reader')}
@@ -287,10 +287,10 @@ def table_settings(
 # %% ../../nbs/api/study/00_settings.ipynb #2ffca0c7
 @delegates(setting, but=['apply'])
 def register_setting(
-    table:str, # Table that it stands in: `'fit'`, `'model'` or `'batch'`; `''`: beside them
+    table:str, # Its table: `'fit'`, `'model'` or `'batch'`; `''`: no table
     **kwargs
 ):
-    "Decorator that makes a function of a learner and a value a setting"
+    "Decorator that makes a setting from a function of a learner and a value"
     if table not in ('','fit','model','batch'):
         raise ValueError(f"Settings are registered for the tables 'fit', 'model' and 'batch', or '' for none; got {table!r}. "
             "What a loss or a reader takes are its own arguments.")
@@ -325,7 +325,7 @@ class _Markdown(str):
 def settings_table(
     settings=None, # Some `Setting`s; those that are declared if not given
 )->str: # Markdown, which a notebook shows as a table
-    "Settings with their type and range, their argument in the shell, and what they are"
+    "Settings with type, range, shell argument and help"
     def _row(o): return f"| `{o.path}` | {o.said()} | {'`--'+o.arg.replace('_', '-')+'`' if o.arg else ''} | {o.help} |".replace('\n', ' ')
     rows = [_row(o) for o in (declared_settings().values() if settings is None else settings)]
     return _Markdown('\n'.join(['| setting | value | argument | what it is |', '|---|---|---|---|', *rows]))

@@ -1,4 +1,4 @@
-"""Search for the settings of a loss on classes that are held out of the training classes, never on test classes.
+"""Search for the best settings of a loss on held-out training classes, never on test classes.
 
 Docs: https://dmlfast.github.io/dmlfast/api/study/tuning.html.md"""
 
@@ -30,14 +30,14 @@ from ..files.drawing import blue as _blue, orange as _orange
 
 # %% ../../nbs/api/study/03_tuning.ipynb #d89bac19
 def load_optuna():
-    "Optuna, which says nothing of its own; raises `ImportError` where it is not installed"
+    "Optuna without its log messages; raises `ImportError` if it is not installed"
     try: import optuna
     except ImportError: raise ImportError('Tuning needs Optuna: pip install "dmlfast[tune]".') from None
     optuna.logging.set_verbosity(optuna.logging.ERROR) # what fails is raised, and said once
     return optuna
 
 def _sampler(seed):
-    "What proposes parameters: five at random, then near the good ones"
+    "The sampler: five proposals at random, then near the best ones"
     return load_optuna().samplers.TPESampler(seed=seed, n_startup_trials=5)
 
 # %% ../../nbs/api/study/03_tuning.ipynb #8a8f47c0
@@ -56,14 +56,14 @@ def _range(name, o):
 def plain_space(
     space:dict, # Name to range or choices
 )->dict: # The same
-    "A space whose choices are as a file or a database has them; raises `ValueError` where it cannot"
+    "A space with choices in types of files and databases; raises `ValueError` for other types"
     return {k:plain_settings(o, k, True) if isinstance(o, list) else o for k,o in space.items()}
 
 # %% ../../nbs/api/study/03_tuning.ipynb #97482c03
 def distributions(
     space:dict, # Name to range or choices
 )->dict: # Name to Optuna distribution
-    "A search space as Optuna has it; raises `ValueError` for what is no range"
+    "A search space as Optuna's distributions; raises `ValueError` for an invalid range"
     d = load_optuna().distributions
     def _one(name, o):
         if isinstance(o, list) and not o: raise ValueError(f"There are no choices for {name!r}.")
@@ -107,7 +107,7 @@ class TrialScore(Callback):
 def trial_report(
     trial, # `optuna.Trial`
 ): # Function of step, from 0, and score
-    "Function of step and score that reports them to a trial, and gives it up where it should be"
+    "A function that reports step and score to a trial, and stops the trial if it falls behind"
     optuna = load_optuna()
     def _report(step, value):
         if math.isnan(value): raise ValueError("The score is nan: the validation classes have no two images of a class.")
@@ -118,7 +118,7 @@ def trial_report(
 def _fit(learn, n_epoch, cbs): learn.fit_recipe(n_epoch, sched='one_cycle', cbs=cbs)
 
 def _objective(trial, build, folds, space, n_epoch, metric, fit):
-    "Mean score of a trial over the folds; 0 where it diverged"
+    "Mean score of a trial over the folds; 0 if it diverged"
     params = suggest(trial, space)
     report,done = trial_report(trial),[]
     for i,ds in enumerate(folds):
@@ -143,7 +143,7 @@ def _one_writer(storage):
     return storage
 
 def _storage(storage, tries=5):
-    "A database that notices when the process of a trial has died, and has the trial done again"
+    "A database that detects a dead process and repeats its trial"
     if storage is None: return None
     optuna,url = load_optuna(),_url(storage)
     if '://' not in str(storage) and not Path(storage).absolute().parent.is_dir():
@@ -168,7 +168,7 @@ def make_study(
     seed:int=0, # Determines what is proposed
     first=(), # Settings to begin with: dictionaries of parameters
 ): # `optuna.Study`
-    "A study that looks for high scores, with median pruning; one of this name in the storage goes on"
+    "A study that maximises the score, with median pruning; continues a study of this name in the storage"
     optuna = load_optuna()
     study = optuna.create_study(storage=_storage(storage), study_name=name, load_if_exists=True, direction='maximize',
         sampler=_sampler(seed), pruner=optuna.pruners.MedianPruner(n_startup_trials=4))
@@ -179,7 +179,7 @@ def make_study(
 
 # %% ../../nbs/api/study/03_tuning.ipynb #c62e8d6e
 def _same_search(study, about):
-    "Raise `ValueError` where a study in a storage was another search"
+    "Raise `ValueError` if a study in a storage was another search"
     about = json.loads(json.dumps(about, default=str))
     old = study.user_attrs.get('search')
     if old is None: return study.set_user_attr('search', about)
@@ -191,7 +191,7 @@ def _same_search(study, about):
 def finished_trials(
     study, # `optuna.Study`
 )->list: # `optuna.trial.FrozenTrial`s
-    "Trials that came to a result"
+    "Trials with a result"
     return _in_state(study, 'COMPLETE', 'PRUNED')
 
 def _in_state(study, *names):
@@ -199,22 +199,22 @@ def _in_state(study, *names):
     return study.get_trials(deepcopy=False, states=[states[o] for o in names])
 
 class _Needless(Exception):
-    "Other processes do what a trial was for"
+    "A trial that other processes have made unnecessary"
 
 def _check_need(study, trial, n_trials):
-    "Raise `_Needless` for a trial too many, or with the first settings of another: two that are asked for at once have two numbers"
+    "Raise `_Needless` for a surplus trial, or for first settings that another trial already has"
     known = [o for o in _in_state(study, 'WAITING', 'RUNNING', 'COMPLETE', 'PRUNED') if o.number<=trial.number]
     firsts = [o.system_attrs.get('fixed_params') for o in known]
     if len(known)>n_trials or firsts[-1] is not None and firsts.count(firsts[-1])>1: raise _Needless
 
 def _fail_stale(study):
-    "Have the trials done again whose process has died"
+    "Repeat the trials of dead processes"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', load_optuna().exceptions.ExperimentalWarning)
         load_optuna().storages.fail_stale_trials(study)
 
 def _is_one_left(study, n_trials):
-    "Is a trial left to do? While other processes are at all that are left, wait for them: one that dies leaves its trial to us"
+    "Is a trial left to do? Waits while other processes do the last ones, in case one of them dies"
     seen = set()
     while (left := n_trials-len(finished_trials(study)))>0:
         _fail_stale(study)
@@ -229,16 +229,16 @@ def _is_one_left(study, n_trials):
 def check_metric(
     metric, # Such as `'map@r'`
 ):
-    "Raise `ValueError` for what is no metric that a column of this name shows"
+    "Raise `ValueError` for a metric that is not a column"
     if not isinstance(metric, str) or metric_names(metric, curve=False)!=[metric]:
         raise ValueError(f"The score of a search is one metric, such as 'map@r' or 'recall@1'; got {metric!r}.")
-    if less_is_better(metric): raise ValueError(f"A search takes the greatest score, and less of {metric!r} is better: 'auc' may do.")
+    if less_is_better(metric): raise ValueError(f"A search maximises its score, and less of {metric!r} is better: 'auc' is an alternative.")
 
 def check_count(
     name:str, # What it is called in the sentence
     value, # Any
 ):
-    "Raise `ValueError` for what is no whole number, 1 or more"
+    "Raise `ValueError` unless this is a whole number, 1 or more"
     if not isinstance(value, int) or isinstance(value, bool) or value<1: raise ValueError(f"`{name}` is 1 or more; got {value!r}.")
 
 # %% ../../nbs/api/study/03_tuning.ipynb #1efc6752
@@ -278,7 +278,7 @@ def tune(
 
 # %% ../../nbs/api/study/03_tuning.ipynb #e9a39458
 def _log_axis(ax, values):
-    "A logarithmic axis whose labels have room: 1 and 3 of each decade where these are few"
+    "A logarithmic axis with few labels: 1 and 3 of each decade if there are few decades"
     ax.set_xscale('log')
     if max(values)<1000*min(values): ax.xaxis.set_major_locator(LogLocator(subs=(1,3)))
     ax.xaxis.set_major_formatter(lambda x,_: f'{x:g}')
@@ -290,7 +290,7 @@ def plot_study(
 )->plt.Figure:
     "Draw a search: its history, the score against each parameter, and how much each parameter matters"
     done = [o for o in finished_trials(study) if o.value is not None and o.state.name=='COMPLETE']
-    if not done: raise ValueError("There is nothing to draw yet: no trial has come to its end.")
+    if not done: raise ValueError("There is nothing to draw yet: no trial has finished.")
     names = list(done[0].params)
     fig,axs = plt.subplots(1, len(names)+1, figsize=figsize or (3*len(names)+3, 2.8), layout='tight', squeeze=False, sharey=True)
     values = [o.value for o in done]
@@ -310,8 +310,8 @@ def plot_study(
 
 def importances(
     study, # `optuna.Study`
-)->dict: # Name to share, 0 to 1; nothing where there are fewer than ten trials to tell it from
-    "How much of the spread of the scores each parameter explains, by Optuna's fANOVA"
+)->dict: # Name to share, 0 to 1; empty if there are fewer than ten trials
+    "Share of the variance of the scores that each parameter explains, by Optuna's fANOVA"
     optuna = load_optuna()
     done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     if len(done)<10 or len({o.value for o in done})<2: return {}
@@ -321,7 +321,7 @@ def importances(
 def settings_space(
     settings:dict, # Tables, see `make_learner`
 )->dict: # Path of a setting to where to look
-    "The space of a run: that of its loss, the learning rate, and the weight of self-supervised ranking where there is one"
+    "The space of a run: that of its loss, the learning rate, and the weight of self-supervised ranking if there is one"
     space = {'fit.lr':(3e-4,1e-2,'log')}
     if name := get_setting(settings, 'loss.name'): space |= {f'loss.{k}':o for k,o in loss_class(name).space.items()}
     return space | ({'ssr.gamma':(.1,1.6,'log')} if 'ssr' in settings else {})
@@ -341,7 +341,7 @@ def transfers(
 def run_space(
     settings:dict, # Tables, see `make_learner`
 )->dict: # Path of a setting to where to look
-    "`settings_space`, and for a trained body how it begins, where the settings do not say: rates, batch norm, size and start of the head"
+    "`settings_space`, and for a trained body the unset ones of: body rate, batch norm, size and start of the head"
     more = {k:o for k,o in _transfer.items() if k=='fit.lr' or get_setting(settings, k) is None} if transfers(settings) else {}
     return {**settings_space(settings), **more}
 
@@ -354,7 +354,7 @@ def default_params(
     settings:dict, # Tables
     space:dict, # Path of a setting to where to look
 )->dict: # Path to value, for the paths whose value is known and lies in the space
-    "The parameters of a space as some settings, or the defaults of the loss, have them"
+    "Values of the parameters of a space, from settings or the defaults of the loss"
     def _value(path):
         value,(table,*rest) = get_setting(settings, path),path.split('.')
         if value is None and table in ('loss','ssr') and len(rest)==1:
@@ -368,14 +368,14 @@ def check_space(
     settings:dict, # Tables
     space:dict, # Path of a setting to where to look
 )->dict: # The space, its paths to files as words
-    "Raise `ValueError` for a path that is no setting's, or values that the setting cannot have"
+    "Raise `ValueError` for an unknown path or invalid values"
     distributions(space)
     for k,o in space.items():
         for v in o if isinstance(o, list) else _range(k, o)[:2]: check_settings(with_settings(settings, {k:v}))
     return plain_space(space)
 
 def _about(settings):
-    "What must be the same in all trials of a search, wherever they run"
+    "Facts that must be equal for all processes of a search"
     own = {'data':None, 'model.weights':None, 'batch.num_workers':None, 'batch.device':None}
     return dict(settings=with_settings(settings, {k:v for k,v in own.items() if get_setting(settings, k) is not None}))
 
@@ -404,7 +404,7 @@ def n_folds(
     ds:MetricDataset, # Data set
     say=print, # Function of a sentence
 )->int: # 1, or 3
-    "How to judge settings: on the split `'val'`, or where it has fewer than 20 classes on folds of all training classes"
+    "Number of folds: 1 for the split `'val'`, or folds of all training classes if it has fewer than 20 classes"
     n,known = (ds.df.label[ds.df.split.isin(o)].nunique() for o in (('val',),('train','val')))
     if n>=20 or known<6: return 1
     say(f"The split 'val' of {ds.name} has {n} classes. To choose by fewer than 20 is guesswork, so settings are judged on 3 "
@@ -415,7 +415,7 @@ def best_settings(
     settings:dict, # Tables that the search began with
     study, # `optuna.Study` of `tune_settings`
 )->dict: # Tables
-    "Settings with the best parameters of a search in their places, and the epochs that they were found with"
+    "Settings with the best parameters of a search, and their number of epochs"
     n_epoch = study.user_attrs.get('search', {}).get('n_epoch')
     said = {} if n_epochs(settings) is not None or n_epoch is None else {'fit.n_epoch':n_epoch}
     return with_settings(settings, {**said, **study.best_params})

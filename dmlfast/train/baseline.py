@@ -1,4 +1,4 @@
-"""Begin where the features are, and show them above the first epoch.
+"""Start from the pretrained features, and show their scores above the first epoch.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/baseline.html.md"""
 
@@ -26,12 +26,12 @@ from ..retrieval.metrics import *
 
 # %% ../../nbs/api/train/10_baseline.ipynb #a3cd8534
 def _halves(classes, seed=0):
-    "Two halves of some classes, drawn"
+    "Two random halves of some classes"
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
     return classes[order[::2]],classes[order[1::2]]
 
 def _reduced(X, labels, n=4000, d=1024):
-    "Fewer features of fewer images, so that several heads take seconds"
+    "Fewer features of fewer images, so several heads take only seconds"
     part = balanced_part(labels, n)
     X,labels = (X,labels) if len(part)==len(X) else (X[part],labels[part])
     d = min(d, len(X)) # images vary in no more directions than there are of them
@@ -46,7 +46,7 @@ def choose_shrinkage(
     shrinkages=(.05,.1,.3,.5,.7,.9), # What to choose among
     default:float=.5, # For fewer than four classes, or halves without two images of a class
 )->tuple: # The shrinkage, and the mean map@r of each
-    "The shrinkage of LDA that is best for classes that it was not fitted to"
+    "The best shrinkage of LDA for classes that it was not fitted to"
     classes = labels.unique()
     if len(classes)<4: return default,{}
     d,k = X.shape[1],min(k, 256) # more numbers do not change which shrinkage is best
@@ -67,7 +67,7 @@ def choose_shrinkage(
 def check_features(
     X:torch.Tensor, # Features, `(n,d)` float
     items=None, # What they are of
-)->bool: # False where all rows are the same, so that there is nothing to start from
+)->bool: # False if all rows are the same, so that there is nothing to start from
     "Raise `ValueError` naming the first item whose features are not finite"
     bad = ~X.isfinite().all(1)
     if bad.any():
@@ -81,7 +81,7 @@ def start_head(
     X:torch.Tensor, # Features of training images, `(n,d)` float
     labels:torch.Tensor, # Class of each, `(n,)` integer
     init:str='lda', # `'lda'` or `'pca'`
-    items=None, # What the features are of, for the message where they are not finite
+    items=None, # Names of the items, for the message if features are not finite
 )->str: # What was done, in a sentence
     "Fill the last linear layer of a head in closed form"
     if not (check_features(X, items) and check_features(H := head_inputs(head, X), items)):
@@ -108,7 +108,7 @@ def talks(
     return learn.logger is not noop
 
 class HeadStart(Callback):
-    "Start the head from the training images, and begin the table with the frozen features"
+    "Fill the head from the training images, and begin the table with the frozen features"
     order,run_valid = 61,False # after RetrievalMetrics, at 45, and the tables, at 51 and 60
     def __init__(self,
         n_images:int=10_000, # At most so many training images, class-balanced
@@ -120,18 +120,18 @@ class HeadStart(Callback):
 
     @property
     def head_is_start(self):
-        "Has the head the weights that it started with?"
+        "Does the head still have the weights that it started with?"
         return self.said!='' and self.head_hash==weights_hash(self.model.head.state_dict())
 
     def attach(self,
         learn, # Learner that this callback is added to
     ):
-        "Remember the body as it came"
+        "Remember the original body"
         if self.origin is not None or not hasattr(unwrapped(learn.model), 'features'): return
         self.origin,self.kind = {k:v.clone() for k,v in body_state(unwrapped(learn.model)).items()},unwrapped(learn.model).pending
 
     def part(self):
-        "Several processes have one start"
+        "Several processes share one start"
         for o in ('origin','kind','rows','said','head_hash'): setattr(self, o, of_first(getattr(self, o)))
 
     @property
@@ -145,7 +145,7 @@ class HeadStart(Callback):
 # %% ../../nbs/api/train/10_baseline.ipynb #e2a2f63f
 @patch
 def start(self:HeadStart):
-    "Fill the head, if it waits for that and there are training images"
+    "Fill the head, if this is still to be done and there are training images"
     if getattr(self.model, 'pending', None) is None or not len(self.learn.dls.train_ds): return
     init,self.model.pending = self.model.pending,None # now, so that to embed is not to start again
     self.learn.model.to(self.learn.dls.device)
@@ -174,7 +174,7 @@ def as_it_came(
     model, # An `Embedder`
     origin:dict, # Its body's weights, see `body_state`
 ):
-    "A context in which the body has the weights that it began with"
+    "A context in which the body has its original weights"
     if has_moved(model, origin):
         kept = {k:v.clone() for k,v in body_state(model).items()}
         model.load_state_dict(origin, strict=False)
@@ -186,22 +186,22 @@ def has_moved(
     model, # An `Embedder`
     origin:dict, # Its body's weights, see `body_state`
 )->bool:
-    "Has the body other weights than those that it began with?"
+    "Does the body differ from the original one?"
     now = body_state(model)
     return not all(torch.equal(v.to(now[k].device), now[k]) for k,v in origin.items())
 
 @patch
 def check_known(self:HeadStart):
-    "Raise `ValueError` where the body as it came is not known"
+    "Raise `ValueError` if the original body is unknown"
     if self.origin is None:
-        raise ValueError("What this learner's body was before it was trained is not known here: a loaded learner does not hold it, and a "
+        raise ValueError("The original body of this learner is not known here: a loaded learner does not store it, and a "
             "model that was given as it is has no features. Compare before `export`.")
 
 @patch
 def features(self:HeadStart,
     dl, # Loader
 )->tuple: # Features `(n,d)` float32 and class ids `(n,)` int64
-    "Features of the body as it came; raises `ValueError` where it is not known"
+    "Features of the original body; raises `ValueError` if it is unknown"
     self.check_known()
     with as_it_came(self.model, self.origin): return body_features(self.model, dl, talks(self.learn) and hasattr(self.learn, 'progress'))
 
@@ -212,7 +212,7 @@ def _columns(learn):
 
 @patch
 def measure(self:HeadStart):
-    "Score the features and, where the body is still as it came, the start; once, before the first fit"
+    "Score the features, and the start if the body is unchanged; once, before the first fit"
     learn,columns = self.learn,_columns(self.learn)
     dl = learn.dls.valid if len(learn.dls.loaders)>1 and len(learn.dls.valid.dataset) else None
     if self.rows or self.origin is None or columns is None or dl is None: return
@@ -223,7 +223,7 @@ def measure(self:HeadStart):
 
 @patch
 def before_fit(self:HeadStart):
-    "Write the rows above the first epoch; that of the start above the first fit alone"
+    "Write the rows above the first epoch; the row of the start only above the first fit"
     self.run = is_fitting(self.learn)
     if not self.run: return
     self.measure() # where the columns came with the fit
@@ -233,7 +233,7 @@ def before_fit(self:HeadStart):
 
 @patch
 def _add(self:HeadStart, name, dl, columns, f):
-    "Score what `f` makes of the features of a loader"
+    "Score the embeddings that `f` computes from the features of a loader"
     began = time.perf_counter()
     X,y = self.features(dl)
     if y is None: return
@@ -244,7 +244,7 @@ def _add(self:HeadStart, name, dl, columns, f):
 
 @patch
 def _write(self:HeadStart, name, row):
-    "Write a row into the table that the learner shows"
+    "Write a row into the learner's table"
     if not talks(self.learn): return
     cells = [name]+[row['scores'].get(str(o), '-') for o in self.recorder.metric_names[1:-1]]+[format_time(row['seconds'])]
     for o in ('progress','plain_table'):

@@ -1,4 +1,4 @@
-"""A run that is interrupted goes on as if nothing had happened.
+"""Continue an interrupted run and get the same result as without the interruption.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/checkpoint.html.md"""
 
@@ -42,7 +42,7 @@ def _random_states():
 def _py_state(o): return o[0],tuple(o[1]),o[2]
 
 def _set_random_states(d):
-    "Put the generators where `_random_states` found them"
+    "Restore the states from `_random_states`"
     random.setstate(_py_state(d['python']))
     np.random.set_state((d['numpy'][0], np.array(d['numpy'][1], dtype=np.uint32), *d['numpy'][2:]))
     torch.set_rng_state(d['torch'])
@@ -58,7 +58,7 @@ def _set_loader_state(dl, d):
 
 # %% ../../nbs/api/train/14_checkpoint.ipynb #51b215f4
 def _cb_names(cbs):
-    "`cbs` by name, with a number where a name comes twice"
+    "`cbs` by name, numbered if a name occurs twice"
     n,res = Counter(),{}
     for cb in cbs:
         res[f'{cb.name}:{n[cb.name]}' if n[cb.name] else cb.name] = cb
@@ -67,7 +67,7 @@ def _cb_names(cbs):
 
 # %% ../../nbs/api/train/14_checkpoint.ipynb #f78b13e9
 def _write(path, state):
-    "Write `state` to `path`, whole or not at all"
+    "Write `state` to `path`, completely or not at all"
     with whole_file(path) as tmp, open(tmp, 'wb') as f: torch.save(state, f)
 
 # %% ../../nbs/api/train/14_checkpoint.ipynb #40e54ec5
@@ -75,9 +75,9 @@ class Checkpoint(Callback):
     "Store the whole state of a run after each epoch, for `learn.resume`"
     order = 99 # after all others have done what they do in an epoch
     def __init__(self,
-        folder, # Where to write; made if it is not there
+        folder, # Folder to write to; made if missing
         every:int=1, # Write after each so many epochs, 1 or more
-        overwrite:bool=False, # Begin anew where there is a checkpoint already?
+        overwrite:bool=False, # Start again if there is already a checkpoint?
     ):
         store_attr('every,overwrite')
         if not isinstance(every, int) or every<1: raise ValueError(f"`every` is a number of epochs, 1 or more; got {every!r}.")
@@ -85,7 +85,7 @@ class Checkpoint(Callback):
 
     @property
     def file(self):
-        "Where the last checkpoint is"
+        "Path of the last checkpoint"
         return self.folder/'checkpoint.pt'
     def __repr__(self): return f"Checkpoint({str(self.folder)!r}, every={self.every})"
 
@@ -100,13 +100,13 @@ class Checkpoint(Callback):
 def _code(o): return ' '.join(re.sub(' at 0x[0-9a-f]+', '', repr(o)).split())
 
 def _rates(learn):
-    "The learning rate of each parameter group, in the course of the fit"
+    "The learning rate of each parameter group over the fit, as text"
     scheds = [o.scheds['lr'] for o in learn.cbs if isinstance(o, ParamScheduler) and 'lr' in o.scheds]
     at = [np.ravel(f(x)) for f in scheds for x in (0.,.25,.5,1.)] or [np.array([h['lr'] for h in learn.opt.hypers])]
     return ' / '.join(dict.fromkeys('→'.join(dict.fromkeys(f'{o:.4g}' for o in group)) for group in zip(*at)))
 
 def _facts(learn):
-    "What a fit was called with, in words"
+    "The arguments of a fit, as text"
     dl,opt,ranking = learn.dls.train,getattr(learn, 'opt_func', None),getattr(learn, 'self_supervised_ranking', None)
     res = {'learning rate':_rates(learn), 'weight decay':learn.opt.hypers[-1].get('wd'), 'loss':learn.loss_func,
         'batch size':getattr(dl, 'bs', None), 'images of a class in a batch':getattr(dl, 'per_class', None),
@@ -116,7 +116,7 @@ def _facts(learn):
 # %% ../../nbs/api/train/14_checkpoint.ipynb #4c50c9f6
 @patch
 def before_fit(self:Checkpoint):
-    "Go on from where `resume` found the run, or begin; raises `ValueError` where this is another fit"
+    "Continue the resumed run, or begin a new one; raises `ValueError` if this is another fit"
     self.run = is_fitting(self.learn)
     if not self.run: return
     self.logs = []
@@ -136,7 +136,7 @@ def before_fit(self:Checkpoint):
 
 @patch
 def begin(self:Checkpoint):
-    "Raise `FileExistsError` rather than overwrite another run, and `OSError` where nothing can be written"
+    "Raise `FileExistsError` instead of overwriting another run, and `OSError` if the folder is not writable"
     if not is_first(): return
     if self.file.exists() and not self.overwrite and not self.i_fit:
         raise FileExistsError(f"{str(self.folder)!r} holds the checkpoint of a run: `learn.resume({str(self.folder)!r})` before the fit "
@@ -151,7 +151,7 @@ def begin(self:Checkpoint):
 # %% ../../nbs/api/train/14_checkpoint.ipynb #68f60516
 @patch
 def state(self:Checkpoint):
-    "All that the rest of the run depends on"
+    "Everything that the rest of the run depends on"
     learn = self.learn
     with learn.as_filed(): model = _plain(unwrapped(learn.model).state_dict())
     return _plain(dict(version=1, i_fit=self.i_fit, epoch=self.epoch+1, n_epoch=self.n_epoch, every=self.every, facts=self.facts,
@@ -164,7 +164,7 @@ def state(self:Checkpoint):
 
 @patch
 def parts(self:Checkpoint):
-    "What each process remembers for itself: that of the first, and of the others in a list"
+    "The state of each process: that of the first, and a list of the others"
     own = _plain(dict(loaders=[_loader_state(o) for o in self.learn.dls.loaders],
         callbacks={k:callback_state(o) for k,o in _cb_names(self.learn.cbs).items()}, random=_random_states()))
     first,*others = gather_objects(own)
@@ -177,7 +177,7 @@ def _classes(dls): return [str(o) for o in getattr(dls, 'vocab', [])]
 def resume(self:MetricLearner,
     folder, # Where `Checkpoint` wrote
 )->MetricLearner: # Itself
-    "Let the next fits, called as they were, begin where a run stopped; raises `FileNotFoundError` or `ValueError` where they cannot"
+    "Let the next fits, called as before, continue a run; raises `FileNotFoundError` or `ValueError` if they cannot"
     cb = Checkpoint(folder)
     if not cb.file.exists(): raise FileNotFoundError(f"There is no checkpoint in {str(folder)!r}.")
     try: state = torch.load(cb.file, map_location='cpu', weights_only=True)
@@ -215,7 +215,7 @@ def _load_weights(model, sd, folder, there=lambda name: True):
 def go_on(self:Checkpoint,
     state:dict, # What `resume` read
 ):
-    "Put everything back, or skip a fit that was complete"
+    "Restore everything, or skip a completed fit"
     if self.i_fit<state['i_fit']:
         print(f"Fit {self.i_fit+1} of the run in {str(self.folder)!r} is complete: skipped.")
         raise CancelFitException
@@ -231,7 +231,7 @@ def go_on(self:Checkpoint,
 def restore(self:Checkpoint,
     state:dict, # What `resume` read
 ):
-    "Put everything back as it was after the last stored epoch"
+    "Restore everything as it was after the last stored epoch"
     learn,parts = self.learn,[{},*state.get('others', [])]
     if len(parts)!=own_part()[1]:
         raise ValueError(f"The run in {str(self.folder)!r} had {len(parts)} process{'es' if len(parts)>1 else ''}, and here "

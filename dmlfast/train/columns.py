@@ -1,4 +1,4 @@
-"""Retrieval metrics as columns of the training table.
+"""Retrieval metrics as columns of the training table, computed after each epoch.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/columns.html.md"""
 
@@ -22,7 +22,7 @@ def protocol_of(
     dls, # `DataLoaders`
     dl, # Loader whose items are scored
 )->dict: # Arguments of `evaluate_protocol`, none if `dls` were not made of a data set
-    "How the data set behind `dls` has the items of `dl` scored"
+    "How the data set of `dls` scores the items of `dl`"
     source,items = getattr(dl, 'source', None) or getattr(dls, 'source', None),getattr(getattr(dl, 'dataset', None), 'items', None)
     # items in another order than the table's cannot be told apart
     if source is None or items is None or dl.shuffle or dl.drop_last: return {}
@@ -41,7 +41,7 @@ class Diverged(ValueError):
 
 # %% ../../nbs/api/train/04_columns.ipynb #a446b73d
 class RetrievalMetrics(Callback):
-    "Score the validation embeddings after each epoch, as columns that recorder, trackers and loggers know"
+    "Score the validation embeddings after each epoch, as columns of the recorder"
     order = 45 # before Recorder, at 50, reads the columns
     def __init__(self,
         metrics=None, # Names such as `'recall@1'` and `'r_precision'`, see `metric_names`; recall at `ks` and map@r if not given
@@ -57,7 +57,7 @@ class RetrievalMetrics(Callback):
     def reset(self): self.embs,self.labels,self.scores = [],[],{}
     def value(self,
         name:str, # A column, such as `'recall@1'`
-    )->float: # nan where nothing was measured
+    )->float: # nan if nothing was measured
         "Value of a column in the last validation"
         return self.scores.get(name, float('nan'))
     def state_dict(self): return self.scores
@@ -65,13 +65,13 @@ class RetrievalMetrics(Callback):
     def check_fit(self,
         learn, # Learner that is about to be fitted
     ):
-        "Raise `ValueError` where the data set has no such metrics, and warn where they mean nothing"
+        "Raise `ValueError` if the data set has no such metrics, and warn if they mean nothing"
         if any(hasattr(o.dataset, 'tls') and len(set(labels_of(o.dataset)))==1 for o in learn.dls.loaders[1:2]):
             warnings.warn("All validation images are of one class, so that recall is 1 whatever is learned: validate on two or more.")
         metric_names(self.names, drawn=getattr(getattr(learn.dls, 'source', None), 'random_gallery', 0), curve=False)
 
     def due(self):
-        "Is this epoch scored? The last one always is, and what is no epoch of a fit"
+        "Is this epoch scored? The last one always is; so is a validation outside a fit"
         epoch = getattr(self.learn, 'epoch', 0)
         return not is_fitting(self.learn) or (epoch+1)%self.every==0 or epoch>=getattr(self.learn, 'n_epoch', 1)-1
 
@@ -91,7 +91,7 @@ def before_validate(self:RetrievalMetrics):
 
 @patch
 def after_pred(self:RetrievalMetrics):
-    "Raise `Diverged` naming the step where embeddings are not finite"
+    "Raise `Diverged` with the step if embeddings are not finite"
     ok = self.pred.detach().isfinite().all(-1)
     if ok.all(): return
     if hasattr(self.learn, 'lr_finder') and self.train_iter: raise CancelFitException() # what it looks for; it puts the weights back
@@ -124,6 +124,6 @@ def score(self:RetrievalMetrics,
 
 @patch
 def after_fit(self:RetrievalMetrics):
-    "Take the columns away, and keep nothing"
+    "Remove the columns and the embeddings"
     self.learn.metrics = L(self.learn.metrics).filter(lambda o: o not in self.columns)
     self.reset()

@@ -1,4 +1,4 @@
-"""Bridges to fastai: where its `Learner` has a fault, or no door where one is needed.
+"""Corrections and additions to fastai's `Learner`, each with the reason and a test. `metric_learner` includes all of them.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/compat.html.md"""
 
@@ -22,7 +22,7 @@ from ..files.writing import *
 
 # %% ../../nbs/api/train/00_compat.ipynb #e296d017
 class BridgedLearner(Learner):
-    "A `Learner` without some faults of fastai's, and with doors that it lacks"
+    "fastai's `Learner` with the corrections and additions of this page"
     fitted = False # Did the last fit come to its end?
 
 # %% ../../nbs/api/train/00_compat.ipynb #e424d695
@@ -41,7 +41,7 @@ def fit(self:BridgedLearner, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
 def as_callbacks(
     cbs, # Callbacks, or their classes, which fastai takes, too
 )->L:
-    "Callbacks; raises `ValueError` for what is none"
+    "Instances of callbacks; raises `ValueError` for anything else"
     cbs = L(cbs).map(instantiate)
     if bad := [o for o in cbs if not isinstance(o, Callback)]:
         raise ValueError(f"A callback is a `Callback` of fastai, such as GradientClip() or CSVLogger(); got {bad[0]!r}.")
@@ -51,7 +51,7 @@ def as_callbacks(
 def added_cbs(self:BridgedLearner,
     cbs, # Callbacks, or their classes
 ):
-    "As any learner; of a class only what was added is taken away again, and not all that there are"
+    "As in fastai, but only added callbacks are removed again, not all of the same class"
     return super(BridgedLearner, self).added_cbs(as_callbacks(cbs))
 
 # %% ../../nbs/api/train/00_compat.ipynb #1b5fd60a
@@ -60,7 +60,7 @@ def one_batch(self:BridgedLearner,
     i:int, # Number of the batch in its epoch
     b, # The batch, as its loader gives it
 ):
-    "As any learner; what is raised within mixed precision does not leave it switched on"
+    "As in fastai, but an error within mixed precision does not leave autocast on"
     amp = getattr(getattr(self, 'mixed_precision', None), 'autocast', None)
     was = amp and torch.is_autocast_enabled(amp.device)
     try: super(BridgedLearner, self).one_batch(i, b)
@@ -76,7 +76,7 @@ def _do_fit(self:BridgedLearner):
 
 # %% ../../nbs/api/train/00_compat.ipynb #c2a7e6d4
 def _fill_row(learn, n):
-    "Let the recorder's row have its first `n` columns: those are nan that fastai leaves out where a pass was cancelled"
+    "Fill the recorder's row to `n` columns: columns of a cancelled pass are nan"
     if (rec := getattr(learn, 'recorder', None)) is not None: rec.log += L([float('nan')]*(n-len(rec.log)))
 
 @patch
@@ -97,7 +97,7 @@ def save(self:BridgedLearner,
     file, # Name, `.pth` is added, in `learn.path/learn.model_dir`; or a path
     **kwargs
 )->Path: # The file
-    "As of any learner, and the file is written whole or not at all, so that a run can go on with its best epoch"
+    "As in fastai, but the file is written completely or not at all"
     if rank_distrib() or not isinstance(file, (str,Path)): return Learner.save(self, file, **kwargs)
     file = join_path_file(file, self.path/self.model_dir, ext='.pth')
     with whole_file(file) as tmp: Learner.save(self, tmp.absolute().with_suffix(''), **kwargs)
@@ -112,7 +112,7 @@ def lr_find(self:BridgedLearner,
     num_it=100, # Steps
     **kwargs # Passed to `Learner.lr_find`
 ):
-    "As of any learner; raises `ValueError` where it ended too soon to tell a rate"
+    "As in fastai; raises `ValueError` if the search ended too soon to suggest a rate"
     try: return Learner.lr_find(self, start_lr, end_lr, num_it, **kwargs)
     except IndexError as e:
         if not self.fitted: raise # it comes from the training, and not from what looks at its losses
@@ -125,7 +125,7 @@ def lr_find(self:BridgedLearner,
 def freeze_to(self:BridgedLearner,
     n:int # Number of parameter groups that are frozen
 ):
-    "As of any learner; what is frozen does not decay"
+    "As in fastai, but frozen weights do not decay"
     Learner.freeze_to(self, n)
     for p,*_ in self.opt.all_params(): p.grad = p.grad if p.requires_grad else None
 
@@ -136,7 +136,7 @@ def validate(self:BridgedLearner,
     dl=None, # Loader
     cbs=None, # Callbacks
 ):
-    "As of any learner; trackers do not take it for an epoch"
+    "As in fastai, but trackers do not count it as an epoch"
     self.validating = True
     try:
         with self.removed_cbs(self.cbs.filter(risinstance(TrackerCallback))): return super(BridgedLearner, self).validate(ds_idx, dl, cbs)
@@ -144,7 +144,7 @@ def validate(self:BridgedLearner,
 
 # %% ../../nbs/api/train/00_compat.ipynb #2d7640ff
 class TensorEmbedding(TensorCategory):
-    "Embeddings in the place of classes: fastai's pictures leave them out"
+    "Embeddings as predictions: fastai's pictures leave them out"
     def show(self,
         ctx=None, # Axes
         **kwargs # Not used
@@ -155,7 +155,7 @@ class TensorEmbedding(TensorCategory):
 @patch
 @delegates(Learner.get_preds)
 def get_preds(self:BridgedLearner, ds_idx=1, dl=None, with_input=False, with_decoded=False, **kwargs):
-    "As of any learner; predictions are `TensorEmbedding`s"
+    "As in fastai, but predictions are `TensorEmbedding`s"
     res = list(super(BridgedLearner, self).get_preds(ds_idx, dl, with_input, with_decoded, **kwargs))
     at = int(with_input)
     for i in (at,at+2)[:1+with_decoded]:
@@ -165,7 +165,7 @@ def get_preds(self:BridgedLearner, ds_idx=1, dl=None, with_input=False, with_dec
 @dispatch
 def plot_top_losses(x:TensorImage, y:TensorCategory, samples, outs, raws:TensorEmbedding, losses, nrows=None, ncols=None, figsize=None,
     **kwargs):
-    "Draw images under their label and loss; raises `ValueError` where they have none"
+    "Draw images under their label and loss; raises `ValueError` if they have no loss"
     if losses.isnan().all():
         raise ValueError("These images have no loss, since it has weights for training classes only: "
             "`RetrievalInterpretation.from_learner(learn)` "
@@ -178,7 +178,7 @@ def plot_top_losses(x:TensorImage, y:TensorCategory, samples, outs, raws:TensorE
 
 # %% ../../nbs/api/train/00_compat.ipynb #a48b5daf
 def _projected(cb):
-    "fastai's `after_pred`, which sees images as such"
+    "fastai's `after_pred`, with images as `TensorImage`s"
     xb = cb.learn.xb
     cb.learn.xb = tuple(TensorImage(o) for o in xb)
     try: type(cb).after_pred(cb)
@@ -197,7 +197,7 @@ def join_last_group(
     learn:Learner, # Learner, with or without an optimiser
     params, # Weights of its model
 ):
-    "Have the optimiser of `learn`, if it has one, train those of `params` in its last group that it does not have"
+    "Add new `params` to the last group of the learner's optimiser, if there is one"
     if not (opt := learn.opt): return
     known = {id(p) for o in opt.param_lists for p in o}
     new = [p for p in params if id(p) not in known]
@@ -221,7 +221,7 @@ def write_row(
 def recorder_state(
     rec:Recorder, # A recorder in a fit
 )->dict: # In fastai's types
-    "What a recorder remembers between epochs"
+    "State of a recorder between epochs"
     return {**{o:getattr(rec, o) for o in rec._stateattrs}, 'smooth':(rec.smooth_loss.count, rec.smooth_loss.val)}
 
 def means_of(
@@ -234,7 +234,7 @@ def set_recorder_state(
     rec:Recorder, # A recorder in a fit
     state:dict, # What `recorder_state` gave
 ):
-    "Put a recorder where `recorder_state` found it"
+    "Restore the state from `recorder_state`"
     for o in rec._stateattrs: setattr(rec, o, state[o])
     rec.values = [L(o) for o in rec.values]
     rec.smooth_loss.count,rec.smooth_loss.val = state['smooth']
@@ -243,8 +243,8 @@ _cb_attrs = {TrackerCallback:('best','wait','new_best'), GradientAccumulation:('
 
 def callback_state(
     cb:Callback, # A callback of fastai's, or one with `state_dict`
-)->dict: # Empty where it remembers nothing
-    "What a callback remembers between epochs"
+)->dict: # Empty if it remembers nothing
+    "State of a callback between epochs"
     if hasattr(type(cb), 'state_dict'): return cb.state_dict()
     return {o:cb.__dict__[o] for t,names in _cb_attrs.items() if isinstance(cb, t) for o in names if o in cb.__dict__}
 
@@ -252,7 +252,7 @@ def set_callback_state(
     cb:Callback, # The same callback in another run
     state:dict, # What `callback_state` gave
 ):
-    "Put a callback where `callback_state` found it"
+    "Restore the state from `callback_state`"
     if hasattr(type(cb), 'load_state_dict'): cb.load_state_dict(state)
     else: cb.__dict__.update(state)
 
@@ -262,5 +262,5 @@ def with_items(
     items, # Other items
     split_idx:int, # 0: these are trained on; 1: they are not
 )->TfmdLists:
-    "The transforms of a list, as they are, on other items"
+    "A list of other items with the same transforms"
     return tl._new(items, split_idx=split_idx)

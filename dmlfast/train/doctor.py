@@ -1,4 +1,4 @@
-"""Why does it not improve? A callback that looks at a training run and says what is wrong with it.
+"""`TrainingDoctor` watches a training run. Afterwards it says what is wrong and what to do about it.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/doctor.html.md"""
 
@@ -28,7 +28,7 @@ from ..files.drawing import light_axes as _axes, blue as _blue, grey as _grey, o
 def effective_rank(
     embs:Tensor, # Embeddings, `(n,d)` float
 )->Tensor: # Scalar, from 1 to the lesser of n and d
-    "How many directions embeddings use"
+    "Effective number of directions that embeddings use"
     g = embs.T@embs if embs.shape[1]<len(embs) else embs@embs.T
     p = torch.linalg.eigvalsh(g.cpu()).clamp(min=0)
     return torch.special.entr(p/p.sum().clamp(min=1e-30)).sum().exp()
@@ -51,7 +51,7 @@ def active_share(
     embs:Tensor, # Embeddings, `(n,d)` float32 or float64
     labels:Tensor, # Class of each row, `(n,)` int64
 )->Tensor|None: # Scalar, 0 to 1; None for a loss that does not say
-    "Share of what a loss compares that it still learns from: its `active`, without a trace"
+    "Share of the compared terms that a loss still learns from: its `active`, without changing the loss"
     with _same_random(embs): return loss.active(embs, labels)
 
 # %% ../../nbs/api/train/18_doctor.ipynb #b433ad96
@@ -59,7 +59,7 @@ def dr_share(
     loss:MetricLoss, # Any that is `repeatable`
     embs:Tensor, # Embeddings, `(n,d)` float
     labels:Tensor, # Class of each row, `(n,)` int64
-)->Tensor|None: # Scalar, 0 to 1; None where no γ is at work
+)->Tensor|None: # Scalar, 0 to 1; None if no γ is at work
     "Share of direction regularisation in the gradient at the embeddings"
     parts = [o for o in loss.modules() if isinstance(o, MetricLoss) and o.gamma]
     if not parts: return None
@@ -80,11 +80,11 @@ class Finding(NamedTuple):
     def __repr__(self): return f'{self.name}: {self.text}'
 
 class TrainingDoctor(Callback):
-    "Look at a training run, and say what is wrong with it"
+    "Watch a training run, and report what is wrong with it"
     order,run_valid = 60,False # after the metrics, at 45 and 50, and after mixed precision leaves autocast, at 10
     def __init__(self,
         every:int=None, # Look at one of so many steps, 1 or more; 20 if not given, fewer in a short fit
-        say:bool=True, # Print what is wrong after the fit?
+        say:bool=True, # Print the findings after the fit?
     ):
         if every is not None and not (isinstance(every, int) and every>=1):
             raise ValueError(f"`every` is a number of steps, 1 or more; got {every!r}.")
@@ -96,7 +96,7 @@ class TrainingDoctor(Callback):
 # %% ../../nbs/api/train/18_doctor.ipynb #d0d3bc89
 @patch
 def before_fit(self:TrainingDoctor):
-    "Begin anew"
+    "Reset the measurements"
     self.run = is_fitting(self.learn)
     if not self.run: return
     self.unhook()
@@ -124,7 +124,7 @@ def proxies(self:TrainingDoctor)->dict:
 
 @patch
 def watched(self:TrainingDoctor)->dict:
-    "Weights whose way is measured: the proxies, and those of the head's layers where they are trained"
+    "Weights whose movement is measured: the proxies, and the trained layers of the head"
     head = getattr(unwrapped(self.learn.model), 'head', None)
     return self.proxies() | ({f'head.{k}':p for k,p in head.named_parameters() if p.ndim==2 and p.requires_grad}
         if isinstance(head, torch.nn.Module) else {})
@@ -133,7 +133,7 @@ def watched(self:TrainingDoctor)->dict:
 def way(self:TrainingDoctor,
     names, # Which of the `watched` weights
 ):
-    "The longest way from the start of some weights, relative to their length; None where there are none"
+    "The largest movement of some weights from their start, relative to their length; None if there are none"
     now = self.watched()
     ways = [(now[k].detach()-self.start[k]).norm()/self.start[k].norm().clamp(min=1e-30) for k in names if k in now and k in self.start]
     return max(ways) if ways else None
@@ -151,7 +151,7 @@ def watch(self:TrainingDoctor,
 def lengths(self:TrainingDoctor,
     embs, # Output of the head, `(n,d)`
 ):
-    "Keep the mean length of what the head gives"
+    "Keep the mean length of the head's output"
     if self.due and isinstance(embs, Tensor): self.now['length'] = embs.detach().float().norm(dim=-1).mean()
 
 # %% ../../nbs/api/train/18_doctor.ipynb #d5842559
@@ -185,7 +185,7 @@ def after_loss(self:TrainingDoctor):
 
 @patch
 def after_batch(self:TrainingDoctor):
-    "Write down what was seen"
+    "Store the measurements of the step"
     if not self.due or 'loss' not in self.now: return
     proxies = self.proxies()
     self.now |= dict(moved=self.way(proxies), head=self.way(self.start.keys()-proxies))
@@ -196,7 +196,7 @@ def after_batch(self:TrainingDoctor):
 
 @patch
 def after_validate(self:TrainingDoctor):
-    "Write down the recall of the epoch"
+    "Store the recall of the epoch"
     recall = next((o.value for o in self.learn.metrics if o.name=='recall@1'), None)
     gaps = [o['pos']-o['neg'] for o in self.steps if o['epoch']==self.learn.epoch]
     if gaps: self.epochs.append(dict(epoch=self.learn.epoch, recall=ifnone(recall, math.nan), gap=sum(gaps)/len(gaps)))
@@ -217,7 +217,7 @@ def after_fit(self:TrainingDoctor):
 # %% ../../nbs/api/train/18_doctor.ipynb #3f344ed6
 @patch
 def state_dict(self:TrainingDoctor)->dict:
-    "What was seen, for a checkpoint"
+    "The measurements, for a checkpoint"
     return dict(steps=self.steps, epochs=self.epochs, start=self.start, seconds=self.seconds)
 
 @patch
@@ -231,23 +231,23 @@ def load_state_dict(self:TrainingDoctor, d):
 @patch
 def recent(self:TrainingDoctor,
     name:str, # What was seen: `pos`, `neg`, `rank`, `active`, `rows`, `length`, `dr`, `ssr`, `moved`, `head`, `loss`, `d_pos` or `d_neg`
-)->float: # nan where it was not seen, or too seldom
-    "Mean over the last third of the steps that were looked at"
+)->float: # nan if not measured, or too rarely
+    "Mean over the last third of the measured steps"
     values = [o[name] for o in self.steps if name in o and math.isfinite(o[name])]
     return sum(values[-max(3, len(values)//3):])/max(3, len(values)//3) if len(values)>=6 else math.nan
 
 @patch(as_prop=True)
 def enough(self:TrainingDoctor)->bool:
-    "Were enough steps looked at to say something?"
+    "Were enough steps measured?"
     return len(self.steps)>=6
 
 def _at_first(self, row):
-    "recall@1 of the `features` or of the `start`, on the validation classes; None where it is not known"
+    "recall@1 of the `features` or of the `start`, on the validation classes; None if it is not known"
     rows = getattr(getattr(self.learn, 'head_start', None), 'rows', {})
     return rows.get(row, {}).get('scores', {}).get('recall@1')
 
 @patch(as_prop=True)
-def theirs(self:TrainingDoctor)->float: # None where they are not known: the body began with random weights, or nothing is measured
+def theirs(self:TrainingDoctor)->float: # None if they are not known: the body began with random weights, or nothing is measured
     "recall@1 of the frozen features that the learner began with"
     return _at_first(self, 'features')
 
@@ -265,7 +265,7 @@ def _below(self, tol=.01):
         f'{theirs:.3f}. {remedy}')
 
 def _narrow(self, tol):
-    "What to do where training did no harm, and the head has too few numbers from the start"
+    "The remedy if the head had too few dimensions from the start, and training did no harm"
     model,start = unwrapped(self.learn.model),_at_first(self, 'start')
     if not self.learn.head_start.said or start is None or model.emb_sz>=model.n_features: return
     if self.measured[-1]['recall']>=start-tol and start<self.theirs-tol:
@@ -273,11 +273,11 @@ def _narrow(self, tol):
             f'{model.n_features:,}: raise `emb_sz`.')
 
 def _gap(self):
-    "The loss that asks for a gap between positives and negatives, and its margin; None where none does"
+    "The loss with a margin between positives and negatives, and the margin; None if there is none"
     return asking(self.learn.loss_func, 'gap')
 
 def _asked(self):
-    "Name and value of the margin that the loss asks for, and what the distances have on average; nan where it asks for none"
+    "Name and value of the loss's margin, and the mean gap of the distances; nan if there is no margin"
     margin,pos,neg = asking(self.learn.loss_func, 'gap', 'negatives')[1],self.recent('d_pos'),self.recent('d_neg')
     if margin is None: return '',math.nan,math.nan
     has = neg if margin.of=='negatives' else neg**2-pos**2 if margin.squared else neg-pos
@@ -292,10 +292,10 @@ def _collapse(self):
     name,asked,has = _asked(self)
     loss,margin = _gap(self)
     if _lengths(self): remedy = 'Lower the learning rate.'
-    elif has>asked: remedy = f'The loss asks for no more: raise its `{name}`, which is {asked:g}.'
+    elif has>asked: remedy = f'The loss demands no more: raise its `{name}`, which is {asked:g}.'
     elif loss and loss.gamma>=2*margin.value:
-        remedy = (f'Where all of them are equally far apart the direction cosine is 0.5, and `gamma` times this, {loss.gamma/2:g}, '
-        f'takes all of the margin of {margin.value:g}, so that nothing is asked of them there: lower `gamma`, or raise the margin.')
+        remedy = (f'If all of them are equally far apart, the direction cosine is 0.5, and `gamma` times this, {loss.gamma/2:g}, '
+        f'cancels the margin of {margin.value:g}: lower `gamma`, or raise the margin.')
     elif getattr(loss, 'miner', None):
         remedy = ('Lower the learning rate, and learn from easier triplets: all of them, or those of `SemiHardMiner`, rather than the '
             'hardest.')
@@ -337,26 +337,26 @@ def _ssr(self):
 def _proxies(self):
     x = self.recent('moved')
     if x<1e-3: return (f'The proxies do not move: in {self.steps[-1]["step"]} steps they went {x:.1e} of their length. '
-        'See that the optimiser has them (`metric_learner` sees to it) and is not told to freeze them, and raise `lr_mult`.')
+        'Check that the optimiser has them (`metric_learner` does this) and does not freeze them, and raise `lr_mult`.')
 
 def _stuck(self):
     (loss,margin),gap,value = _gap(self),self.recent('d_neg')-self.recent('d_pos'),self.recent('loss')
     if loss and not _collapsed(self) and gap<.1*margin.value and (loss.gamma or value>.9*margin.value):
         return (f'The loss stands at {value:.3g}, with a margin of {margin.value:g}: negatives are no farther away than positives '
             f'({self.recent("d_neg"):.3g} and {self.recent("d_pos"):.3g} on average), so nothing has been learned. '
-            'Look for a learning rate with `lr_find`, learn from all triplets before the hardest ones, and look at the labels.')
+            'Find a learning rate with `lr_find`, train on all triplets before the hardest ones, and check the labels.')
 
 def _still(self):
     x = self.recent('head')
     if x<1e-3 and not (_stuck(self) or _inactive(self)):
         return (f'The network hardly moves: in {self.steps[-1]["step"]} steps the weights of its head went {x:.1e} of their length. Raise '
-            'the learning rate; `lr_find` looks for one.')
+            'the learning rate; `lr_find` suggests one.')
 
 def _margin(self):
     (loss,margin),active = _gap(self),self.recent('active')
     if not (loss and loss.normalize_embs) or getattr(loss, 'miner', None) or _collapsed(self): return
     if margin.value>(2 if margin.squared else 1) and active>.9:
-        return (f'The margin of {margin.value:g} cannot be met: {math.floor(100*active)} % of the triplets violate it, for embeddings of '
+        return (f'The margin of {margin.value:g} cannot be met: {math.floor(100*active)} % of the triplets violate it: embeddings of '
             f'length 1 that have nothing in common are {"2 (squared)" if margin.squared else "1.4"} apart. '
             'Lower it: 0.05 to 0.5 is usual.')
 
@@ -375,27 +375,27 @@ TrainingDoctor.diagnoses = dict(below=_below, collapse=_collapse, inactive=_inac
     stuck=_stuck, still=_still, margin=_margin, runaway=_runaway)
 
 @patch(as_prop=True)
-def findings(self:TrainingDoctor)->list: # `Finding`s, none where all is well
+def findings(self:TrainingDoctor)->list: # `Finding`s; empty if nothing is wrong
     "What is wrong with the last fit"
     return [Finding(k, text) for k,f in self.diagnoses.items() if (text := f(self))]
 
 # %% ../../nbs/api/train/18_doctor.ipynb #e043b550
 _panels = (('Similarity of training pairs', 'cosine similarity', dict(pos='same class', neg='different classes'),
-    'How alike two embeddings of a batch are, 1 for equal ones. The lines should move apart; both near 1 is a collapse.'),
+    'Similarity of two embeddings of a batch, 1 if equal. The lines should move apart; both near 1 is a collapse.'),
     ('Directions in use', 'effective rank', dict(rank='in use', most='classes in the batch, or dimensions'),
     'Over how many directions the embeddings of a batch spread. Near 1, all lie on a line.'),
     ('What is learned from', 'share', dict(active='triplets or pairs', rows='embeddings with a gradient'),
-    'How much of a batch the loss still has something to say about. Near 0, the batches have become too easy.'),
-    ('Loss', 'loss', dict(loss=''), 'The loss of the batch, not smoothed. Where only active terms count, it may stand still while the '
+    'Share of a batch that the loss still learns from. Near 0, the batches have become too easy.'),
+    ('Loss', 'loss', dict(loss=''), 'The loss of the batch, not smoothed. If only active terms count, it may stay constant while the '
     'embedding improves.'),
     ('Embeddings before normalisation', 'mean length', dict(length=''), 'Their length before they are scaled to 1. The longer, the '
     'smaller the steps of the head.'),
     ('Share of the gradient', 'share', dict(dr='direction regularisation', ssr='self-supervised ranking'),
     'How much of the gradient comes from a regulariser. Near 1, it has taken over.'),
     ('Distance moved by the weights', 'relative distance', dict(moved='proxies', head='head of the network'),
-    'How far weights are from where they began, relative to their length. Near 0, they do not learn.'))
+    'Distance of weights from their start, relative to their length. Near 0, they do not learn.'))
 _against = ('Training against validation', 'similarity, recall', dict(gap='training: same minus different', recall='validation: recall@1'),
-    'How much more alike pairs of one class are than others in training, and recall on unseen classes. If the first rises while the '
+    'How much more similar pairs of one class are than others in training, and recall on unseen classes. If the first rises while the '
     'second falls, the training classes are learned by heart.')
 _level = ' The grey line is the recall of the features it started with: below it, training does harm.'
 _styles = dict(color=_blue, lw=1.8),dict(color=_orange, lw=1.8, ls='--')
@@ -416,13 +416,13 @@ def _draw_series(ax, title, ylabel, names, rows, x, level=None):
 
 @patch(as_prop=True)
 def panels(self:TrainingDoctor)->list: # Title, name of the vertical axis, series, rows that have them, horizontal axis, and what it means
-    "What there is to draw"
+    "The panels to draw"
     res = [(t,y,n,self.steps,'steps',why) for t,y,n,why in _panels if any(k in o for o in self.steps for k in n)]
     return res + ([(*_against[:3],self.epochs,'epochs',_against[3] + ('' if self.theirs is None else _level))] if self.measured else [])
 
 @patch
 def plot(self:TrainingDoctor)->plt.Figure:
-    "Draw what was seen, with what is wrong above it; raises `ValueError` before a fit"
+    "Plot the measurements, with the findings above; raises `ValueError` before a fit"
     if not self.steps: raise ValueError('there is nothing to draw yet: the doctor has seen no training step')
     panels = self.panels
     rows = -(-len(panels)//3)

@@ -1,4 +1,4 @@
-"""From a trained learner to an embedder that needs neither fastai nor its training.
+"""Export a trained learner as an embedder that needs no fastai.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/export.html.md"""
 
@@ -28,7 +28,7 @@ from ..models.lora import *
 
 # %% ../../nbs/api/train/15_export.ipynb #b1ddfbe6
 def _steps_of(t):
-    "What transform `t` does to a validation image, as steps of `Preprocess`; None if that is not known"
+    "Steps of `Preprocess` for a transform `t` of a validation image; None if unknown"
     if isinstance(t, ToTensor) or getattr(t, 'split_idx', None)==0: return []
     if type(t) is RandomResizedCrop:
         xtra = math.ceil(max(t.size)*t.val_xtra/8)*8
@@ -38,7 +38,7 @@ def _steps_of(t):
     if type(t) is CropPad and t.pad_mode==PadMode.Zeros: return [('crop', tuple(t.size), 2)]
 
 def _stats_of(t):
-    "What batch transform `t` does to a validation batch, as `mean` and `std`; None if that is not known"
+    "`mean` and `std` of a batch transform `t`; None if unknown"
     if isinstance(t, Normalize): return dict(mean=t.mean.flatten().tolist(), std=t.std.flatten().tolist())
     if getattr(t, 'split_idx', None)==0 or type(t) is IntToFloatTensor and t.div==255: return {}
     if isinstance(t, AffineCoordTfm) and t.size is None: return {}
@@ -47,7 +47,7 @@ def _stats_of(t):
 def preprocess_of(
     dls, # `DataLoaders` of images
 )->Preprocess:
-    "What `dls` do to a validation image; raises `ValueError` for a transform that cannot be put into words"
+    "The preprocessing of a validation image in `dls`; raises `ValueError` for a transform that cannot be translated"
     dl = dls.valid
     cls = type(dl.dataset[0][0]) if len(dl.dataset) else dl.dataset.tls[0].types[-1]
     if not issubclass(cls, PILBase):
@@ -69,7 +69,7 @@ def _split_rows(dls):
         for i,(o,y) in enumerate(zip(items_of(dl) or [None]*len(dl.dataset), _names(dls, dl)))]
 
 def _names(dls, dl):
-    "Names of the classes of the items of a loader; empty where they cannot be known without opening the items"
+    "Names of the classes of the items of a loader; empty if they are only known after opening the items"
     vocab,ys = getattr(dls, 'vocab', None),getattr(dl, 'labels', None)
     if ys is None: ys = _labels(dl.dataset) if hasattr(dl.dataset, 'tls') else None
     if ys is None: return ['']*len(dl.dataset)
@@ -78,26 +78,24 @@ def _names(dls, dl):
 def split_hash(
     dls, # `DataLoaders`, or a `MetricDataset`
 )->str: # 64 hexadecimal digits
-    "What tells whether two runs had the same items with the same labels in the same splits"
+    "A hash, equal for runs with the same items, labels and splits"
     return hashlib.sha256('\n'.join(sorted('\t'.join(o) for o in _split_rows(dls))).encode(errors='surrogateescape')).hexdigest()
 
 def split_table(
     dls, # `DataLoaders`, or a `MetricDataset`
 )->tuple: # Head, and rows
-    "How many items and classes are in each split"
+    "Number of items and classes in each split"
     splits = {}
     for split,label,_ in _split_rows(dls): splits.setdefault(split, []).append(label)
     order = [k for k in ('train','val','valid','test') if k in splits]
     return ['split','items','classes'],[[k,f'{len(splits[k]):,}',f'{len(set(splits[k])):,}'] for k in dict.fromkeys([*order,*splits])]
-
-
 
 # %% ../../nbs/api/train/15_export.ipynb #276455cd
 def check_calibration(
     dls, # `DataLoaders`
     min_classes:int=20, # Fewest validation classes
 ):
-    "Raise `ValueError` where a threshold cannot be calibrated on the validation classes: few, or trained on"
+    "Raise `ValueError` if the validation classes are too few to calibrate a threshold, or were trained on"
     n,vocab,names = getattr(dls, 'n_train_classes', None),getattr(dls, 'vocab', None),{*_names(dls, dls.valid)}-{''}
     trained = {*_names(dls, dls.train)} if n is None or vocab is None else {vocab[i] for i in range(n)}
     if both := names & trained:
@@ -108,14 +106,14 @@ def check_calibration(
             f"`min_classes={len(names)}` takes them all the same.")
 
 def _short_names(items, path):
-    "Paths of items within the data set, or else the folder that all have in common: what is given away need not say where it was made"
+    "Paths of items relative to the data set, or to their common folder, so nothing reveals local paths"
     paths = [Path(o) for o in items if o]
     if not all(o.is_relative_to(path) for o in paths): path = os.path.commonpath([o.absolute().parent for o in paths])
     return [str(Path(o).absolute().relative_to(Path(path).absolute())) if o else '' for o in items]
 
 @patch
 def export_embedder(self:MetricLearner,
-    folder, # Where to write; must not be there
+    folder, # Folder to write to; must not exist
     gallery=None, # Items to search among: a split's name such as `'train'`, or a loader with labels; none if not given
     overwrite:bool=False, # Replace what is there?
     fmr:float=None, # False-match rate for which a threshold is calibrated on the validation classes; no threshold if not given

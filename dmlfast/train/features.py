@@ -1,4 +1,4 @@
-"""What a body makes of images, computed once and kept.
+"""The features of a body, computed once and kept.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/features.html.md"""
 
@@ -31,8 +31,8 @@ def collect(
     f=None, # What to do with the inputs of a batch; the model itself if not given
     bar:bool=False, # Show a progress bar?
     n_inp:int=1, # Inputs in a batch, which come before the labels
-)->tuple: # Outputs `(n,d)` float32 and class ids `(n,)` int64, on the CPU; no ids where there are no labels
-    "What a model makes of the items of a loader, in order; raises `ValueError` for an empty one"
+)->tuple: # Outputs `(n,d)` float32 and class ids `(n,)` int64, on the CPU; no ids if there are no labels
+    "Outputs of a model for the items of a loader, in order; raises `ValueError` for an empty loader"
     training,device,f,res = model.training,next(model.parameters()).device,f or model,[]
     shared = own_part()[1]>1 and isinstance(dl, BalancedDL) and not dl.shuffle
     model.eval()
@@ -65,7 +65,7 @@ def balanced_part(
     n:int=10_000, # At most so many items
     seed:int=0, # Which ones
 )->list: # Indices in order
-    "Indices of items of every class, as evenly as there are enough"
+    "Indices of items of every class, as balanced as possible"
     labels = np.asarray(labels)
     if len(labels)<=n: return list(range(len(labels)))
     order = np.random.default_rng(seed).permutation(len(labels))
@@ -76,7 +76,7 @@ def balanced_part(
 def as_measured(
     dl, # Loader
 ): # Each item once, in order
-    "The items of a loader as validation items are treated: those of a training loader without its augmentation"
+    "A loader of the same items without augmentation, as in validation"
     ds = getattr(dl, 'dataset', None)
     if isinstance(ds, Datasets) and ds.split_idx==0: return dl.new(test_set(ds, ds.items, with_labels=True), shuffle=False, drop_last=False)
     return dl.new(shuffle=False, drop_last=False) if getattr(dl, 'shuffle', False) or getattr(dl, 'drop_last', False) else dl
@@ -85,7 +85,7 @@ def measured_dl(
     dls:DataLoaders, # Loaders
     n:int=None, # At most so many items, class-balanced; all of them if not given
 )->DataLoader: # In the order of the training set
-    "The training items as validation items are treated, each once"
+    "The training items without augmentation, each once"
     ds = dls.train_ds
     if n is None or not isinstance(ds, Datasets) or n>=len(ds): return as_measured(dls.train)
     return dls.test_dl(rows_of(ds.items, balanced_part(labels_of(ds), n)), with_labels=True)
@@ -94,13 +94,13 @@ def measured_dl(
 def body_state(
     model:nn.Module, # An `Embedder`
 )->dict: # Tensors by name
-    "The weights that make features: those of the body and of the pooling"
+    "The weights that features depend on: body and pooling"
     return {k:v for k,v in model.state_dict().items() if k.startswith(('body.','pool.'))}
 
 def body_key(
     model:nn.Module, # An `Embedder`
 )->str: # Hexadecimal digits
-    "What tells whether two bodies make the same features: their weights, and how they are built, paddings and pooling included"
+    "Key of a body: equal for bodies with the same weights, construction, paddings and pooling"
     built = f'{model.body}{model.pool}{getattr(model, "own_pool", None)}{getattr(model, "named", {}).get("model_kwargs")}'
     built += str(getattr(model, 'lora', '')) # what multiplies its difference is no weight
     return weights_hash(body_state(model))+hashlib.blake2b(built.encode(), digest_size=16).hexdigest()
@@ -117,8 +117,8 @@ def _stat(o):
 
 def items_key(
     dl, # Loader
-)->str|None: # 32 hexadecimal digits; None where the items have no names
-    "What tells whether two loaders have the same files and treat them alike"
+)->str|None: # 32 hexadecimal digits; None if the items have no names
+    "Key of the items: equal for loaders with the same files and transforms"
     items = getattr(getattr(dl, 'dataset', None), 'items', None)
     if items is None or hasattr(items, 'columns') or not isinstance(dl.dataset, Datasets): return None
     if not all(isinstance(o, (str,Path)) for o in items): return None
@@ -131,7 +131,7 @@ def items_key(
 _kept,_keep_bytes = OrderedDict(),2**30 # features of the last loaders, for the next learner on the same data
 
 def _remember(key, X):
-    "Keep features, and let go of those that were not asked for the longest"
+    "Keep features, and drop the least recently used"
     if key is None or X.nbytes>_keep_bytes: return X
     _kept[key] = X
     while sum(o.nbytes for o in _kept.values())>_keep_bytes: _kept.popitem(last=False)
@@ -142,7 +142,7 @@ def body_features(
     dl, # Loader
     bar:bool=False, # Show a progress bar?
 )->tuple: # Features `(n,d)` float32 and class ids `(n,)` int64, on the CPU
-    "Pooled features of the items of a loader, computed once for the same body, items and transforms; random generators stay as they are"
+    "Pooled features of the items of a loader, computed once for the same body, items and transforms; changes no random state"
     if hasattr(dl, 'features'): return dl.features.rows(range(len(dl.features))),dl.features.labels
     items = items_key(dl)
     key = items and (body_key(model),items)
@@ -187,17 +187,17 @@ class Features:
 
 def cache_folder(
 )->Path: # `DMLFAST_CACHE`, or a folder in the user's cache
-    "Where features are kept that do not fit in memory"
+    "Folder for features that do not fit in memory"
     return Path(os.environ.get('DMLFAST_CACHE') or xdg_cache_home()/'dmlfast')
 
 def _open_file(file, shape):
-    "The array in a file, if it is all there"
+    "The array in a file, if the file is complete"
     try: X = np.load(file, mmap_mode='r')
     except (OSError,ValueError,EOFError): return
     if X.shape==tuple(shape): return X
 
 def _write_file(file, shape, parts):
-    "Write an array part by part, whole or not at all"
+    "Write an array part by part, completely or not at all"
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as tmp:
         out = np.lib.format.open_memmap(tmp, 'w+', np.float16, tuple(shape))
@@ -257,7 +257,7 @@ def _augmented(model, dls, view, bar):
 
 # %% ../../nbs/api/train/09_features.ipynb #e5b7992e
 class FeatureSet:
-    "Features in the place of images: what a loader's data set is asked for"
+    "A data set of features instead of images"
     n_inp = 1
     def __init__(self,
         features:Features, # Of each item
@@ -315,7 +315,7 @@ def feature_loaders(
     return DataLoaders(*res, path=dls.path, device=dls.device)
 
 class _PlainFeatureDL(FeatureDL):
-    "Shuffled batches, where those of images are not balanced"
+    "Shuffled batches, if those of images are not balanced"
     def __len__(self): return TfmdDL.__len__(self)
     def get_idxs(self): return TfmdDL.get_idxs(self)
     @property

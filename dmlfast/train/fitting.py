@@ -1,4 +1,4 @@
-"""A fit as a recipe says it.
+"""`fit_recipe` fits with the settings of a recipe.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/fitting.html.md"""
 
@@ -35,7 +35,7 @@ def fit_recipe(self:MetricLearner,
     interpolate:bool=None, # Keep the best weights between start and end?
     **kwargs
 ):
-    "Fit as the learner's recipe says"
+    "Fit with the settings of the learner's recipe"
     r = self.recipe.fit
     n_epoch,sched = ifnone(n_epoch, r.get('n_epoch')),ifnone(sched, r.get('sched', 'flat'))
     if n_epoch is None:

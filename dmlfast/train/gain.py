@@ -1,4 +1,4 @@
-"""What training was worth, over the features that were there before.
+"""How much training gained over the frozen features.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/gain.html.md"""
 
@@ -24,7 +24,7 @@ _few = 'recall@1','map@r'
 
 @patch
 def head_start_of(self:MetricLearner)->HeadStart:
-    "The callback that knows the body as it came; raises `ValueError` where there is none"
+    "The callback that knows the original body; raises `ValueError` if there is none"
     if (o := getattr(self, 'head_start', None)) is None:
         raise ValueError("This learner began with random weights, or with a model that was given as it is, so there are no features to "
             "compare with or to start from: train it with `fit_one_cycle`.")
@@ -37,7 +37,7 @@ def baseline(self:MetricLearner,
     metrics=None, # Names, see `evaluate_retrieval`; recall at the data set's `ks` and map@r if not given
     **kwargs # Passed to `evaluate_protocol`
 )->RetrievalResult:
-    "Retrieval metrics of the frozen features of the body that this learner began with; raises `ValueError` where that is not known"
+    "Retrieval metrics of the frozen features of the original body; raises `ValueError` if it is unknown"
     names = metric_names(ifnone(metrics, _names(self)), kwargs.get('ks', (1,2,4,8))) # before the images are run through the body
     start,dl = self.head_start_of(),self.split_dl(dl)
     return Embedded(*start.features(dl), **self.about_items(dl)).evaluate(names, **kwargs)
@@ -61,7 +61,7 @@ def what_to_try(
 def _points(x): return f'{round(100*x, 1)+0:.1f}' # no -0.0
 
 class Gain(RetrievalDifference):
-    "What an embedding has more than the features it started from"
+    "The gain of an embedding over the features it started from"
     def __init__(self,
         trained:RetrievalResult, # Scores of the embedding
         features:RetrievalResult, # Scores of the features
@@ -76,17 +76,17 @@ class Gain(RetrievalDifference):
     def verdict(self,
         name:str=None, # A metric; the first if not given
     )->str: # `'raised'`, `'lowered'`, or `'kept'` where the interval holds 0
-        "Which way the metric went, as far as it can be told from noise"
+        "Did the metric rise, fall, or stay within noise?"
         low,high = self.interval(name or self._keys[0]) or (self[name or self._keys[0]],)*2
         return 'raised' if low>0 else 'lowered' if high<0 else 'kept'
 
     @property
     def sentence(self):
-        "What training was worth"
+        "The result of training in a sentence"
         names = [o for o in _few if o in self._keys] or self._keys[:1]
         if why := self.a.why_no_interval(names[0]):
             went = ' and '.join(f'{k} from {self.b[k]:.3f} to {self.a[k]:.3f}' for k in names)
-            what = 'what was trained' if self.what=='Training' else self.what[0].lower()+self.what[1:]
+            what = 'the trained embedding' if self.what=='Training' else self.what[0].lower()+self.what[1:]
             remedy = f' {self.remedy}' if self.remedy and min(self[o] for o in names)<-.05 else ''
             return f"From the features to {what}, {went} ({why}).{remedy}"
         ways = [self.verdict(o) for o in names]
@@ -97,7 +97,7 @@ class Gain(RetrievalDifference):
         return f'{res} {self.remedy}' if self.remedy and 'lowered' in ways else res
 
     def _way(self, name):
-        "Which way a metric went, and how far"
+        "Direction and size of the change of a metric"
         way,(low,high) = self.verdict(name),self.interval(name)
         if way=='kept':
             return f"changed {name} by {_points(self[name])} points (95 % interval {_points(low)} to {_points(high)}, within noise)"
@@ -130,7 +130,7 @@ def gain(self:MetricLearner,
     metrics=None, # Names, see `evaluate_retrieval`; recall at the data set's `ks` and map@r if not given
     **kwargs # Passed to `evaluate_protocol`
 )->Gain:
-    "What this learner's embedding has more than the frozen features it began with, with paired intervals, and in a sentence"
+    "The gain of the embedding over the frozen features, with paired intervals and a sentence"
     return gain_of(self, self.evaluate(dl, ifnone(metrics, _names(self)), **kwargs), dl, **kwargs)
 
 def gain_of(
@@ -139,7 +139,7 @@ def gain_of(
     dl=None, # Loader, or the name of a split, that this is of; the validation loader if not given
     **kwargs # Passed to `evaluate_protocol`
 )->Gain:
-    "The gain of a result that is there already"
+    "The gain of an existing result"
     metrics = [o for o in res.values if o.startswith('recall@') or o=='map@r'] or list(res.values)
     start,model = learn.head_start_of(),unwrapped(learn.model)
     what = 'Training' if has_moved(model, start.origin) else 'The start of the head' if start.head_is_start else 'The head'

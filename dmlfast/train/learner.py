@@ -1,4 +1,4 @@
-"""`metric_learner`: data loaders, a backbone and a loss become a fastai `Learner`.
+"""`metric_learner` makes a fastai `Learner` from data loaders, a backbone and a loss.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/learner.html.md"""
 
@@ -51,7 +51,7 @@ class MetricLearner(GroupedLearner):
 
     @property
     def dls(self):
-        "The data loaders; others that take their place get the same normalisation"
+        "The data loaders; new ones get the same normalisation"
         return self._dls
     @dls.setter
     def dls(self, dls):
@@ -61,7 +61,7 @@ class MetricLearner(GroupedLearner):
 
     @property
     def loss_func(self):
-        "The loss; another that takes its place is checked, made for the training classes and trained with the model"
+        "The loss; a new one is checked, set up for the training classes and trained with the model"
         return self.__dict__.get('loss_func')
     @loss_func.setter
     def loss_func(self, loss):
@@ -75,7 +75,7 @@ class MetricLearner(GroupedLearner):
     def remove_cb(self,
         cb, # Callback, or a class of callbacks
     ):
-        "As of any learner; a callback takes back what it attached"
+        "As in fastai; a callback removes what it attached"
         for o in L(self.cbs).filter(risinstance(cb)) if isinstance(cb, type) else [cb]:
             if hasattr(o, 'detach') and o in self.cbs: o.detach(self)
         return super().remove_cb(cb)
@@ -94,14 +94,14 @@ class MetricLearner(GroupedLearner):
         cpu:bool=True, # Bring them to the CPU?
         gather:bool=True # Not used
     ):
-        "As any learner; of several processes each keeps its own, and what they share is put together once"
+        "As in fastai; each of several processes keeps its own tensors, which are gathered once"
         return to_detach(b, cpu, False)
 
     def one_batch(self,
         i:int, # Number of the batch in its epoch
         b, # The batch, as its loader gives it
     ):
-        "As any learner; the first batch of a fit is looked at"
+        "As in fastai; the first batch of a fit is checked"
         n = getattr(self.dls, 'n_inp', len(b)-1) # as fastai divides a batch
         if self.training and self.train_iter==0 and len(b)>n and own_part()[1]==1: self.check_pairs(b[n])
         super().one_batch(i, b)
@@ -116,7 +116,7 @@ class MetricLearner(GroupedLearner):
         fname='export.pkl', # File to write, in the learner's folder
         **kwargs # Passed to `Learner.export`
     ):
-        "As any learner, its head started; the file is written whole or not at all, and what cannot be written leaves the learner as it is"
+        "As in fastai, after the head has started; written completely or not at all, and a failed write changes nothing"
         self.start_head()
         if not is_first(): return
         dls,opt = self.dls,self.opt
@@ -131,14 +131,14 @@ class MetricLearner(GroupedLearner):
 def start_head(self:MetricLearner,
     measure:bool=False, # Score features and start on the validation classes, too, before a fit?
 ):
-    "Start a head that waits for the training images; whatever needs embeddings does this first, and it is done once"
+    "Fill the head from the training images, once, before the first embedding"
     for o in self.cbs.filter(risinstance(HeadStart)):
         o.start()
         if measure: o.measure()
 
 # %% ../../nbs/api/train/11_learner.ipynb #2af26c8b
 def _all_alone(ds):
-    "Is each item of a data set the only one of its class? Labels are read until two are the same"
+    "Is each item the only one of its class? Labels are read until two are equal"
     seen = set()
     return all(not (y in seen or seen.add(y))
         for y in map(int, ds.tls[ds.n_inp])) if len(getattr(ds, 'tls', ()))>getattr(ds, 'n_inp', 0) else False
@@ -148,7 +148,7 @@ def check_tracker(self:MetricLearner,
     o, # fastai `TrackerCallback`
     columns:dict, # Columns there will be, and every how many epochs each is new
 ):
-    "Raise `ValueError` where `o` monitors what will not be there, or has no patience to wait for it"
+    "Raise `ValueError` if `o` monitors a missing column, or has too little patience for it"
     if getattr(o, 'every_epoch', False) and o.monitor in columns: return # it saves whatever the scores are
     if not getattr(self.recorder, 'train_metrics', False):
         if o.monitor not in columns:
@@ -171,7 +171,7 @@ def check_tracker(self:MetricLearner,
 def check_cbs(self:MetricLearner,
     cbs, # All callbacks of a fit
 ):
-    "Raise `ValueError` for a callback that cannot work, and show TensorBoard's projector where the embeddings are"
+    "Raise `ValueError` for a callback that cannot work, and give TensorBoard's projector the embeddings"
     columns = dict.fromkeys(['train_loss','valid_loss',*L(self.metrics).attrgot('name')], 1)
     for o in cbs:
         for c in getattr(o, 'columns', ()):
@@ -191,7 +191,7 @@ def check_cbs(self:MetricLearner,
 def check_pairs(self:MetricLearner,
     labels, # Class of each image of a batch, `(n,)` integer
 ):
-    "Warn of a batch in which the loss has nothing to compare"
+    "Warn if the loss has nothing to compare in a batch"
     n,c = len(labels),len(labels.unique())
     if 1<c<n or not getattr(self.loss_func, 'compares', False): return
     has,do = ('no two images of one class','make them with `per_class=4`, say (and `dl_type=BalancedDL` in a `DataBlock`)') if c==n else (
@@ -214,7 +214,7 @@ def _check_tfms(dl):
             "or make the learner with `normalize=False` where they are normalised already.")
 
 def _normalize(dls, cfg, first, trained=True):
-    "Give `dls` the statistics of a model, unless it normalises already; raises `ValueError` for those of another where it is trained"
+    "Let `dls` normalise with a model's statistics; raises `ValueError` if it already has those of another trained model"
     has,norm = _norm_of(dls.train),Normalize.from_stats(cfg['mean'], cfg['std'])
     norm.of_model = True # and not the user's own
     if has is None:
@@ -228,7 +228,7 @@ def _normalize(dls, cfg, first, trained=True):
 # %% ../../nbs/api/train/11_learner.ipynb #6856c089
 @patch
 def _lacks(self:MetricLearner, dl):
-    "The normalisation that `dl` lacks and the learner's own loaders have; raises `ValueError` where it has that of another model"
+    "The normalisation missing in `dl`; raises `ValueError` if `dl` has that of another model"
     if any(hasattr(o, 'features') for o in (dl,self.dls.train)): return # no images, as while a head is fitted
     need,has = ifnone(_norm_of(self.dls.train), self.norm),_norm_of(dl)
     if has is None: return need
@@ -239,7 +239,7 @@ def _lacks(self:MetricLearner, dl):
 def admit(self:MetricLearner,
     dl, # Loader, of the learner's own data loaders or of others
 ): # The same, or one that normalises images as the learner's own do
-    "The one door through which a learner takes a loader; raises `ValueError` where its images are normalised for another model"
+    "Check a loader and let it normalise; raises `ValueError` if its images are normalised for another model"
     norm = self._lacks(dl)
     if norm is None: return dl
     _check_tfms(dl)
@@ -254,7 +254,7 @@ def admit_all(self:MetricLearner,
 
 # %% ../../nbs/api/train/11_learner.ipynb #bb29c412
 class _Whole(nn.Module):
-    "A `Sequential` as a part of a model: a loss beside it is not one more layer of it"
+    "A wrapper around a `Sequential`, so that a loss beside it does not become a layer"
     def __init__(self, model): super().__init__(); self.model = model
     def forward(self, *x): return self.model(*x)
     def __getattr__(self, k):
@@ -264,7 +264,7 @@ class _Whole(nn.Module):
     def arch(self): return type(self.model).__name__
 
 def _sized(dls, arch, model_kwargs, first):
-    "Arguments of a body for images of the size that loaders give, where it is built for one size"
+    "Arguments that build a body for the image size of the loaders, if it needs a fixed size"
     if not len(dls.train) or not one_size(arch, **model_kwargs): return model_kwargs
     with no_random(): x = first()
     return sized(arch, x.shape[-2:], **model_kwargs) if x.ndim==4 else model_kwargs
@@ -305,19 +305,19 @@ def _check_call(loss):
     except ValueError: pass # a function of C does not say
 
 def _outcome(f, *args):
-    "What a function gives, or says where it fails"
+    "The result of a function, or the message of its error"
     try: return f(*args).tolist()
     except Exception as e: return repr(e)
 
 def _wrapped(loss):
-    "The loss that a module does no more than call, or the loss itself"
+    "The loss that a module only wraps, or the loss itself"
     parts = list(loss.children()) if isinstance(loss, nn.Module) else []
     if len(parts)!=1 or any(True for _ in loss.parameters()) or (mine := _copy(loss)) is None: return loss
     xy = torch.linspace(-1, 1, 24).view(4,6).pow(3),tensor([0,0,1,1])
     return _wrapped(parts[0]) if _outcome(mine, *xy)==_outcome(parts[0], *xy) else loss
 
 def _check_other(loss):
-    "Raise `ValueError` for a loss of scores or values: it would take the numbers of an embedding for them"
+    "Raise `ValueError` for a loss of scores or values, which would misread embeddings as scores"
     loss = _wrapped(loss)
     f = getattr(loss, 'func', loss) # what fastai's `BaseLoss` or a `partial` calls
     made = getattr(f if inspect.isroutine(f) else getattr(type(f), 'forward', f), '__module__', None) or ''
@@ -338,7 +338,7 @@ def _n_classes(dls):
 
 # %% ../../nbs/api/train/11_learner.ipynb #11dc696e
 def _begin(given, r, trained, dls):
-    "How a model begins where nobody said: a trained body keeps its batch norm's statistics, and its head starts from the data"
+    "Defaults for the start: a trained body keeps its batch-norm statistics, and its head starts from the data"
     said = {**r.model, **{k:v for k,v in given.items() if v is not None}}
     if not trained: return {**given, 'init':said.get('init')}
     init = said.get('init') or ('lda' if said.get('head', 'linear') in ('linear','mlp','bnneck') else 'random')
@@ -348,7 +348,7 @@ def _begin(given, r, trained, dls):
     return res
 
 def _first_rate(model, trained):
-    "Learning rate and share of the body where nobody said: a head that starts from the data bears less than a random one"
+    "Default rate and share of the body; lower for a head that starts from the data"
     if not trained: return None,1.
     return (1e-4,1/3) if model.pending else (None,1/10)
 
@@ -362,7 +362,7 @@ def _check_names(given):
 _used = weakref.WeakSet() # modules with the weights of losses, of learners that there are
 
 def _copy(loss):
-    "The loss as it was given, for learners that try something; None where it cannot be copied"
+    "A copy of the given loss, for trial learners; None if it cannot be copied"
     try: return deepcopy(loss)
     except Exception: return None # a loss from elsewhere may hold what cannot
 
@@ -373,7 +373,7 @@ def _with_weights(loss): return [o for o in loss.modules() if any(True for _ in 
 def take_loss(self:MetricLearner,
     loss:MetricLoss, # Loss that was not set up yet
 ):
-    "Make a loss for the training classes, and train its weights with the model's; an optimiser that there is begins anew for them"
+    "Set up a loss for the training classes and train its weights with the model's; an existing optimiser is made again"
     old,model = self.loss_func,unwrapped(self.model)
     _used.difference_update(_with_weights(old) if old else ())
     if used := [o for o in _with_weights(loss) if o in _used]:
@@ -393,8 +393,8 @@ def take_loss(self:MetricLearner,
 def metric_learner(
     dls:DataLoaders, # Training loader with several images of a class in a batch, and a loader of unseen classes
     arch=None, # timm model, `'hf-hub:user/model'`, `'local-dir:folder'`, fastai's function, or an `nn.Module`; `'resnet18'` if not given
-    loss_func=None, # Function of embeddings and labels, or several to be added up; `DRTripletLoss()` if not given
-    emb_sz:int=None, # Numbers in an embedding, or `'all'`: as many as features; 128 if not given, all where a head starts from < 512 images
+    loss_func=None, # Function of embeddings and labels, or several to be summed; `DRTripletLoss()` if not given
+    emb_sz:int=None, # Numbers in an embedding, or `'all'`: as many as features; 128 if not given, all if a head starts from < 512 images
     pretrained:bool=True, # Begin with timm's pretrained weights?
     weights=None, # File of the body's weights, instead of timm's
     metrics=None, # Names, see `RetrievalMetrics`, or fastai metrics; recall at the data set's `ks`, else 1,2,4,8, and map@r if not given
@@ -406,8 +406,8 @@ def metric_learner(
     init:str=None, # Start of the head: `'lda'`, `'pca'`, `'random'`, `'orthogonal'`, `'kaiming'`; LDA if not given, random as the body
     freeze_bn=None, # Keep the statistics of the body's batch norm? `'affine'`: its weights too; yes if not given and the body is trained
     frozen_stages:int=None, # This many stages of the body are not trained
-    normalize_embs:bool=None, # Scale embeddings to length 1? What the loss wants if not given
-    recipe:str=None, # Name in `recipes`, or a `Recipe`, for what is not given
+    normalize_embs:bool=None, # Scale embeddings to length 1? As the loss needs if not given
+    recipe:str=None, # Name in `recipes`, or a `Recipe`, for arguments that are not given
     model_kwargs:dict=None, # Passed to `timm.create_model`
     **kwargs
 )->MetricLearner:

@@ -20,7 +20,7 @@ from .learner import *
 
 # %% ../../nbs/api/train/12_lora.ipynb #ae194994
 def _regroup(learn):
-    "Train everything that is not frozen, with a new optimiser where there was one"
+    "Train everything that is not frozen; replace an existing optimiser"
     if (opt := learn.opt) is None: return
     opt.freeze_to(0)
     unwrapped(learn.model).freeze_body()
@@ -28,7 +28,7 @@ def _regroup(learn):
     learn.create_opt()
 
 def _check_groups(learn):
-    "Raise `ValueError` where an optimiser would train the body's own weights"
+    "Raise `ValueError` if an optimiser would train the body's own weights"
     frozen = set(map(id, unwrapped(learn.model).frozen_params()))
     if learn.opt: groups = learn.opt.param_lists
     else: groups = learn.splitter(learn.model)
@@ -37,7 +37,7 @@ def _check_groups(learn):
             "`splitter=embedder_splitter`, and with a function that makes an optimiser as `opt_func`.")
 
 def _put_on(learn, rank, alpha, target):
-    "Put LoRA on a learner's model, and say so to whatever knows its weights"
+    "Add LoRA to a learner's model, and update everything that refers to its weights"
     model = unwrapped(learn.model)
     add_lora(model, rank, alpha, target)
     try:
@@ -54,7 +54,7 @@ def _put_on(learn, rank, alpha, target):
 def check_lora(self:MetricLearner,
     **kwargs # As of `add_lora`
 ):
-    "Raise what `add_lora` would, before there is work that could be lost"
+    "Raise the errors of `add_lora` early, before any work is done"
     if not getattr(self, 'lora_from_file', False): check_lora(unwrapped(self.model), **kwargs)
 
 @patch
@@ -63,7 +63,7 @@ def add_lora(self:MetricLearner,
     alpha:float=16, # The difference is multiplied by `alpha/rank`; greater than 0
     target='qkv', # Layers: `'qkv'`, `'linear'`, `'conv'`, names, or a regular expression, see `lora_layers`
 ):
-    "Freeze the body, and train LoRA on it, the head and the loss; raises `ImportError` without peft, and `ValueError` where it cannot be"
+    "Freeze the body and train LoRA, head and loss; raises `ImportError` without peft, `ValueError` if LoRA cannot be added"
     model = unwrapped(self.model)
     if self.__dict__.pop('lora_from_file', False) and isinstance(model, LoraEmbedder): # a script that is resumed asks for what is there
         if model.lora==dict(rank=rank, alpha=alpha, layers=lora_layers(model, target)): return
@@ -75,7 +75,7 @@ def add_lora(self:MetricLearner,
 # %% ../../nbs/api/train/12_lora.ipynb #a47755a0
 @patch
 def as_filed(self:GroupedLearner):
-    "A context in which the model's state dict is as files hold it: short, where a body that anybody can have again was not trained"
+    "A context in which the model's state dict is as in files: without the body, if it was not trained and is available elsewhere"
     model = unwrapped(self.model)
     origin = getattr(getattr(self, 'head_start', None), 'origin', None) if isinstance(model, LoraEmbedder) else None
     def _same(k, v): return k in origin and torch.equal(origin[k].to(v.device), v)
@@ -84,9 +84,9 @@ def as_filed(self:GroupedLearner):
 @patch
 def put_filed(self:GroupedLearner,
     sd:dict, # A state dict, as `as_filed` makes it or any other
-    where:str, # Where it is from, for the message
+    where:str, # Source, for the message
 ):
-    "Make a learner ready for a state dict: put LoRA on where that was made with it; raises `ValueError` where it does not fit"
+    "Prepare a learner for a state dict: add LoRA if the dict has it; raises `ValueError` if it does not fit"
     check_filed(unwrapped(self.model), sd, where)
     if (lora := lora_in(sd)) is None or isinstance(unwrapped(self.model), LoraEmbedder): return
     with no_random(): _put_on(self, lora['rank'], lora['alpha'], lora['layers'])
@@ -94,7 +94,7 @@ def put_filed(self:GroupedLearner,
 
 # %% ../../nbs/api/train/12_lora.ipynb #c3db7e07
 class _Peek:
-    "A model for fastai's `load_model` that keeps what it is given"
+    "A stand-in for the model in fastai's `load_model` that keeps the state dict"
     def load_state_dict(self, sd, **kwargs): self.sd = sd
 
 @patch
@@ -103,7 +103,7 @@ def save(self:GroupedLearner,
     file, # Name, `.pth` is added, in `learn.path/learn.model_dir`; or a path
     **kwargs
 )->Path: # The file
-    "As of any learner; with LoRA on the body that the learner began with, the body's own weights are left out"
+    "As in fastai; with LoRA on the original body, the body's own weights are left out"
     with self.as_filed(): return super(GroupedLearner, self).save(file, **kwargs)
 
 @patch
@@ -113,7 +113,7 @@ def load(self:GroupedLearner,
     device=None, # Where the weights are put first
     **kwargs
 )->GroupedLearner: # Itself
-    "As of any learner; LoRA is put on where the file has it. Raises `ValueError` for LoRA of another kind or on another body"
+    "As in fastai; adds LoRA if the file has it. Raises `ValueError` for other LoRA settings or another body"
     fn = join_path_file(file, self.path/self.model_dir, ext='.pth')
     distrib_barrier()
     at = fn.tell() if hasattr(fn, 'tell') else None
@@ -125,7 +125,7 @@ def load(self:GroupedLearner,
 # %% ../../nbs/api/train/12_lora.ipynb #39ce84e0
 @patch
 def merge_lora(self:MetricLearner):
-    "Add what LoRA learned to the weights of the body, which are trained from then on; raises `ValueError` where there is none"
+    "Merge LoRA into the weights of the body, which are trained from then on; raises `ValueError` without LoRA"
     merge_lora(unwrapped(self.model))
     if (o := getattr(self, 'head_start', None)) is not None and o.origin is not None:
         o.origin = {k:v for k,v in o.origin.items() if '.lora_' not in k}

@@ -1,4 +1,4 @@
-"""What a learner says of images: embeddings, scores, nearest neighbours and pictures.
+"""Embeddings, scores, nearest neighbours and pictures from a learner.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/predictions.html.md"""
 
@@ -46,7 +46,7 @@ def embed(self:MetricLearner,
 def split_dl(self:MetricLearner,
     dl=None, # Loader, or the name of a split of the data set; the validation loader if not given
 )->TfmdDL: # Each item once, in order
-    "The loader that is meant; raises `ValueError` where the data loaders know no such split"
+    "The loader of a split; raises `ValueError` if the data loaders have no such split"
     if dl is None: dl = self.dls.valid
     elif not isinstance(dl, (str,DataLoader)):
         raise ValueError("Items come from a loader, such as `dls.test_dl(items, with_labels=True)`, or a split's name; got a "
@@ -66,7 +66,7 @@ def split_dl(self:MetricLearner,
 def about_items(self:MetricLearner,
     dl, # Loader
 )->dict: # Arguments of `Embedded`
-    "What is known of the items of a loader: names of items and classes, images, and who searches where"
+    "Facts about the items of a loader: names of items and classes, images, and who searches where"
     items = items_of(dl)
     return dict(items=None if items is None else [item_name(o) for o in items], vocab=self.vocab_of(dl), image=lambda i: dl.dataset[i][0],
         **protocol_of(self.dls, dl))
@@ -74,8 +74,8 @@ def about_items(self:MetricLearner,
 @patch
 def measured_on(self:MetricLearner,
     dl, # Loader
-)->dict: # `measured_on`, name of a data set and of its split; empty where a loader has other items
-    "Which split of its data set the items of a loader are"
+)->dict: # `measured_on`, name of a data set and of its split; empty if a loader has other items
+    "The split that the items of a loader belong to"
     source,items = getattr(dl, 'source', None) or getattr(self.dls, 'source', None),items_of(dl)
     split = source.split_of(items) if source is not None and items else None
     return {} if split is None else dict(measured_on=f'{source.name}, {split}')
@@ -84,7 +84,7 @@ def measured_on(self:MetricLearner,
 def embedded(self:MetricLearner,
     dl=None, # Loader, or the name of a split of the data set; the validation loader if not given
 )->Embedded:
-    "Embeddings of the items of a loader, with what is known of the items and of the training"
+    "Embeddings of the items of a loader, with facts about the items and the training"
     dl = self.split_dl(dl)
     embs,labels = self.embed(dl) # a head that waits starts here
     return Embedded(embs, labels, facts=self.about_training()|self.measured_on(dl), **self.about_items(dl))
@@ -93,8 +93,8 @@ def embedded(self:MetricLearner,
 def evaluate(self:MetricLearner,
     dl=None, # Loader, or the name of a split of the data set (`'val'`, `'test'`); the validation loader if not given
     metrics='all', # Names, see `evaluate_retrieval`
-    dims=None, # Keep the first so many numbers of each embedding, several lengths or one; all of them if not given
-    **kwargs # Passed to `evaluate_protocol`, instead of what the data set says
+    dims=None, # Lengths to evaluate, one or several: the first dimensions of each embedding; all if not given
+    **kwargs # Passed to `evaluate_protocol`, instead of the data set's settings
 )->RetrievalResult: # `ResultsByLength` where `dims` are given
     "Retrieval metrics of a loader, a split or the validation set, scored as its data set says"
     metric_names(metrics, kwargs.get('ks', (1,))) # before the images are run through the model
@@ -103,14 +103,14 @@ def evaluate(self:MetricLearner,
 
 # %% ../../nbs/api/train/13_predictions.ipynb #fac75000
 def _plain(o):
-    "What JSON can hold of settings: of files their names, since what is given away need not say where it was made"
+    "Settings in types of JSON; of files only the names, so nothing reveals local paths"
     if isinstance(o, dict): return {str(k):_plain(v) for k,v in o.items() if v is not None}
     if isinstance(o, (list,tuple)): return [_plain(v) for v in o]
     if isinstance(o, (str,Path)) and Path(o).is_absolute(): return Path(o).name
     return o if isinstance(o, (str,bool,int)) or isinstance(o, float) and math.isfinite(o) else str(o)
 
 def _size_of(dl):
-    "Width and height that the transforms of a loader make images, in words; None if they leave them as they are"
+    "Width and height of images after the transforms of a loader, as text; None if unchanged"
     for k,way in (('after_batch',-1),('after_item',1)): # fastai has the height first in batches, and the width first in images
         for o in reversed(getattr(getattr(dl, k, None), 'fs', ())):
             if not getattr(o, 'size', None) or getattr(o, 'split_idx', None)==0: continue
@@ -118,7 +118,7 @@ def _size_of(dl):
 
 @patch
 def about_training(self:MetricLearner)->dict: # What JSON can hold
-    "What is known of the model and of its training: the facts of `Embedded` and of an exported embedder"
+    "Facts about the model and its training, for `Embedded` and an exported embedder"
     model,source,settings = unwrapped(self.model),getattr(self.dls, 'source', None),_plain(getattr(self, 'settings', {}))
     n = len(getattr(getattr(self, 'recorder', None), 'values', [])) if getattr(self, 'fitted', False) else 0
     res = dict(network=getattr(model, 'arch', type(model).__name__), embedding=getattr(model, 'emb_sz', self.out_sz),
@@ -132,7 +132,7 @@ def about_training(self:MetricLearner)->dict: # What JSON can hold
 # %% ../../nbs/api/train/13_predictions.ipynb #1d4bc75c
 @patch
 def _named(self:MetricLearner, ds_idx, dl):
-    "The loader that `ds_idx` or `dl` names; `dl` where it is one"
+    "The loader that `ds_idx` or `dl` names; `dl` if it is a loader"
     name = ds_idx if dl is None else dl
     if isinstance(name, str): return self.split_dl(name)
     if dl is None or dl is self.dls.train: return self.split_dl(self.dls[ds_idx] if dl is None else dl) # without augmentation
@@ -140,13 +140,13 @@ def _named(self:MetricLearner, ds_idx, dl):
 
 @patch
 def _one_of(self:MetricLearner, ds_idx, dl):
-    "The loader that is meant, with each item once"
+    "The named loader, with each item once"
     return self.split_dl(self._named(ds_idx, dl))
 
 @patch
 @delegates(Learner.get_preds)
 def get_preds(self:MetricLearner, ds_idx=1, dl=None, with_input=False, with_decoded=False, **kwargs):
-    "As of any learner; `ds_idx` or `dl` may be the name of a split"
+    "As in fastai; `ds_idx` or `dl` may be the name of a split"
     self.start_head()
     return super(MetricLearner, self).get_preds(ds_idx, self._named(ds_idx, dl), with_input, with_decoded, **kwargs)
 
@@ -157,7 +157,7 @@ def tta(self:MetricLearner,
     dl=None, # Loader, or the name of a split
     **kwargs
 ):
-    "As of any learner; `ds_idx` or `dl` may be the name of a split"
+    "As in fastai; `ds_idx` or `dl` may be the name of a split"
     return super(MetricLearner, self).tta(ds_idx, self._named(ds_idx, dl), **kwargs)
 
 @patch
@@ -166,7 +166,7 @@ def validate(self:MetricLearner,
     dl=None, # Loader, or the name of a split
     cbs=None, # Callbacks
 ):
-    "As of any learner; `ds_idx` or `dl` may be the name of a split"
+    "As in fastai; `ds_idx` or `dl` may be the name of a split"
     dl = self._one_of(ds_idx, dl) # each item once: copies would find each other
     self.start_head()
     return super(MetricLearner, self).validate(ds_idx, dl, cbs)
@@ -177,8 +177,8 @@ _galleries = weakref.WeakKeyDictionary() # not on the learner, whose export woul
 @patch
 def vocab_of(self:MetricLearner,
     dl, # Loader, of the learner's own data loaders or of others
-): # None where classes have no names
-    "Names of classes, as a loader numbers them"
+): # None if classes have no names
+    "Names of classes, in the order of a loader's class ids"
     return ifnone(getattr(dl, 'vocab', None), getattr(self.dls, 'vocab', None))
 
 @patch
@@ -209,7 +209,7 @@ def predict(self:MetricLearner,
 
 @patch
 def _as_opened(self:MetricLearner, item):
-    "An image in memory as the data loaders would have opened its file; anything else as it is"
+    "An image in memory, converted as the data loaders would open its file; anything else unchanged"
     tl,in_memory = self.dls.valid_ds.tls[0],isinstance(item,
         (bytes,bytearray,memoryview,np.ndarray,Tensor,Image.Image)) or hasattr(item, 'read')
     if not in_memory or not issubclass(cls := tl.types[-1], Image.Image): return item
@@ -223,13 +223,13 @@ def _opener(tl):
 def item_name(
     item, # An item of a loader
 )->str: # Its path, or nothing
-    "How an item is called where there is only text"
+    "The name of an item as text"
     return str(item) if isinstance(item, (str,Path)) else ''
 
 def items_of(
     dl, # A loader
-): # Its items, such as paths, and for rows of a table and other records what is opened; None where there are none
-    "What a loader's data set was made from, without opening it"
+): # Its items, such as paths, and for rows of a table and other records the opened object; None if there are none
+    "The items of a loader's data set, unopened"
     items = getattr(dl, 'items', None)
     if items is None or callable(items): return None
     items = [items.iloc[i] for i in range(len(items))] if hasattr(items, 'columns') else list(items)
@@ -247,7 +247,7 @@ def show_results(self:MetricLearner,
     shuffle:bool=True, # Draw the queries at random?
     **kwargs # Passed to `show_neighbours`
 ):
-    "Queries with their nearest neighbours, as the data set says who searches where; right ones framed green and wrong ones red"
+    "Show queries with their nearest neighbours, correct ones framed green, wrong ones red"
     emb = self.embedded(self._one_of(ds_idx, dl))
     emb.check_labels()
     qs = emb.queries

@@ -1,4 +1,4 @@
-"""A plain training table, for logs and for notebooks that are kept.
+"""A plain training table instead of progress bars, for logs and saved notebooks.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/progress.html.md"""
 
@@ -28,7 +28,7 @@ class PlainTable(Callback):
 
     def before_train(self): self.begin()
     def begin(self):
-        "Print the names of the columns, once in a fit; what trains nothing, as `tta`, needs none"
+        "Print the names of the columns, once per fit; not for `tta` and others that do not train"
         if not self.begun: self.print(self.names)
         self.begun = True
 

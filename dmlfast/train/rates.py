@@ -1,4 +1,4 @@
-"""Which weights are trained at which rate: parameter groups, the share of a body, multiples of a loss.
+"""Which weights learn at which rate: parameter groups, the share of the body, the multiples of losses.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/rates.html.md"""
 
@@ -20,13 +20,13 @@ from .compat import *
 
 # %% ../../nbs/api/train/03_rates.ipynb #7e069ed3
 def _left_out(model, opt):
-    "Weights to train that no group of `opt` has, by name; a body's, or a foreign model's own, are left out of groups to be frozen"
+    "Names of weights that should train but are in no group of `opt`; not those of a body or of a model from elsewhere"
     known = {p for o in opt.param_lists for p in o} | {*(model.body.parameters() if hasattr(model, 'body') else ())}
     return {n:p for n,p in model.named_parameters() if p.requires_grad and p not in known
         and (hasattr(model, 'body') or n.startswith('loss_func.'))}
 
 class GroupedLearner(BridgedLearner):
-    "A learner whose parameter groups, and single weights, have rates of their own"
+    "A learner with separate rates for parameter groups and single weights"
     body_share = 1. # Rate of the body as a multiple of the head's where one is given
     def create_opt(self):
         super().create_opt()
@@ -48,7 +48,7 @@ def as_rates(
     what:str, # What it is, such as `'A learning rate'`
     o, # Number, of any library; or several: a `slice`, a list, an array
 ): # The same, of Python's numbers
-    "A rate, or one for each parameter group; raises `ValueError` for what is not finite, or less than 0"
+    "One rate, or one per parameter group; raises `ValueError` if it is not finite or below 0"
     if isinstance(o, slice): return slice(*(v if v is None else as_rates(what, v) for v in (o.start,o.stop)))
     if hasattr(o, 'tolist'): o = o.tolist() # of NumPy or PyTorch
     if isinstance(o, (list,tuple,L)): return [as_rates(what, v) for v in o]
@@ -60,7 +60,7 @@ def as_rates(
 def group_rates(self:GroupedLearner,
     lr=None, # Learning rate, or `slice` of it for the parameter groups; the learner's own if not given
 ): # The same, or a `slice`
-    "The rates of the parameter groups: where one is given, a trained body has a share of it"
+    "The rates of the parameter groups; a single rate gives a trained body a share of it"
     lr = as_rates('A learning rate', ifnone(lr, self.lr))
     return slice(lr*self.body_share, lr) if isinstance(lr, (int,float)) and self.body_share!=1 else lr
 
@@ -71,7 +71,7 @@ def fit_one_cycle(self:GroupedLearner,
     lr_max=None, # Greatest learning rate, see `group_rates`
     **kwargs
 ):
-    "As of any learner; where one rate is given, a trained body has a share of it"
+    "As in fastai; a single rate gives a trained body a share of it"
     return Learner.fit_one_cycle(self, n_epoch, self.group_rates(lr_max), **kwargs)
 
 @patch
@@ -81,7 +81,7 @@ def fit_flat_cos(self:GroupedLearner,
     lr=None, # Learning rate, see `group_rates`
     **kwargs
 ):
-    "As of any learner; where one rate is given, a trained body has a share of it"
+    "As in fastai; a single rate gives a trained body a share of it"
     return Learner.fit_flat_cos(self, n_epoch, self.group_rates(lr), **kwargs)
 
 @patch
@@ -92,7 +92,7 @@ def fit_sgdr(self:GroupedLearner,
     lr_max=None, # Greatest learning rate, see `group_rates`
     **kwargs
 ):
-    "As of any learner; where one rate is given, a trained body has a share of it"
+    "As in fastai; a single rate gives a trained body a share of it"
     return Learner.fit_sgdr(self, n_cycles, cycle_len, self.group_rates(lr_max), **kwargs)
 
 @patch
@@ -104,7 +104,7 @@ def fine_tune(self:GroupedLearner,
     lr_mult=None, # The head's rate as a multiple of the body's; as in `group_rates` where the body is trained, and otherwise 100
     **kwargs
 ):
-    "As of any learner, with the rates of this one"
+    "As in fastai, with the rates of this learner"
     own = getattr(self.lr, 'stop', self.lr) if self.body_share!=1 else 2e-3
     return Learner.fine_tune(self, epochs, ifnone(base_lr, own), freeze_epochs,
         ifnone(lr_mult, 100 if self.body_share==1 else 1/self.body_share), **kwargs)

@@ -1,4 +1,4 @@
-"""A name for a whole set-up: backbone, head, loss, batches, optimiser and schedule.
+"""A recipe is a name for a whole set-up: backbone, head, loss, batches, optimiser and schedule.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/recipe.html.md"""
 
@@ -32,7 +32,7 @@ class Recipe:
     model:dict=field(default_factory=dict) # Further arguments of `Embedder`
     data:dict=field(default_factory=dict) # Arguments of `MetricDataset.dataloaders`
     learner:dict=field(default_factory=dict) # Arguments of `Learner`: optimiser, learning rate, weight decay
-    body_share:float=None # Rate of the body as a multiple of the head's where one is given; see `metric_learner` if not given
+    body_share:float=None # Rate of the body as a multiple of the head's if a single rate is given; see `metric_learner` if not given
     fit:dict=field(default_factory=dict) # Arguments of `fit_recipe`
     cbs:tuple=() # Makers of callbacks
     ours:str='' # What its source leaves open, so that the setting is our choice
@@ -81,7 +81,7 @@ def _said(o):
 def _args(d): return ', '.join(f'{k}={_said(v)}' for k,v in d.items())
 
 def _row(r):
-    "What the table says of a recipe"
+    "The row of a recipe in the table"
     settings = {k: _args(getattr(r, k)) for k in ('model','data','learner','fit')}
     return dict(arch=r.arch, emb_sz=r.emb_sz, loss=_said(r.loss), **settings, cbs=', '.join(map(_said, r.cbs)), ours=r.ours)
 
@@ -106,6 +106,6 @@ recipes = _Recipes(
 # %% ../../nbs/api/train/08_recipe.ipynb #583a263a
 @patch
 def measures_on_test(self:GroupedLearner)->bool:
-    "Is the validation loader made of classes that are for test?"
+    "Does the validation loader contain test classes?"
     source = getattr(self.dls, 'source', None)
     return source is not None and not set(self.dls.valid.items).isdisjoint(source.items('test'))

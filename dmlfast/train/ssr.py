@@ -1,4 +1,4 @@
-"""Self-supervised ranking: an embedding that knows by how much an image was changed.
+"""Self-supervised ranking: the embedding learns how strongly an image was changed.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/ssr.html.md"""
 
@@ -25,7 +25,7 @@ from ..models.embedder import *
 
 # %% ../../nbs/api/train/05_ssr.ipynb #fbc1a7a6
 class RankingLoss(nn.Module):
-    "Similarity to view 0 falls from level to level, and remains above a bound"
+    "The similarity to view 0 should fall from level to level, and stay above a bound"
     def __init__(self,
         s:float=12., # Sharpness, greater than 0
         alpha:float=.05, # Least difference between the similarities of neighbouring levels
@@ -39,7 +39,7 @@ class RankingLoss(nn.Module):
     def check(self,
         n:int, # Levels
     ):
-        "Raise `ValueError` where so many levels cannot all be kept apart"
+        "Raise `ValueError` if so many levels do not fit"
         if n<2: raise ValueError(f"There is nothing to rank with {n} level{'s'*(n!=1)}: it takes 2 or more.")
         if (n-1)*self.alpha>1-self.beta+1e-9:
             raise ValueError(f"{n} levels with {self.alpha} between neighbours do not fit above {self.beta}: (n-1)·alpha must be at most "
@@ -67,7 +67,7 @@ class RankingLoss(nn.Module):
 
 # %% ../../nbs/api/train/05_ssr.ipynb #4a0bfe3d
 class SelfSupervisedRanking(Callback):
-    "Train the order of graded views beside the metric loss"
+    "Train the order of graded views in addition to the metric loss"
     order,run_valid = 5,False # before GradientAccumulation, at 6, divides the loss
     def __init__(self,
         n:int=4, # Levels, 2 or more; those of `views`, if that is given
@@ -98,7 +98,7 @@ class SelfSupervisedRanking(Callback):
         self.said.add(key)
 
     def __repr__(self):
-        "Its main arguments, and others where they are not the defaults"
+        "Its main arguments, and others that are not the defaults"
         n = self.views.n
         rest = (('hidden',self.hidden,512), ('emb_sz',self.emb_sz,None), ('views',self.views,GradedViews(n, seed=self.seed)),
             ('loss',self.rank_loss,RankingLoss()), ('seed',self.seed,0))
@@ -109,7 +109,7 @@ class SelfSupervisedRanking(Callback):
 def attach(self:SelfSupervisedRanking,
     learn:Learner, # The learner to which the callback is being added
 ):
-    "Give the model its ranking head; raises `ValueError` for a model without pooled features, or with a head of other widths"
+    "Add the ranking head to the model; raises `ValueError` for a model without pooled features, or with a head of other widths"
     model = unwrapped(learn.model)
     if not (callable(getattr(model, 'features', None)) and isinstance(getattr(model, 'n_features', None), int)):
         raise ValueError("Self-supervised ranking shares the backbone's pooled features: the model needs a method `features(x)` that gives "
@@ -122,7 +122,7 @@ def attach(self:SelfSupervisedRanking,
 
 @patch
 def before_fit(self:SelfSupervisedRanking):
-    "Add the column, and the head where the learner has not done so"
+    "Add the column, and the head if it is missing"
     if len(self.learn.cbs.filter(risinstance(SelfSupervisedRanking)))>1:
         raise ValueError("There are two `SelfSupervisedRanking`s: remove one of them.")
     if hasattr(self.learn, 'gather_preds'): return
@@ -133,7 +133,7 @@ def before_fit(self:SelfSupervisedRanking):
 
 @patch
 def part(self:SelfSupervisedRanking):
-    "Of several processes all have one coin, and each its own views"
+    "Several processes share one coin, and each draws its own views"
     coin,views = of_first((self.rng.get_state(),self.views.rng.get_state()))
     self.rng.set_state(coin)
     if r := own_part()[0]:
@@ -162,7 +162,7 @@ def before_epoch(self:SelfSupervisedRanking): self.epoch_start = len(self.ssr_lo
 
 @patch
 def before_train(self:SelfSupervisedRanking):
-    "Start the series anew in a new fit, and say so if there is nothing to train"
+    "Restart the series in a new fit, and warn if there is nothing to train"
     if self.fresh: self.ssr_losses,self.metric_losses,self.epoch_start,self.fresh = [],[],0,False
     if self.per=='epoch': self.toss()
     body = getattr(unwrapped(self.learn.model), 'body', None)
@@ -220,7 +220,7 @@ def after_loss(self:SelfSupervisedRanking):
 # %% ../../nbs/api/train/05_ssr.ipynb #26127e2b
 @patch
 def state_dict(self:SelfSupervisedRanking)->dict:
-    "What the rest of a run depends on"
+    "The state that the rest of a run depends on"
     return dict(rng=self.rng.get_state(), views=self.views.rng.get_state(),
         **{o:list(getattr(self, o)) for o in ('ssr_losses','metric_losses')}, epoch_start=self.epoch_start)
 
@@ -250,7 +250,7 @@ def show(self:SelfSupervisedRanking,
     max_n:int=4, # Images
     **kwargs # Passed to `GradedViews.show`
 )->plt.Figure:
-    "Draw the views of some images of a training batch, of as many classes as there is room for; no random state is moved by it"
+    "Draw the views of some images of a training batch, of as many classes as fit; changes no random state"
     dl = self.learn.dls.train
     state = dl.rng.getstate()
     with no_random(): x = _check_images(dl.one_batch()[0])
@@ -260,7 +260,7 @@ def show(self:SelfSupervisedRanking,
 
 # %% ../../nbs/api/train/05_ssr.ipynb #32b77eb1
 class GradedViews:
-    "Views of images at exact, growing strengths, each image in a random direction of its own"
+    "Views of images with exact, growing strengths; each image has its own random direction"
     def __init__(self,
         n:int=4, # Levels, 2 or more; view 0, the image itself, is not counted
         strength:float=.2, # Level n is changed by tanh(`strength`·n), greater than 0
@@ -271,7 +271,7 @@ class GradedViews:
     ):
         if not (isinstance(n, int) and n>=2): raise ValueError(f"`n` is the number of levels to put in order, 2 or more; got {n!r}.")
         _check_seed(seed)
-        if not strength>0: raise ValueError(f"`strength` is by how much a level exceeds the one before, greater than 0; got {strength!r}.")
+        if not strength>0: raise ValueError(f"`strength` is the increase from one level to the next, greater than 0; got {strength!r}.")
         for name,o in dict(crop=crop, perspective=perspective, jitter=jitter).items():
             if not 0<=o<=1: raise ValueError(f"`{name}` is a share of the strength, 0 to 1; got {o!r}.")
         store_attr('n,strength,crop,perspective,jitter,seed')
@@ -279,7 +279,7 @@ class GradedViews:
 
     @property
     def levels(self):
-        "By how much each level is changed, `(n,)`, between 0 and 1"
+        "Strength of each level, `(n,)`, between 0 and 1"
         return torch.tanh(self.strength*torch.arange(1., self.n+1))
 
     def __repr__(self): return _call(self, 'n,strength,crop,perspective,jitter,seed')
@@ -289,7 +289,7 @@ class GradedViews:
 def draw(self:GradedViews,
     m:int, # Images
 )->tuple[Tensor,Tensor]: # Maps of places `(m,n,3,3)`, see `_quads`, and colour factors `(m,n,3)`
-    "Draw one direction for each image, and make it those of all its levels"
+    "Draw one direction for each image, shared by all its levels"
     place,angle,sign = torch.rand(m, 6, generator=self.rng).split([2,1,3], dim=1)
     tau,angle = self.levels[:,None],2*math.pi*angle[:,None]
     tilt = self.perspective/2*tau*torch.cat([angle.cos(),angle.sin()], -1)
@@ -301,10 +301,10 @@ def draw(self:GradedViews,
 @torch.no_grad()
 def __call__(self:GradedViews,
     x:Tensor, # Images, `(m,c,h,w)` float, with 1 or 3 channels
-    mean:Tensor=None, # What was subtracted from their colours (0 to 1), `(c,)`, or as `Normalize` has it; none: they were not normalised
+    mean:Tensor=None, # Mean subtracted from their colours (0 to 1), `(c,)`, or as in `Normalize`; None: they were not normalised
     std:Tensor=None, # What they were divided by
 )->Tensor: # Views, `(m,n+1,c,h,w)`, of the dtype of `x`, on its device, the images themselves first
-    "Views of images, normalised as these are; raises `ValueError` for what is no batch of images"
+    "Views of images, normalised like them; raises `ValueError` if `x` is not a batch of images"
     x = _check_images(x)
     res = x.new_empty(len(x), self.n+1, *x.shape[1:])
     res[:,0] = x
@@ -338,7 +338,7 @@ def show(self:GradedViews,
     max_n:int=4, # Rows
     figsize:tuple=None, # Inches
 )->plt.Figure:
-    "Draw the views of some images, a row for each and a column for each level; the generator stays where it is"
+    "Draw the views of some images, one row each and one column per level; the generator does not change"
     x,state = _check_images(x)[:max_n].float(),self.rng.get_state()
     mean,std = _stats(x, mean, std)
     ims = (self(x, mean, std)*std[:,None,None]+mean[:,None,None]).clamp(0, 1).permute(0,1,3,4,2).cpu()
@@ -353,7 +353,7 @@ def show(self:GradedViews,
 
 # %% ../../nbs/api/train/05_ssr.ipynb #f4204686
 class RankingHead(nn.Sequential):
-    "Pooled features to vectors that are put in order"
+    "From pooled features to the vectors that are ranked"
     def __init__(self,
         n_features:int, # Width of the features
         hidden:int=512, # Width of the hidden layer
@@ -365,7 +365,7 @@ class RankingHead(nn.Sequential):
 
     @property
     def widths(self):
-        "Numbers that go in, in the hidden layer, and that come out"
+        "Sizes of the input, the hidden layer and the output"
         return tuple(self[0].weight.shape[::-1])+(len(self[2].weight),)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -374,7 +374,7 @@ class RankingHead(nn.Sequential):
 
 # %% ../../nbs/api/train/05_ssr.ipynb #37c84c7c
 def _check_seed(seed):
-    "Raise `ValueError` for what is no seed"
+    "Raise `ValueError` if this is not a seed"
     if not isinstance(seed, int): raise ValueError(f"`seed` is a whole number, which makes a run repeatable; got {seed!r}.")
 
 def _call(o, names, **more):
@@ -400,16 +400,16 @@ def _check_ranking(m, gamma, p, per, hidden, emb_sz, views, loss, seed):
 
 # %% ../../nbs/api/train/05_ssr.ipynb #9c5385c5
 def _smooth(values, beta):
-    "Running mean of those that are not nan, as `Recorder` has it"
+    "Running mean of the values that are not nan, as in `Recorder`"
     return pd.Series(values, dtype=float).ewm(alpha=1-beta, ignore_na=True).mean().tolist()
 
 # %% ../../nbs/api/train/05_ssr.ipynb #7f84d74c
 def _quads(
     tilt:Tensor, # Tilt `g` of each view, `(m,n,2)`
     area:Tensor, # Share of the picture that each level shows, `(n,)`, in (0,1]
-    place:Tensor, # Where in what is left the view lies, `(m,2)`, in [-1,1]
+    place:Tensor, # Position of the view in the remaining room, `(m,2)`, in [-1,1]
 )->Tensor: # Matrices `(m,n,3,3)` that take places in the view to places in the picture, both from -1 to 1
-    "Perspective maps that show a part of the picture, as large as asked for where that fits"
+    "Perspective maps that show a part of the picture, as large as requested if it fits"
     square = tilt.new_tensor([[-1,-1],[1,-1],[1,1],[-1,1]])
     quad = square/(1+tilt@square.T)[...,None]
     x,y = quad.unbind(-1)
@@ -425,10 +425,10 @@ def _quads(
 def _colours(
     x:Tensor, # Normalised images, `(m,c,h,w)`
     factors:Tensor, # Brightness, contrast and saturation of each view, `(m,n,3)`
-    mean:Tensor, # What was subtracted from the colours, which are from 0 to 1, `(c,)`
-    std:Tensor, # What they were divided by, `(c,)`
+    mean:Tensor, # Mean subtracted from the colours (0 to 1), `(c,)`
+    std:Tensor, # Standard deviation that they were divided by, `(c,)`
 )->tuple[Tensor,Tensor]: # Matrices `(m,n,c,c)` and offsets `(m,n,c,1)`, for normalised colours
-    "Changes of colour as linear maps of normalised images"
+    "Colour changes as linear maps of normalised images"
     b,c,s = factors[...,None,None].unbind(2)
     w = torch.tensor([.299,.587,.114] if len(mean)==3 else [1.]).to(x.device, non_blocking=True)
     grey = ((x.mean((2,3))*std+mean)@w)[:,None,None,None]
@@ -440,14 +440,14 @@ def _colours(
 def _check_images(
     x, # What a batch has for its input
 )->Tensor: # `x`, a plain tensor
-    "Raise `ValueError` where `x` is not a batch of images"
+    "Raise `ValueError` if `x` is not a batch of images"
     if isinstance(x, Tensor) and x.ndim==4 and x.shape[1] in (1,3) and x.is_floating_point(): return x.as_subclass(Tensor)
     what = f'{tuple(x.shape)} {x.dtype}' if isinstance(x, Tensor) else f'a {type(x).__name__}'
     raise ValueError(f"Graded views are made of images, (m,c,h,w) floats with 1 or 3 channels; got {what}.")
 
 # %% ../../nbs/api/train/05_ssr.ipynb #179ef3bd
 def _stats(x, mean, std):
-    "Statistics of the normalisation of `x` as two vectors on its device; of its own range if they are not given"
+    "Statistics of the normalisation of `x`, two vectors on its device; from its own range if not given"
     c = x.shape[1]
     if mean is not None:
         return tuple(torch.as_tensor(o).as_subclass(Tensor).to(x.device, torch.float32).flatten().expand(c) for o in (mean,std))
@@ -466,7 +466,7 @@ def _linear(n_in, n_out, rng):
 def keep_bn_stats(
     model:nn.Module, # A model in training or evaluation mode
 ):
-    "A context in which the batch norm of `model` works as ever and does not update its running statistics"
+    "A context in which the batch norm of `model` does not update its running statistics"
     bns = [o for o in model.modules() if isinstance(o, nn.modules.batchnorm._BatchNorm) and o.training]
     stats = [o for m in bns for o in m.buffers()]
     was = [o.clone() for o in stats]

@@ -1,4 +1,4 @@
-"""Train a trained body so that it gains: the head first, then as far as the body may move, and never below the start.
+"""Train a pretrained body so that it gains: first the head, then the body as far as it helps, and never ending below the start.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/transfer.html.md"""
 
@@ -37,7 +37,7 @@ from ..retrieval.metrics import *
 
 # %% ../../nbs/api/train/17_transfer.ipynb #31c8cbe3
 def _check_rates(n_epoch, lr=None, body_lr=None):
-    "Raise `ValueError` for what is no number of epochs, or no rate"
+    "Raise `ValueError` for an invalid number of epochs or rate"
     if not (isinstance(n_epoch, int) and n_epoch>=1): raise ValueError(f"`n_epoch` is a number of epochs, 1 or more; got {n_epoch!r}.")
     if isinstance(lr, (int,float)) and not lr>0: raise ValueError(f"`lr` is a learning rate, greater than 0; got {lr!r}.")
     if body_lr is not None and not body_lr>=0:
@@ -70,7 +70,7 @@ def fit_head(self:MetricLearner,
     memory:int=2**30, # Bytes of features that may be kept in memory; more go to a file in `cache_folder()`
     **kwargs
 ):
-    "Train the head and the loss on features that the body makes once; raises `ValueError` for a model without features"
+    "Train the head and the loss on features that are computed once; raises `ValueError` for a model without features"
     _check_rates(n_epoch, lr)
     if isinstance(getattr(self.model, 'head', None), nn.Identity):
         raise ValueError("head='identity' has nothing to train: the features are the embedding.")
@@ -78,7 +78,7 @@ def fit_head(self:MetricLearner,
 
 # %% ../../nbs/api/train/17_transfer.ipynb #7b3f2da2
 def _embedding(model):
-    "What makes embeddings, but for a body under LoRA, which stays as it is"
+    "The weights that make embeddings, without a frozen body under LoRA"
     own = own_state(model) if isinstance(model, LoraEmbedder) else {}
     return {k:v for k,v in model.state_dict().items() if k.startswith(('body.','pool.','head.')) and k not in own}
 
@@ -89,7 +89,7 @@ def _score(learn, metric):
     return float(evaluate_protocol(embs, ys, metrics=[metric], n_boot=1, **protocol_of(learn.dls, dl))[metric])
 
 def _check_choice(learn, what):
-    "Raise `ValueError` where there are no validation classes to choose by"
+    "Raise `ValueError` if there are no validation classes to choose by"
     if not sum(map(len, learn.dls.loaders[1:])): raise ValueError(f"{what} chooses by the validation classes, and there are none.")
     if learn.measures_on_test():
         raise ValueError(f"{what} would choose by the test classes, which the result is for: make the data loaders with valid='val'.")
@@ -99,20 +99,20 @@ class Interpolate(Callback):
     order,run_valid = 65,False # after SaveModelCallback, at 61, has loaded the best epoch
     def __init__(self,
         at=(0,.25,.5,.75,1), # Where to look: 0 is the start, 1 the end
-        metric:str='map@r', # What is best, on the validation classes
+        metric:str='map@r', # Metric to choose by, on the validation classes
         say:bool=True, # Print what was chosen?
     ):
         self.at,self.metric,self.say = tuple(L(at)),metric,say
         if not self.at or not all(isinstance(o, (int,float)) and 0<=o<=1 for o in self.at):
             raise ValueError(f"`at` are numbers from 0, the start, to 1, the end; got {at!r}.")
         if len(metric_names(metric, (1,)))!=1: raise ValueError(f"`metric` is one metric, such as 'map@r'; got {metric!r}.")
-        if less_is_better(metric): raise ValueError(f"What is kept has most of a metric, and less of {metric!r} is better: 'auc' may do.")
+        if less_is_better(metric): raise ValueError(f"`Interpolate` maximises a metric, and less of {metric!r} is better. Try 'auc'.")
         self.curve,self.chosen,self.began = {},None,None
 
     def check_fit(self,
         learn:MetricLearner, # Learner whose fit is to begin
     ):
-        "Raise `ValueError` where there are no validation classes to choose by"
+        "Raise `ValueError` if there are no validation classes to choose by"
         _check_choice(learn, 'Interpolate')
 
     def before_fit(self):
@@ -141,14 +141,14 @@ class Interpolate(Callback):
         end:dict, # Weights at the end
         a:float, # 0: the start, 1: the end
     ):
-        "Give a model the weights between start and end"
+        "Load the weights between start and end into a model"
         with torch.no_grad():
             for k,v in _embedding(model).items():
                 v.copy_(torch.lerp(self.began[k].to(v.device), end[k], a) if v.is_floating_point() else end[k])
 
     @property
     def sentence(self):
-        "What was chosen, and the curve"
+        "The choice and the scores, in a sentence"
         curve = ', '.join(f'{a:g}: {v:.4f}' for a,v in self.curve.items())
         return f"Between start (0) and end (1), {self.metric} on the validation classes is {curve}. Kept: {self.chosen:g}."
 
@@ -157,7 +157,7 @@ class Interpolate(Callback):
 
 # %% ../../nbs/api/train/17_transfer.ipynb #68de79e5
 def _with_vocab(t, vocab, n):
-    "A transform of labels that numbers classes in another order"
+    "A copy of a label transform with another order of classes"
     if not hasattr(t, 'vocab'): return t
     res = copy(t)
     res.vocab = CategoryMap(vocab, sort=False)
@@ -165,7 +165,7 @@ def _with_vocab(t, vocab, n):
     return res
 
 def _of_items(ds, idxs, split_idx, vocab, n):
-    "Some items of a data set, with classes numbered in another order"
+    "A subset of a data set, with another order of classes"
     items = rows_of(ds.items, idxs)
     def _one(tl):
         res = with_items(tl, items, split_idx)
@@ -179,7 +179,7 @@ def halves(
     dls:DataLoaders, # Loaders of a fastai data set
     seed:int=0, # Draw the classes with this seed
 )->DataLoaders: # All of its items are training items of `dls`
-    "Half of the training classes to train on, and the other half to measure on; raises `ValueError` for what cannot be divided by class"
+    "Loaders of half of the training classes for training and half for scoring; raises `ValueError` if items cannot be divided by class"
     ds,t,vocab = dls.train_ds,dls.train,getattr(dls, 'vocab', None)
     if not isinstance(ds, Datasets) or vocab is None:
         raise ValueError("These training items cannot be divided by class: they are not made by a `DataBlock` or a `MetricDataset`. Give "
@@ -205,7 +205,7 @@ def halves(
 _shape = ChannelsLast,MixedPrecision,GradientAccumulation,GradientClip
 
 def _trial(learn, dls):
-    "A learner on halves of the training classes that begins as this one did"
+    "A learner on halves of the training classes, with the same start as this one"
     if learn.loss_as_given is None:
         raise ValueError(f"{type(learn.loss_func).__name__} cannot be copied, so nothing can be tried with it: give `body_lr`, and "
             "nothing has to be found out.")
@@ -224,7 +224,7 @@ def _trial(learn, dls):
     return res
 
 def _copied(cb):
-    "A callback as it was made, for another learner"
+    "A fresh copy of a callback, for another learner"
     learn,cb.learn = getattr(cb, 'learn', None),None
     try: return deepcopy(cb)
     finally: cb.learn = learn
@@ -236,7 +236,7 @@ _said = dict(frozen='the body stays as it is', gentle='a low rate, batch norm as
 def regime_said(
     name:str, # `'frozen'`, `'gentle'` or `'full'`
 )->str:
-    "What a regime of `fit_transfer` does, in words"
+    "Description of a regime of `fit_transfer`"
     return _said[name]
 
 def _fit_as(learn, name, n_epoch, cbs=None, **given):
@@ -275,7 +275,7 @@ def _n_val(learn): return len(set(labels_of(learn.dls.valid_ds))) if isinstance(
 def _can_choose(learn): return bool(sum(map(len, learn.dls.loaders[1:]))) and not learn.measures_on_test()
 
 def _try_head(learn, n_epoch):
-    "Train the head on features, and keep it if the validation classes are better for it; whether they are, and both scores"
+    "Train the head on features, and keep it if the validation score rises; returns whether it did, and both scores"
     learn.start_head()
     model = unwrapped(learn.model)
     kept = {k:v.clone() for k,v in model.state_dict().items() if k.startswith(('head.','loss_func.'))}
@@ -286,7 +286,7 @@ def _try_head(learn, n_epoch):
     return now>was,was,now
 
 def _choose_head(learn, n_epoch, choose, say):
-    "Train the head where that makes it better"
+    "Train the head, and keep it if it is better"
     if choose: better,was,now = _try_head(learn, n_epoch)
     else:
         with no_random(): better,was,now = _try_head(_trial(learn, halves(learn.dls)), n_epoch)
@@ -298,11 +298,11 @@ def _choose_head(learn, n_epoch, choose, say):
 @patch
 def plan_transfer(self:MetricLearner,
     n_epoch:int=3, # Passes over the training set
-    lr=None, # Greatest rate of the head, or a `slice` for body and head. With this or one of the next two, nothing is looked for in step 3
+    lr=None, # Greatest rate of the head, or a `slice` for body and head. With this or one of the next two, step 3 is skipped
     body_lr:float=None, # Rate of the body as a multiple of the head's; 0: it is not trained
     freeze_bn=None, # Keep the running statistics of the body's batch norm?
     head_epochs:int=10, # Passes over the features for the head alone; 0: it is not trained alone
-)->dict: # What was decided and why, in plain numbers and strings
+)->dict: # The decisions and their reasons, as plain numbers and strings
     "Steps 1 to 3 of `fit_transfer`; raises `ValueError` for a body with random weights"
     self.head_start_of()
     _check_rates(n_epoch, lr, body_lr)
@@ -313,7 +313,7 @@ def plan_transfer(self:MetricLearner,
     return res
 
 def _find_plan(self, n_epoch, given, head_epochs):
-    "What steps 1 to 3 decide"
+    "The decisions of steps 1 to 3"
     res,say,choose = {},(print if talks(self) else noop),_can_choose(self)
     if choose:
         if (n := _n_val(self))<20:
@@ -344,15 +344,15 @@ def _find_plan(self, n_epoch, given, head_epochs):
 @patch
 def fit_transfer(self:MetricLearner,
     n_epoch:int=3, # Passes over the training set; at least 8 where everything is trained
-    lr=None, # Greatest rate of the head, or a `slice` for body and head. With this or one of the next two, nothing is looked for in step 3
+    lr=None, # Greatest rate of the head, or a `slice` for body and head. With this or one of the next two, step 3 is skipped
     body_lr:float=None, # Rate of the body as a multiple of the head's; 0: it is not trained
     freeze_bn=None, # Keep the running statistics of the body's batch norm?
     head_epochs:int=10, # Passes over the features for the head alone; 0: it is not trained alone
     cbs=None, # Callbacks of the last fit
-    plan:dict=None, # What `plan_transfer` gave, so that it need not be found again
+    plan:dict=None, # Result of `plan_transfer`, to skip steps 1 to 3
     best=None, # File for the weights of the best epoch, without its suffix; a temporary one if not given
-)->Gain: # Against the features, on the validation classes; None where there are none
-    "Train a trained body so that it gains, and say what is decided and what it was worth; raises `ValueError` for a random body"
+)->Gain: # Against the features, on the validation classes; None if there are none
+    "Train a pretrained body so that it gains, printing each decision and the gain; raises `ValueError` for a random body"
     say,choose = print if talks(self) else noop,_can_choose(self)
     self.transfer = plan or self.plan_transfer(n_epoch, lr, body_lr, freeze_bn, head_epochs)
     if self.transfer['regime']!='frozen':
