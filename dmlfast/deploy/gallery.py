@@ -143,7 +143,7 @@ def replace(self:MemoryGallery,
     item:str, # Name of an item
     emb, # `(1,emb_sz)` float
 ):
-    "Put another embedding in the place of an item's; raises `ValueError` unless the name is of one item"
+    "Replace the embedding of an item; raises `ValueError` unless the name is of one item"
     rows = self.found(dict(item=item))
     check_one(item, len(rows))
     self.change('replace', rows=rows, embs=emb.float())
@@ -177,7 +177,7 @@ def index_report(self:MemoryGallery,
 
 @patch
 def prototypes(self:MemoryGallery)->tuple: # Labels, and normalised means of the classes' rows, `(c,emb_sz)` float32
-    "What each class looks like on average, made anew where embeddings or labels have changed"
+    "What each class looks like on average, computed again where embeddings or labels have changed"
     embs,labels,res = self._prototypes
     if embs is not self.embs or labels is not self.labels:
         x,known = F.normalize(self.embs, dim=1),numbered(self.labels)

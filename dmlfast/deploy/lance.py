@@ -226,7 +226,7 @@ def replace(self:LanceGallery,
     item:str, # Name of an item
     emb, # `(1,d)` float
 ):
-    "Put another embedding in the place of an item's; raises `ValueError` unless the name is of one item"
+    "Replace the embedding of an item; raises `ValueError` unless the name is of one item"
     sql,n = self.found(dict(item=item))
     check_one(item, n)
     self.table.update(where=sql, values=dict(vector=emb[0].float().tolist()))

@@ -163,7 +163,7 @@ def _ways(file):
     return ['static'] + ['dynamic']*(n>3)
 
 def _to_int8(self, file, judge, n_calibrate):
-    "Put the best network in 8 bits in the place of `file`, and say what it costs"
+    "Replace by the best network in 8 bits `file`, and say what it costs"
     import onnxruntime
     pre,tried,was = Resizing(**self.preprocess.spec()),{},file.stat().st_size
     batches = [pre.array(o)[None] for o in judge.some(n_calibrate)]

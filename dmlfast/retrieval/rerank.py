@@ -74,7 +74,7 @@ register_reranker(QueryExpansion(gallery=True), name='dba+qe');
 
 # %% ../../nbs/api/retrieval/04_rerank.ipynb #7495946e
 class KReciprocal:
-    "Rank the nearest items anew by how much their reciprocal neighbours overlap with those of the query"
+    "Rank the nearest items again by how much their reciprocal neighbours overlap with those of the query"
     def __init__(self,
         k1:int=20, # Neighbours that count as near
         k2:int=6, # Nearest items, the item among them, over which neighbourhoods are averaged
@@ -91,7 +91,7 @@ class KReciprocal:
         embedded, # `Embedded`, the items
         queries, # Indices of those that search, `(q,)`, or other embeddings, `(q,d)` float
     )->tuple: # Scores, `(q,k)` float32, the best first, and indices of items in that order
-        "What was found, ranked anew"
+        "What was found, ranked again"
         o = embedded.sides(queries)
         near = embedded.once(('reciprocal',self.k1,self.k2,len(o.gallery)), lambda: _Neighbourhoods(o.gallery, self.k1, self.k2))
         at,res = torch.empty(len(embedded), dtype=torch.int64),torch.empty_like(scores)
@@ -177,7 +177,7 @@ def _overlap(mine, vectors, found):
 
 # %% ../../nbs/api/retrieval/04_rerank.ipynb #70013b26
 class RerankedResult(RetrievalResult):
-    "Retrieval metrics of a search that was ranked anew, with those of the plain search"
+    "Retrieval metrics of a search that was ranked again, with those of the plain search"
     def __init__(self,
         plain:RetrievalResult, # Of the plain search
         again:RetrievalResult, # Of the same queries, ranked anew
