@@ -10,6 +10,7 @@ def __getattr__(name):
     for rooms in (_light, _rooms):
         mods = [import_module(f'.{o}', __name__) for o in rooms]
         names |= {k:getattr(m, k) for m in mods for k in m.__all__}
+        if rooms is _rooms: import_module('dmlfast.web') # which gives an embedder its `explore`
         if name in names: break
     else: names['__all__'] = [*names]
     globals().update(names)

@@ -144,7 +144,7 @@ def _ask(items, q, key, given):
     known = q and q.label is not None and P('This is ', A(q.label, href=link('/gallery', label=q.label)), ', an item of the gallery.',
         cls='facts') or None
     return Aside(drop, P(Button('Another photo', type='button', cls='quiet', data_choose='photo'),
-        A('Start anew', href='/', cls='quiet'), cls='row') if q else None, known, form, _meanings(items), cls='ask')
+        A('Start over', href='/', cls='quiet'), cls='row') if q else None, known, form, _meanings(items), cls='ask')
 
 def _output(v): return ft('output', str(v))
 
