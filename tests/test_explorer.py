@@ -222,6 +222,7 @@ def test_removing_an_item_touches_no_file_of_others(own, tmp_path, few):
     out.write_bytes(png())
     own.add([png(),png('blue')], 'a', ['photos/../../../mine.png','photos/'])
     c = client(own)
+    assert c.post('/change/add?label=a', content=png('green')).status_code==200 # the folder `photos` is there
     numbers = c.x.items.numbers
     assert c.post('/change/remove', json=dict(numbers=numbers)).json()==dict(removed=len(numbers))
     assert out.exists() and all((few.path/o).exists() for o in few.df.path) and len(own)==0

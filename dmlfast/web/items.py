@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/web/items.html.md"""
 __all__ = ['Query', 'Items']
 
 # %% ../../nbs/api/web/02_items.ipynb #6101d569
-import random, threading, time, torch
+import random, re, threading, time, torch
 from collections import OrderedDict, namedtuple
 from hashlib import sha256
 from pathlib import Path
@@ -274,7 +274,7 @@ def remove(self:Items,
         self._take([n for n in self.numbers if n not in {*numbers}])
         for n in numbers: self.held.pop(n, None)
         for o in names-{*self.gallery.items} if self.folder else ():
-            if o.startswith('photos/') and '/' not in o[7:]: (self.folder/o).unlink(missing_ok=True)
+            if re.fullmatch(r'photos/[0-9a-f]{24}\.jpg', o): (self.folder/o).unlink(missing_ok=True) # a name that was given here
     return len(rows)
 
 @patch
