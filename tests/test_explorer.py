@@ -265,6 +265,15 @@ def test_pictures_are_kept_within_bounds():
     assert opened==[0,1,2,3,0] and p.n<=p.max_bytes and p.n==sum(map(len, p.kept.values()))
     assert Image.open(io.BytesIO(p(9))).size==(320,320) # grey, where there is none
 
+def test_the_shape_of_most_pictures_is_known(own):
+    assert Items(own).shape=='square'
+    for size,want in (((60,20),'wide'),((20,60),'tall')):
+        own.remove(label=lambda o: True)
+        i = Items(own)
+        assert i.shape=='square'
+        i.add([png(c, size) for c in ('red','blue','green')]+[png()], 'a')
+        assert i.shape==want
+
 def test_neighbours_are_those_of_the_finder(shown, few):
     i = shown.x.items
     path = few.path/few.df.path[7]
