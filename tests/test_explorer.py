@@ -1,5 +1,5 @@
 "The explorer and the server: who is let in, what is shown and kept, and what a browser does with the pages"
-import http.client, io, json, re, signal, struct, subprocess, sys, threading, time, zlib
+import http.client, io, json, re, shutil, signal, struct, subprocess, sys, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
@@ -31,7 +31,7 @@ def folder(few, tmp_path_factory):
 @pytest.fixture
 def own(folder, tmp_path):
     "A copy of it that keeps changes"
-    return load_embedder(load_embedder(folder).save(tmp_path/'own'/'glyphs'), write=True)
+    return load_embedder(shutil.copytree(folder, tmp_path/'own'/'glyphs'), write=True)
 
 def client(finder, token='t', image=None, read_only=False, **kwargs):
     "A client of the explorer that knows the token"
