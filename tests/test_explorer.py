@@ -1,5 +1,5 @@
 "The explorer and the server: who is let in, what is shown and kept, and what a browser does with the pages"
-import http.client, io, json, re, signal, struct, subprocess, sys, threading, time, zlib
+import http.client, io, json, re, shutil, signal, struct, subprocess, sys, threading, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
@@ -31,7 +31,7 @@ def folder(few, tmp_path_factory):
 @pytest.fixture
 def own(folder, tmp_path):
     "A copy of it that keeps changes"
-    return load_embedder(load_embedder(folder).save(tmp_path/'own'/'glyphs'), write=True)
+    return load_embedder(shutil.copytree(folder, tmp_path/'own'/'glyphs'), write=True)
 
 def client(finder, token='t', image=None, read_only=False, **kwargs):
     "A client of the explorer that knows the token"
@@ -222,6 +222,7 @@ def test_removing_an_item_touches_no_file_of_others(own, tmp_path, few):
     out.write_bytes(png())
     own.add([png(),png('blue')], 'a', ['photos/../../../mine.png','photos/'])
     c = client(own)
+    assert c.post('/change/add?label=a', content=png('green')).status_code==200 # the folder `photos` is there
     numbers = c.x.items.numbers
     assert c.post('/change/remove', json=dict(numbers=numbers)).json()==dict(removed=len(numbers))
     assert out.exists() and all((few.path/o).exists() for o in few.df.path) and len(own)==0
@@ -263,6 +264,15 @@ def test_pictures_are_kept_within_bounds():
     for k in (1,2,3,0,3): p(k)
     assert opened==[0,1,2,3,0] and p.n<=p.max_bytes and p.n==sum(map(len, p.kept.values()))
     assert Image.open(io.BytesIO(p(9))).size==(320,320) # grey, where there is none
+
+def test_the_shape_of_most_pictures_is_known(own):
+    assert Items(own).shape=='square'
+    for size,want in (((60,20),'wide'),((20,60),'tall')):
+        own.remove(label=lambda o: True)
+        i = Items(own)
+        assert i.shape=='square'
+        i.add([png(c, size) for c in ('red','blue','green')]+[png()], 'a')
+        assert i.shape==want
 
 def test_neighbours_are_those_of_the_finder(shown, few):
     i = shown.x.items

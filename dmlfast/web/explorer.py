@@ -252,7 +252,7 @@ def explore(self:ImageEmbedder,
     x = Explorer(items, name or (self.folder.name if self.folder else 'gallery'), read_only, review)
     res = Serving(x.app, port=port, token=token)
     res.what = x
-    later = threading.Timer(2, x.warm) # after the first page
+    later = threading.Timer(1, x.warm) # after the first page
     later.daemon = True
     later.start()
     return res.open() if browser else res

@@ -8,11 +8,12 @@ Docs: https://dmlfast.github.io/dmlfast/api/web/items.html.md"""
 __all__ = ['Query', 'Items']
 
 # %% ../../nbs/api/web/02_items.ipynb #6101d569
-import random, threading, time, torch
+import io, random, re, threading, time, torch
 from collections import OrderedDict, namedtuple
 from hashlib import sha256
 from pathlib import Path
 from fastcore.basics import patch
+from PIL import Image
 from ..files.images import open_image
 from ..files.writing import whole_file
 from ..retrieval.rerank import register_reranker
@@ -40,7 +41,7 @@ class Items:
         self.lock,self.few,self.embed = threading.RLock(),threading.BoundedSemaphore(4),finder.embed
         self.pictures,self.queries,self.held = Pictures(self.source, max_pixels=max_pixels),OrderedDict(),{}
         self.numbers,self.row_of,self.first,self.next,self.version = [],{},{},0,0
-        self._seen,self._classes,self._made = None,(None,None),(None,{})
+        self._seen,self._classes,self._made,self._shape = None,(None,None),(None,{}),None
         self.sync()
 
     @property
@@ -144,6 +145,24 @@ def file_of(self:Items,
         try:
             if name and (Path(o)/name).is_file(): return Path(o)/name
         except (OSError,ValueError): pass # names that no file can have
+
+@patch(as_prop=True)
+def shape(self:Items)->str: # `'wide'`, `'square'` or `'tall'`
+    "What most pictures are like, by some of them"
+    if self._shape is None or self._shape[0]!=(len(self)>0): self._shape = len(self)>0,_shape_of([*map(self._size, self.some(7))])
+    return self._shape[1]
+
+@patch
+def _size(self:Items, n):
+    "Width by height, of what is not decoded for it"
+    try:
+        x = self.source(n)
+        with Image.open(io.BytesIO(x) if isinstance(x, bytes) else x) as im: return im.width/im.height
+    except Exception: return 1 # no file, or none that is an image
+
+def _shape_of(ratios):
+    mid = sorted(ratios)[len(ratios)//2] if ratios else 1
+    return 'wide' if mid>1.2 else 'tall' if mid<1/1.2 else 'square'
 
 @patch
 def source(self:Items,
@@ -275,7 +294,7 @@ def remove(self:Items,
         self._take([n for n in self.numbers if n not in {*numbers}])
         for n in numbers: self.held.pop(n, None)
         for o in names-{*self.gallery.items} if self.folder else ():
-            if o.startswith('photos/') and '/' not in o[7:]: (self.folder/o).unlink(missing_ok=True)
+            if re.fullmatch(r'photos/[0-9a-f]{24}\.jpg', o): (self.folder/o).unlink(missing_ok=True) # a name that was given here
     return len(rows)
 
 @patch

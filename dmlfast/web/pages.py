@@ -54,7 +54,7 @@ def page(
             Main(*body, id='main', data_view=view),
             ft('dialog', Img(alt='', id='zoomed'), P(id='zoomname'), id='zoom', aria_label='Enlarged photo'),
             Div(id='toast', role='status', aria_live='polite'), Div('Drop the photo', id='dropping', aria_hidden='true'),
-            data_max=str(2**25)), lang='en')
+            data_max=str(2**25), data_shape=items.shape), lang='en')
 
 def picture(
     n:int, # Number of an item
@@ -207,7 +207,7 @@ def _verdict(items, q, plain):
         right,others = sum(items.label(n)==q.label for n,_ in plain),len(items.classes[q.label])-1
         has = f"which has {others:,} other photo{'s'*(others!=1)}"
         return Div(H2(q.label), _p(f'{right} of {len(plain)} neighbours are of its class, {has}.'))
-    return Div(H2(res.label), _p('The nearest scores ',nearest,*(('; the threshold is ',line) if line else ()),'.'))
+    return Div(H2(res.label), _p('By a vote of the five nearest. The nearest scores ',nearest,*(('; the threshold is ',line) if line else ()),'.'))
 
 def _cards(items, q, found, given, before=None):
     "Cards of what was found, the threshold's line among them"
