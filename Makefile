@@ -41,6 +41,7 @@ bench: setup    ## speed and memory against other libraries
 prepare: setup  ## before a commit: export, run the notebooks and store their outputs, clean, README
 	nbdev-export
 	python -m pytest -q tests/test_notebooks.py -k test_notebook --save
+	python docs/pictures/tutorials.py
 	nbdev-clean
 	python docs/nbsite.py readme
 

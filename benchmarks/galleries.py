@@ -112,7 +112,7 @@ def in_file(n, q, d=128):
         cpu,wall,_ = seconds(lambda: evaluate_retrieval(x, y[:q], file, y, self_exclude=np.arange(q)))
         most = peak()
     g,x = torch.randn(65_536, d),torch.from_numpy(x)
-    bare = {o:seconds(lambda: [multiply(o, b, g) for b in x.split(64)])[0]*n/65_536 for o in {'torch',fastest_product()}}
+    bare = {o:round(seconds(lambda: [multiply(o, b, g) for b in x.split(64)])[0]*n/65_536) for o in {'torch',fastest_product()}}
     return (f'{q:,} queries, {n:,}×{d} in a file: {cpu:.0f} s ({wall:.0f} s by the clock) with the product of {fastest_product()}, '
         f'bare products {bare} s, peak {most:.0f} MiB, load {os.getloadavg()[0]:.0f}')
 

@@ -1,5 +1,6 @@
 "What `from dmlfast.all import *` gives: what one calls. Helpers are imported from their rooms."
 from .files.images import open_image
+from .files.review import LabelReview
 from .files.drawing import show_neighbours
 from .losses import (
     register_loss, MetricLoss, Margin, CombinedLoss, OtherLoss, lr_mults, register_miner, Miner, RandomMiner, SemiHardMiner,

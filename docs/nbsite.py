@@ -13,7 +13,7 @@ explanations = { # groups of the navigation, and the pages of `nbs/explanations`
     'Decide': 'which_loss which_rate bodies costs',
     'Look up': 'cheat_sheet faq gallery',
     'Understand': 'transfer metrics measuring unknown direction_regularization ranking large_batches evidence evidence_details fastai design'}
-wings = ['files','losses','models','retrieval','deploy','data','train','look','study','cli'] # folders of `nbs/api`, the lowest first: one imports only from those before it
+wings = ['files','losses','models','retrieval','deploy','web','data','train','look','study','cli'] # folders of `nbs/api`, the lowest first: one imports only from those before it
 project_pages = dict(CONTRIBUTING='contributing', CHANGELOG='changelog')
 
 def drop_stderr(cell):

@@ -9,8 +9,10 @@ first_code = 150 # words before the first code, on pages that teach or describe 
 avoid = { # a word, and what to say instead
     'reckoned':'computed', 'told from luck':'significant, or within noise', 'heaps':'clusters', 'whoever':'who', 'wherein':'in which', 'whence':'from where',
     'amongst':'among', 'utilise':'use', 'in order to':'to', 'as well as':'and', 'respectively':'name each', 'aforementioned':'name it', 'thereby':'so',
-    'hitherto':'until now', 'notwithstanding':'in spite of', 'henceforth':'from here on', 'be told apart':'differ beyond noise', 'makes good':'makes up for',
+    'hitherto':'until now', 'notwithstanding':'in spite of', 'henceforth':'from here on', 'told apart':'separated, or differ beyond noise', 'makes good':'makes up for',
     'comes up to':'reaches', 'came up to':'reached', 'leverage':'use', 'very much':'much', 'it should be noted':'leave it out', 'simply':'leave it out', 'obviously':'leave it out',
+    'as much so':'as much', 'nor do':'start a sentence with the subject', 'nor does':'start a sentence with the subject',
+    'is another matter':'say how it differs', 'may well':'may', 'as it were':'leave it out',
     'of which the':'name it', 'cannot be told':'is unknown, or within noise', 'is wanted':'name who wants it', 'at all events':'leave it out', 'save for':'except',
     'whither':'where', 'as ever':'as usual', 'in the place of':'instead of', 'anew':'again', 'whichever':'the one that', 'as it came':'original', 'be had':'is available', 'of theirs':'their',
     'come to its end':'finish', 'takes away':'removes'}

@@ -183,7 +183,7 @@ def test_help_names_what_there_is():
 
 def test_help_is_there_at_once(tmp_path):
     import dmlfast.cli as cli
-    for f in (cli.dmlfast_train, cli.dmlfast_eval, cli.dmlfast_tune, cli.dmlfast_bench):
+    for f in (cli.dmlfast_train, cli.dmlfast_eval, cli.dmlfast_tune, cli.dmlfast_bench, cli.dmlfast_explore, cli.dmlfast_serve):
         code = f'''
 import sys, resource
 from dmlfast.cli import {f.__name__} as f
@@ -197,8 +197,8 @@ finally:
         out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
         assert 'heavy []' in out and float(out.split()[-1])<1
         shown = set(re.findall(r'(?:^|\s)--([a-z-]+)', out))
-        p = cli.parse_command(f, ['x'] if f in (cli.dmlfast_eval, cli.dmlfast_bench) else [])
-        assert {k.lower().replace('_', '-') for k in p}-{'run','plan'}<=shown
+        p = cli.parse_command(f, ['x'] if f not in (cli.dmlfast_train, cli.dmlfast_tune) else [])
+        assert {k.lower().replace('_', '-') for k in p}-{'run','plan','folder'}<=shown
 
 def test_training_on_a_table(trained, table, tmp_path):
     from dmlfast.cli import dmlfast_train

@@ -444,6 +444,16 @@ def test_a_table_in_an_object_store_and_one_that_is_open(folder, tmp_path):
     db.create_table('others', [dict(x=1)])
     with pytest.raises(ValueError, match='is a table of something else'): load_embedder(folder, gallery=db.open_table('others'))
 
+@pytest.mark.parametrize('part', ['data','_indices','_versions'])
+def test_a_table_that_was_tampered_with(folder, tmp_path, part):
+    e,x = stub(load_embedder(folder)),torch.randn(300, d, generator=torch.Generator().manual_seed(0))
+    e.add_embs(x, ['a']*300, [str(i) for i in range(300)]).to_lancedb(tmp_path/'g.lance').index()
+    files = [o for o in (tmp_path/'g.lance'/part).rglob('*') if o.is_file()]
+    assert files
+    for o in files: o.write_bytes(o.read_bytes()[:len(o.read_bytes())//2])
+    with pytest.raises(ValueError, match='cannot be searched|is no table of LanceDB'):
+        stub(load_embedder(folder, gallery=tmp_path/'g.lance')).search(x[0].numpy())
+
 def test_a_table_is_tidied_up_by_its_versions(folder, tmp_path, monkeypatch):
     "Also where each process makes one change"
     e = stub(load_embedder(folder)).to_lancedb(tmp_path/'g.lance')

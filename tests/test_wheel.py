@@ -44,6 +44,11 @@ def test_command(env, tmp_path):
     for o in ('train','eval','tune','bench'):
         assert _run(env/'bin'/f'dmlfast-{o}', '--help', cwd=tmp_path).startswith(f'usage: dmlfast-{o} ')
 
+def test_files_of_the_browser(env, tmp_path):
+    code = "from dmlfast.web.app import package_files; print(sorted(package_files()))"
+    out = _run(env/'bin'/'python', '-W', 'ignore', '-c', code, cwd=tmp_path)
+    assert all(o in out for o in ("'map.js'","'map.css'","'icon.svg'"))
+
 def test_help_imports_nothing_heavy(env, tmp_path):
     code = "import sys, dmlfast.cli; sys.exit(any(o in sys.modules for o in ('torch','fastai','timm','pandas','matplotlib')))"
     _run(env/'bin'/'python', '-c', code, cwd=tmp_path)

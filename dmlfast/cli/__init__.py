@@ -4,3 +4,4 @@ from .commands import *
 from .training import *
 from .measuring import *
 from .studies import *
+from .exploring import *

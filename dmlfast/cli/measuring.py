@@ -19,7 +19,7 @@ from .training import features_row
 from ..files.writing import *
 
 # %% ../../nbs/api/cli/03_measuring.ipynb #4eb4ff50
-def _embedder_of(run):
+def embedder_of(run):
     "Folder of the embedder, and the run's settings if there are any"
     run = Path(run)
     if (run/'embedder.json').is_file(): return run,None
@@ -29,7 +29,7 @@ def _embedder_of(run):
             f"{resume_with('dmlfast-train', run)}.")
     raise ValueError(f"{str(run)!r} is neither a run of dmlfast-train nor an exported embedder.")
 
-def _eval_data(file, data, path, data_args, split, batch):
+def eval_data(file, data, path, data_args, split, batch):
     "Data set and split to measure on"
     from dmlfast.study.checks import check_settings, load_settings, read_data, with_settings
     own = file is not None and data is None
@@ -108,13 +108,13 @@ def dmlfast_eval(
         from dmlfast.study.runs import about_run, as_device
         out = Path(out or 'dmlfast-eval') if out or report else None
         with refusing():
-            folder,file = _embedder_of(run)
+            folder,file = embedder_of(run)
             if ci not in ('classes','queries'): raise ValueError(f"--ci is classes or queries; got {ci!r}.")
             if min(bs, n_boot, queries)<1: raise ValueError("--bs, --n-boot and --queries are 1 or more.")
             metric_names(metrics or 'all', (1,))
             if rerank is not None: register_reranker.full_name(rerank) # before anything is embedded
             if out: _check_eval_folder(out, overwrite)
-            ds,split = _eval_data(file, data, path, data_args, split, dict(per_class=1, bs=bs, num_workers=workers, device=device))
+            ds,split = eval_data(file, data, path, data_args, split, dict(per_class=1, bs=bs, num_workers=workers, device=device))
             def _embedded(o):
                 return o.embedded(ds, None if split=='all' else split, bs=bs, num_workers=workers,
                     progress=progress_bar if sys.stdout.isatty() else iter)

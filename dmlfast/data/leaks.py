@@ -8,25 +8,45 @@ Docs: https://dmlfast.github.io/dmlfast/api/data/leaks.html.md"""
 __all__ = []
 
 # %% ../../nbs/api/data/04_leaks.ipynb #25373a82
-import copy, numpy as np, pandas as pd, torch
+import copy, numpy as np, os, pandas as pd
 import matplotlib.pyplot as plt
 from fastcore.basics import patch
 from ..files.drawing import draw_image
 from ..files.images import open_image
+from ..files.review import *
 from ..retrieval.embedded import *
-from ..retrieval.search import *
+from ..retrieval.confusions import *
 from .tables import *
 
-# %% ../../nbs/api/data/04_leaks.ipynb #78f0d39d
-_order = 'train','val','test query','test','test gallery' # of a pair the first of these goes, so that what is measured stays
+# %% ../../nbs/api/data/04_leaks.ipynb #969f5ee1
+@patch
+def relabel(self:MetricDataset,
+    review, # `LabelReview`, or its file; or a dictionary of new labels by path
+)->MetricDataset: # Another
+    "The data set with other labels for some images; raises `ValueError` for images that it does not have"
+    if isinstance(review, dict):
+        row_of = _rows_by_name(self)
+        if lost := [o for o in review if str(o) not in row_of]: raise ValueError(f"{self.name} has no image {str(lost[0])!r}.")
+        new = {row_of[str(k)]:v for k,v in review.items()}
+    else: new = {i:o.other for i,o in _decided(self, review, 'other')}
+    known = {str(o):o for o in self.df.label} # as they are, which may be numbers
+    split = dict(zip(self.df.label, self.df.split))
+    df = self.df.copy()
+    for i,o in new.items():
+        label = known.get(str(o), o)
+        df.loc[i,['label','split']] = label,split.setdefault(label, df.split[i])
+    return _with_table(self, df)
 
+# %% ../../nbs/api/data/04_leaks.ipynb #78f0d39d
 def _rows_of(ds, embedded):
     "The row of each embedding in the table"
     if embedded.items is None: raise ValueError("These embeddings have no names, so their images are unknown.")
-    known = {str(o):i for i,o in enumerate(ds.df.path)} | {str(o):i for i,o in enumerate(ds.items())}
+    known = _rows_by_name(ds)
     if lost := [o for o in embedded.items if o not in known]:
         raise ValueError(f"{len(lost)} of {len(embedded)} embeddings are of no image of {ds.name}, such as {lost[0]!r}.")
     return np.array([known[o] for o in embedded.items])
+
+def _rows_by_name(ds): return {str(o):i for i,o in enumerate(ds.df.path)} | {str(o):i for i,o in enumerate(ds.items())}
 
 def _parts(df):
     "Split of each row, with its role if it has one"
@@ -39,34 +59,42 @@ def leaks(self:MetricDataset,
     k:int=5, # Nearest images of another part to look at, for each image
 )->pd.DataFrame: # Rows `a` and `b` of the table, the most similar first; `without` leaves `a` out
     "Pairs of nearly equal images in different parts of the data; raises `ValueError` for embeddings of other images"
-    rows,found = _rows_of(self, embedded),[]
-    part = _parts(self.df).to_numpy()[rows]
-    for p in dict.fromkeys(part):
-        here,there = (torch.from_numpy(np.flatnonzero(o)) for o in (part==p, part!=p))
-        if not len(there): continue
-        s,i = neighbours(embedded.embs[here], embedded.embs[there], min(k, len(there)))
-        at = (s>=min_sim).nonzero()
-        found.append(pd.DataFrame(dict(a=rows[here[at[:,0]]], b=rows[there[i[at[:,0],at[:,1]]]], similarity=s[at[:,0],at[:,1]].numpy())))
-    df = pd.concat(found) if found else pd.DataFrame(dict(a=[], b=[], similarity=[]))
-    rank = _parts(self.df).map(lambda o: _order.index(o) if o in _order else len(_order)).to_numpy()
-    a,b = (df[o].to_numpy(int) for o in 'ab')
-    swap = (rank[a]>rank[b])|((rank[a]==rank[b])&(a>b))
-    df = df.assign(a=np.where(swap, b, a), b=np.where(swap, a, b)).drop_duplicates(['a','b'])
-    df = df.sort_values(['similarity','a','b'], ascending=[False,True,True]).reset_index(drop=True)
-    cols = dict(part=_parts(self.df).to_numpy(), label=self.df.label.to_numpy(), path=self.df.path.to_numpy())
+    rows,part = _rows_of(self, embedded),_parts(self.df).to_numpy()
+    df = pairs_across(embedded.embs, part[rows], min_sim, k, rows)
+    cols = dict(part=part, label=self.df.label.to_numpy(), path=self.df.path.to_numpy())
     return df.assign(**{f'{k}_{o}':v[df[o]] for k,v in cols.items() for o in 'ab'})
 
 @patch
 def without(self:MetricDataset,
-    leaks, # What `leaks` gives; or rows of the table, `(n,)` int
+    leaks, # What `leaks` gives; rows of the table, `(n,)` int; or a `LabelReview` or its file: what is wrong in it goes
 )->MetricDataset: # Another
     "The data set without the images `a` of some pairs; training images go first, then validation, then test"
-    rows = np.unique(leaks['a'] if isinstance(leaks, pd.DataFrame) else np.asarray(leaks, int))
-    res = copy.copy(self)
+    if isinstance(leaks, (str,os.PathLike,LabelReview)): rows = [i for i,_ in _decided(self, leaks, 'wrong')]
+    else: rows = np.unique(leaks['a'] if isinstance(leaks, pd.DataFrame) else np.asarray(leaks, int))
+    return _with_table(self, self.df.drop(index=rows).reset_index(drop=True))
+
+def _with_table(ds, df):
+    "The data set with another table of the same images"
+    res = copy.copy(ds)
     res.__dict__.pop('_row_of', None)
-    res.df = self.df.drop(index=rows).reset_index(drop=True)
+    res.df = df
     res.check(False)
     return res
+
+def _decided(ds, review, decision):
+    "Rows of the table on which this was decided, with what was decided; raises `ValueError` where they are of another data set"
+    review = review if isinstance(review, LabelReview) else LabelReview(review)
+    if not review.file.is_file(): raise ValueError(f"There is no review {str(review.file)!r}.")
+    row_of = _rows_by_name(ds)
+    given = [o for o in review.decisions.values() if o.decision==decision]
+    here = [(row_of[o.item],o) for o in given if o.item in row_of]
+    if given and not here:
+        raise ValueError(f"None of the {len(given)} images that {str(review.file)!r} calls {decision!r} is in {ds.name}: they are of "
+            "another data set, or left out already.")
+    if bad := [o for i,o in here if str(ds.df.label[i]) not in (o.label,o.other)]:
+        raise ValueError(f"{str(review.file)!r} belongs to another data set: {bad[0].item!r} had the label {bad[0].label!r}, and in "
+            f"{ds.name} it has {str(ds.df.label[row_of[bad[0].item]])!r}.")
+    return here
 
 # %% ../../nbs/api/data/04_leaks.ipynb #af397d6a
 @patch

@@ -46,6 +46,7 @@ class ImageEmbedder(Finder):
     ):
         self.model,self.preprocess,self.facts = model.eval(),preprocess,facts or {}
         self.gallery,self.calibration = MemoryGallery(),calibration
+        self.folder = None # where it was read from
 
     @property
     def device(self):

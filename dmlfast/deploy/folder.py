@@ -353,6 +353,7 @@ def _load(folder, device, write, gallery, text):
     except RuntimeError as e:
         raise ValueError(f"The weights in {str(folder)!r} do not fit the model that is described there: {_last_line(e)}") from e
     res = ImageEmbedder(model.to(device), preprocess, about.get('facts'), about.get('calibration'))
+    res.folder = folder.resolve()
     if gallery is not None: res.gallery = open_lance(gallery, model)
     else: _read_gallery(res.gallery, about, folder)
     if write and gallery is None: res.gallery.journal = Journal(folder, text.decode())

@@ -31,11 +31,20 @@ def find(self:MemoryGallery,
     rerank=None, # As `Embedded.find` takes it
 )->list: # For each query a list of `Hit`s, nearest first
     "The nearest items that a filter lets through: among these the search is exact"
+    return [[Hit(self.labels[j], self.items[j], s) for s,j in o] for o in self.find_rows(embs, k, filter, rerank)]
+
+@patch
+def find_rows(self:MemoryGallery,
+    embs, # `(q,emb_sz)` float
+    k:int, # How many, at most as many as there are
+    filter=None, # As `as_filter` takes it
+    rerank=None, # As `Embedded.find` takes it
+)->list: # For each query a list of scores and rows, nearest first
+    "The rows of these"
     rows = range(len(self)) if filter is None else self.rows(filter)
     if not rows: return [[] for _ in embs]
     scores,idx = (self.searched() if filter is None else Embedded(self.embs[rows])).find(embs, k, rerank)
-    found = [[(s,rows[j]) for s,j in zip(*o) if s>-math.inf] for o in zip(scores.tolist(), idx.tolist())] # an index may find fewer
-    return [[Hit(self.labels[j], self.items[j], s) for s,j in o] for o in found]
+    return [[(s,rows[j]) for s,j in zip(*o) if s>-math.inf] for o in zip(scores.tolist(), idx.tolist())] # an index may find fewer
 
 @patch(as_prop=True)
 def is_ready(self:MemoryGallery)->bool:

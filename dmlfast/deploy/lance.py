@@ -158,7 +158,9 @@ def find(self:LanceGallery,
     for q in embs.float():
         s = self.table.search(q.numpy()).distance_type('cosine').limit(k).nprobes(probes).refine_factor(refine)
         if where: s = s.where(where, prefilter=True)
-        got = s.select(['seq','label','item','vector','_distance']).to_arrow()
+        try: got = s.select(['seq','label','item','vector','_distance']).to_arrow()
+        except (RuntimeError,OSError) as e:
+            raise ValueError(f"The table of LanceDB cannot be searched, as where a file of it was changed: {str(e)[:200]!r}.") from e
         if not len(got):
             res.append([])
             continue

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from ..losses import *
 from ..train.learner import *
 from ..retrieval.embedded import *
+from ..retrieval.confusions import *
 from ..retrieval.metrics import *
 from ..retrieval.search import *
 from ..retrieval.search import unit_
@@ -37,24 +38,13 @@ class RetrievalInterpretation(Embedded):
         super().__init__(embs, labels, items, vocab, image, ks=ks, **kwargs)
         self.check_labels()
         if len(self)<2: raise ValueError('interpreting an embedding needs at least two items, and there is 1')
-        self.loss,self.block,self._nearest = loss,block,None
+        self.loss,self.block = loss,block
         self.ids = torch.arange(len(self)) if self.ignore is None else self.ignore
-
-    @cached_property
-    def result(self):
-        "Metrics of the ranks, as in `evaluate_protocol`"
-        return self.evaluate(metric_names('all', self.ks, drawn=True), block=self.block) # all but the scores of clusters
 
     @cached_property
     def most(self):
         "Least number of items that each query can find, before `ignore`"
         return self.n_others(self.queries)
-
-    @cached_property
-    def among_all(self):
-        "Similarities and indices of the eight nearest others of each item, whatever their roles"
-        if self.all_search: return self.nearest(8)
-        return neighbours(self.embs, k=min(8, len(self)-1), ignore=self.ignore, block=self.block)
 
 # %% ../../nbs/api/look/00_interpret.ipynb #44190f43
 @patch(cls_method=True)
@@ -77,96 +67,12 @@ def of(cls:RetrievalInterpretation,
 
 # %% ../../nbs/api/look/00_interpret.ipynb #05cc2b89
 @patch
-def nearest(self:RetrievalInterpretation,
-    k:int=1, # How many; at most as many as there are
-)->tuple: # Similarities, `(q,k)` float32, $-\infty$ if there are fewer; indices of items, `(q,k)` int64
-    "The `k` nearest items to each of the `queries`, nearest first"
-    if self._nearest is None or self._nearest[0].shape[1]<min(k, self.most): self._nearest = self.nearest_of(self.queries, max(k, 8))
-    return tuple(o[:,:k] for o in self._nearest)
-
-@patch
 def nearest_of(self:RetrievalInterpretation,
     queries, # Indices of items, `(q,)`
     k:int, # How many; at most as many as there are
-)->tuple: # As `nearest` gives them
+)->tuple: # Similarities and indices, as `nearest` gives them
     "The `k` nearest items to some items only"
     return self.neighbours(k, queries, block=self.block)
-
-# %% ../../nbs/api/look/00_interpret.ipynb #a0294eff
-@patch
-def top_losses(self:RetrievalInterpretation,
-    n:int=10, # How many
-)->pd.DataFrame: # One row a query, indexed as the items are
-    "The queries with the least average precision, worst first; raises `ValueError` if no class has two items"
-    ap = self.values('map')
-    order = np.argsort(ap, kind='stable')[:min(n, int((~np.isnan(ap)).sum()))]
-    if not len(order): raise ValueError('no class has two items, so that there is nothing to find for any query')
-    idx = self.queries.numpy()[order]
-    found = self.nearest_of(idx, 1)[1][:,0]
-    return pd.DataFrame(dict(label=[self.label(i) for i in idx], average_precision=ap[order], nearest=[self.label(i) for i in found],
-        item=[self.item(i) for i in idx]), index=idx)
-
-@patch
-def item(self:RetrievalInterpretation,
-    i:int, # Index of an item
-)->str: # Empty if items have no names
-    "Name of an item"
-    return '' if self.items is None else str(self.items[int(i)])
-
-@patch
-def values(self:RetrievalInterpretation,
-    name:str, # A metric of `result`, such as `'map'`
-)->np.ndarray: # `(q,)`, nan if there is nothing to find
-    "Value of a metric for each of the `queries`"
-    return self.result.values[name][:len(self.queries)]
-
-# %% ../../nbs/api/look/00_interpret.ipynb #96912f44
-@patch
-def most_confused(self:RetrievalInterpretation,
-    n:int=10, # How many pairs of classes
-    k:int=1, # Neighbours of each query to look at
-)->pd.DataFrame: # One row a pair: class of the query, class that was found, how often, and out of how many
-    "Pairs of classes by how often one is among the nearest neighbours of the other"
-    s,i = self.nearest(k)
-    there = s>-torch.inf
-    df = pd.DataFrame(dict(a=self.labels[self.queries][:,None].expand_as(i)[there].numpy(), b=self.labels[i][there].numpy()))
-    pairs = df[df.a!=df.b].groupby(['a','b']).size().sort_values(ascending=False, kind='stable')[:n].reset_index(name='count')
-    pairs = pairs.assign(query=[*map(self.name, pairs.a)], found=[*map(self.name, pairs.b)], of=pairs.a.map(df.a.value_counts()))
-    return pairs[['query','found','count','of','a','b']]
-
-# %% ../../nbs/api/look/00_interpret.ipynb #45a0fa57
-@patch
-def label_noise(self:RetrievalInterpretation,
-    min_sim:float=.9, # Least cosine similarity of a pair
-    n:int=20, # How many pairs
-    of=None, # Indices of items: only pairs with one of these, such as the rows that `outliers` of a loss with sub-centres gives
-)->pd.DataFrame: # One row a pair of items `a` and `b`
-    "Pairs of items that are nearly equal and have two labels, nearest first"
-    return _near_pairs(self, min_sim, False, n, of)
-
-@patch
-def duplicates(self:RetrievalInterpretation,
-    min_sim:float=.98, # Least cosine similarity of a pair
-    n:int=20, # How many pairs
-)->pd.DataFrame: # One row a pair of items `a` and `b`
-    "Pairs of items that are nearly equal and have one label, nearest first"
-    return _near_pairs(self, min_sim, True, n)
-
-def _near_pairs(self, min_sim, same, n, of=None):
-    "Table of the pairs of near neighbours under one label or under two, nearest first"
-    s,i = self.among_all
-    a = torch.arange(len(self))[:,None].expand_as(i)
-    own = self.labels[i]==self.labels[:,None]
-    keep = (s>=min_sim)&(own if same else ~own)
-    if of is not None: keep &= torch.isin(a, torch.as_tensor(of))|torch.isin(i, torch.as_tensor(of))
-    df = pd.DataFrame({k:o[keep].numpy() for k,o in dict(a=torch.minimum(a, i), b=torch.maximum(a, i), similarity=s).items()})
-    df = df.drop_duplicates(['a','b'], keep='last').sort_values(['similarity','a','b'], ascending=[False,True,True])[:n]
-    def agree(u, v):
-        other = (i[u]!=v[:,None])&(s[u]>-torch.inf)
-        return ((own[u]&other).sum(1)/other.sum(1).clamp(min=1)).numpy()
-    u,v = torch.from_numpy(df[['a','b']].to_numpy(copy=True).T)
-    names = {f'{k}_{o}':[f(x) for x in j.tolist()] for k,f in dict(label=self.label, item=self.item).items() for o,j in zip('ab', (u,v))}
-    return df.assign(agree_a=agree(u, v), agree_b=agree(v, u), **names).reset_index(drop=True)
 
 # %% ../../nbs/api/look/00_interpret.ipynb #7b8e4d09
 @patch

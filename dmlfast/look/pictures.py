@@ -20,6 +20,7 @@ from ..retrieval.embedded import *
 from ..retrieval.search import unit_
 from ..retrieval.verify import *
 from ..data.batches import BalancedSampler
+from ..retrieval.maps import *
 from .interpret import *
 
 # %% ../../nbs/api/look/01_pictures.ipynb #75d8e6b1
@@ -224,7 +225,7 @@ def plot_scores(self:Embedded,
         h = 100*np.histogram(o.values, edges, weights=o.counts)[0]/len(o)
         ax.stairs(h, edges, fill=True, color=color, alpha=.25)
         ax.stairs(h, edges, color=color, ls=ls, lw=1.5, label=what)
-    ax.axvline(t, color='black', lw=1.2, label=f'threshold {t:.3f}')
+    ax.axvline(t, color=plt.rcParams['text.color'], lw=1.2, label=f'threshold {t:.3f}')
     ax.set_ylim(0, 1.3*ax.get_ylim()[1]) # room for the legend
     ax.legend(frameon=False, loc='upper left')
     return ax
@@ -240,9 +241,8 @@ def plot_map(self:RetrievalInterpretation,
     figsize:tuple=(10,8), # Inches
 )->plt.Axes:
     "Draw items as a map, with their images"
-    if method not in ('tsne','pca'): raise ValueError(f"a map is made by 'tsne' or 'pca', not {method!r}")
     idx = _sample(self, n_classes, max_n, seed)
-    y,xy = self.labels[idx].numpy(),_places(unit_(self.embs[idx]), method, seed)
+    y,xy = self.labels[idx].numpy(),layout(self.embs[idx], method, seed=seed)
     cls = np.unique(y)
     name = dict(tsne='t-SNE', pca='principal components')[method]
     ax = light_axes(plt.subplots(figsize=figsize, layout='constrained')[1], xticks=[], yticks=[],
@@ -256,7 +256,7 @@ def plot_map(self:RetrievalInterpretation,
     if thumbs and self.draw is not None: _draw_thumbs(self, ax, idx, xy, {c:_colours[i%8] for i,c in enumerate(cls)}, seed)
     return ax
 
-_colours = ['#0072B2','#E69F00','#009E73','#CC79A7','#D55E00','#56B4E9','#222222','#8a7d00']
+_colours = ['#0072B2','#E69F00','#009E73','#CC79A7','#D55E00','#56B4E9',grey,'#8a7d00']
 _markers = 'osD^vPX*'
 
 def _sample(self, n_classes, max_n, seed):
@@ -266,15 +266,6 @@ def _sample(self, n_classes, max_n, seed):
     cls = rng.permutation(cls[size>1] if (size>1).any() else cls)[:n_classes]
     idx = rng.permutation(np.flatnonzero(np.isin(self.labels.numpy(), cls)))
     return np.sort(idx[:max_n])
-
-def _places(x, method, seed):
-    "Two coordinates for each row of `x`"
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-    x = x.numpy()
-    if x.shape[1]==1: x = np.c_[x, np.zeros(len(x))]
-    if method=='pca': return PCA(2, random_state=seed).fit_transform(x)
-    return TSNE(2, init='pca', perplexity=min(30, (len(x)-1)/3), random_state=seed).fit_transform(x)
 
 def _shortened(name, n=26):
     "`name` in one line"
@@ -359,7 +350,7 @@ def _draw_triangle(ax, t):
         ax.plot([0,x], [0,y], color=color, lw=2)
         ax.plot(x, y, color=color, marker=mark, ms=8)
         ax.annotate(name, (x,y), xytext=(7,4), textcoords='offset points', fontsize=9, color=color)
-    ax.plot(0, 0, 'ks', ms=7)
+    ax.plot(0, 0, 's', color=plt.rcParams['text.color'], ms=7)
     ax.annotate('a', (0,0), xytext=(-13,-3), textcoords='offset points', fontsize=9)
     ax.set_aspect('equal', 'datalim')
     ax.margins(.25)

@@ -47,6 +47,7 @@ def numbered(
 
 class Embedded:
     "Embeddings of items, their classes and names, and who searches where"
+    block = None # Queries scored at a time by what is computed once; about 64 MiB of scores if not given
     def __init__(self,
         embs, # Embeddings, `(n,d)` float
         labels=None, # Class of each item, `(n,)` integer; none if they are not known
@@ -87,6 +88,12 @@ class Embedded:
     )->str:
         "Name of a class"
         return str(int(c) if self.vocab is None else self.vocab[int(c)])
+
+    def item(self,
+        i:int, # Index of an item
+    )->str: # Empty where items have no names
+        "What an item is called"
+        return '' if self.items is None else self.items[int(i)]
 
     def image(self,
         i:int, # Index of an item

@@ -18,6 +18,8 @@ from ..data.batches import labels_of as _labels
 from ..data.tables import MetricDataset
 from ..deploy.embedder import *
 from ..deploy.folder import *
+from ..web.app import Serving
+from ..web.explorer import *
 from .processes import *
 from .learner import *
 from .predictions import *
@@ -119,17 +121,36 @@ def export_embedder(self:MetricLearner,
 )->ImageEmbedder: # What `load_embedder(folder)` gives
     "Write weights, preprocessing, gallery and threshold, without the training; raises `ValueError` for what cannot be described"
     first_does(lambda: check_embedder_folder(folder, overwrite))
-    if fmr is not None: check_calibration(self.dls, min_classes)
-    model = unwrapped(self.model)
-    if not hasattr(model, 'spec'):
+    if not hasattr(unwrapped(self.model), 'spec'):
         raise ValueError("Only the models that `metric_learner` makes by name can be built again elsewhere, and this one was given as it "
             "is.")
-    self.start_head()
-    res = ImageEmbedder(merged(model), preprocess_of(self.dls), self.about_training()|dict(split_hash=split_hash(self.dls)))
-    if fmr is not None: res.calibrate(self.embedded(), fmr, min_classes, split_hash=split_hash(self.dls))
-    if gallery is not None:
-        gal = self.embedded(gallery)
-        gal.check_labels()
-        res.add_embs(gal.embs, [gal.label(i) for i in range(len(gal))], _short_names(gal.items or ['']*len(gal), self.dls.path))
+    res = _finder(self, fmr, min_classes)
+    if gallery is not None: _fill(res, self.embedded(gallery), self.dls.path)
     path = first_does(lambda: res.save(folder, overwrite=overwrite))
     return load_embedder(path) if path and is_first() else res
+
+def _finder(self, fmr, min_classes):
+    "The embedder of a learner, without a gallery"
+    if fmr is not None: check_calibration(self.dls, min_classes)
+    self.start_head()
+    res = ImageEmbedder(merged(unwrapped(self.model)), preprocess_of(self.dls), self.about_training()|dict(split_hash=split_hash(self.dls)))
+    if fmr is not None: res.calibrate(self.embedded(), fmr, min_classes, split_hash=split_hash(self.dls))
+    return res
+
+def _fill(finder, gal, path):
+    "Put items with labels into a gallery"
+    gal.check_labels()
+    finder.add_embs(gal.embs, [gal.label(i) for i in range(len(gal))], _short_names(gal.items or ['']*len(gal), path))
+
+# %% ../../nbs/api/train/15_export.ipynb #0a1ee297
+@patch
+def explore(self:MetricLearner,
+    dl=None, # Items to show: a split's name such as `'test'`, or a loader with labels; the validation items if not given
+    fmr:float=None, # False-match rate for which a threshold is calibrated on the validation classes; no threshold if not given
+    min_classes:int=20, # Fewest validation classes for that
+    **kwargs # Passed to `ImageEmbedder.explore`: `name`, `port`, `browser`, `read_only`, `review`
+)->Serving:
+    "Items in the browser, as this learner sees them now"
+    res,gal = _finder(self, fmr, min_classes),self.embedded(dl)
+    _fill(res, gal, self.dls.path)
+    return res.explore(gal.draw, **kwargs)
