@@ -43,13 +43,14 @@ def test_the_cheat_sheet_names_what_is_there():
     from dmlfast.deploy import ImageEmbedder
     names = {}
     exec('from fastai.vision.all import *\nfrom dmlfast.all import *', names)
-    of = dict(learn=names['MetricLearner'], finder=ImageEmbedder, ds=names['MetricDataset'], dls=names['TfmdDL'], a=names['Embedded'], b=names['Embedded'])
+    kinds = dict(learn='MetricLearner', ds='MetricDataset', dls='TfmdDL', a='Embedded', b='Embedded')
+    of = dict(finder=ImageEmbedder) | {k:names[o] for k,o in kinds.items()}
     text = json.loads((Path(__file__).parent.parent/'nbs'/'explanations'/'cheat_sheet.ipynb').read_text(encoding='utf-8'))
     code = [o for c in text['cells'] for o in re.findall(r'(?<!`)`([^`\n]+)`', ''.join(c['source'])) if '(' in o]
     calls = 0
     for o in code:
-        o = o if not o.startswith('cbs=') else o[4:]
-        for call in [n for n in ast.walk(ast.parse(o.replace('with ', '', 1).split(': learn')[0] if o.startswith('with') else o)) if isinstance(n, ast.Call)]:
+        o = re.sub(r'^with (.*?): .*', r'\1', o.removeprefix('cbs='))
+        for call in [n for n in ast.walk(ast.parse(o)) if isinstance(n, ast.Call)]:
             path = ast.unparse(call.func).split('.')
             if '(' in ast.unparse(call.func): continue # the result of another call
             f = of.get(path[0], names.get(path[0]))

@@ -131,7 +131,7 @@ class _Faiss:
         self.index = ready or faiss.index_factory(x.shape[1], dict(hnsw='HNSW32,Flat', ivf=f'IVF{cells},Flat').get(kind, kind),
             faiss.METRIC_INNER_PRODUCT)
         if kind=='hnsw': self.index.hnsw.efConstruction,self.index.hnsw.efSearch = 200,64
-        if kind=='ivf': self.index.nprobe = max(1, min(32, self.index.nlist))
+        if kind=='ivf': self.index.nprobe = min(max(32, self.index.nlist//32), self.index.nlist)
         if ready is not None: return
         try: self.index.train(x.numpy())
         except RuntimeError as e:
