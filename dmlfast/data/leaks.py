@@ -18,25 +18,6 @@ from ..retrieval.embedded import *
 from ..retrieval.confusions import *
 from .tables import *
 
-# %% ../../nbs/api/data/04_leaks.ipynb #969f5ee1
-@patch
-def relabel(self:MetricDataset,
-    review, # `LabelReview`, or its file; or a dictionary of new labels by path
-)->MetricDataset: # Another
-    "The data set with other labels for some images; raises `ValueError` for images that it does not have"
-    if isinstance(review, dict):
-        row_of = _rows_by_name(self)
-        if lost := [o for o in review if str(o) not in row_of]: raise ValueError(f"{self.name} has no image {str(lost[0])!r}.")
-        new = {row_of[str(k)]:v for k,v in review.items()}
-    else: new = {i:o.other for i,o in _decided(self, review, 'other')}
-    known = {str(o):o for o in self.df.label} # as they are, which may be numbers
-    split = dict(zip(self.df.label, self.df.split))
-    df = self.df.copy()
-    for i,o in new.items():
-        label = known.get(str(o), o)
-        df.loc[i,['label','split']] = label,split.setdefault(label, df.split[i])
-    return _with_table(self, df)
-
 # %% ../../nbs/api/data/04_leaks.ipynb #78f0d39d
 def _rows_of(ds, embedded):
     "The row of each embedding in the table"
@@ -95,6 +76,25 @@ def _decided(ds, review, decision):
         raise ValueError(f"{str(review.file)!r} belongs to another data set: {bad[0].item!r} had the label {bad[0].label!r}, and in "
             f"{ds.name} it has {str(ds.df.label[row_of[bad[0].item]])!r}.")
     return here
+
+# %% ../../nbs/api/data/04_leaks.ipynb #969f5ee1
+@patch
+def relabel(self:MetricDataset,
+    review, # `LabelReview`, or its file; or a dictionary of new labels by path
+)->MetricDataset: # Another
+    "The data set with other labels for some images; raises `ValueError` for images that it does not have"
+    if isinstance(review, dict):
+        row_of = _rows_by_name(self)
+        if lost := [o for o in review if str(o) not in row_of]: raise ValueError(f"{self.name} has no image {str(lost[0])!r}.")
+        new = {row_of[str(k)]:v for k,v in review.items()}
+    else: new = {i:o.other for i,o in _decided(self, review, 'other')}
+    known = {str(o):o for o in self.df.label} # as they are, which may be numbers
+    split = dict(zip(self.df.label, self.df.split))
+    df = self.df.copy()
+    for i,o in new.items():
+        label = known.get(str(o), o)
+        df.loc[i,['label','split']] = label,split.setdefault(label, df.split[i])
+    return _with_table(self, df)
 
 # %% ../../nbs/api/data/04_leaks.ipynb #af397d6a
 @patch
