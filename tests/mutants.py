@@ -101,6 +101,20 @@ mutants = [ # room, what its code says, what it says instead, tests
     # of training images
     ('cli.training', "evaluate_retrieval(*_raw_pixels(test), metrics=names)",
         "evaluate_retrieval(*_raw_pixels(dls.train), metrics=names)", 'test_cli.py -k demo_on_a_folder'),
+    # ---- who is let in, and what is kept ----
+    ('web.app', "if h.get('host', '').lower() not in self.hosts:", "if False:", 'test_explorer.py -k name_from_elsewhere'),
+    ('web.app', "if site not in ('same-origin','none') and not opened:", "if site=='cross-site' and not opened:",
+        'test_explorer.py -k from_other_pages'),
+    ('web.app', "if method in ('GET','HEAD') or 'origin' in h:", "if True:", 'test_explorer.py -k without_the_token'),
+    ('web.app', "            if n>self.max_bytes: raise Refused(413, self.too_large)", "            pass",
+        'test_explorer.py -k so_many_bytes'),
+    ('web.app', "while self.n>self.max_bytes and len(self.kept)>1:", "while False:", 'test_explorer.py -k kept_within_bounds'),
+    ('web.items', "if file.parent.resolve()!=self.folder.resolve()/'photos':", "if False:", 'test_explorer.py -k outside_the_folder'),
+    ('web.items', "if o.startswith('photos/') and '/' not in o[7:]:", "if o.startswith('photos/'):",
+        'test_explorer.py -k touches_no_file_of_others'),
+    ('web.items', "if (n := self.numbers[i])!=q.number][:k]", "if (n := self.numbers[i]) is not None][:k]",
+        'test_explorer.py -k those_of_the_finder'),
+    ('web.server', "for (_,res),emb in zip(part, found):", "for (_,res),emb in zip(part, found[::-1]):", 'test_explorer.py -k two_hundred'),
 ]
 
 def code_of(room, folder=root):

@@ -592,3 +592,12 @@ def test_a_device_that_is_not_there(table, tmp_path, make_learner):
     make_learner().export_embedder(tmp_path/'e')
     assert "no device 'cuda:77'" in said(dmlfast_eval, tmp_path/'e', '--data', table, '--workers', 0, '--device', 'cuda:77')
     assert not (tmp_path/'x').exists()
+
+def test_a_run_is_explored(trained, tmp_path):
+    "Its embedder, with the items and pictures of its own data set"
+    from dmlfast.cli.exploring import explored
+    from dmlfast.web import Items
+    finder,image,where = explored(trained['out'], None, None, None, 'val', None, 64, 0, 'cpu', False)
+    items = Items(finder, image)
+    assert where==Path(trained['out'])/'embedder' and len(items)>10 and len(items.classes)>=4
+    assert all(items.pictures.image(n) is not None for n in items.numbers)

@@ -333,6 +333,17 @@ def test_labels_are_decided_one_by_one(own, few):
     assert c.post('/change/decide', json=dict(decision='undo')).json()==dict(done=0) and int(_asked()[1])==n
     assert c.post('/change/decide', json=dict(n=n, decision='wrong')).status_code==200 and c.x.review().wrong==[c.x.items.name(n)]
 
+def test_what_is_in_two_splits_is_a_leak(own, few):
+    "Where the items say which split they are of, as those of a data set do"
+    n = len(own)
+    own.add([own.items[9]], own.labels[9], ['copy'], facts=dict(split=['test']))
+    own.gallery.facts['split'][:n] = ['train']*n
+    x = client(own).x
+    leaks = [{o['n'],o['beside']} for o in x.suspects() if o['kind']=='leak']
+    assert {9,n} in leaks and all(n in o for o in leaks)
+    own.gallery.facts['split'] = ['train']*(n+1)
+    assert not [o for o in client(own).x.suspects() if o['kind']=='leak']
+
 # ---- serving ----
 
 def test_explore_answers_at_its_address_and_stops(folder):
@@ -684,6 +695,7 @@ def test_a_data_set_is_explored_and_not_put_into_the_folder(own, few):
     where = own.gallery.journal.folder
     before = all_files(where)
     finder,image,_ = explored(where, str(few.path), None, None, 'val', None, 64, 0, 'cpu', True)
+    assert set(finder.gallery.facts['split'])=={'val'}
     assert 0<len(finder)!=len(own) and finder.gallery.journal is None and all_files(where)==before
     i = Items(finder, image)
     assert np.array_equal(np.asarray(i.pictures.image(5)), np.asarray(open_image(finder.items[5])))

@@ -74,6 +74,12 @@ def n_lines(room): return sum(o.strip()!='' for o in source(room).splitlines())
 @pytest.mark.parametrize('room', rooms)
 def test_lines_end_at_140_columns(room): assert is_wide(source(room))<=(room in wide_rooms)
 
+def test_no_two_rooms_have_a_number():
+    "It says which one may know the other"
+    for wing in (root/'nbs'/'api').iterdir():
+        numbers = [o.name[:2] for o in wing.glob('[0-9]*.ipynb')] if wing.is_dir() else []
+        assert len(set(numbers))==len(numbers), wing.name
+
 def test_lines_of_tests_end_at_140_columns():
     assert [o.stem for o in sorted((root/'tests').glob('*.py')) if is_wide(o.read_text(encoding='utf-8')) and o.stem not in wide_tests]==[]
 

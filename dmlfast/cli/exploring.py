@@ -44,7 +44,8 @@ def explored(
     emb = finder.embedded(ds, None if split=='all' else split, bs=bs, num_workers=workers,
         progress=progress_bar if sys.stdout.isatty() else iter)
     if len(finder): finder.remove(label=lambda o: True)
-    finder.add_embs(emb.embs, [emb.label(i) for i in range(len(emb))], emb.items)
+    split_of = dict(zip(map(str, ds.items()), ds.df.split)) # what is nearly the same in two of them is a leak
+    finder.add_embs(emb.embs, [emb.label(i) for i in range(len(emb))], emb.items, dict(split=[split_of[o] for o in emb.items]))
     return finder,emb.draw,where
 
 # %% ../../nbs/api/cli/05_exploring.ipynb #1732d947

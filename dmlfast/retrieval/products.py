@@ -1,4 +1,4 @@
-"""Large products of matrices in float32, by whichever of PyTorch's two is the faster on this processor.
+"""Large products of matrices in float32, by the faster of PyTorch's two libraries on this processor.
 
 Docs: https://dmlfast.github.io/dmlfast/api/retrieval/products.html.md"""
 

@@ -58,7 +58,7 @@ class BatchMemory(Callback):
         embs:Tensor, # Embeddings, `(n,d)` float
         labels:Tensor, # Class of each of them, `(n,)` integer
     ):
-        "Add a batch, in the place of the oldest where there is no room"
+        "Add a batch; where there is no room it replaces the oldest"
         embs,labels = embs[-self.size:],labels[-self.size:]
         if self.embs is None: self.embs,self.labels = embs[:0],labels[:0]
         room = self.size-len(self.embs)

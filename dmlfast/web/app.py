@@ -258,7 +258,7 @@ def as_jpeg(
     side:int, # Most pixels of its longer side
     quality:int=86, # Of JPEG, up to 95
 )->bytes:
-    "A picture encoded anew"
+    "A picture encoded again"
     im = im.convert('RGB')
     if max(im.size)>side: im = ImageOps.contain(im, (side,side), Image.Resampling.LANCZOS)
     f = io.BytesIO()

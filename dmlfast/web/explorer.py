@@ -9,6 +9,7 @@ __all__ = ['Explorer', 'fields_of']
 
 # %% ../../nbs/api/web/07_explorer.ipynb #021742f7
 import json, threading
+import numpy as np
 from pathlib import Path
 from fastcore.basics import patch
 from ..deploy.embedder import *
@@ -203,8 +204,11 @@ def review(self:Explorer):
 
 @patch
 def suspects(self:Explorer):
-    "Suspicious items, with their numbers"
-    def _f(e, numbers): return [{**o, 'n':numbers[o['row']], 'beside':numbers[o['beside']]} for o in suspects(e)]
+    "Suspicious items, with their numbers; by the facts `split`, where there are any, also leaks"
+    parts = self.items.gallery.facts.get('split')
+    parts = None if parts is None or len(set(parts))<2 else np.array([str(o or '') for o in parts])
+    def _f(e, numbers):
+        return [{**o, 'n':numbers[o['row']], 'beside':numbers[o['beside']]} for o in suspects(e, parts=parts)]
     return self.items.once('suspects', _f)
 
 @patch
