@@ -77,24 +77,6 @@ def _decided(ds, review, decision):
             f"{ds.name} it has {str(ds.df.label[row_of[bad[0].item]])!r}.")
     return here
 
-# %% ../../nbs/api/data/04_leaks.ipynb #af397d6a
-@patch
-def plot_leaks(self:MetricDataset,
-    leaks:pd.DataFrame, # What `leaks` gives
-    max_n:int=8, # Pairs to draw
-    size:float=1.3, # Inches to an image
-)->plt.Figure:
-    "Draw pairs of nearly equal images in different parts of the data, with their similarity"
-    if not len(leaks): raise ValueError("There are no leaks to draw; a lower `min_sim` finds more.")
-    pairs = leaks[:max_n]
-    fig,axs = plt.subplots(2, len(pairs), figsize=(max(3, size*len(pairs)),2.6*size+.3), squeeze=False, layout='constrained')
-    for col,o in zip(axs.T, pairs.itertuples()):
-        for ax,p,part,label in zip(col, (o.path_a,o.path_b), (o.part_a,o.part_b), (o.label_a,o.label_b)):
-            draw_image(ax, open_image(self.path/p), f'{part}: {label}')
-        col[1].set_xlabel(f'{o.similarity:.3f}', fontsize=9)
-    fig.suptitle(f'{len(leaks):,} pairs across parts are nearly equal', fontsize=11)
-    return fig
-
 # %% ../../nbs/api/data/04_leaks.ipynb #969f5ee1
 @patch
 def relabel(self:MetricDataset,
@@ -113,3 +95,21 @@ def relabel(self:MetricDataset,
         label = known.get(str(o), o)
         df.loc[i,['label','split']] = label,split.setdefault(label, df.split[i])
     return _with_table(self, df)
+
+# %% ../../nbs/api/data/04_leaks.ipynb #af397d6a
+@patch
+def plot_leaks(self:MetricDataset,
+    leaks:pd.DataFrame, # What `leaks` gives
+    max_n:int=8, # Pairs to draw
+    size:float=1.3, # Inches to an image
+)->plt.Figure:
+    "Draw pairs of nearly equal images in different parts of the data, with their similarity"
+    if not len(leaks): raise ValueError("There are no leaks to draw; a lower `min_sim` finds more.")
+    pairs = leaks[:max_n]
+    fig,axs = plt.subplots(2, len(pairs), figsize=(max(3, size*len(pairs)),2.6*size+.3), squeeze=False, layout='constrained')
+    for col,o in zip(axs.T, pairs.itertuples()):
+        for ax,p,part,label in zip(col, (o.path_a,o.path_b), (o.part_a,o.part_b), (o.label_a,o.label_b)):
+            draw_image(ax, open_image(self.path/p), f'{part}: {label}')
+        col[1].set_xlabel(f'{o.similarity:.3f}', fontsize=9)
+    fig.suptitle(f'{len(leaks):,} pairs across parts are nearly equal', fontsize=11)
+    return fig

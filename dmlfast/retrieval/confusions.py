@@ -1,4 +1,4 @@
-"""What an embedding takes for near and should not: its worst queries, the classes it confuses, suspicious labels, duplicates.
+"""The mistakes of an embedding as tables: its worst queries, the classes it confuses, suspicious labels, duplicates.
 
 Docs: https://dmlfast.github.io/dmlfast/api/retrieval/confusions.html.md"""
 
