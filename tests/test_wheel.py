@@ -41,7 +41,7 @@ def test_example(env, glyph_dir, tmp_path):
 def test_command(env, tmp_path):
     out = _run(env/'bin'/'dmlfast-demo', '--help', cwd=tmp_path)
     assert '--data' in out and 'default: 0' in out
-    for o in ('train','eval','tune','bench'):
+    for o in ('train','eval','tune','bench','explore','serve'):
         assert _run(env/'bin'/f'dmlfast-{o}', '--help', cwd=tmp_path).startswith(f'usage: dmlfast-{o} ')
 
 def test_files_of_the_browser(env, tmp_path):

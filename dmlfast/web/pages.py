@@ -207,7 +207,8 @@ def _verdict(items, q, plain):
         right,others = sum(items.label(n)==q.label for n,_ in plain),len(items.classes[q.label])-1
         has = f"which has {others:,} other photo{'s'*(others!=1)}"
         return Div(H2(q.label), _p(f'{right} of {len(plain)} neighbours are of its class, {has}.'))
-    return Div(H2(res.label), _p('By a vote of the five nearest. The nearest scores ',nearest,*(('; the threshold is ',line) if line else ()),'.'))
+    known = ('; the threshold is ',line) if line else ()
+    return Div(H2(res.label), _p('By a vote of the five nearest. The nearest scores ',nearest,*known,'.'))
 
 def _cards(items, q, found, given, before=None):
     "Cards of what was found, the threshold's line among them"
