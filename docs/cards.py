@@ -53,7 +53,12 @@ class Symbol:
     def is_classmethod(self): return isinstance(self.obj, classmethod) or type(self.obj).__name__=='_clsmethod'
 
     @property
-    def doc(self): return (inspect.getdoc(self.fn) or '').split('\n')[0] if self.kind!='data' else (type(self.obj).__doc__ or '').split('\n')[0]
+    def doc(self): return (inspect.getdoc(self.fn) or '').split('\n')[0] if self.kind!='data' else self._data_doc
+
+    @property
+    def _data_doc(self):
+        "What a value is: the line of its class, where that is one of ours"
+        return (type(self.obj).__doc__ or '').split('\n')[0] if type(self.obj).__module__.startswith('dmlfast.') else f'`{type(self.obj).__name__}`'
 
     @cached_property
     def _bases(self):

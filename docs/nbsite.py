@@ -16,6 +16,12 @@ explanations = { # groups of the navigation, and the pages of `nbs/explanations`
 wings = ['files','losses','models','retrieval','deploy','web','data','train','look','study','cli'] # folders of `nbs/api`, the lowest first: one imports only from those before it
 project_pages = dict(CONTRIBUTING='contributing', CHANGELOG='changelog')
 
+_symbol = r'\[(`[^`]+`)\]\([^()\s]+\)'
+def one_link(src):
+    "A symbol within the text of a link is no link of its own"
+    inner = r'(?:[^\[\]]|\[`[^`]+`\]\([^()\s]+\))+'
+    return re.sub(rf'\[({inner})\](?=\([^()\s]+\))', lambda m: '['+re.sub(_symbol, r'\1', m[1])+']', src)
+
 def drop_stderr(cell):
     "Warnings are for the author, not for the reader"
     if cell.cell_type=='code': cell.outputs = [o for o in cell.outputs if o.get('name')!='stderr']
@@ -83,7 +89,7 @@ def build_pages(dest):
     def symbol(m): return f'[{m[1]}](#{full[m[2]]})' if m[2] in full else m[1] # a private name has no card to go to
     def mend(src):
         "Links to symbols and to notebooks, as Sphinx has them"
-        src = re.sub(rf'\[(`[^`]+`)\]\({re.escape(base)}([^)#]*#[^)]+)\)', symbol, src)
+        src = re.sub(rf'\[(`[^`]+`)\]\({re.escape(base)}([^)#]*#[^)]+)\)', symbol, one_link(src))
         return re.sub(r'\]\(([^():]*?)([^/()\s:]+\.ipynb)', lambda m: f']({m[1]}{nbpath2html(m[2]).with_suffix(".ipynb")}', src)
     for f,nb in done.items():
         out = page(f, root)
@@ -112,6 +118,7 @@ def readme():
     for i,c in enumerate(nb.cells):
         if 'hide' in c.directives: continue
         add_links(c)
+        c.source = one_link(c.source) if c.cell_type=='markdown' else c.source
         drop_stderr(c)
         if c.cell_type=='markdown':
             src = re.sub(r'!\[(.*?)\]\((?!\w+:)(.+?)\)', lambda m: f'<img src="{raw}/nbs/{m[2]}"{"" if m[2].endswith(".svg") else " width=720"} alt="{m[1]}">', c.source)

@@ -345,7 +345,8 @@ def test_refused_before_any_work(folder, tmp_path):
     assert "There is no file 'c.toml'" in no('--config', 'c.toml')
     assert '`fit.fmr`' in no('--fmr', 1.5)
     few = '--arch test_resnet --no-pretrained --bs 8 --per-class 4 --size 24 --workers 0 --epochs 1 --fmr .01'.split()
-    assert 'calibrated on 20 validation classes or more' in no('--data', folder, *few)
+    with pytest.warns(UserWarning, match='All validation images are of one class'):
+        assert 'calibrated on 20 validation classes or more' in no('--data', folder, *few)
     assert not (tmp_path/'x').exists()
     assert "no timm model 'resnett'" in said(dmlfast_train, '--data', folder, '--arch', 'resnett', '--bs', 8, '--out', tmp_path/'x')
     assert not (tmp_path/'x').exists()
@@ -377,6 +378,7 @@ def begins(tmp_path, monkeypatch):
     def _cut(*args, **kwargs): raise KeyboardInterrupt
     for o,k in ((MetricLearner,'_do_fit'), (MetricLearner,'baseline'), (measuring,'_pictures'), (protocol.Experiment,'hours_left')):
         monkeypatch.setattr(o, k, _cut)
+    monkeypatch.setattr('dmlfast.web.app.Serving.wait', lambda self: self.stop())
     monkeypatch.setattr(training, '_raw_pixels', lambda dl: (torch.eye(4), torch.tensor([0,0,1,1])))
     storage = tune._storage
     # a search in memory, as SQLite waits for the disk
@@ -397,7 +399,8 @@ def test_odd_values_of_every_argument(table, folder, make_learner, tmp_path, beg
     "Nothing, None, below 0, nan, infinity, a word, a number out of all range: one sentence and nothing left behind, or the work begins"
     (tmp_path/'plan.toml').write_text(f'seeds = 1\nsettings = {{data = {{reader = "csv", path = "{table}"}}, model = {{arch = '
         f'"test_resnet", pretrained = false}}, fit = {{n_epoch = 1}}}}\n[methods.a]\nloss = {{name = "ms"}}\nspace = {{}}\n')
-    make_learner().export_embedder(tmp_path/'embedder')
+    learn = make_learner()
+    learn.export_embedder(tmp_path/'embedder', gallery=learn.dls.valid)
     net = {'--data':table, '--arch':'test_resnet', '--no-pretrained':None, '--emb-sz':16, '--size':24, '--bs':32, '--workers':0,
         '--loss':'dr_triplet', '--out':'x'}
     base = dict(dmlfast_train={**net, '--lr':6e-3}, dmlfast_tune={**net, '--trials':1, '--space':'loss.gamma=.1:.6'},
@@ -405,7 +408,8 @@ def test_odd_values_of_every_argument(table, folder, make_learner, tmp_path, beg
         dmlfast_demo={'--data':folder, '--arch':'test_resnet', '--weights':_weights(tmp_path), '--epochs':1, '--size':32, '--bs':16,
         '--out':'x'},
         dmlfast_eval={'run':tmp_path/'embedder', '--data':table, '--workers':0, '--n-boot':10, '--split':'val', '--metrics':'recall@1',
-        '--out':'x'})
+        '--out':'x'}, dmlfast_explore={'folder':tmp_path/'embedder', '--no-browser':None, '--workers':0},
+        dmlfast_serve={'folder':tmp_path/'embedder', '--port':0})
     for func in commands():
         args = base[func.__name__]
         assert begins(func, args)==''

@@ -310,7 +310,8 @@ def test_which_files_are_images_depends_on_no_system_table(tmp_path, monkeypatch
     import fastai.data.transforms as tfms
     monkeypatch.setattr(tfms, 'image_extensions', {'.png'})
     _tree(tmp_path, 'a/1.png', 'a/2.JPG', 'a/3.webp', 'b/1.jfif', 'b/2.jp2', 'b/3.tga', 'c/1.heic', 'c/2.heic', 'a/x.txt', 'a/y.json',
-        'models/best.pth', 'a/noend', 'a/.hidden.png', 'b/.cache/1.png', 'b/.cache/index', '.DS_Store', 'a/Thumbs.db')
+        'models/best.pth', 'models/tmp/_tmp.pth', 'a/noend', 'a/.hidden.png', 'b/.cache/1.png', 'b/.cache/index', '.DS_Store',
+        'a/Thumbs.db')
     with pytest.warns(UserWarning,
         match=r"^Some files in '.*' are left out: 2 .heic, 2 hidden, 1 .json, 1 .txt, 1 without an ending\.") as w:
         ds = MetricDataset.from_folder(tmp_path)

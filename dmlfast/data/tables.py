@@ -200,11 +200,12 @@ def _image_files(path):
     "Images below a folder, sorted, and how many files are left out, by their endings"
     suffixes,fns,left = image_suffixes(),[],Counter()
     for folder,_,names in os.walk(path, followlinks=True):
-        hidden = any(o.startswith('.') for o in Path(folder).relative_to(path).parts)
+        parts = Path(folder).relative_to(path).parts
+        hidden = any(o.startswith('.') for o in parts)
         for o in names:
             end = Path(o).suffix.lower()
             if o.lower() in _clutter or hidden and end not in suffixes: continue # other tools keep their own files in hidden folders
-            if end=='.pth' and Path(folder)==Path(path)/'models': continue # what `learn.save` writes beside the data
+            if end=='.pth' and parts[:1]==('models',): continue # what `learn.save` and `lr_find` write beside the data
             if hidden or o.startswith('.'): left['hidden'] += 1
             elif end in suffixes: fns.append(Path(folder)/o)
             else: left[end or 'without an ending'] += 1

@@ -54,9 +54,17 @@ def what_to_try(
         return "Keep the body's batch norm as it was trained: `freeze_bn=True`."
     if start is not None and not start.said and not isinstance(model.head, torch.nn.Identity):
         return "Start the head from the data and not at random: `init='lda'`."
+    if low := _start_below(start):
+        return f"The head lost {_points(low)} points of map@r before the first step: raise `emb_sz`, or train on more classes."
     lrs = getattr(learn.recorder, 'lrs', [])
     rate = f' This fit reached {max(lrs):.2g}.' if lrs else ''
     return f"Use a lower learning rate{'' if hasattr(learn, 'transfer') else ', or let `fit_transfer` look for one'}.{rate}"
+
+def _start_below(start):
+    "How much lower map@r is at the start of the head than of the features, where it is; nothing where that was not measured"
+    rows = {k:o['scores'].get('map@r') for k,o in start.rows.items()} if start is not None else {}
+    if None in (rows.get('features'),rows.get('start')) or not rows['features']-rows['start']>.005: return
+    return rows['features']-rows['start']
 
 def _points(x): return f'{round(100*x, 1)+0:.1f}' # no -0.0
 
@@ -114,9 +122,7 @@ def _numbers(emb_sz, n_features):
     return f', with {part} of the numbers' if part else f', with {emb_sz:,} numbers in place of {n_features:,}'
 
 @patch
-def _table(self:Gain):
-    head,rows,notes = RetrievalDifference._table(self)
-    return head,rows,[*notes,self.sentence]
+def _notes(self:Gain): return [*super(Gain, self)._notes(),self.sentence]
 
 @patch
 def to_dict(self:Gain)->dict:

@@ -116,7 +116,7 @@ def needs_explore():
     "Raise `ImportError` where the packages of the extra are not there"
     try: import fasthtml.core, starlette, uvicorn
     except ImportError as e:
-        raise ImportError(f"The explorer and the server need {e.name or 'python-fasthtml'}: pip install 'dmlfast[explore]'.") from e
+        raise ImportError("The explorer and the server need python-fasthtml, which the extra `explore` brings: pip install python-fasthtml.") from e
 
 class Sent:
     "Bytes as they are sent"
@@ -188,10 +188,11 @@ class Serving:
         needs_explore()
         import uvicorn
         self.token = secrets.token_urlsafe(24) if token is None else token
+        if not 0<=port<2**16: raise ValueError(f"A port is a number from 0 to 65,535; got {port}.")
         family = socket.AF_INET6 if ':' in host else socket.AF_INET
         try: self.sock = socket.create_server((host,port), backlog=2048, family=family)
-        except (OSError,OverflowError) as e:
-            raise ValueError(f"Nothing can listen at {host}:{port}: {getattr(e, 'strerror', None) or e}.") from e
+        except OSError as e:
+            raise ValueError(f"Nothing can listen at {host}:{port}: {e.strerror or e}.") from e
         self.port = self.sock.getsockname()[1]
         self.host = f'[{host}]' if ':' in host else host
         own = dict.fromkeys([self.host,'127.0.0.1','localhost','[::1]'])

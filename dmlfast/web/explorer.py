@@ -56,6 +56,7 @@ class Explorer:
 
     def warm(self):
         "Search once, so that what is loaded late is there for the first who searches"
+        self.items.sync()
         if len(self.items): self.items.near(self.items.query(str(self.items.numbers[0])), 1)
 
     def page(self,
@@ -136,12 +137,16 @@ def _rename(self:Explorer, req, body):
     return dict(to=link('/gallery', label=o['new'].strip()))
 
 # %% ../../nbs/api/web/07_explorer.ipynb #f3f82dab
+def _one_class(items):
+    "Why there are no mistakes, where all have one label"
+    return '' if len(set(items.gallery.labels))>1 else 'All items have one label. Give them labels, and this page shows what is confused.'
+
 @patch
 def _mistakes(self:Explorer, req, body):
     "What is confused, computed by the second request"
-    why,found = '',None
+    why,found = _one_class(self.items),None
     try:
-        if req.query_params.get('now') or self.items.made('mistakes'):
+        if not why and (req.query_params.get('now') or self.items.made('mistakes')):
             found = self.items.once('mistakes', lambda e, numbers: numbered_mistakes(mistakes(e), numbers))
     except ValueError as e: why = f'There is nothing to compare: {e}'
     return self.page('mistakes', *mistakes_page(self.items, found, why))
@@ -197,7 +202,7 @@ def _near(self:Explorer, req, body):
 @patch
 def review(self:Explorer):
     "Decisions on labels; raises `ValueError` where they cannot be kept"
-    if self.review_file is None: raise ValueError("Decisions are kept in a file: give `review='labels.csv'`.")
+    if self.review_file is None: raise ValueError("Decisions are kept in a file. To decide here, start with finder.explore(review='labels.csv').")
     if self._review is None: self._review = LabelReview(self.review_file, self.items.gallery.items, self.items.gallery.labels)
     self._review.read()
     return self._review
@@ -214,7 +219,8 @@ def suspects(self:Explorer):
 @patch
 def _labels(self:Explorer, req, body):
     "The next suspicious label"
-    why,found,review = '',None,None
+    why,found,review = _one_class(self.items),None,None
+    if why: return self.page('labels', *labels_page(self.items, None, None, why, self.read_only))
     try: review = self.review()
     except (ValueError,OSError) as e: why = str(e)
     try:
