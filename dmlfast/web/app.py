@@ -116,7 +116,7 @@ def needs_explore():
     "Raise `ImportError` where the packages of the extra are not there"
     try: import fasthtml.core, starlette, uvicorn
     except ImportError as e:
-        raise ImportError("The explorer and the server need python-fasthtml, which the extra `explore` brings: pip install python-fasthtml.") from e
+        raise ImportError("The explorer and the server need python-fasthtml: pip install 'dmlfast[explore]'.") from e
 
 class Sent:
     "Bytes as they are sent"
@@ -197,7 +197,7 @@ class Serving:
         self.host = f'[{host}]' if ':' in host else host
         own = dict.fromkeys([self.host,'127.0.0.1','localhost','[::1]'])
         self.hosts = [f'{o}:{self.port}' for o in own]+([*own] if self.port==80 else [])+[*names]
-        self.app = make(self.hosts, self.token)
+        self.app,self.timers = make(self.hosts, self.token),[]
         self.server = uvicorn.Server(uvicorn.Config(self.app, log_level='error', access_log=False, server_header=False, lifespan='off',
             ws='none', proxy_headers=False, backlog=2048, timeout_graceful_shutdown=2))
         self.thread = threading.Thread(target=self.server.run, kwargs=dict(sockets=[self.sock]), daemon=True)
@@ -226,6 +226,9 @@ class Serving:
         "Answer no longer"
         self.server.should_exit = True
         self.thread.join(5)
+        for o in self.timers: # none computes while Python ends
+            o.cancel()
+            o.join(5)
         self.sock.close()
 
     def __enter__(self): return self

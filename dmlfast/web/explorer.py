@@ -202,7 +202,7 @@ def _near(self:Explorer, req, body):
 @patch
 def review(self:Explorer):
     "Decisions on labels; raises `ValueError` where they cannot be kept"
-    if self.review_file is None: raise ValueError("Decisions are kept in a file. To decide here, start with finder.explore(review='labels.csv').")
+    if self.review_file is None: raise ValueError("Decisions are kept in a file: start with finder.explore(review='labels.csv').")
     if self._review is None: self._review = LabelReview(self.review_file, self.items.gallery.items, self.items.gallery.labels)
     self._review.read()
     return self._review
@@ -261,4 +261,5 @@ def explore(self:ImageEmbedder,
     later = threading.Timer(1, x.warm) # after the first page
     later.daemon = True
     later.start()
+    res.timers.append(later)
     return res.open() if browser else res
