@@ -203,11 +203,11 @@ def test_no_weight_is_there_twice(finder, tmp_path):
     plain_folder,folder = finder.save(tmp_path/'plain'),finder.save_pretrained(tmp_path/'timm')
     def size(o): return sum(f.stat().st_size for f in o.glob('*.safetensors'))
     assert abs(size(folder)-size(plain_folder))<1000
-    assert [json.loads((o/'embedder.json').read_text())['format'] for o in (plain_folder,folder)]==[2,4]
+    assert [json.loads((o/'embedder.json').read_text())['format'] for o in (plain_folder,folder)]==[2,5]
     assert not (plain_folder/'config.json').exists()
     for o in (plain_folder,folder): alike(load_embedder(o), finder)
     load_embedder(folder, write=True).remove(label='red')
-    assert json.loads((folder/'embedder.json').read_text())['format']==4 and load_embedder(folder).labels==['green','blue']
+    assert json.loads((folder/'embedder.json').read_text())['format']==5 and load_embedder(folder).labels==['green','blue']
     (folder/'model.safetensors').unlink()
     with pytest.raises(FileNotFoundError, match="incomplete: there is no 'model.safetensors'"): load_embedder(folder)
 

@@ -30,6 +30,7 @@ from ..models.embedder import named_heads
 from ..retrieval.indexes import *
 from ..retrieval.indexes import index_kinds, read_index
 from ..files.described import *
+from ..files.described import max_about, max_emb, max_side
 from ..files.resizing import *
 from ..files.fetching import HubFiles, hub_ref, is_repo
 from ..files.writing import check_folder, whole_folder

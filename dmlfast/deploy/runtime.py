@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from .finder import *
 from ..files.described import *
+from ..files.described import max_emb, max_side
 from ..files.resizing import *
 
 # %% ../../nbs/api/deploy/07_runtime.ipynb #2af0178a
