@@ -675,7 +675,7 @@ def started(command, *args, cwd):
     code = (f"import sys; from dmlfast.cli import {command} as f; from dmlfast.cli.commands import run_command\n"
         "sys.exit(run_command(f, sys.argv[1:]))")
     return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, cwd=cwd)
+        text=True, cwd=cwd, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # it may be ignored where tests run behind
 
 def asked(url, path, **headers):
     "Status and body"
