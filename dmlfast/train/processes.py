@@ -99,7 +99,8 @@ def _error(cls, msg):
 # %% ../../nbs/api/train/01_processes.ipynb #9b36ef90
 def _is_lost(e):
     "Is this what a process sees when another one ends?"
-    lost = isinstance(e, getattr(dist, 'DistError', ())) or any(o in str(e) for o in ('gloo','NCCL','Connection closed by peer','pair closure'))
+    words = 'gloo','NCCL','Connection closed by peer','pair closure'
+    lost = isinstance(e, getattr(dist, 'DistError', ())) or any(o in str(e) for o in words)
     return lost and dist.is_initialized() and dist.get_world_size()>1
 
 @contextmanager
