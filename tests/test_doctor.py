@@ -3,6 +3,7 @@ import math, pickle
 import pytest, torch
 from torch import nn
 from fastai.vision.all import *
+from dmlfast.train.gain import what_to_try
 from dmlfast.all import *
 from dmlfast.losses.geometry import label_masks, safe_sqrt, sqdist
 from dmlfast.train.doctor import active_share, dr_share, effective_rank
@@ -324,6 +325,11 @@ def test_a_head_that_is_too_narrow(make_learner, body):
     said = as_if(learn, [.61], .7, .6)['below']
     assert f'the head began at 0.600, with 4 numbers in place of {learn.model.n_features}: raise `emb_sz`.' in said
     assert 'lower learning rate' in as_if(learn, [.58], .7, .6)['below'] and 'lower learning rate' in as_if(learn, [.61], .7, .695)['below']
+    learn.recorder.values[-1][2] = .61 # `gain` says the same
+    as_if(learn, [], .7, .6)
+    assert what_to_try(learn)==said.partition('theirs 0.700. ')[2]
+    learn.recorder.values[-1][2] = .58
+    assert 'lower learning rate' in what_to_try(learn)
     wide = from_body(make_learner, body, emb_sz=learn.model.n_features)
     assert 'lower learning rate' in as_if(wide, [.61], .7, .6)['below']
 

@@ -330,6 +330,20 @@ def test_changes_that_are_none_are_refused(own, path, body):
     res = client(own).post(f'/change/{path}', content=body)
     assert res.status_code in (400,404) and res.headers['content-type'].startswith('text/plain') and res.text.endswith('.') and len(own)==n
 
+def test_one_label_and_none(own, few):
+    "Nothing is confused with one label, and duplicates are still shown; an empty gallery has no label at all"
+    one = own.shorten(own.model.emb_sz)
+    one.gallery = type(own.gallery)()
+    assert 'one label' not in client(one).get('/mistakes?now=1').text
+    x = Image.open(few.path/few.df.path[0])
+    one.add([x,x], 'mine', ['a','b'])
+    assert 'All items have one label' in client(one).get('/mistakes?now=1').text
+    assert 'Nearly the same photo twice' in client(one).get('/labels?now=1').text
+
+def test_an_embedder_of_the_wing_deploy_explores(tmp_path):
+    code = "import sys; from dmlfast.deploy import ImageEmbedder as E; sys.exit(not hasattr(E, 'explore') or 'fastai' in sys.modules)"
+    assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=tmp_path).returncode==0
+
 def test_labels_are_decided_one_by_one(own, few):
     x = Image.open(few.path/few.df.path[0])
     own.add([x], 'wrong', [str(few.path/few.df.path[0])+' again'])

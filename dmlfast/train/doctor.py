@@ -241,15 +241,10 @@ def enough(self:TrainingDoctor)->bool:
     "Were enough steps measured?"
     return len(self.steps)>=6
 
-def _at_first(self, row):
-    "recall@1 of the `features` or of the `start`, on the validation classes; None if it is not known"
-    rows = getattr(getattr(self.learn, 'head_start', None), 'rows', {})
-    return rows.get(row, {}).get('scores', {}).get('recall@1')
-
 @patch(as_prop=True)
 def theirs(self:TrainingDoctor)->float: # None if they are not known: the body began with random weights, or nothing is measured
     "recall@1 of the frozen features that the learner began with"
-    return _at_first(self, 'features')
+    return at_first(self.learn, 'features')
 
 @patch(as_prop=True)
 def measured(self:TrainingDoctor)->list: # Those of `epochs` with a recall@1
@@ -260,17 +255,9 @@ def _below(self, tol=.01):
     es,theirs = self.measured,self.theirs
     if not es or theirs is None or not es[-1]['recall']<theirs-tol: return
     since = next(o for i,o in enumerate(es) if all(e['recall']<theirs-tol for e in es[i:]))
-    remedy = _narrow(self, tol) or what_to_try(self.learn)
+    remedy = narrow_head(self.learn, es[-1]['recall'], tol) or what_to_try(self.learn)
     return (f'Below the features it started with since epoch {since["epoch"]}: recall@1 is {es[-1]["recall"]:.3f} and theirs '
         f'{theirs:.3f}. {remedy}')
-
-def _narrow(self, tol):
-    "The remedy if the head had too few dimensions from the start, and training did no harm"
-    model,start = unwrapped(self.learn.model),_at_first(self, 'start')
-    if not self.learn.head_start.said or start is None or model.emb_sz>=model.n_features: return
-    if self.measured[-1]['recall']>=start-tol and start<self.theirs-tol:
-        return (f'Training did no harm, but the head began at {start:.3f}, with {model.emb_sz:,} numbers in place of '
-            f'{model.n_features:,}: raise `emb_sz`.')
 
 def _gap(self):
     "The loss with a margin between positives and negatives, and the margin; None if there is none"

@@ -139,7 +139,7 @@ def _rename(self:Explorer, req, body):
 # %% ../../nbs/api/web/07_explorer.ipynb #f3f82dab
 def _one_class(items):
     "Why there are no mistakes, where all have one label"
-    return '' if len(set(items.gallery.labels))>1 else 'All items have one label. Give them labels, and this page shows what is confused.'
+    return '' if len(items.classes)!=1 else 'All items have one label. Give them labels, and this page shows what is confused.'
 
 @patch
 def _mistakes(self:Explorer, req, body):
@@ -219,8 +219,7 @@ def suspects(self:Explorer):
 @patch
 def _labels(self:Explorer, req, body):
     "The next suspicious label"
-    why,found,review = _one_class(self.items),None,None
-    if why: return self.page('labels', *labels_page(self.items, None, None, why, self.read_only))
+    why,found,review = '',None,None
     try: review = self.review()
     except (ValueError,OSError) as e: why = str(e)
     try:
