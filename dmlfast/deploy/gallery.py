@@ -15,7 +15,7 @@ from ..retrieval.embedded import *
 from ..retrieval.indexes import *
 
 # %% ../../nbs/api/deploy/01_gallery.ipynb #bf5508d5
-class MemoryGallery(Items):
+class MemoryGallery(GalleryItems):
     "Embeddings in memory, with a label, a name and facts each"
     def __init__(self):
         super().__init__()
@@ -81,12 +81,11 @@ def apply(self:MemoryGallery,
     _changes[op](self, **how)
 
 def _add(g, embs, labels, items, facts):
-    n,m,ready = len(g),len(labels),g.is_ready
+    ready = g.is_ready
     g.embs = embs if g.embs is None else torch.cat([g.embs, embs])
-    if ready and g.index_kind and g._ready[1].indexed.kind==index_kind(g.index_kind, n+m): # what took long to make grows
+    if ready and g.index_kind and g._ready[1].indexed.kind==index_kind(g.index_kind, len(g.embs)): # what took long to make grows
         g._ready = g.embs,g._ready[1].grown(g.embs)
-    g.labels,g.items = g.labels+labels,g.items+items
-    g.facts = {k:g.facts.get(k, [None]*n)+facts.get(k, [None]*m) for k in dict.fromkeys([*g.facts,*facts])}
+    g.append(labels, items, facts)
 
 def _remove(g, rows):
     gone = set(rows)

@@ -19,7 +19,7 @@ from ..files.resizing import *
 # %% ../../nbs/api/deploy/07_runtime.ipynb #2af0178a
 def _unit(x): return x/np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
-class NumpyGallery(Items):
+class NumpyGallery(GalleryItems):
     "Embeddings in memory, as an array, with a label, a name and facts each"
     def __init__(self):
         super().__init__()
@@ -33,9 +33,7 @@ class NumpyGallery(Items):
     ):
         "Put items in; raises `ValueError` where the numbers do not agree"
         check_rows(embs, labels, items, None if self.embs is None else self.embs.shape[1])
-        n,m,facts = len(self),len(labels),as_facts(facts, len(embs), self.kinds)
-        self.facts = {k:self.facts.get(k, [None]*n)+facts.get(k, [None]*m) for k in dict.fromkeys([*self.facts,*facts])}
-        self.labels,self.items = self.labels+as_texts(labels),self.items+as_texts(items)
+        self.append(as_texts(labels), as_texts(items), as_facts(facts, len(embs), self.kinds))
         embs = np.asarray(embs, dtype=np.float32)
         self.embs = embs if self.embs is None else np.concatenate([self.embs, embs])
 

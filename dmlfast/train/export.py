@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/train/export.html.md"""
 __all__ = ['preprocess_of', 'split_hash', 'split_table', 'check_calibration']
 
 # %% ../../nbs/api/train/15_export.ipynb #ed53a94d
-import hashlib, math, os
+import hashlib, math
 from fastcore.all import *
 from fastai.data.all import *
 from fastai.vision.core import *
@@ -16,6 +16,7 @@ from fastai.vision.augment import *
 from ..data.batches import *
 from ..data.batches import labels_of as _labels
 from ..data.tables import MetricDataset
+from ..deploy.finder import *
 from ..deploy.embedder import *
 from ..deploy.folder import *
 from ..web.app import Serving
@@ -105,12 +106,6 @@ def check_calibration(
         raise ValueError(f"A threshold is calibrated on {min_classes} validation classes or more, and there are {len(names)}: "
             f"`min_classes={len(names)}` takes them all the same.")
 
-def _short_names(items, path):
-    "Paths of items relative to the data set, or to their common folder, so nothing reveals local paths"
-    paths = [Path(o) for o in items if o]
-    if not all(o.is_relative_to(path) for o in paths): path = os.path.commonpath([o.absolute().parent for o in paths])
-    return [str(Path(o).absolute().relative_to(Path(path).absolute())) if o else '' for o in items]
-
 @patch
 def export_embedder(self:MetricLearner,
     folder, # Folder to write to; must not exist
@@ -140,7 +135,7 @@ def _finder(self, fmr, min_classes):
 def _fill(finder, gal, path):
     "Put items with labels into a gallery"
     gal.check_labels()
-    finder.add_embs(gal.embs, [gal.label(i) for i in range(len(gal))], _short_names(gal.items or ['']*len(gal), path))
+    finder.add_embs(gal.embs, [gal.label(i) for i in range(len(gal))], short_names(gal.items or ['']*len(gal), path))
 
 # %% ../../nbs/api/train/15_export.ipynb #0a1ee297
 @patch

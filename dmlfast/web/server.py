@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/web/server.html.md"""
 __all__ = ['operations', 'Batched', 'openapi', 'Server', 'serve']
 
 # %% ../../nbs/api/web/04_server.ipynb #6d951db6
-import binascii, json, queue, threading, time, torch
+import binascii, queue, threading, time, torch
 from base64 import b64decode
 from concurrent.futures import Future
 from fastcore.xml import *
@@ -99,9 +99,7 @@ def _decoded(o):
 
 def _of_json(body):
     "Images and arguments of a request in JSON"
-    try: res = json.loads(body or b'{}')
-    except (ValueError,RecursionError) as e: raise ValueError(f"The body is not JSON: {e}.") from e
-    if not isinstance(res, dict): raise ValueError("The body is a JSON object.")
+    res = json_object(body or b'{}')
     images = res.pop('images', None) or ([res.pop('image')] if 'image' in res else [])
     if not isinstance(images, list): raise ValueError("`images` is a list.")
     return [*map(_decoded, images)],res

@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/web/static.html.md"""
 __all__ = ['static_page', 'nearest_rows', 'as_script']
 
 # %% ../../nbs/api/web/03_static.ipynb #da0daaa5
-import json, numpy as np, os
+import json, numpy as np
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from ..files.images import open_image
 from ..files.writing import *
 from ..retrieval.embedded import *
+from ..deploy.finder import *
 from .app import *
 from .views import *
 from .items import *
@@ -61,7 +62,7 @@ def static_page(
     of,photo = gallery_of(finder),_photos(finder, image)
     some,rows = some_items(of, most, seed)
     data = map_data(some, map_positions(some, seed=seed))|dict(near=nearest_rows(some, k))
-    data['item'] = _short(data['item'])
+    data['item'] = short_names(data['item'])
     with whole_folder(folder) as tmp:
         data |= _write_sheets(tmp, data['slot'], lambda i: photo(int(rows[i])))
         for o in ('map.js','map.css','icon.svg'): (tmp/o).write_bytes(package_files()[o])
@@ -94,12 +95,6 @@ def _said(data, n):
     m,c = len(data['x']),len(data['classes'])
     which = f'{m:,} of {n:,} photos' if m<n else f"{m:,} photo{'s'*(m!=1)}"
     return f"{which}, {c:,} class{'es'*(c!=1)}. What lies together is alike for the embedding."
-
-def _short(names):
-    "Paths within the folder that they have in common: what is given away need not say where it was made"
-    if not any(map(os.path.isabs, names)): return names
-    root = os.path.commonpath([os.path.dirname(os.path.abspath(o)) for o in names if o])
-    return [o and os.path.relpath(os.path.abspath(o), root) for o in names]
 
 def _photos(finder, image):
     "Function from a row to a PIL image, or None where it has none"
