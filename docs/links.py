@@ -37,7 +37,7 @@ def fault(url, page, site, root, cfg):
 
 def left_as_text(html):
     "Addresses of links that a page shows as they were written; what is in blocks of code is meant to be"
-    return re.findall(r'\]\((https?://[^)\s]*)\)', re.sub(r'<pre.*?</pre>', '', html, flags=re.S))
+    return re.findall(r'\]\((https?://[^)\s]*|[^)\s]*\.ipynb[^)\s]*)\)', re.sub(r'<pre.*?</pre>', '', html, flags=re.S))
 
 def dead_links(site, root):
     "A line for each dead link on the pages of `site` and in README.md of the repository at `root`"
