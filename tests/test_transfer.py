@@ -342,7 +342,7 @@ def test_verdicts_and_sentences():
     assert up.verdict()=='raised'
     assert up.sentence.startswith('Training raised recall@1 by 10.0 points (95 % interval 10.0 to 10.0) over the features')
     assert up.sentence.endswith('a tenth of the numbers.')
-    assert up.sentence in repr(up) and up.sentence in up._repr_html_().replace('&#x27;', "'") # in a script and in a notebook
+    assert up.sentence in repr(up) and up.sentence in up._repr_html_() # in a script and in a notebook
     assert down.verdict()=='lowered' and down.sentence.endswith('Do this.') and 'lowered recall@1 by 10.0 points' in down.sentence
     assert same.verdict()=='kept' and 'within noise' in same.sentence and 'Do this' not in same.sentence
     few = Gain(RetrievalResult({'recall@1':base}, labels%5), RetrievalResult({'recall@1':base}, labels%5))

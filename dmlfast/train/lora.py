@@ -9,6 +9,7 @@ __all__ = []
 
 # %% ../../nbs/api/train/12_lora.ipynb #fe011e9f
 import torch
+from zipfile import is_zipfile
 from fastcore.all import *
 from fastai.learner import *
 from fastai.torch_core import distrib_barrier, no_random
@@ -117,7 +118,7 @@ def load(self:GroupedLearner,
     fn = join_path_file(file, self.path/self.model_dir, ext='.pth')
     distrib_barrier()
     at = fn.tell() if hasattr(fn, 'tell') else None
-    load_model(fn, peek := _Peek(), None, with_opt=False)
+    load_model(fn, peek := _Peek(), None, with_opt=False, mmap=at is None and is_zipfile(fn)) # mapped: little of it is read twice
     if at is not None: fn.seek(at)
     self.put_filed(peek.sd, repr(str(file)))
     return super(GroupedLearner, self).load(file, device=device, **kwargs)
