@@ -277,6 +277,7 @@ for kill in range(kills):
         states.append(state(truth))
     assert got==states[-1], f'{kill}: {len(said)} changes were acknowledged'
     assert seen is None or seen in states, f'{kill}: a reader saw something else'
+open(os.path.join(folder, '.tmpAb12Cd'), 'w').close() # as safetensors leaves it, when it is killed as it writes
 g = load_embedder(folder, write=True).gallery
 left = sorted(o for o in os.listdir(folder))
 assert not [o for o in left if o.startswith('.') and o!='.writing'], left

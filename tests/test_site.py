@@ -67,7 +67,8 @@ def test_a_dead_link_is_found(site, tmp_path):
         'https://dmlfast.github.io/dmlfast/api/losses/triplet.html#tripletloss', 'https://example.invalid/',
         'api/losses/triplet.html#tripletloss']
     page.write_text(page.read_text(encoding='utf-8').replace('</article>', ''.join(f'<a href="{o}">x</a>' for o in [*bad,*good])
-        + '<pre>[x](https://example.invalid/)</pre>[<a>x</a>](https://example.invalid/twice) [<a>x</a> y](far.ipynb#z)</article>', 1), encoding='utf-8')
+        + '<pre>[x](https://example.invalid/)</pre>[<a>x</a>](https://example.invalid/twice) [<a>x</a> y](far.ipynb#z)</article>', 1),
+        encoding='utf-8')
     bad |= {'https://example.invalid/twice':'stayed text', 'far.ipynb#z':'stayed text'}
     found = dead_links(tmp_path/'site', root)
     assert len(found)==len(bad)

@@ -111,7 +111,8 @@ class Journal:
         listed = json.loads(self._list.read_text(encoding='utf-8'))['sha256']
         here = [o.name for o in self.folder.iterdir()]
         parts = [o for o in _whole if o not in listed and changes_in(listed)]
-        remove_files(self.folder, [o for o in here if re.fullmatch(r'\.\d+\.(gallery-.*|embedder\.json)', o)]
+        ours,safetensors = r'\.\d+\.(gallery-.*|embedder\.json)',r'\.tmp\w{6}' # as they name what they have not ended writing
+        remove_files(self.folder, [o for o in here if re.fullmatch(f'{ours}|{safetensors}', o)]
             + [o for o in (*changes_in(here),*parts) if o not in listed])
 
     def __call__(self,
