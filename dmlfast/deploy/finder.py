@@ -15,6 +15,7 @@ from collections import namedtuple
 from pathlib import Path
 from PIL import Image
 from ..files.described import *
+from ..files.images import image_files
 from ..files.registry import most_alike
 
 # %% ../../nbs/api/deploy/00_finder.ipynb #039c469a
@@ -98,12 +99,18 @@ class Finder:
         if not len(self): raise ValueError("The gallery is empty: `add` images first, or export with `gallery=`.")
 
     def add(self,
-        images, # Several images, as `embed` takes them
-        labels, # A label for each, or one for all
+        images, # Several images, as `embed` takes them; or a folder, with all images below it
+        labels=None, # A label for each, or one for all; those of a folder are the names of its subfolders if not given
         items=None, # A name for each; the paths, as they are given here, if not given
         facts=None, # What is known of each: a `DataFrame`, or a dictionary of lists; text, numbers, true or false, dates
     ): # Itself
-        "Put images into the gallery; raises `ValueError` where the numbers do not agree"
+        "Add images to the gallery; raises `ValueError` if the numbers of images, labels and names differ"
+        if isinstance(images, (str,Path)) and os.path.isdir(images):
+            images = image_files(Path(images), stacklevel=3)
+            if labels is None: labels = [o.absolute().parent.name for o in images]
+        if labels is None:
+            raise ValueError("Each image needs a label: `add(images, labels)` takes a label for each, or one for all. Only a folder has "
+                "labels of its own, the names of its subfolders.")
         embs = self.embed(images)
         if embs.ndim==1: embs,images = embs[None],[images]
         if isinstance(items, (str,Path)): items = [items]
