@@ -71,8 +71,9 @@ def dmlfast_explore(
     from dmlfast.web.explorer import explore
     finder,image,where = explored(folder, data, path, data_args, split, images, bs, workers, device, not read_only)
     with refusing(): shown = finder.explore(image, name=Path(folder).resolve().name, port=port, browser=False, read_only=read_only,
-        review=review or where/'review.csv')
-    print(f'{shown.url}\nCtrl-C ends it.', flush=True)
+        review=review)
+    kept = '' if read_only else f'Decisions on labels are kept in {str(shown.what.review_file)!r}.\n'
+    print(f'{shown.url}\n{kept}Ctrl-C ends it.', flush=True)
     if not no_browser: shown.open()
     shown.wait()
 

@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/web/explorer.html.md"""
 __all__ = ['Explorer']
 
 # %% ../../nbs/api/web/07_explorer.ipynb #021742f7
-import threading
+import os, threading
 import numpy as np
 from pathlib import Path
 from fastcore.basics import patch
@@ -28,16 +28,20 @@ def _int(req, name, default, lo, hi):
     v = req.query_params.get(name, '')
     return min(hi, max(lo, int(v))) if v.isdecimal() and len(v)<10 else default
 
+def _folder_of(finder):
+    "Where decisions are kept: beside the gallery, if it has a folder that can be written to"
+    return finder.folder if finder.folder and os.access(finder.folder, os.W_OK) else Path()
+
 class Explorer:
     "The pages of a gallery as an application"
     def __init__(self,
         items:Items, # What is explored
         name:str='gallery', # How it is called
         read_only:bool=False, # Can nothing be changed?
-        review=None, # File of decisions on labels, `.csv`; `review.csv` in the folder of the gallery if not given
+        review=None, # File of decisions on labels, `.csv`; `review.csv` if not given, in the gallery's folder or else in the current one
     ):
         self.items,self.name,self.read_only,self.files = items,name,read_only,Files()
-        self.review_file,self._review = Path(review) if review else items.finder.folder and items.finder.folder/'review.csv',None
+        self.review_file,self._review = Path(review) if review else _folder_of(items.finder)/'review.csv',None
 
     def routes(self):
         "What each address answers"
@@ -193,7 +197,6 @@ def _near(self:Explorer, req, body):
 @patch
 def review(self:Explorer):
     "Decisions on labels; raises `ValueError` where they cannot be kept"
-    if self.review_file is None: raise ValueError("Decisions are kept in a file: start with finder.explore(review='labels.csv').")
     if self._review is None: self._review = LabelReview(self.review_file, self.items.gallery.items, self.items.gallery.labels)
     self._review.read()
     return self._review
@@ -236,7 +239,7 @@ def explore(self:ImageEmbedder,
     port:int=0, # Port; a free one if 0
     browser:bool=True, # Open it in the browser?
     read_only:bool=False, # Can nothing be changed?
-    review=None, # File that decisions on labels are kept in, `.csv`; `review.csv` in the gallery's folder if not given
+    review=None, # File that decisions on labels are kept in, `.csv`; `review.csv` in the gallery's or the current folder if not given
     token:str=None, # What the address must hold; drawn if not given
     static=None, # Folder for a map as plain files, which need no server; nothing is served then
     overwrite:bool=False, # May such files take the place of others?

@@ -38,11 +38,13 @@ def _threshold(items):
     cutting = Div(Div(ft('output', id='cut', cls='big'), Div(cls='rates', id='rates'), cls='cutrow'),
         Input(type='range', id='cutter', min='0', max='1', value='0', aria_label='Threshold'),
         ft('svg', id='both', preserveAspectRatio='none', role='img', aria_label='Both errors, over the thresholds'),
+        Div(Span(id='lowest', title='The least similarity of two photos'), Span('false matches', cls='key false'),
+            Span('missed pairs', cls='key missed'), Span(id='highest', title='The greatest similarity'), cls='legend'),
         means, P(id='allsaid', cls='because'), cls='cutting')
     said = 'ROC curve: share of pairs of one class that are found, by the share of pairs of two classes that count as one'
     roc = Figure(ft('svg', id='roc', viewBox='0 0 420 300', role='img', aria_label=said),
-        Figcaption('Pairs of one class that are found, by false matches', cls='because'), cls='roc')
-    return Section(_head('What a threshold means', 'Two photos count as one class from this similarity on.'),
+        Figcaption('ROC curve. The dot is at the threshold.', cls='because'), cls='roc')
+    return Section(_head('What a threshold means', 'Two photos with this similarity or more count as one class.'),
         Div(cutting, roc, cls='threshold', id='threshold', data_url='/threshold.json', data_calibrated='' if t is None else str(t)))
 
 def _pair(items, q, f, score):
@@ -63,7 +65,7 @@ def _pairs(items, pairs):
 
 def _queries(items, queries):
     "The worst queries with their neighbours"
-    yield _head('Worst searches', 'Photos for which their own class is found last.')
+    yield _head('Worst searches', 'Photos whose own class comes last in the search.')
     if not queries: yield P('No class has two photos, so there is nothing to find.', cls='empty')
     def _card(o, *more, **kwargs): return card(o['n'], o['label'], link('/', q=o['n']), *more, name=items.name(o['n']), **kwargs)
     def _row(o):
@@ -86,6 +88,7 @@ def numbered_mistakes(
 _kinds = dict(label=('Nearly the same, under two labels','Is the label of the photo on the left right?'),
     leak=('Nearly the same photo in two parts of the data','Shall the photo on the left stay?'),
     duplicate=('Nearly the same photo twice','Shall the photo on the left stay?'))
+_takes = 'In Python, ds.relabel(file).without(file) is the data set without what was decided to be wrong'
 _keys = dict(right='r', wrong='w', other='o', skip='s', undo='u')
 
 def labels_page(
@@ -104,7 +107,9 @@ def labels_page(
     left = [o for o in there if items.name(o['n']) not in done]
     n = len(there)-len(left)
     can = review is not None and not read_only
-    head = Div(Div(H2('Suspicious labels'), P(f'{n:,} of {len(there):,} decided', cls='because')),
+    kept = (' · kept in ',Code(str(review.file), title=f'{review.file.absolute()}. {_takes}')) if can else ()
+    said = f"{n:,} of {len(there):,} decided{' · this gallery is read-only' if read_only else ''}"
+    head = Div(Div(H2('Suspicious labels'), P(said, *kept, cls='because')),
         ft('progress', value=str(n), max=str(max(1, len(there))), aria_label='Decided'),
         _button('undo', 'Undo', not review.log) if can else None, cls='verdict')
     if not left: return head,_all_decided(review, there)

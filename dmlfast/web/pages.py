@@ -283,7 +283,8 @@ def class_page(
     if not numbers: return P('There is no such class any longer. ', A('All classes', href='/gallery'), cls='empty'),
     def _pick(n): return None if read_only else Label(Input(type='checkbox', name='n', value=str(n), aria_label='Select'), cls='pick',
         title='Select')
-    cards = [card(n, short(items.name(n)) or label, link('/', q=n), _pick(n), name=items.name(n)) for n in numbers[start:start+most]]
+    def _file(n): return short(items.name(n)).rpartition('/')[2] or label
+    cards = [card(n, _file(n), link('/', q=n), _pick(n), name=items.name(n)) for n in numbers[start:start+most]]
     tools = None if read_only else Div(
         Form(Input(type='text', name='new', value=label, maxlength='200', required=True, aria_label='Name of the class'),
             Input(type='hidden', name='old', value=label), Button('Rename'), data_post='/change/rename', cls='inline'),
