@@ -766,7 +766,8 @@ def test_without_the_extra_one_sentence_says_so(folder, monkeypatch):
 def test_decisions_have_a_file_without_being_told(folder, own, few, tmp_path, monkeypatch):
     "Beside a gallery that can be written to, else in the current folder; the page says where, and whether it may be decided"
     monkeypatch.chdir(tmp_path)
-    assert Explorer(Items(own)).review_file==own.folder/'review.csv' and Explorer(Items(own), review='mine.csv').review_file==Path('mine.csv')
+    assert Explorer(Items(own)).review_file==own.folder/'review.csv'
+    assert Explorer(Items(own), review='mine.csv').review_file==Path('mine.csv')
     monkeypatch.setattr('os.access', lambda *a: False)
     c = client(load_embedder(folder))
     assert c.x.review_file==Path('review.csv') and 'kept in <code' in c.get('/labels?now=1').text

@@ -166,9 +166,9 @@ def test_tensors_that_were_tampered_with(whole, folder):
         x.view(-1)[3] = v
         return x
     for says,files in {
-        "'weights.safetensors' in .*'head.weight' holds nan or infinite": dict(
+        "'weights.safetensors' in .*'head.weight' has nan or infinite": dict(
         weights_safetensors={**w, 'head.weight':spoilt(w['head.weight'], torch.nan)}),
-        "'body.bn1.running_var' holds nan or infinite": dict(weights_safetensors={**w,
+        "'body.bn1.running_var' has nan or infinite": dict(weights_safetensors={**w,
         'body.bn1.running_var':spoilt(w['body.bn1.running_var'], torch.inf)}),
         r'do not fit .*1 misshapen \(head.weight \(9, 96\) for \(8, 96\)\)':
             dict(weights_safetensors={**w, 'head.weight':torch.zeros(9,96)}),
@@ -177,7 +177,7 @@ def test_tensors_that_were_tampered_with(whole, folder):
         'head.bias must be of torch.float32': dict(weights_safetensors={**w, 'head.bias':torch.zeros(8, dtype=torch.int64)}),
         "'weights.safetensors' in .* cannot be read: it must be in the format safetensors":
             dict(weights_safetensors=pickle.dumps(w['head.bias'])),
-        "'gallery.safetensors' in .*'embs' holds nan": dict(gallery_safetensors=dict(embs=spoilt(g, torch.nan))),
+        "'gallery.safetensors' in .*'embs' has nan": dict(gallery_safetensors=dict(embs=spoilt(g, torch.nan))),
         r"'gallery.safetensors' in .*`embs` must be .* of 8 numbers; got \{'embs': \(3, 9\)\}":
             dict(gallery_safetensors=dict(embs=torch.ones(3,9))),
         r"'embs': \(8,\)": dict(gallery_safetensors=dict(embs=torch.ones(8))),
@@ -237,12 +237,12 @@ def test_nothing_is_written_that_could_not_be_read(tmp_path):
         'cannot be written as JSON': make(facts=dict(when={1,2})),
         'hold fewer facts': make(facts=dict(text='x'*2**20)),
         'nested more than': make(facts=dict(text=json.loads('['*30+']'*30))),
-        'The gallery holds embeddings of 3 numbers, and the model makes 8': make().add_embs(torch.ones(1,3), ['a'], ['']),
-        "cannot be written: 'gallery' holds nan": make().add_embs(torch.full((1,8), torch.nan), ['a'], [''])}.items():
+        'The gallery has embeddings of 3 numbers, and the model makes 8': make().add_embs(torch.ones(1,3), ['a'], ['']),
+        "cannot be written: 'gallery' has nan": make().add_embs(torch.full((1,8), torch.nan), ['a'], [''])}.items():
         with pytest.raises(ValueError, match=says): e.save(tmp_path/'e')
     e = make()
     e.model.head.bias.data[2] = torch.nan
-    with pytest.raises(ValueError, match="The model cannot be written: 'head.bias' holds nan"): e.save(tmp_path/'e')
+    with pytest.raises(ValueError, match="The model cannot be written: 'head.bias' has nan"): e.save(tmp_path/'e')
     assert not list(tmp_path.iterdir())
     load_embedder(make(in_chans=4).save(tmp_path/'e')) # takes batches of tensors
 

@@ -164,8 +164,9 @@ def test_a_loss_of_other_sizes_is_refused_before_a_fit(make_learner):
         make_learner(losses.CrossBatchMemory(losses.ContrastiveLoss(), 12))
     learn = make_learner()
     with pytest.raises(ValueError, match=f'ArcFaceLoss was made {size}'): learn.loss_func = losses.ArcFaceLoss(n, 12)
-    fine = losses.CosFaceLoss(n+3, 16),losses.MarginLoss(num_classes=n, learn_beta=True),losses.CrossBatchMemory(losses.ContrastiveLoss(), 16)
-    for o in fine:
+    fine = losses.CosFaceLoss(n+3, 16),losses.MarginLoss(num_classes=n, learn_beta=True),\
+        losses.CrossBatchMemory(losses.ContrastiveLoss(), 16)
+    for o in fine: # one of them has more classes
         before = torch.get_rng_state()
         OtherLoss(o).check_sizes(n, 16)
         assert torch.equal(torch.get_rng_state(), before) and not getattr(o, 'queue_idx', 0)

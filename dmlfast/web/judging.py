@@ -32,7 +32,7 @@ def _threshold(items):
     "A slider, what it means, and the curve"
     t = items.finder.threshold
     means = Div(Div(P(id='falsesaid'), P(id='falsecount', cls='because'), cls='meaning false',
-            title='False-match rate: share of the pairs of two classes that score as high as the threshold, or higher'),
+            title='False-match rate: share of the pairs of two classes that score the threshold or more'),
         Div(P(id='missedsaid'), P(id='missedcount', cls='because'), cls='meaning missed',
             title='False-non-match rate: share of the pairs of one class that score lower than the threshold'), cls='means')
     cutting = Div(Div(ft('output', id='cut', cls='big'), Div(cls='rates', id='rates'), cls='cutrow'),
@@ -54,7 +54,7 @@ def _pair(items, q, f, score):
 
 def _pairs(items, pairs):
     "The most confused classes"
-    yield _head('Classes taken for each other', 'How often the photo nearest to one of the first class is of the second.')
+    yield _head('Classes taken for each other', 'How often the nearest neighbour of a photo of the first class is of the second class.')
     if not pairs: yield P('None: the nearest neighbour of each photo is of its class.', cls='empty')
     def _one(o):
         a,b = (A(o[k], href=link('/gallery', label=o[k])) for k in ('query','found'))
@@ -98,7 +98,7 @@ def labels_page(
     why:str='', # Why there is nothing to judge, or why it cannot be kept
     read_only:bool=False, # Can nothing be changed?
 )->tuple: # Elements
-    "The next suspicious label, or what was decided"
+    "The next suspicious label, or the decisions"
     if found is None and not why:
         return P(f'Looking for suspicious labels among {len(items):,} items …', cls='empty loading', data_load='/labels?now=1'),
     if found is None: return P(why, cls='empty'),
@@ -119,7 +119,7 @@ def _button(kind, text, off=False, cls='quiet'):
     return Button(text, ft('kbd', _keys[kind]), type='button', data_decide=kind, disabled=off, cls=cls, title=f'Key {_keys[kind]}')
 
 def _case_of(items, o, can):
-    "A suspicious item beside what it is like"
+    "A suspicious item beside the similar one"
     title,question = _kinds[o['kind']]
     def _side(n, said):
         im = Img(src=link(f'/image/{n}', side=1600), alt=items.label(n), loading='eager', decoding='async')
@@ -132,7 +132,7 @@ def _case_of(items, o, can):
     return Section(Div(H3(title), similarity, cls='row'), two, Div(P(question), agree), _tools(items, o) if can else None, cls='case')
 
 def _tools(items, o):
-    "What can be decided"
+    "The buttons for a decision"
     label = o['kind']=='label'
     other = Input(type='text', id='other', name='other', value=o['other'] if o['other']!=o['label'] else '', list='classes',
         aria_label='The other class', maxlength='200', autocomplete='off')
@@ -141,8 +141,8 @@ def _tools(items, o):
         data_item=str(o['n']), id='deciding')
 
 def _all_decided(review, found):
-    "What came of it"
-    if not found: return P('No label is suspicious: no two photos of two classes are nearly the same, and none is there twice.',
+    "A summary of the decisions"
+    if not found: return P('No label is suspicious: no two photos of different classes are nearly the same, and there are no duplicates.',
         cls='empty')
     if review is None: return None
     n = [o.decision for o in review.decisions.values()]

@@ -21,7 +21,7 @@ view_paths = dict(search='/', map='/map', mistakes='/mistakes', labels='/labels'
 
 def link(
     path:str, # Such as `'/gallery'`
-    **params # What is asked for; empty ones are left out
+    **params # Parameters; empty ones are left out
 )->str:
     "An address of this application"
     q = urlencode({k:v for k,v in params.items() if v not in (None,'',False)}, errors='surrogateescape')
@@ -113,7 +113,7 @@ def card(
 def search_page(
     items:Items, # Those that are searched
     q:Query=None, # What is searched for; nothing yet if not given
-    key:str='', # How it is called in addresses
+    key:str='', # Its key in addresses
     k:int=12, # How many
     label:str='', # Of this class alone
     rerank:str='', # Name of a re-ranker
@@ -125,7 +125,7 @@ def search_page(
     return Div(_ask(items, q, key, given), Section(*_found(items, q, key, given, seed), id='found', aria_live='polite'), cls='search'),
 
 def _ask(items, q, key, given):
-    "What is searched for, and how"
+    "The query and the controls"
     what = Img(src=link(f'/query/{key}'), alt='The photo that is searched for', cls='asked') if q else Div(
         Strong('A photo to search for'), Span('drop it, paste it, or choose a file'), cls='prompt')
     drop = Label(what, Input(type='file', accept='image/*', id='photo', aria_label='Choose a photo'), cls='drop has' if q else 'drop')
@@ -135,9 +135,9 @@ def _ask(items, q, key, given):
         Label(Span('Neighbours'), Input(type='range', name='k', id='k', min='1', max='48', value=str(given['k'])),
             _output(given['k']), title='How many of the nearest items are shown'),
         Label(Span('Class'), Input(type='search', name='label', id='label', value=given['label'], list='classes', placeholder='all classes',
-            autocomplete='off'), title='Search among the items of one class, or of those with this in their names (key /)'),
+            autocomplete='off'), title='Search only one class, or the classes with this text in their names (key /)'),
         Label(Span('Re-rank'), Select(*rerank, name='rerank', id='rerank'),
-            title='Rank what was found anew, by what the neighbours have in common'),
+            title='Rank the found items again, by the neighbours that they have in common'),
         Label(Input(type='checkbox', name='side', id='side', value='1', checked=bool(given['side'])), Span('side by side'),
             title='The plain search beside the new ranking', cls='check') if given['rerank'] else None,
         listed(items), action='/', cls='controls', data_swap='#main' if q else '#found')
@@ -155,16 +155,16 @@ def listed(
     return ft('datalist', *[Option(value=o) for o in [*items.classes][:3000]], id='classes')
 
 def _meanings(items):
-    "What the numbers mean"
+    "The meaning of the numbers"
     c = items.finder.calibration or {}
     t = c.get('threshold')
     said = [P(B('Score'), ' is the cosine similarity of two embeddings: 1 for the same direction, 0 for nothing in common.')]
-    if t is None: said.append(P('This embedder has no calibrated ', B('threshold'), ', so it does not say what is unknown.'))
+    if t is None: said.append(P('This embedder has no calibrated ', B('threshold'), ', so it cannot say which photos are unknown.'))
     else:
         missed = '' if c.get('fnmr') is None else f" Of pairs of one class, {c['fnmr']:.0%} score lower."
         said.append(P(B('Threshold'), f" {number(t)} was calibrated on {c.get('classes', 'other')} classes that were not trained on. "
             f"Of pairs of two classes, {c['fmr']:.2%} score higher.{missed}"))
-    said.append(P(B('Re-ranking'), ' has scores of its own, which no threshold belongs to. ▲ says how many places an item has gained.'))
+    said.append(P(B('Re-ranking'), ' has other scores, so no threshold applies. ▲ shows how many places an item has gained.'))
     return Details(Summary('What the numbers mean'), *said, cls='meanings')
 
 def _found(items, q, key, given, seed):
@@ -218,7 +218,7 @@ def _cards(items, q, found, given, before=None):
     for i,(n,s) in enumerate(found):
         if t is not None and s<t and not lined:
             lined = True
-            res.append(Div(Span(f'threshold {number(t)}'), title='Below this line the two images count as two classes', cls='line'))
+            res.append(Div(Span(f'threshold {number(t)}'), title='Items below this line count as another class', cls='line'))
         label = items.label(n)
         cls = ('good' if label==q.label else 'bad') if q.label is not None else ''
         if lined: cls += ' below'
@@ -227,7 +227,7 @@ def _cards(items, q, found, given, before=None):
     return res
 
 def _moved(was, now):
-    "How an item has moved by re-ranking"
+    "The change of an item's place by re-ranking"
     if was is None: return Span('new', cls='moved up', title='Not among these before re-ranking')
     if was==now: return None
     return Span(f"{'▲' if was>now else '▼'}{abs(was-now)}", cls=f"moved {'up' if was>now else 'down'}",
