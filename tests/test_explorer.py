@@ -455,7 +455,7 @@ def test_the_server_has_the_same_limits(api, folder):
         json=dict(numbers=[0])).status_code==403
     assert c.get('/health').status_code==200 and c.post('/search', content=png()).status_code==200
     server.batched.stop()
-    with pytest.raises(ValueError, match='give a `token`'): serve(load_embedder(folder), host='0.0.0.0')
+    with pytest.raises(ValueError, match='set a `token`'): serve(load_embedder(folder), host='0.0.0.0')
 
 def test_two_hundred_clients_at_once(own, few):
     "Each adds an image of its own and finds it; none fails, none is lost, and the network is called for many at once"
@@ -754,7 +754,7 @@ def test_what_cannot_be_explored_is_said(own, tmp_path, capsys, monkeypatch):
     empty.save(tmp_path/'empty')
     assert 'neither a run of dmlfast-train nor an exported embedder: name the embedder first' in said(dmlfast_explore, tmp_path)
     assert 'has no gallery' in said(dmlfast_explore, tmp_path/'empty')
-    assert 'give a `token`' in said(dmlfast_serve, where, '--host', '0.0.0.0')
+    assert 'set a `token`' in said(dmlfast_serve, where, '--host', '0.0.0.0')
     assert '--batch' in said(dmlfast_serve, where, '--batch', 0)
     monkeypatch.setattr('dmlfast.web.app.needs_explore', lambda: (_ for _ in ()).throw(ImportError("pip install 'dmlfast[explore]'.")))
     assert run_command(dmlfast_explore, [str(where)])==1 and "dmlfast[explore]" in capsys.readouterr().err

@@ -377,7 +377,7 @@ def test_what_is_refused(folder, tmp_path, lance):
         "Nothing in the gallery has label 'cats'. Did you mean 'cat'\\?": lambda: e.remove('cats'),
         "has item '9'": lambda: e.replace('9', np.ones(d)),
         "'3' is the name of 2 items": lambda: e.replace('3', np.ones(d)),
-        'Say what to remove': lambda: e.remove(),
+        'Give the items to remove': lambda: e.remove(),
         "is a 'label' or an 'item'; got 'price'": lambda: e.rename('1', '2', 'price'),
         "one kind, and 'price' holds numbers and text": lambda: e.add([np.ones(d)], 'a', 'b', dict(price='cheap')),
         '1 images and 2 facts': lambda: e.add([np.ones(d)], 'a', 'b', dict(price=[1,2])),

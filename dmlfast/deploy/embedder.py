@@ -194,7 +194,7 @@ def remove(self:ImageEmbedder,
 )->ImageEmbedder: # Itself
     "Remove the items that match all conditions; raises `ValueError` if there is none"
     where = {k:v for k,v in dict(label=label, item=item).items() if v is not None}|facts
-    if not where: raise ValueError("Say what to remove: `label=` or `item=`, a name, several, or a function.")
+    if not where: raise ValueError("Give the items to remove: `label=` or `item=` with a name, several, or a function.")
     self.gallery.remove(where)
     return self
 

@@ -29,7 +29,7 @@ Label.__doc__ = "Class of an image, None if it is unknown, and the similarity to
 
 # %% ../../nbs/api/deploy/00_finder.ipynb #c54e2383
 def is_one(
-    images, # Whatever `embed` was given
+    images, # Argument of `embed`
 )->bool:
     "Is it one image, and not several?"
     if isinstance(images, (str,Path,bytes,bytearray,memoryview,Image.Image)) or hasattr(images, 'read'): return True
@@ -39,7 +39,7 @@ def check_images(
     images, # Several images
     bs, # How many at a time
 ):
-    "Raise `ValueError` for what are no images"
+    "Raise `ValueError` for other types than several images"
     if isinstance(images, dict) or not (hasattr(images, '__len__') and hasattr(images, '__getitem__')):
         raise ValueError("An image is a path, bytes, a file, a PIL image, an array or a tensor. Several images are a list of these; got a "
             f"{type(images).__name__}.")
@@ -102,7 +102,7 @@ class Finder:
         images, # Several images, as `embed` takes them; or a folder, with all images below it
         labels=None, # A label for each, or one for all; those of a folder are the names of its subfolders if not given
         items=None, # A name for each; the paths, as they are given here, if not given
-        facts=None, # What is known of each: a `DataFrame`, or a dictionary of lists; text, numbers, true or false, dates
+        facts=None, # Facts about each: a `DataFrame`, or a dictionary of lists; text, numbers, true or false, dates
     ): # Itself
         "Add images to the gallery; raises `ValueError` if the numbers of images, labels and names differ"
         if isinstance(images, (str,Path)) and os.path.isdir(images):
@@ -133,7 +133,7 @@ class Finder:
         unknown:bool=False, # Leave out hits below the calibrated threshold, so that an unknown image has none?
         min_score:float=None, # Leave out hits with a lower score
         rerank=None, # Name of a re-ranker, or a function, that ranks the hits again; no re-ranking if not given
-        filter=None, # Where to look: a label, several, or a function of it; or a dictionary of these by column: `label`, `item` and facts
+        filter=None, # Search only these: a label, several, or a function of it; or a dictionary of these by column: `label`, `item`, facts
     )->list: # `Hit`s of an image, nearest first; a list of these for several
         "The nearest items of the gallery; raises `ValueError` if it is empty, or if `unknown` has no threshold"
         least = self.least(unknown, min_score)
@@ -189,9 +189,9 @@ def kind_of(
 def as_facts(
     facts, # Columns: a `DataFrame`, or a dictionary of lists or of one value for all; or None
     n:int, # Items
-    kinds:dict, # What columns that are there already hold, as `kind_of` says it
+    kinds:dict, # Type of each existing column, as `kind_of` returns it
 )->dict: # Column -> list
-    "Facts as files can hold them, without columns of nothing; raises `ValueError` for another number, or another kind than is there"
+    "Facts in types that files can hold, without empty columns; raises `ValueError` for a wrong number or type of facts"
     res = {}
     for k,v in ({} if facts is None else {k:facts[k] for k in facts}).items():
         if not isinstance(k, str) or not k.isidentifier() or k in ('label','item','seq','vector'):
@@ -237,7 +237,7 @@ def said(
 
 # %% ../../nbs/api/deploy/00_finder.ipynb #2d044eb8
 class GalleryItems:
-    "Labels, names and facts of what is in a gallery"
+    "Labels, names and facts of the items of a gallery"
     def __init__(self): self.labels,self.items,self.facts = [],[],{} # lists of text, and column -> list
 
     def __len__(self): return len(self.labels)

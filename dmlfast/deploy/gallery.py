@@ -159,7 +159,7 @@ def index(self:MemoryGallery,
     if self.journal: self.journal(self, 'index', self.index_change())
 
 @patch
-def index_change(self:MemoryGallery)->dict: # What the change `'index'` takes
+def index_change(self:MemoryGallery)->dict: # Arguments of the change `'index'`
     "The index as a change: its data if it is up to date, otherwise only its kind"
     made = self._ready[1].indexed if self.is_ready else None
     packed = None if made is None else made.packed()

@@ -27,8 +27,8 @@ def _score(o, k): return dict(value=plain_number(o[k]), **ends_of(o.interval(k))
 
 def measured_facts(
     result, # Result of `evaluate`; or the difference to other embeddings of the same items, such as the result of `learn.gain`
-    on:str=None, # What it was measured on, such as `'CUB-200-2011, test'`
-)->dict: # What JSON can hold
+    on:str=None, # Data that it was measured on, such as `'CUB-200-2011, test'`
+)->dict: # In types of JSON
     "A measurement with its intervals, as a fact; raises `ValueError` for other types"
     own,before = getattr(result, 'a', result),getattr(result, 'b', None)
     if not hasattr(own, 'interval') or not hasattr(own, 'labels'):
@@ -150,7 +150,7 @@ def save_pretrained(self:ImageEmbedder,
     folder, # Folder to write; must not exist
     overwrite:bool=False, # Replace an existing one?
     result=None, # A measurement for the card, see `measured_facts`
-    on:str=None, # What it was measured on, such as `'CUB-200-2011, test'`
+    on:str=None, # Data that it was measured on, such as `'CUB-200-2011, test'`
     licence:str=None, # Name of a licence as the hub knows it, such as `'mit'`
     about:str=None, # Its purpose, in Markdown
     name:str=None, # Its name for `load_embedder`; the folder's name if not given

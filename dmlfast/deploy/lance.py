@@ -71,7 +71,7 @@ def ranges_of(
 def _any_of(parts): return f"({' OR '.join(parts)})" if parts else 'false'
 
 def _condition(col, want, values):
-    "SQL of a condition; `values` gives what the column has"
+    "SQL of a condition; `values` returns the values of the column"
     if callable(want):
         vals = sorted(values())
         got = ranges_of(vals, fulfilled(vals, want))
@@ -274,7 +274,7 @@ def _made_by(model): return weights_hash(unwrapped(model).state_dict())
 def to_lancedb(self:ImageEmbedder,
     path, # Folder of the table, or an address in an object store, `.lance`; its name where `db` is given
     overwrite:bool=False, # Replace what is there?
-    db=None, # What `lancedb.connect` gave, such as a service; the folder or object store of `path` if not given
+    db=None, # Connection of `lancedb.connect`, such as a service; the folder or object store of `path` if not given
 )->ImageEmbedder: # Itself; its gallery is now the table
     "Move the gallery, which may be empty, to a table of LanceDB; raises `FileExistsError` if the table exists"
     local,old = db is None and _is_local(path),self.gallery

@@ -27,7 +27,7 @@ def onnx_notes(
     embedder:ImageEmbedder, # An embedder
     shape, # Channels, height and width of an image
     emb_sz:int, # Numbers in an embedding
-)->dict: # What JSON can hold
+)->dict: # In types of JSON
     "Notes on the preprocessing of an image, and on the output"
     p = embedder.preprocess
     known = dict(image=p.said(), mean=p.mean, std=p.std, background=p.background, preprocess=p.spec()) if isinstance(p, Resizing) else {}

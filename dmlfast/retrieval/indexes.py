@@ -148,7 +148,7 @@ _cores = {None:_Exact, 'int8':_Bytes, 'bits':_Bits}
 def report(self:Index,
     n:int=1000, # Items to search for
     k:int=10, # Neighbours of each
-    seed:int=0, # Of the draw
+    seed:int=0, # Seed of the sample
 ): # `pandas.DataFrame`: share of the exact neighbours found, bytes an item of what is searched, milliseconds a query, one at a time
     "Recall, size and time of the index, beside the exact search"
     import pandas as pd

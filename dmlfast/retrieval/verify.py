@@ -137,7 +137,7 @@ class PairScores:
         by_class=None, # Function of ascending `edges`, `(e,)`: pairs of each class in each bin, genuine and impostor, `(c,e+1)` each
         rates=(1e-3,1e-2,1e-1), # False-match rates to show, above 0 and below 1
         n_boot:int=1000, # Samples of the classes for an interval
-        seed:int=0, # Of the samples
+        seed:int=0, # Seed of the samples
         settings:dict=None, # How the scores were obtained
     ):
         self.genuine,self.impostor,self.classes,self.by_class = genuine,impostor,np.asarray(classes),by_class
@@ -377,7 +377,7 @@ class OpenSet:
         labels, # Class of each query, `(q,)` int
         rates=(1e-2,1e-1), # False-alarm rates to show
         n_boot:int=1000, # Samples of the classes for an interval
-        seed:int=0, # Of the samples
+        seed:int=0, # Seed of the samples
         said:str='', # Who is unknown, in words
     ):
         self.score,self.right,self.unknown,self.labels = (np.asarray(o) for o in (score,right,unknown,labels))
@@ -455,7 +455,7 @@ def open_set(
     gallery_labels=None, # Their classes, (n,) int
     rates=(1e-2,1e-1), # False-alarm rates to show
     unknown:float=.5, # Share of the classes to hold out, if no query is of an unknown class already
-    seed:int=0, # Of the classes held out, of the gallery, and of the intervals
+    seed:int=0, # Seed of the held-out classes, of the gallery, and of the intervals
     metric:str='cosine', # `'cosine'`, `'l2'` or `'dot'`
     ignore=None, # Ids, as in `neighbours`
     self_exclude=None, # Each query's own index in the gallery, as in `neighbours`

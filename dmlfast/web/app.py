@@ -269,7 +269,7 @@ class Files:
 def as_jpeg(
     im, # PIL image
     side:int, # Most pixels of its longer side
-    quality:int=86, # Of JPEG, up to 95
+    quality:int=86, # Quality of JPEG, up to 95
 )->bytes:
     "Encode an image as JPEG, without metadata"
     im = im.convert('RGB')

@@ -35,8 +35,8 @@ def _folder_of(finder):
 class Explorer:
     "The pages of a gallery as an application"
     def __init__(self,
-        items:Items, # What is explored
-        name:str='gallery', # How it is called
+        items:Items, # The items of the gallery
+        name:str='gallery', # Its name
         read_only:bool=False, # Can nothing be changed?
         review=None, # File of decisions on labels, `.csv`; `review.csv` if not given, in the gallery's folder or else in the current one
     ):
@@ -235,12 +235,12 @@ def _decide(self:Explorer, req, body):
 @patch
 def explore(self:ImageEmbedder,
     image=None, # Folder that the items' names are relative to, or function from an index to an image; as the names say if not given
-    name:str=None, # How it is called; its folder's name if not given
+    name:str=None, # Its name; its folder's name if not given
     port:int=0, # Port; a free one if 0
     browser:bool=True, # Open it in the browser?
     read_only:bool=False, # Can nothing be changed?
     review=None, # File that decisions on labels are kept in, `.csv`; `review.csv` in the gallery's or the current folder if not given
-    token:str=None, # What the address must hold; drawn if not given
+    token:str=None, # Token in the address; random if not given
     static=None, # Folder for a map as plain files, which need no server; nothing is served then
     overwrite:bool=False, # May such files take the place of others?
 )->Serving|Path: # The page, with `static`

@@ -281,7 +281,7 @@ def _keep(self:Items, name, jpeg):
 
 @patch
 def remove(self:Items,
-    numbers=None, # Of items
+    numbers=None, # Numbers of items
     label:str=None, # Or all of a class
 )->int: # How many
     "Remove items, and the photos that were kept for them"

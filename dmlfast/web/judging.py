@@ -18,7 +18,7 @@ from .pages import *
 # %% ../../nbs/api/web/06_judging.ipynb #72c05783
 def mistakes_page(
     items:Items, # Those that are compared
-    found:dict=None, # What `mistakes` gives; None while it is computed
+    found:dict=None, # Result of `mistakes`; None while it is computed
     why:str='', # Why there is none
 )->tuple: # Elements
     "The threshold, the most confused classes and the worst queries"
@@ -29,7 +29,7 @@ def mistakes_page(
 def _head(title, said): return Div(Div(H2(title), P(said, cls='because')), cls='verdict')
 
 def _threshold(items):
-    "A slider, what it means, and the curve"
+    "The slider, its meaning, and the curve"
     t = items.finder.threshold
     means = Div(Div(P(id='falsesaid'), P(id='falsecount', cls='because'), cls='meaning false',
             title='False-match rate: share of the pairs of two classes that score the threshold or more'),
@@ -48,7 +48,7 @@ def _threshold(items):
         Div(cutting, roc, cls='threshold', id='threshold', data_url='/threshold.json', data_calibrated='' if t is None else str(t)))
 
 def _pair(items, q, f, score):
-    "A photo, and what was found for it"
+    "A photo beside the found one"
     both = [A(picture(n, items.label(n), title=items.name(n)), href=link('/', q=q)) for n in (q,f)]
     return Div(*both, Span(number(score), cls='score', title='Cosine similarity of the two photos'), cls='pair')
 
@@ -75,8 +75,8 @@ def _queries(items, queries):
     yield Div(*map(_row, queries), cls='worsts')
 
 def numbered_mistakes(
-    found:dict, # What `mistakes` gives, with rows
-    numbers:list, # Of the rows
+    found:dict, # Result of `mistakes`, with rows
+    numbers:list, # Numbers of the rows
 )->dict:
     "The same with numbers of items"
     def _n(o): return {**{k:v for k,v in o.items() if k!='row'}, 'n':numbers[o['row']]}
@@ -93,7 +93,7 @@ _keys = dict(right='r', wrong='w', other='o', skip='s', undo='u')
 
 def labels_page(
     items:Items, # Those that are judged
-    found:list, # What `suspects` gives, with numbers; None while it is computed
+    found:list, # Result of `suspects`, with numbers; None while it is computed
     review:LabelReview, # Decisions; None if they cannot be kept
     why:str='', # Why there is nothing to judge, or why it cannot be kept
     read_only:bool=False, # Can nothing be changed?

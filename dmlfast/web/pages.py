@@ -30,7 +30,7 @@ def link(
 def page(
     files:Files, # Styles and scripts
     view:str, # Name of a view
-    name:str, # What is explored
+    name:str, # Name of the gallery
     items:Items, # Its items
     *body, # Elements
     read_only:bool=False, # Can nothing be changed?
@@ -58,7 +58,7 @@ def page(
 
 def picture(
     n:int, # Number of an item
-    label:str, # What it shows
+    label:str, # Its label
     side:int=320, # Most pixels of its longer side
     **kwargs # Attributes
 )->FT:
@@ -95,13 +95,13 @@ def card(
     label:str, # Its class
     href:str, # Where a click leads
     *more, # Further elements
-    cls:str='', # Of the card
-    name:str='', # What it is called
+    cls:str='', # Class of the card in CSS
+    name:str='', # Its name
     score:float=None, # Similarity; not shown if not given
     threshold:float=None, # Marked in its bar
-    said:str=_score_says, # What the score means
+    said:str=_score_says, # Explanation of the score
 )->FT:
-    "A photo with what is known of it"
+    "A photo with its facts"
     zoom = Button('⤢', type='button', cls='zoom', data_zoom=str(n), data_name=f'{label} · {name}', aria_label='Enlarge',
         title='Enlarge (space)')
     return Figure(A(picture(n, label), href=href, data_swap='#main', title=f'{label}\n{name}'.strip()), zoom,
@@ -112,15 +112,15 @@ def card(
 # %% ../../nbs/api/web/05_pages.ipynb #a530e388
 def search_page(
     items:Items, # Those that are searched
-    q:Query=None, # What is searched for; nothing yet if not given
+    q:Query=None, # The query; none yet if not given
     key:str='', # Its key in addresses
     k:int=12, # How many
-    label:str='', # Of this class alone
+    label:str='', # Only of this class
     rerank:str='', # Name of a re-ranker
     side:bool=False, # Beside the plain search?
-    seed:int=0, # Of the items to begin with
+    seed:int=0, # Seed of the items to begin with
 )->tuple: # Elements
-    "Photo and controls on one side, what was found on the other"
+    "The photo and the controls on one side, the found items on the other"
     given = dict(k=k, label=label, rerank=rerank, side='1' if side else '')
     return Div(_ask(items, q, key, given), Section(*_found(items, q, key, given, seed), id='found', aria_live='polite'), cls='search'),
 
@@ -168,7 +168,7 @@ def _meanings(items):
     return Details(Summary('What the numbers mean'), *said, cls='meanings')
 
 def _found(items, q, key, given, seed):
-    "What was found, or what to begin with"
+    "The found items, or some items to begin with"
     if q is None: return _begin(items, given, seed)
     t = time.perf_counter()
     plain = items.near(q, given['k'], given['label'])
@@ -211,7 +211,7 @@ def _verdict(items, q, plain):
     return Div(H2(res.label), _p('By a vote of the five nearest. The nearest scores ',nearest,*known,'.'))
 
 def _cards(items, q, found, given, before=None):
-    "Cards of what was found, the threshold's line among them"
+    "Cards of the found items, with the line of the threshold"
     t,res,lined = items.finder.threshold if before is None else None,[],False
     at = {n:i for i,(n,_) in enumerate(before or [])}
     more = {} if before is None else dict(said='Score of the re-ranker, on a scale of its own')
@@ -237,7 +237,7 @@ def _moved(was, now):
 def gallery_page(
     items:Items, # Those in the gallery
     find:str='', # Classes with this in their names alone
-    start:int=0, # Where the list begins
+    start:int=0, # First entry of the list
     read_only:bool=False, # Can nothing be changed?
     most:int=60, # Classes in a page
 )->tuple: # Elements
@@ -275,7 +275,7 @@ def class_page(
     items:Items, # Those in the gallery
     label:str, # A class
     read_only:bool=False, # Can nothing be changed?
-    start:int=0, # Where the list begins
+    start:int=0, # First entry of the list
     most:int=120, # Photos in a page
 )->tuple: # Elements
     "The photos of a class"

@@ -193,9 +193,9 @@ def _page(files, server):
 class Server:
     "A gallery for programs"
     def __init__(self,
-        items:Items, # What is searched
+        items:Items, # The items to search
         read_only:bool=False, # Can nothing be changed?
-        max_images:int=64, # Of a request
+        max_images:int=64, # Most images of a request
         **kwargs # Passed to `Batched`
     ):
         self.items,self.read_only,self.max_images,self.files = items,read_only,max_images,Files()
@@ -288,7 +288,7 @@ def serve(
     token:str='', # Token that a request must have, as `Authorization: Bearer`; none if empty
     read_only:bool=False, # Refuse what changes the gallery?
     names=(), # Further hosts, with ports, by which others reach it, such as `'birds.example.org'`
-    max_bytes:int=2**25, # Of a request
+    max_bytes:int=2**25, # Most bytes of a request
     **kwargs # Passed to `Server`
 )->Serving:
     "Serve the gallery to programs until `stop`; raises `ValueError` for a public address without a token"

@@ -128,7 +128,7 @@ def _cases(embedded, pair, each):
 def some_items(
     embedded:Embedded, # Items
     most:int, # Most items; a random sample of more
-    seed:int=0, # Of the draw
+    seed:int=0, # Seed of the sample
 )->tuple: # `Embedded`, and the rows, `(n,)` int, ascending
     "At most so many of the items"
     rows = np.sort(np.random.default_rng(seed).permutation(len(embedded))[:most])
@@ -142,7 +142,7 @@ def threshold_counts(
     n:int=400, # Thresholds, from the least score to the greatest
     most:int=5000, # Most items to compare; a random sample of more
     rates=(1e-3,1e-2,1e-1), # False-match rates, above 0 and below 1
-    seed:int=0, # Of the draw
+    seed:int=0, # Seed of the sample
 )->dict: # Lists `threshold`, `false`, `missed`; `n_genuine`, `n_impostor`, `items`; lists `fmr`, `tmr` of the curve; `eer`, `auc`; `rates`
     "The errors at each threshold; raises `ValueError` if there are no pairs of one class, or none of two"
     some = some_items(embedded, most, seed)[0]
@@ -160,9 +160,9 @@ def _counts(share, sample): return np.rint(share*len(sample)).astype(int).tolist
 # %% ../../nbs/api/web/01_views.ipynb #4c4dec0d
 def suspects(
     embedded:Embedded, # Items with labels
-    n:int=200, # Of each kind at most
+    n:int=200, # Most items of each kind
     label_sim:float=.9, # Least cosine similarity of two labels' pairs
-    same_sim:float=.98, # Of duplicates and leaks
+    same_sim:float=.98, # Least cosine similarity of duplicates and leaks
     parts=None, # Part of each item, such as its split, `(n,)` str; its role if not given
 )->list: # Of dictionaries: `kind` (`'label'`, `'leak'`, `'duplicate'`), `row`, `beside`, `label`, `other`, `score`, `agree`
     "Items that a person should check: labels, duplicates and leaks. Raises `ValueError` without labels"
