@@ -138,12 +138,12 @@ tampered = {
     'a deviation that float32 lacks': (put('preprocess.std', [1e-300]), 'from 0.000001 to 1,000'),
     'a mean that float64 lacks': (put('preprocess.mean', [10**400]), 'from -1,000 to 1,000'),
     'grey images': (lambda about: put('preprocess.mode', 'L')(put('preprocess.mean', None)(put('preprocess.std', None)(about))),
-    '`model` must be .* takes the images of `preprocess`: .*channels'),
+    '`model` must be .* for images of `preprocess`: .*channels'),
     'another pooling': (put('model.pool', 'sum'),
         r"`model.pool` must be null, 'token', 'token\+avg', 'map', 'avg', 'max', 'avgmax' or 'gem'; got 'sum'"),
     'a hidden argument': (put('model.model_kwargs', dict(cache_dir='/tmp')), "may not set: 'cache_dir'"),
     'an argument of the training': (put('model.frozen_stages', 1), "may not set: 'frozen_stages'"),
-    'an argument timm lacks': (put('model.model_kwargs', dict(bogus=1)), "`model` must be what timm can build.*bogus"),
+    'an argument timm lacks': (put('model.model_kwargs', dict(bogus=1)), "`model` must be a model that timm can build.*bogus"),
     'a number that is none': (put('model.model_kwargs', dict(drop_rate=float('nan'))),
     '`model.model_kwargs` must be .*numbers of up to 16,384'),
     'no arch': (lambda about: put('model', {k:v for k,v in about['model'].items() if k!='arch'})(about),
@@ -233,9 +233,9 @@ def test_nothing_is_written_that_could_not_be_read(tmp_path):
         return ImageEmbedder(Embedder('test_resnet', 8, pretrained=False, **kwargs), Preprocess(steps), facts)
     for says,e in {
         "'preprocess.steps|`preprocess.steps` must be": make([('fit', (10**6,10**6), 2)]),
-        'cannot take the images that its preprocessing makes': make(in_chans=1),
+        'fails on the images of its preprocessing': make(in_chans=1),
         'cannot be written as JSON': make(facts=dict(when={1,2})),
-        'hold fewer facts': make(facts=dict(text='x'*2**20)),
+        'keep fewer': make(facts=dict(text='x'*2**20)),
         'nested more than': make(facts=dict(text=json.loads('['*30+']'*30))),
         'The gallery has embeddings of 3 numbers, and the model makes 8': make().add_embs(torch.ones(1,3), ['a'], ['']),
         "cannot be written: 'gallery' has nan": make().add_embs(torch.full((1,8), torch.nan), ['a'], [''])}.items():

@@ -336,7 +336,7 @@ def test_changes_that_were_tampered_with(folder):
         'finite float32 numbers, 4 a row': dict(change=text(**add), embs=torch.ones(1,5)),
         'finite float32': dict(change=text(**add), embs=torch.full((1,d), torch.nan)),
         '`labels` and `items` must be text, one a row': dict(change=text(**add), embs=torch.ones(2,d)),
-        'one kind': dict(change=text(**{**add, 'facts':dict(price=['x'])}), embs=torch.ones(1,d)),
+        'values of one type, .*text\\.$': dict(change=text(**{**add, 'facts':dict(price=['x'])}), embs=torch.ones(1,d)),
         '`facts` must be lists': dict(change=text(**{**add, 'facts':dict(price='x')}), embs=torch.ones(1,d)),
         'one row replaces one': dict(change=text(op='replace'), embs=torch.ones(2,d), **rows),
         '`name` must be text': dict(change=text(op='name', column='embs', name='x'), **rows),
@@ -378,9 +378,9 @@ def test_what_is_refused(folder, tmp_path, lance):
         "has item '9'": lambda: e.replace('9', np.ones(d)),
         "'3' is the name of 2 items": lambda: e.replace('3', np.ones(d)),
         'Give the items to remove': lambda: e.remove(),
-        "is a 'label' or an 'item'; got 'price'": lambda: e.rename('1', '2', 'price'),
-        "one kind, and 'price' holds numbers and text": lambda: e.add([np.ones(d)], 'a', 'b', dict(price='cheap')),
-        '1 images and 2 facts': lambda: e.add([np.ones(d)], 'a', 'b', dict(price=[1,2])),
+        "is 'label' or 'item'; got 'price'": lambda: e.rename('1', '2', 'price'),
+        "values of one type, and 'price' holds numbers and text": lambda: e.add([np.ones(d)], 'a', 'b', dict(price='cheap')),
+        'There are 1 images, and 2 facts': lambda: e.add([np.ones(d)], 'a', 'b', dict(price=[1,2])),
         "a name of letters and digits": lambda: e.add([np.ones(d)], 'a', 'b', {'a`b':1}),
         'A fact is text, a number': lambda: e.add([np.ones(d)], 'a', 'b', dict(price=[{}])),
         'embeddings of 4 numbers, and not of 3': lambda: e.add([np.ones(3)], 'a', 'b')}.items():
@@ -541,7 +541,7 @@ def test_an_index_is_kept_like_a_change(folder):
         'index in it.': dict(change=text(op='index', kind=3), packed=good),
         'must be bytes': dict(change=text(op='index', kind='SQ8'), packed=good.float()),
         'cannot be read: it must be an index of faiss': dict(change=text(op='index', kind='SQ8'), packed=good[:-9]),
-        'does not fit the gallery: it is IndexScalarQuantizer of 4': dict(change=text(op='index', kind='hnsw'), packed=good),
+        'does not fit the gallery: it is IndexScalarQuantizer for 4': dict(change=text(op='index', kind='hnsw'), packed=good),
         "got 'SQX'": dict(change=text(op='index', kind='SQX'), packed=good),
         'the parts of a change': dict(change=text(op='remove'), rows=torch.tensor([1]), packed=good)}.items():
         save_file(o, folder/name)

@@ -295,7 +295,7 @@ def test_what_cannot_be_written(finder, folder, tmp_path):
     with pytest.raises(FileExistsError, match='overwrite=True'): finder.save_onnx(folder)
     with pytest.raises(ValueError, match="has a function: `to_onnx` writes"):
         ImageEmbedder(finder.model, lambda o: o).save_onnx(tmp_path/"x")
-    with pytest.raises(ValueError, match='give `data`'): finder.save_onnx(tmp_path/'x', int8=True)
+    with pytest.raises(ValueError, match='pass `data`'): finder.save_onnx(tmp_path/'x', int8=True)
     (tmp_path/'mine').mkdir()
     (tmp_path/'mine'/'thesis.txt').write_text('all of it')
     with pytest.raises(FileExistsError, match='is not overwritten'): finder.save_onnx(tmp_path/'mine', overwrite=True)

@@ -75,7 +75,7 @@ def read_change(
     if any(isinstance(how.get(k), torch.Tensor)!=(k in how) for k in ('rows','embs','packed')):
         why = '`rows`, `embs` and `packed` must be tensors'
     else: why = _wrong(op, how, gallery, emb_sz)
-    if why: raise ValueError(f"{says} is no change of a gallery: {why}.")
+    if why: raise ValueError(f"{says} is no change of a gallery: {why.rstrip('.')}.")
     if 'rows' in how: how['rows'] = how['rows'].tolist()
     try: gallery.apply(op, **how)
     except ValueError as e: raise ValueError(f"{says} is no change of a gallery: {e}") from e # an index that does not fit

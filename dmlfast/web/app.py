@@ -80,7 +80,7 @@ class Guard:
             if (c := cookies.get(self.cookie)) is not None and _same(c.value, self.token): return False
         given = parse_qs(scope['query_string'].decode('latin1')).get('token', [''])[0]
         if method=='GET' and _same(given, self.token): return True
-        raise Refused(401, "The token is missing: open the address that was printed at the start.")
+        raise Refused(401, "The token is missing or wrong: open the address that was printed at the start.")
 
     async def __call__(self, scope, receive, send):
         if scope['type']!='http':
