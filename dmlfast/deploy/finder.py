@@ -1,4 +1,4 @@
-"""What every finder does, whatever its network runs on: search, classify, compare, and say what is unknown.
+"""Search, classify and compare images, and say which are unknown: the methods that every finder has.
 
 Docs: https://dmlfast.github.io/dmlfast/api/deploy/finder.html.md"""
 

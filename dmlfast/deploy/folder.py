@@ -1,4 +1,4 @@
-"""An embedder as a folder of tensors and text: written whole, and read as if a stranger had made it.
+"""Save an embedder as a folder of tensors and text. It is written completely or not at all, and checked when it is read.
 
 Docs: https://dmlfast.github.io/dmlfast/api/deploy/folder.html.md"""
 

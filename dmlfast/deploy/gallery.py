@@ -1,4 +1,4 @@
-"""The items that are searched: embeddings with a label, a name and facts each, which come, change and go.
+"""The gallery: embeddings, each with a label, a name and facts. Items are added, changed and removed.
 
 Docs: https://dmlfast.github.io/dmlfast/api/deploy/gallery.html.md"""
 

@@ -1,4 +1,4 @@
-"""An embedder on the Hugging Face hub, with a card that says what is known of it.
+"""Put an embedder on the Hugging Face hub, with a card that states the facts about it.
 
 Docs: https://dmlfast.github.io/dmlfast/api/deploy/hub.html.md"""
 

@@ -1,4 +1,4 @@
-"""An embedder as ONNX: one file with notes on what becomes of an image, or a folder with all of it; in 32 bits, or in 8.
+"""Export an embedder to ONNX: one file with notes on the preprocessing, or a folder with the gallery; in 32 or 8 bits.
 
 Docs: https://dmlfast.github.io/dmlfast/api/deploy/onnx.html.md"""
 

@@ -1,4 +1,4 @@
-"""A finder on onnxruntime alone: numpy, Pillow and onnxruntime are all that it takes.
+"""A finder on onnxruntime: it needs only numpy, Pillow and onnxruntime.
 
 Docs: https://dmlfast.github.io/dmlfast/api/deploy/runtime.html.md"""
 

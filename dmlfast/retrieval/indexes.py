@@ -1,4 +1,4 @@
-"""Galleries that outgrow an exact search: graphs, cells, bytes and bits, each with its recall against the exact answer.
+"""Indexes for large galleries: graphs, cells, bytes and bits, each with its recall against exact search.
 
 Docs: https://dmlfast.github.io/dmlfast/api/retrieval/indexes.html.md"""
 

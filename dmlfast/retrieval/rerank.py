@@ -1,4 +1,4 @@
-"""A second look at what was found: query expansion, an augmented gallery, k-reciprocal neighbours; always beside the plain search.
+"""Re-rank search results by query expansion, an augmented gallery or k-reciprocal neighbours, always beside the plain search.
 
 Docs: https://dmlfast.github.io/dmlfast/api/retrieval/rerank.html.md"""
 

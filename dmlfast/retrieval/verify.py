@@ -1,4 +1,4 @@
-"""From scores to decisions: which similarity means "the same class", and how often that is wrong.
+"""From scores to decisions: the similarity from which two images count as one class, and its error rates.
 
 Docs: https://dmlfast.github.io/dmlfast/api/retrieval/verify.html.md"""
 

@@ -1,4 +1,4 @@
-"""Training in several processes: one balanced batch over all of them, and the weights that one process with that batch gives.
+"""Train in several processes on one balanced batch, with the weights that one process would reach on this batch.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/distributed.html.md"""
 

@@ -1,4 +1,4 @@
-"""Batches that do not fit into memory, with the gradient of the whole batch.
+"""Train on batches that do not fit into memory, with the exact gradient of the batch.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/largebatch.html.md"""
 

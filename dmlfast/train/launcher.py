@@ -1,4 +1,4 @@
-"""Begin several processes from one, and end them together.
+"""Start several processes from one, and end them together.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/launcher.html.md"""
 

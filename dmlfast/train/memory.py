@@ -1,4 +1,4 @@
-"""Compare each batch with the embeddings of the last steps too: many negatives for the price of a matrix.
+"""Compare each batch also with the embeddings of the last steps: many negatives at little cost.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/memory.html.md"""
 

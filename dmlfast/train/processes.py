@@ -1,4 +1,4 @@
-"""Which process this is of those that train together, and what they tell each other.
+"""Processes that train together: their numbers, and how they exchange values.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/processes.html.md"""
 

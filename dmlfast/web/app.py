@@ -1,4 +1,4 @@
-"""An application for the browser that answers this machine alone: who may ask, what a browser may load, and how large a request is.
+"""A web application for this machine only: it checks origin, token and size of each request, and limits what pages may load.
 
 Docs: https://dmlfast.github.io/dmlfast/api/web/app.html.md"""
 

@@ -1,4 +1,4 @@
-"""The items of a gallery as a browser sees them: each has a number that never becomes another's, and a picture.
+"""The items of a gallery for the browser: each has a picture, and a number that is never used for another item.
 
 Docs: https://dmlfast.github.io/dmlfast/api/web/items.html.md"""
 

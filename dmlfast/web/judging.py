@@ -1,4 +1,4 @@
-"""The pages on which a person judges: mistakes with their pictures, what a threshold means, and one suspicious label after another.
+"""Pages to judge an embedding: mistakes with their pictures, the meaning of a threshold, and suspicious labels one by one.
 
 Docs: https://dmlfast.github.io/dmlfast/api/web/judging.html.md"""
 

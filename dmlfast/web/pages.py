@@ -1,4 +1,4 @@
-"""The pages of the explorer, built of elements: whatever a class, a file or a fact is called, it is text.
+"""The pages of the explorer, built from elements, so that names of classes, files and facts are always text.
 
 Docs: https://dmlfast.github.io/dmlfast/api/web/pages.html.md"""
 

@@ -1,4 +1,4 @@
-"""A gallery for programs: search, classify, add, remove over HTTP, in JSON or multipart, and one network for all who ask at once.
+"""A gallery for programs: search, classify, add and remove over HTTP, in JSON or multipart; simultaneous requests share a batch.
 
 Docs: https://dmlfast.github.io/dmlfast/api/web/server.html.md"""
 

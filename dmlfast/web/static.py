@@ -1,4 +1,4 @@
-"""A map of a gallery as a folder of plain files: it opens without a server, and can be sent or put on any web space.
+"""A map of a gallery as a folder of plain files: it opens without a server, and can be sent or uploaded anywhere.
 
 Docs: https://dmlfast.github.io/dmlfast/api/web/static.html.md"""
 

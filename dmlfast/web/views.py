@@ -1,4 +1,4 @@
-"""What is shown in a browser, as plain numbers and text: a map, mistakes, what a threshold means, and suspicious labels.
+"""The content of the explorer as plain numbers and text: map, mistakes, thresholds and suspicious labels.
 
 Docs: https://dmlfast.github.io/dmlfast/api/web/views.html.md"""
 
