@@ -468,7 +468,7 @@ def test_a_demo_looks_at_its_folder_first(folder, tmp_path, begins):
     (tmp_path/'mine').mkdir()
     (tmp_path/'mine'/'scores.json').write_text('[1, 2]')
     (tmp_path/'file').write_text('years of work')
-    for o in ('mine','file'): assert 'is there already and holds no demo' in begins(dmlfast_demo, {**args, '--out':tmp_path/o})
+    for o in ('mine','file'): assert 'exists already and holds no demo' in begins(dmlfast_demo, {**args, '--out':tmp_path/o})
     assert (tmp_path/'mine'/'scores.json').read_text()=='[1, 2]' and (tmp_path/'file').read_text()=='years of work'
     (tmp_path/'mine'/'scores.json').write_text('{"raw pixels": {}}') # what a demo wrote is replaced
     assert begins(dmlfast_demo, {**args, '--out':tmp_path/'mine'})==''

@@ -303,9 +303,9 @@ def test_what_cannot_be_measured(embedder, photos, tmp_path):
     assert len(emb)==1 and emb.labels is None
     bad = tmp_path/'bad.png'
     bad.write_bytes(b'no image')
-    for f,says in ((lambda: embedder.embedded(files, labels=['a']), f'{len(files)} images and 1 labels do not go together'),
+    for f,says in ((lambda: embedder.embedded(files, labels=['a']), f'There are {len(files)} images and 1 labels'),
         (lambda: embedder.embedded([]), 'There are no images to embed'), (emb.evaluate, 'have no labels'),
-        (lambda: embedder.embedded(files, 'test'), 'A split is of a data set'),
+        (lambda: embedder.embedded(files, 'test'), 'Only a data set has splits'),
         (lambda: embedder.embedded(MetricDataset.from_folder(photos), 'tset'), "has no split 'tset'; its splits are "),
         (lambda: embedder.embedded([*files,bad,*files], num_workers=2, bs=2), "bad.png' cannot be read")):
         with pytest.raises(ValueError, match=says): f()

@@ -166,7 +166,7 @@ def test_no_name_is_html(shown, path):
         'b','h2','h3',
         'section','aside','form','input','label','select','option','output','datalist','details','summary','figure','figcaption','svg',
         'rect',
-        'button','dialog','strong','small','kbd','progress','pre'}
+        'button','dialog','strong','small','kbd','progress','pre','code'}
     assert not [a for _,a in page.tags for k in a if k.startswith('on') or k=='style']
     assert all(a['src'].startswith('/') for t,a in page.tags if t in ('img','script') and 'src' in a)
     assert len([t for t,_ in page.tags if t=='script'])<=2 and all(a.get('src') for t,a in page.tags if t=='script')
@@ -378,7 +378,7 @@ def test_explore_answers_at_its_address_and_stops(folder):
         h.request('GET', '/?token='+s.token)
         res = h.getresponse()
         assert res.status==200 and 'server' not in dict(res.getheaders()) and b'<!doctype html>' in res.read()
-        with pytest.raises(ValueError, match='Nothing can listen'): finder.explore(browser=False, port=s.port)
+        with pytest.raises(ValueError, match='cannot be used'): finder.explore(browser=False, port=s.port)
     with pytest.raises(OSError): http.client.HTTPConnection('127.0.0.1', s.port, timeout=5).request('GET', '/')
 
 def test_a_gallery_that_is_no_list_is_refused(folder):
@@ -455,7 +455,7 @@ def test_the_server_has_the_same_limits(api, folder):
         json=dict(numbers=[0])).status_code==403
     assert c.get('/health').status_code==200 and c.post('/search', content=png()).status_code==200
     server.batched.stop()
-    with pytest.raises(ValueError, match='give a `token`'): serve(load_embedder(folder), host='0.0.0.0')
+    with pytest.raises(ValueError, match='set a `token`'): serve(load_embedder(folder), host='0.0.0.0')
 
 def test_two_hundred_clients_at_once(own, few):
     "Each adds an image of its own and finds it; none fails, none is lost, and the network is called for many at once"
@@ -622,6 +622,18 @@ def test_a_click_on_the_map_shows_neighbours(page, width):
     page.click("document.querySelector('.dm-open')")
     page.wait("location.pathname==='/' && !!document.querySelector('.facts')")
 
+@pytest.mark.parametrize('width', [1280,390])
+def test_no_photo_of_the_map_is_cut(page, width):
+    page.look(width, 800)
+    page.go(page.url+'/map')
+    page.wait(ready['map'])
+    page.wait("document.querySelector('#map').dmlMap.boxes().length>5")
+    inside = """(() => { const m = document.querySelector('#map').dmlMap, s = m.side()/2+2, o = document.querySelector('.dm-canvas')
+        return m.boxes().every(([x, y]) => x>=s && y>=s && x<=o.clientWidth-s && y<=o.clientHeight-s) })()"""
+    assert page.eval(inside)
+    page.eval("document.querySelector('#map').dmlMap.view.tx -= 60")
+    assert not page.eval(inside)
+
 def test_the_slider_recounts(page):
     page.look(1280, 800)
     page.go(page.url+'/mistakes')
@@ -632,6 +644,8 @@ def test_the_slider_recounts(page):
         assert page.eval("document.querySelector('#cut').value")==f"{d['threshold'][i]:.3f}"
         assert page.eval("document.querySelector('#missedcount').textContent")==f"{d['missed'][i]:,} of {d['n_genuine']:,}"
         assert page.eval("document.querySelector('#falsecount').textContent").startswith(f"{d['false'][i]:,} of {d['n_impostor']:,}")
+    legend = [f"{d['threshold'][0]:.2f}",'false matches','missed pairs',f"{d['threshold'][-1]:.2f}"] # the chart's ends and colours
+    assert page.eval("[...document.querySelectorAll('.legend span')].map(o => o.textContent)")==legend
     page.eval("document.querySelector('#rates button').click()")
     assert page.eval("document.querySelector('#rates button').getAttribute('aria-pressed')")=='true'
 
@@ -647,6 +661,7 @@ def test_labels_are_reviewed_with_undo(page, width):
     page.eval("document.body."+press%'w')
     page.wait(f"!document.querySelector('#deciding') || document.querySelector('#deciding').dataset.item!=={first!r}")
     assert done()==n+1 and len((page.where/'review.csv').read_text().splitlines())>=2
+    assert page.eval("document.querySelector('.because code').textContent")==str(page.where/'review.csv')
     page.eval("document.body."+press%'u')
     page.wait(f"document.querySelector('#deciding') && document.querySelector('#deciding').dataset.item==={first!r}")
     assert done()==n
@@ -737,9 +752,9 @@ def test_what_cannot_be_explored_is_said(own, tmp_path, capsys, monkeypatch):
     empty = load_embedder(where)
     empty.remove(label=lambda o: True)
     empty.save(tmp_path/'empty')
-    assert 'neither a run' in said(dmlfast_explore, tmp_path)
+    assert 'neither a run of dmlfast-train nor an exported embedder: name the embedder first' in said(dmlfast_explore, tmp_path)
     assert 'has no gallery' in said(dmlfast_explore, tmp_path/'empty')
-    assert 'give a `token`' in said(dmlfast_serve, where, '--host', '0.0.0.0')
+    assert 'set a `token`' in said(dmlfast_serve, where, '--host', '0.0.0.0')
     assert '--batch' in said(dmlfast_serve, where, '--batch', 0)
     monkeypatch.setattr('dmlfast.web.app.needs_explore', lambda: (_ for _ in ()).throw(ImportError("pip install 'dmlfast[explore]'.")))
     assert run_command(dmlfast_explore, [str(where)])==1 and "dmlfast[explore]" in capsys.readouterr().err
@@ -747,6 +762,20 @@ def test_what_cannot_be_explored_is_said(own, tmp_path, capsys, monkeypatch):
 def test_without_the_extra_one_sentence_says_so(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, 'fasthtml.core', None)
     with pytest.raises(ImportError, match=r"pip install 'dmlfast\[explore\]'"): load_embedder(folder).explore(browser=False)
+
+def test_decisions_have_a_file_without_being_told(folder, own, few, tmp_path, monkeypatch):
+    "Beside a gallery that can be written to, else in the current folder; the page says where, and whether it may be decided"
+    monkeypatch.chdir(tmp_path)
+    assert Explorer(Items(own)).review_file==own.folder/'review.csv'
+    assert Explorer(Items(own), review='mine.csv').review_file==Path('mine.csv')
+    monkeypatch.setattr('os.access', lambda *a: False)
+    c = client(load_embedder(folder))
+    assert c.x.review_file==Path('review.csv') and 'kept in <code' in c.get('/labels?now=1').text
+    n = c.x.suspects()[0]['n']
+    assert c.post('/change/decide', json=dict(n=n, decision='wrong')).json()==dict(done=1)
+    assert c.x.items.name(n) in (tmp_path/'review.csv').read_text()
+    text = client(load_embedder(folder), read_only=True).get('/labels?now=1').text
+    assert 'this gallery is read-only' in text and 'kept in' not in text and 'data-decide' not in text
 
 def test_a_learner_is_explored(make_learner):
     learn = make_learner()
@@ -756,7 +785,7 @@ def test_a_learner_is_explored(make_learner):
         assert len(items)==len(want) and items.gallery.labels==[want.label(i) for i in range(len(want))]
         assert torch.allclose(items.gallery.embs, want.embs) and np.array_equal(np.asarray(items.pictures.image(3)),
             np.asarray(want.draw(3).convert('RGB')))
-        with pytest.raises(ValueError, match='kept in a file'): s.what.review()
+        assert s.what.review_file==Path('review.csv')
 
 def test_a_page_of_plain_files(folder, tmp_path):
     finder = load_embedder(folder)

@@ -37,7 +37,8 @@ def test_a_loss_for_each_item_agrees_with_the_mean(make_learner):
 
 def test_a_loss_from_elsewhere_has_none_for_each_item(make_learner):
     from pytorch_metric_learning.losses import MultiSimilarityLoss as Theirs
-    with pytest.raises(ValueError, match=r"reduction 'none' is none of \('mean',\)"): make_learner(Theirs()).get_preds(with_loss=True)
+    with pytest.raises(ValueError, match='MultiSimilarityLoss gives one number for a batch'):
+        make_learner(Theirs()).get_preds(with_loss=True)
 
 def test_validate_and_lr_find_leave_the_weights(learn):
     before = {k:v.clone() for k,v in learn.model.state_dict().items()}
@@ -101,6 +102,26 @@ def test_interpretation_without_losses(learn):
         Interpretation.from_learner(learn).plot_top_losses(2)
     Interpretation.from_learner(learn, ds_idx=0).plot_top_losses(2)
     plt.close('all')
+
+def test_interpretations_of_classes_are_refused(learn):
+    "fastai's compare predicted classes, and there are none; a classifier of fastai's has them still"
+    for cls in (ClassificationInterpretation,SegmentationInterpretation):
+        for kwargs in ({}, dict(dl=learn.dls.valid)):
+            says = rf'{cls.__name__} compares predicted classes.*`RetrievalInterpretation.from_learner\(learn\)`'
+            with pytest.raises(ValueError, match=says): cls.from_learner(learn, **kwargs)
+    dls = learn.dls.valid.new(shuffle=False),learn.dls.valid.new(shuffle=False)
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, len(learn.dls.vocab)))
+    cm = ClassificationInterpretation.from_learner(Learner(DataLoaders(*dls), net, CrossEntropyLossFlat())).confusion_matrix()
+    assert cm.sum()==len(learn.dls.valid.items)
+
+def test_what_cannot_be_predicted_or_measured_is_said(learn):
+    files = learn.dls.valid.items[:2]
+    for f,says in ((lambda: learn.predict(files), r'takes one image.*`learn.get_preds\(dl=dls.test_dl\(images\)\)`'),
+        (lambda: learn.get_preds(dl=files), r'not a list of files: pass `dls.test_dl\(files\)`'),
+        (lambda: learn.validate(2), 'no loader 2: a split has a name'), (lambda: learn.get_preds(5), 'no loader 5'),
+        (lambda: learn.validate(dl=learn.dls.test_dl(files)), r'no labels to measure with: pass `dls.test_dl\(items, with_labels=True\)`')):
+        with pytest.raises(ValueError, match=says): f()
+    assert len(learn.get_preds(dl=learn.dls.test_dl(files))[0])==2
 
 def test_a_classifier_has_fastais_pictures():
     "Theirs are for predictions, ours for embeddings alone"

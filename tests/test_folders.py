@@ -138,12 +138,12 @@ tampered = {
     'a deviation that float32 lacks': (put('preprocess.std', [1e-300]), 'from 0.000001 to 1,000'),
     'a mean that float64 lacks': (put('preprocess.mean', [10**400]), 'from -1,000 to 1,000'),
     'grey images': (lambda about: put('preprocess.mode', 'L')(put('preprocess.mean', None)(put('preprocess.std', None)(about))),
-    '`model` must be .* takes the images of `preprocess`: .*channels'),
+    '`model` must be .* for images of `preprocess`: .*channels'),
     'another pooling': (put('model.pool', 'sum'),
         r"`model.pool` must be null, 'token', 'token\+avg', 'map', 'avg', 'max', 'avgmax' or 'gem'; got 'sum'"),
     'a hidden argument': (put('model.model_kwargs', dict(cache_dir='/tmp')), "may not set: 'cache_dir'"),
     'an argument of the training': (put('model.frozen_stages', 1), "may not set: 'frozen_stages'"),
-    'an argument timm lacks': (put('model.model_kwargs', dict(bogus=1)), "`model` must be what timm can build.*bogus"),
+    'an argument timm lacks': (put('model.model_kwargs', dict(bogus=1)), "`model` must be a model that timm can build.*bogus"),
     'a number that is none': (put('model.model_kwargs', dict(drop_rate=float('nan'))),
     '`model.model_kwargs` must be .*numbers of up to 16,384'),
     'no arch': (lambda about: put('model', {k:v for k,v in about['model'].items() if k!='arch'})(about),
@@ -166,9 +166,9 @@ def test_tensors_that_were_tampered_with(whole, folder):
         x.view(-1)[3] = v
         return x
     for says,files in {
-        "'weights.safetensors' in .*'head.weight' holds nan or infinite": dict(
+        "'weights.safetensors' in .*'head.weight' has nan or infinite": dict(
         weights_safetensors={**w, 'head.weight':spoilt(w['head.weight'], torch.nan)}),
-        "'body.bn1.running_var' holds nan or infinite": dict(weights_safetensors={**w,
+        "'body.bn1.running_var' has nan or infinite": dict(weights_safetensors={**w,
         'body.bn1.running_var':spoilt(w['body.bn1.running_var'], torch.inf)}),
         r'do not fit .*1 misshapen \(head.weight \(9, 96\) for \(8, 96\)\)':
             dict(weights_safetensors={**w, 'head.weight':torch.zeros(9,96)}),
@@ -177,7 +177,7 @@ def test_tensors_that_were_tampered_with(whole, folder):
         'head.bias must be of torch.float32': dict(weights_safetensors={**w, 'head.bias':torch.zeros(8, dtype=torch.int64)}),
         "'weights.safetensors' in .* cannot be read: it must be in the format safetensors":
             dict(weights_safetensors=pickle.dumps(w['head.bias'])),
-        "'gallery.safetensors' in .*'embs' holds nan": dict(gallery_safetensors=dict(embs=spoilt(g, torch.nan))),
+        "'gallery.safetensors' in .*'embs' has nan": dict(gallery_safetensors=dict(embs=spoilt(g, torch.nan))),
         r"'gallery.safetensors' in .*`embs` must be .* of 8 numbers; got \{'embs': \(3, 9\)\}":
             dict(gallery_safetensors=dict(embs=torch.ones(3,9))),
         r"'embs': \(8,\)": dict(gallery_safetensors=dict(embs=torch.ones(8))),
@@ -233,16 +233,16 @@ def test_nothing_is_written_that_could_not_be_read(tmp_path):
         return ImageEmbedder(Embedder('test_resnet', 8, pretrained=False, **kwargs), Preprocess(steps), facts)
     for says,e in {
         "'preprocess.steps|`preprocess.steps` must be": make([('fit', (10**6,10**6), 2)]),
-        'cannot take the images that its preprocessing makes': make(in_chans=1),
+        'fails on the images of its preprocessing': make(in_chans=1),
         'cannot be written as JSON': make(facts=dict(when={1,2})),
-        'hold fewer facts': make(facts=dict(text='x'*2**20)),
+        'keep fewer': make(facts=dict(text='x'*2**20)),
         'nested more than': make(facts=dict(text=json.loads('['*30+']'*30))),
-        'The gallery holds embeddings of 3 numbers, and the model makes 8': make().add_embs(torch.ones(1,3), ['a'], ['']),
-        "cannot be written: 'gallery' holds nan": make().add_embs(torch.full((1,8), torch.nan), ['a'], [''])}.items():
+        'The gallery has embeddings of 3 numbers, and the model makes 8': make().add_embs(torch.ones(1,3), ['a'], ['']),
+        "cannot be written: 'gallery' has nan": make().add_embs(torch.full((1,8), torch.nan), ['a'], [''])}.items():
         with pytest.raises(ValueError, match=says): e.save(tmp_path/'e')
     e = make()
     e.model.head.bias.data[2] = torch.nan
-    with pytest.raises(ValueError, match="The model cannot be written: 'head.bias' holds nan"): e.save(tmp_path/'e')
+    with pytest.raises(ValueError, match="The model cannot be written: 'head.bias' has nan"): e.save(tmp_path/'e')
     assert not list(tmp_path.iterdir())
     load_embedder(make(in_chans=4).save(tmp_path/'e')) # takes batches of tensors
 

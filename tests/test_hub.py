@@ -89,7 +89,7 @@ def test_private(finder, hub):
             finder.push_to_hub('user/mine', token=token)
     assert set(hub.repos)=={'user/secret'}
     finder.push_to_hub('user/open', token='writes')
-    with pytest.raises(ValueError, match="'user/open' is there already, and everybody can see it"):
+    with pytest.raises(ValueError, match="'user/open' exists already, and everybody can see it"):
         finder.push_to_hub('user/open', private=True, token='writes')
     assert len(hub.repos['user/open']['commits'])==2
     hub.gated.add('user/open')
@@ -161,7 +161,7 @@ def test_a_plain_name_is_a_folder(finder, hub, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="'hf-hub:user/name'"): load_embedder(bad)
     for bad in ('colours','a/b/c','hf-hub:user/x'):
         with pytest.raises(ValueError, match="is called 'user/name'"): finder.push_to_hub(bad)
-    with pytest.raises(ValueError, match='`token` is of a repository'): load_embedder('colours', token='reads')
+    with pytest.raises(ValueError, match='`token` is for a repository'): load_embedder('colours', token='reads')
     with pytest.raises(ValueError, match='`save` it to a folder'): load_embedder('hf-hub:user/colours', write=True)
     assert hub.asked==[]
     finder.save(tmp_path/'user'/'colours')

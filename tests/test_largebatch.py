@@ -109,7 +109,7 @@ class Net(nn.Module):
     def forward(self, x): return self.out(self.bn(self.conv(x)).relu().mean((2,3)))
 
 def test_running_batch_norm_is_refused():
-    with pytest.raises(ValueError, match="1 layers of batch norm would have the statistics of 8 images .* freeze_bn=True"):
+    with pytest.raises(ValueError, match="1 layers of batch norm would use the statistics of 8 images .* freeze_bn=True"):
         trained([LargeBatch(8)], Net())
 
 def test_frozen_batch_norm_is_exact():

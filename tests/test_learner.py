@@ -1,5 +1,5 @@
 "What fastai users do with a learner, with a loss that has weights"
-import numpy as np, pytest, torch
+import numpy as np, pytest, re, torch
 from fastai.vision.all import *
 from dmlfast.all import *
 from dmlfast.losses.geometry import sqdist
@@ -142,6 +142,49 @@ def test_the_same_seed_gives_the_same_numbers(make_learner):
         learn.fit_one_cycle(1, 3e-3)
         runs.append(learn.recorder.values[-1])
     assert runs[0]==runs[1]!=runs[2]
+
+def test_a_loss_of_other_sizes_is_refused_before_a_fit(make_learner):
+    "By its own numbers, whatever the loss: with the sizes that it has and those that it needs"
+    from pytorch_metric_learning import losses
+    n = make_learner().dls.n_train_classes
+    class Mine(nn.Module):
+        def __init__(self, c, d):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(d, c))
+        def forward(self, embs, labels): return F.cross_entropy(embs@self.w, labels)
+    few = f'for {n-1} classes, and there are {n} training classes'
+    size = 'for embeddings of 12 numbers, and there are embeddings of 16 numbers'
+    both = f'for {n-1} classes and embeddings of 12 numbers, and there are {n} training classes and embeddings of 16 numbers'
+    for f in (losses.ArcFaceLoss, losses.ProxyAnchorLoss, losses.ProxyNCALoss, losses.SoftTripleLoss, Mine, ProxyAnchorLoss, ArcFaceLoss):
+        for args,says in (((n-1,16),few), ((n,12),size), ((n-1,12),both)):
+            with pytest.raises(ValueError, match=f'^{f.__name__} was made {says}: make it for the latter'): make_learner(f(*args))
+    for loss in (losses.MarginLoss(num_classes=n-1, learn_beta=True), [TripletLoss(), losses.CosFaceLoss(n-1, 16)]):
+        with pytest.raises(ValueError, match=few): make_learner(loss)
+    with pytest.raises(ValueError, match=f'CrossBatchMemory was made {size}'):
+        make_learner(losses.CrossBatchMemory(losses.ContrastiveLoss(), 12))
+    learn = make_learner()
+    with pytest.raises(ValueError, match=f'ArcFaceLoss was made {size}'): learn.loss_func = losses.ArcFaceLoss(n, 12)
+    fine = losses.CosFaceLoss(n+3, 16),losses.MarginLoss(num_classes=n, learn_beta=True),\
+        losses.CrossBatchMemory(losses.ContrastiveLoss(), 16)
+    for o in fine: # one of them has more classes
+        before = torch.get_rng_state()
+        OtherLoss(o).check_sizes(n, 16)
+        assert torch.equal(torch.get_rng_state(), before) and not getattr(o, 'queue_idx', 0)
+        make_learner(o).fit(1, 1e-3)
+
+def test_sizes_of_a_model_that_does_not_say_them(few):
+    "The first batch tells"
+    from pytorch_metric_learning import losses
+    dls = few.dataloaders(bs=32, per_class=4, num_workers=0)
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 12))
+    def learner(d): return metric_learner(dls, deepcopy(net), losses.ArcFaceLoss(dls.n_train_classes, d))
+    with pytest.raises(ValueError, match='for embeddings of 7 numbers, and there are embeddings of 12 numbers'): learner(7).fit(1)
+    learner(12).fit(1)
+
+def test_a_miner_is_no_loss(make_learner):
+    from pytorch_metric_learning import miners
+    for o in (SemiHardMiner(), miners.MultiSimilarityMiner(), [TripletLoss(), miners.TripletMarginMiner()]):
+        with pytest.raises(ValueError, match=r'is a miner and no loss.*TripletLoss\(miner='): make_learner(o)
 
 def test_a_loss_from_elsewhere(make_learner, tmp_path):
     "Its weights are trained, saved, loaded and exported, and on unseen classes it is nan where it would fail"
@@ -309,6 +352,14 @@ def test_wrong_arguments_are_named(few):
             metric_learner(dls, 'test_resnet', **{wrong:1})
     with pytest.raises(TypeError, match="no argument of `metric_learner` 'xyzzy'; there are 'dls', 'arch', 'loss_func', "):
         metric_learner(dls, 'test_resnet', xyzzy=1)
+    for wrong,say in dict(miner='`TripletLoss(miner=miner)`', mining_func='loss(embs, labels, miner(embs, labels))',
+        sampler='`ds.dataloaders(', epochs='`learn.fit_transfer(', optimizer='`opt_func=`', embedding_size='`emb_sz=`',
+        num_classes='from the data loaders', trunk='`arch=`', margin='`TripletLoss(margin=.2)`').items():
+        with pytest.raises(TypeError, match=f"has no argument '{wrong}': .*{re.escape(say)}"):
+            metric_learner(dls, 'test_resnet', **{wrong:1})
+    for wrong,right in dict(batch_size='bs', m='per_class', min_scal='min_scale').items():
+        with pytest.raises(TypeError, match=f"no argument of `dataloaders` '{wrong}'; the nearest is '{right}'"):
+            few.dataloaders(**{wrong:4})
     with pytest.raises(ValueError, match="1 or more; got 0"): metric_learner(dls, 'test_resnet', emb_sz=0, pretrained=False)
     with pytest.raises(ValueError, match="`arch` is the name of a timm model"): metric_learner(dls, 18, pretrained=False)
     with pytest.raises(ValueError, match=r"such as DRTripletLoss\(\), and not its class"):

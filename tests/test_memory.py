@@ -184,20 +184,20 @@ def test_a_run_is_resumed_with_its_memory(make_learner, tmp_path, size):
     for k,v in whole.model.state_dict().items(): assert torch.equal(v, learn.model.state_dict()[k])
     other = make_learner(seed=9)
     with pytest.raises(KeyboardInterrupt): go(other, Checkpoint(tmp_path/'other'), Stop())
-    with pytest.raises(ValueError, match=fr'remembered {size} embeddings: go on with `BatchMemory\({size}\)`'):
+    with pytest.raises(ValueError, match=fr'remembered {size} embeddings: continue it with `BatchMemory\({size}\)`'):
         make_learner().resume(tmp_path/'other').fit_one_cycle(3, 1e-2, cbs=[BatchMemory(7, start=4), Checkpoint(tmp_path/'other')])
 
 def test_the_learner_refuses_what_cannot_remember(make_learner):
-    with pytest.raises(ValueError, match='BatchMemory has nothing to remember: ProxyNCALoss does not compare'):
+    with pytest.raises(ValueError, match='BatchMemory does not work with this loss: ProxyNCALoss does not compare'):
         make_learner(ProxyNCALoss()).fit(1, cbs=BatchMemory())
-    with pytest.raises(ValueError, match='BatchMemory has nothing to remember: the miner of TripletLoss'):
+    with pytest.raises(ValueError, match='BatchMemory does not work with this loss: the miner of TripletLoss'):
         make_learner(TripletLoss(miner=lambda e,y: all_triplets(y))).fit(1, cbs=BatchMemory())
     learn = make_learner(pml.MultiSimilarityLoss())
     learn.fit(1, 1e-3, cbs=BatchMemory(50, start=1))
 
 def test_a_fit_that_is_too_short_says_so(make_learner):
     learn = make_learner()
-    with pytest.warns(UserWarning, match='used after 1000 steps, and this fit has .*: give it a smaller `start`'):
+    with pytest.warns(UserWarning, match='starts after 1000 steps, and this fit has .*: choose a smaller `start`'):
         learn.fit(1, 1e-3, cbs=BatchMemory())
 
 def test_finding_a_rate_leaves_no_memory(make_learner):

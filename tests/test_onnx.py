@@ -136,7 +136,7 @@ def test_it_answers_as_the_embedder(finder, folder, vit_folder, photos):
         got,want = small.same(a, b),finder.same(a, b)
         assert got.same==want.same and got.score==pytest.approx(want.score, abs=1e-5) and got.threshold==want.threshold==.8
     assert small.threshold==.8 and small.facts==finder.facts and small.calibration==finder.calibration
-    with pytest.raises(ValueError, match='Re-ranking takes PyTorch'): small.search(photos[0], rerank='dba')
+    with pytest.raises(ValueError, match='Re-ranking needs PyTorch'): small.search(photos[0], rerank='dba')
     for bad,says in (({'a':1}, 'got a dict'), ([], 'no images'), (None, 'got a NoneType'), ('nowhere.jpg', "no image 'nowhere.jpg'")):
         with pytest.raises(ValueError, match=says): small.embed(bad)
     with pytest.raises(ValueError, match='1 or more; got 0'): small.embed(photos, bs=0)
@@ -238,14 +238,14 @@ def test_folders_that_are_not_as_they_were_written(folder, change):
         refused(cut(o), f"'{o}' in .* was changed or cut off since it was written", rehash=False)
         refused(lambda new, about: (new/o).unlink(), f"incomplete: there is no '{o}'", FileNotFoundError, rehash=False)
     refused(lambda new, about: about['sha256'].pop('gallery.npy') and None, "lacks sha256 of 'gallery.npy'", rehash=False)
-    refused(cut('model.onnx'), "'model.onnx' in .* is no network that onnxruntime runs")
+    refused(cut('model.onnx'), "'model.onnx' in .* is no network that onnxruntime can run")
     refused(cut('gallery.npy'), "'gallery.npy' in .* is no array")
     refused(cut('gallery.json'), "'gallery.json' in .* cannot be read: it must be JSON")
     refused(lambda new, about: [1], 'must hold an object')
     refused(says(format=2), r'newer version of the library \(format 2; this one reads up to 1\)')
     refused(says(embedding=9), r'must give 9 finite numbers for an image; got an array of \(2, 8\)')
     refused(says(embedding=True), '`embedding` must be a whole number from 1 to 65,536')
-    refused(says(preprocess=dict(Resizing([('fit', (41,32), 2)]).spec())), 'does not take the images that `preprocess` makes')
+    refused(says(preprocess=dict(Resizing([('fit', (41,32), 2)]).spec())), 'fails on the images of `preprocess`')
     refused(says(preprocess=dict(Resizing([('fit', (2**14,2**14), 2)]).spec())), '`preprocess.steps` must be at most 16 of')
     refused(says(preprocess=dict(Resizing([('fit', (40,32), 2)]).spec(), more=1)), '`preprocess` must be the arguments of `Resizing`')
     refused(says(calibration=dict(threshold=2, fmr=.1)), '`calibration` must be null')
@@ -283,19 +283,19 @@ def test_networks_of_strangers(folder, change, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match='has tensors in other files'): load_onnx(change(write(f)))
         with monkeypatch.context() as m: # written so that it is not seen
             m.setattr('dmlfast.deploy.runtime._elsewhere', b'nothing like it')
-            with pytest.raises(ValueError, match='is no network that onnxruntime runs'): load_onnx(change(write(f)))
+            with pytest.raises(ValueError, match='is no network that onnxruntime can run'): load_onnx(change(write(f)))
     def renamed(net):
         for node in net.graph.node: node.output[:] = ['other' if o=='embeddings' else o for o in node.output]
         net.graph.output[0].name = 'other'
-    with pytest.raises(ValueError, match="must take 'images', .* and give 'embeddings'"): load_onnx(change(write(renamed)))
+    with pytest.raises(ValueError, match="must have the input 'images', .* and the output 'embeddings'"): load_onnx(change(write(renamed)))
     def own_operation(net): net.graph.node[0].domain,net.graph.node[0].op_type = 'evil','Run'
-    with pytest.raises(ValueError, match='is no network that onnxruntime runs'): load_onnx(change(write(own_operation)))
+    with pytest.raises(ValueError, match='is no network that onnxruntime can run'): load_onnx(change(write(own_operation)))
 
 def test_what_cannot_be_written(finder, folder, tmp_path):
     with pytest.raises(FileExistsError, match='overwrite=True'): finder.save_onnx(folder)
     with pytest.raises(ValueError, match="has a function: `to_onnx` writes"):
         ImageEmbedder(finder.model, lambda o: o).save_onnx(tmp_path/"x")
-    with pytest.raises(ValueError, match='give `data`'): finder.save_onnx(tmp_path/'x', int8=True)
+    with pytest.raises(ValueError, match='pass `data`'): finder.save_onnx(tmp_path/'x', int8=True)
     (tmp_path/'mine').mkdir()
     (tmp_path/'mine'/'thesis.txt').write_text('all of it')
     with pytest.raises(FileExistsError, match='is not overwritten'): finder.save_onnx(tmp_path/'mine', overwrite=True)

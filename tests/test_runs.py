@@ -144,6 +144,33 @@ def test_a_rank_in_the_settings_is_lora(few):
     with pytest.raises(ValueError, match='`fit.lora` is trained as the network is fitted, and `fit.n_epoch` is 0'):
         check_settings({**s, 'fit':dict(n_epoch=0, lora=2)})
 
+def test_lengths_in_the_settings_are_matryoshka(few, tmp_path):
+    "In a file, in a command and in a search, whatever the loss, and checked before the training"
+    import torch
+    from torch.nn.functional import normalize
+    from dmlfast.cli import dmlfast_train, parse_command, run_settings
+    from dmlfast.losses import MatryoshkaLoss, ProxyNCALoss
+    from dmlfast.study.runs import check_settings, load_settings, make_learner, make_loss, save_settings
+    from dmlfast.study.tuning import default_params
+    s = _with({'loss':dict(name='proxynca', gamma=.3, dims=[16,4])})
+    save_settings(s, tmp_path/'a.toml')
+    assert load_settings(tmp_path/'a.toml')==s
+    said = run_settings(**parse_command(dmlfast_train, '--loss proxynca --loss-args gamma=.3 --dims 16 4'.split()))
+    assert said['loss']==s['loss'] and default_params(s, {'loss.gamma':[.1,.3]})=={'loss.gamma':.3}
+    learn = make_learner(s, few)
+    loss = learn.loss_func
+    assert isinstance(loss, MatryoshkaLoss) and loss.dims==(16,4) and isinstance(loss.loss, ProxyNCALoss) and loss.loss.gamma==.3
+    x,y = normalize(torch.randn(8, 16)),torch.arange(8)//2
+    short = ProxyNCALoss(gamma=.3).setup(learn.dls.n_train_classes, 4)
+    short.proxies.data = loss.loss.proxies.data[:,:4]
+    assert torch.allclose(loss(x, y), loss.loss(x, y)+short(normalize(x[:,:4]), y), atol=1e-5)
+    for dims,says in (([0],'1 or more'), (4,'a list'), ([4.5],'whole numbers')):
+        with pytest.raises(ValueError, match=says): check_settings(_with({'loss.dims':dims}))
+    with pytest.raises(ValueError, match='keeps the first 32 numbers of an embedding, and there are 16'):
+        make_learner(_with({'loss.dims':[32]}), few)
+    with pytest.raises(ValueError, match='needs --loss'): run_settings(dims=[4], recipe='margin')
+    assert not isinstance(make_loss(dict(name='triplet')), MatryoshkaLoss)
+
 def test_views_are_drawn_with_the_seed_of_the_ranking():
     from dmlfast.study.checks import make_ranking
     assert [make_ranking(dict(seed=5, **o), 1).views.seed for o in ({}, dict(views={}), dict(views=dict(seed=7)))]==[5,5,7]

@@ -1,6 +1,7 @@
 "Pairs, thresholds and open sets: against values by hand, NumPy, scikit-learn and brute force"
 import json, subprocess, sys
 import numpy as np, pytest, torch
+from PIL import Image
 from sklearn.metrics import roc_auc_score, roc_curve
 from dmlfast.retrieval import *
 from dmlfast.retrieval.metrics import less_is_better
@@ -232,6 +233,25 @@ def finder(**kwargs):
     from dmlfast.deploy import ImageEmbedder
     from dmlfast.deploy.embedder import Preprocess
     return ImageEmbedder(Colour(), Preprocess(), **kwargs)
+
+def test_a_folder_is_a_gallery(tmp_path, recwarn):
+    "Its subfolders are the classes; other files are left out, and one label may be for all"
+    for name,rgb in dict(red=(250,0,0), green=(0,250,0)).items():
+        (tmp_path/'photos'/name).mkdir(parents=True)
+        for i in '21': Image.fromarray(colour(*rgb)).save(tmp_path/'photos'/name/f'{i}.png')
+    f = finder().add(tmp_path/'photos')
+    assert f.labels==['green','green','red','red']
+    assert f.items==[str(tmp_path/'photos'/o) for o in ('green/1.png','green/2.png','red/1.png','red/2.png')]
+    assert f.search(colour(200,0,0), 1)[0].label=='red' and not len(recwarn)
+    (tmp_path/'photos'/'red'/'list.txt').write_text('x')
+    with pytest.warns(UserWarning, match='left out: 1 .txt'): f.add(str(tmp_path/'photos'/'red'), 'ruby')
+    with pytest.warns(UserWarning, match='left out'): f.add(str(tmp_path/'photos'/'red'))
+    assert f.labels[4:]==['ruby','ruby','red','red']
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(ValueError, match="There are no images in '.*empty'"): f.add(tmp_path/'empty')
+    with pytest.raises(ValueError, match='Each image needs a label: .*a label for each, or one for all'): f.add(f.items[:2])
+    with pytest.raises(ValueError, match="An image is a file, and '.*photos' is a folder"): f.embed(tmp_path/'photos')
+    assert len(f)==8
 
 def test_search_may_find_nothing():
     f = finder().add([colour(250,0,0),colour(0,250,0)], ['red','green'], ['a','b'])

@@ -122,7 +122,7 @@ def test_of_many_items_some_are_compared():
     x,y = groups()
     got = threshold_counts(Embedded(x, y), most=50)
     assert got['items']==50 and got['n_genuine']+got['n_impostor']==50*49/2
-    with pytest.raises(ValueError, match='it takes both kinds'): threshold_counts(Embedded(x, [0]*160))
+    with pytest.raises(ValueError, match='both kinds are needed'): threshold_counts(Embedded(x, [0]*160))
 
 def test_some_items_keep_what_is_known():
     x,y = groups()

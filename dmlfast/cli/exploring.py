@@ -24,12 +24,12 @@ def _device(name):
     return as_device(name)
 
 def explored(
-    folder, # Of an exported embedder, or of a run
+    folder, # Folder of an exported embedder, or of a run
     data, path, data_args, split, images, # As the commands take them
     bs, workers, device, # As the commands take them
     write:bool, # Keep changes in the folder?
-)->tuple: # Embedder with a gallery, where its pictures are, and its folder
-    "Embedder and gallery that a command is about"
+)->tuple: # Embedder with a gallery, source of its pictures, and its folder
+    "The embedder and the gallery of a command"
     from dmlfast.deploy import load_embedder
     with refusing():
         where,file = embedder_of(folder)
@@ -51,13 +51,13 @@ def explored(
 # %% ../../nbs/api/cli/05_exploring.ipynb #1732d947
 @command
 def dmlfast_explore(
-    folder:str, # Of an exported embedder with its gallery, or of a run
-    data:str=None, # Explore these instead: folder with a folder for each class, table (.csv), or the name of a data set
+    folder:str, # Folder of an exported embedder with its gallery, or of a run
+    data:str=None, # Show these images instead: folder with a folder for each class, table (.csv), or the name of a data set
     path:str=None, # Folder of the download of a data set by name
     data_args:str=None, # More for the reader of the data, such as val_pct=.2,seed=1; nothing more if not given
     split:str=None, # train, val, test, a part of it, or all; test for a run's own data set and those by name, otherwise all if not given
     images:str=None, # Folder that the names of the gallery's items start from; that of the run's data, or as the names say, if not given
-    review:str=None, # File of decisions on labels (.csv); review.csv in the embedder's folder if not given
+    review:str=None, # File of decisions on labels (.csv); review.csv in the embedder's folder, or else in the current one, if not given
     port:int=0, # Port; a free one if 0
     no_browser:store_true=False, # Do not open the browser?
     read_only:store_true=False, # Change nothing?
@@ -71,23 +71,24 @@ def dmlfast_explore(
     from dmlfast.web.explorer import explore
     finder,image,where = explored(folder, data, path, data_args, split, images, bs, workers, device, not read_only)
     with refusing(): shown = finder.explore(image, name=Path(folder).resolve().name, port=port, browser=False, read_only=read_only,
-        review=review or where/'review.csv')
-    print(f'{shown.url}\nCtrl-C ends it.', flush=True)
+        review=review)
+    kept = '' if read_only else f'Decisions on labels are kept in {str(shown.what.review_file)!r}.\n'
+    print(f'{shown.url}\n{kept}Ctrl-C ends it.', flush=True)
     if not no_browser: shown.open()
     shown.wait()
 
 @command
 def dmlfast_serve(
-    folder:str, # Of an exported embedder with its gallery, or of a run
+    folder:str, # Folder of an exported embedder with its gallery, or of a run
     images:str=None, # Folder that the names of the gallery's items start from; as the names say if not given
-    host:str='127.0.0.1', # Address to listen at; with one that others can reach, a token is needed
+    host:str='127.0.0.1', # Address to listen at; one that other machines can reach needs a token
     port:int=8000, # Port; a free one if 0
-    token:str=None, # What a request must know; DMLFAST_TOKEN of the environment if not given, and nothing if that is not there
-    names:str=None, # Further names under which others reach it, such as birds.example.org or birds.example.org:8000, with commas between
+    token:str=None, # Token that a request must have; the environment variable DMLFAST_TOKEN if not given, else none
+    names:str=None, # Further hosts by which others reach it, such as birds.example.org or birds.example.org:8000, separated by commas
     read_only:store_true=False, # Change nothing?
-    batch:int=32, # Images that are embedded together at most
-    wait:float=5, # Milliseconds to wait for others to come
-    max_mb:int=32, # MiB of a request at most
+    batch:int=32, # Most images to embed together
+    wait:float=5, # Milliseconds to wait for further images
+    max_mb:int=32, # Most MiB of a request
     device:str='cpu', # Where to compute: cpu, cuda:1 and the like
 ):
     "Give a gallery to programs: search, classify, add and remove over HTTP"

@@ -27,7 +27,8 @@ def embedder_of(run):
     if (run/'settings.toml').is_file():
         raise ValueError(f"{str(run)!r} holds an interrupted run, whose embedder is written at its end: "
             f"{resume_with('dmlfast-train', run)}.")
-    raise ValueError(f"{str(run)!r} is neither a run of dmlfast-train nor an exported embedder.")
+    data = ': name the embedder first, and a folder of images after --data' if run.is_dir() else ''
+    raise ValueError(f"{str(run)!r} is neither a run of dmlfast-train nor an exported embedder{data}.")
 
 def eval_data(file, data, path, data_args, split, batch):
     "Data set and split to measure on"

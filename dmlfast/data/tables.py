@@ -8,8 +8,8 @@ Docs: https://dmlfast.github.io/dmlfast/api/data/tables.html.md"""
 __all__ = ['NamedImage', 'bad_images', 'MetricDataset', 'data_folder', 'crop_tfms']
 
 # %% ../../nbs/api/data/01_tables.ipynb #c1fdf78d
-import csv, os, random, warnings
-from collections import Counter, defaultdict
+import csv, inspect, os, random, warnings
+from collections import defaultdict
 import numpy as np, pandas as pd
 from copy import copy
 from functools import cached_property
@@ -22,6 +22,7 @@ from fastai.vision.core import PILImage
 from fastai.vision.augment import CropPad, FlipItem, RandomResizedCrop, Resize
 from fastai.vision.data import ImageBlock
 from ..files.images import *
+from ..files.registry import nearest
 from .batches import *
 from .batches import some_of, distinct_labels
 
@@ -194,23 +195,6 @@ def data_folder(
     if not (path := Path(path)).is_dir(): raise ValueError(f"There is no folder {str(path)!r}.")
     return path
 
-_clutter = '.ds_store','thumbs.db','desktop.ini' # what systems leave in folders
-
-def _image_files(path):
-    "Images below a folder, sorted, and how many files are left out, by their endings"
-    suffixes,fns,left = image_suffixes(),[],Counter()
-    for folder,_,names in os.walk(path, followlinks=True):
-        parts = Path(folder).relative_to(path).parts
-        hidden = any(o.startswith('.') for o in parts)
-        for o in names:
-            end = Path(o).suffix.lower()
-            if o.lower() in _clutter or hidden and end not in suffixes: continue # other tools keep their own files in hidden folders
-            if end=='.pth' and parts[:1]==('models',): continue # what `learn.save` and `lr_find` write beside the data
-            if hidden or o.startswith('.'): left['hidden'] += 1
-            elif end in suffixes: fns.append(Path(folder)/o)
-            else: left[end or 'without an ending'] += 1
-    return L(sorted(fns)),left
-
 def _merged(path, fns):
     "Classes merged from several folders of the same name, each with its folders"
     folders = defaultdict(dict)
@@ -231,12 +215,7 @@ def from_folder(cls:MetricDataset,
     "Data set from a folder with one subfolder of images per class; raises `ValueError` for fewer than two classes"
     check_shares(test_pct=test_pct, val_pct=val_pct)
     path = data_folder(path)
-    fns,left = _image_files(path)
-    which = ', '.join(f'{n:,} {o}' for o,n in sorted(left.items(), key=lambda o: (-o[1], o[0])))
-    said = f"Some files in {str(path)!r} are left out: {which}."
-    if not fns:
-        raise ValueError(f"There are no images in {str(path)!r}: it should hold a folder for each class.{f' {said}' if left else ''}")
-    if left: warnings.warn(said, stacklevel=2)
+    fns = L(image_files(path, 'it should hold a folder for each class', 3))
     if bad: fns = _without_bad(fns, bad)
     labels = fns.map(parent_label)
     classes = distinct_labels(labels)
@@ -394,6 +373,8 @@ def dblock(self:MetricDataset,
         splitter=_HeldSplitter(label_of, set(self.df.label[held])), item_tfms=item_tfms, batch_tfms=batch_tfms)
 
 # %% ../../nbs/api/data/01_tables.ipynb #3c017d4d
+_theirs = dict(batch_size='bs', m='per_class', sampler='per_class', samples_per_class='per_class', splitter='valid') # names that others use
+
 def _batch_size(n, per_class):
     "Default batch size: at most 64 images of whole classes, and at most as many classes as there are"
     most = max(2, 64//max(per_class, 1))
@@ -413,6 +394,9 @@ def dataloaders(self:MetricDataset,
     **kwargs
 )->DataLoaders: # Training loader with balanced batches, and a loader of the split to measure on
     "`DataLoaders` with balanced batches for training and the images of unseen classes for validation"
+    names = list(inspect.signature(self.dataloaders).parameters)
+    for o in kwargs:
+        if o not in names: raise TypeError(nearest(o, {**{k:k for k in names}, **_theirs}, 'argument of `dataloaders`'))
     block = self.dblock(valid, **kwargs)
     seen,held = self._held_out(valid)
     items = L(self.path/o for o in self.df.path[seen | held])

@@ -27,22 +27,22 @@ from ..retrieval.search import *
 
 # %% ../../nbs/api/deploy/02_embedder.ipynb #61ab4539
 class Preprocess(Resizing):
-    "Image to tensor, as the data loaders of the training did it for validation"
+    "Image to tensor, with the transforms that training used for validation"
     def __call__(self,
         im, # Image, as `open_image` takes it
     )->Tensor: # `(c,h,w)` float32
-        "What the network takes"
+        "The input of the network"
         return torch.from_numpy(self.array(im))
 
 # %% ../../nbs/api/deploy/02_embedder.ipynb #2b9e7810
 class ImageEmbedder(Finder):
-    "Images to embeddings, and to their neighbours in a gallery"
+    "Embeds images, and finds their neighbours in a gallery"
     source = None # `'hf-hub:user/name@commit'` where it came from the hub
     def __init__(self,
         model:nn.Module, # Embeds `(n,c,h,w)` float
         preprocess, # `Preprocess`, or another function from an image to `(c,h,w)` float
-        facts:dict=None, # What is known of its training; anything that JSON holds
-        calibration:dict=None, # What `calibrate` found: `threshold`, `fmr` and where they are from
+        facts:dict=None, # Facts about its training, in types of JSON
+        calibration:dict=None, # Result of `calibrate`: `threshold`, `fmr` and their source
     ):
         self.model,self.preprocess,self.facts = model.eval(),preprocess,facts or {}
         self.gallery,self.calibration = MemoryGallery(),calibration
@@ -50,7 +50,7 @@ class ImageEmbedder(Finder):
 
     @property
     def device(self):
-        "Where the model is"
+        "The device of the model"
         return next((p.device for p in self.model.parameters()), torch.device('cpu'))
 
     def to(self,
@@ -74,7 +74,7 @@ class ImageEmbedder(Finder):
 def _is_input(o): return isinstance(o, Tensor) and o.ndim==3 and o.is_floating_point()
 
 def _opened(images, bs, num_workers, prepare, progress):
-    "Batches of what the network takes; while one is used, threads open the next"
+    "Batches of inputs of the network; threads open the next batch during the current one"
     if not num_workers:
         for i in progress(range(0, len(images), bs)): yield torch.stack([prepare(o) for o in images[i:i+bs]])
         return
@@ -95,7 +95,7 @@ def embed(self:ImageEmbedder,
     num_workers:int=0, # Threads that open the images of the next batch; 0: each batch is opened before it is embedded
     progress=iter, # Function around the numbers of the batches that shows how far it has come, such as `progress_bar` of fastprogress
 )->Tensor: # `(emb_sz,)` for one image, and `(n,emb_sz)` for several; float32, on the CPU
-    "Embeddings of images; raises `ValueError` for what is no image"
+    "Embeddings of images; raises `ValueError` for anything else"
     if is_one(images): return self.embed([images])[0]
     check_images(images, bs)
     def _prepare(o): return o.float() if _is_input(o) else self.preprocess(o)
@@ -143,27 +143,27 @@ def index_report(self:ImageEmbedder,
     n:int=1000, # Items that are searched for
     k:int=10, # Neighbours of each
 ): # `pandas.DataFrame`: share of the exact neighbours that is found, bytes an item, milliseconds a query
-    "What the index finds and costs, beside the exact search; raises `ValueError` if the gallery is empty"
+    "Recall, size and time of the index, beside the exact search; raises `ValueError` if the gallery is empty"
     self.check_gallery()
     return self.gallery.index_report(n, k)
 
 # %% ../../nbs/api/deploy/02_embedder.ipynb #4e982f61
 @patch
 def calibrate(self:ImageEmbedder,
-    embedded:Embedded, # Embeddings that this embedder made, of items of classes that it was not trained on
+    embedded:Embedded, # Embeddings of this embedder, of items of classes that it was not trained on
     fmr:float=1e-3, # False-match rate: share of pairs of two classes that will count as one
     min_classes:int=20, # Fewest classes
-    **facts # What else is to be remembered, such as where the items are from
+    **facts # Further facts to keep, such as the source of the items
 )->ImageEmbedder: # Itself
     "Find the threshold for a false-match rate; raises `ValueError` for too few classes or pairs"
     pairs = embedded.verify([fmr])
     n,name = len(pairs.classes),f'fmr={pairs.rates[0]:g}'
     if n<min_classes:
-        raise ValueError(f"A threshold takes {min_classes} classes or more, and these items are of {n}: `min_classes={n}` takes them all "
-            "the same.")
+        raise ValueError(f"A threshold needs {min_classes} classes or more, and these items are of {n}: pass `min_classes={n}` to use them "
+            "anyway.")
     pairs.check()
     if len(pairs.impostor)*fmr<1:
-        raise ValueError(f"A false-match rate of {fmr:g} takes {round(1/fmr):,} pairs of two classes or more, and there are "
+        raise ValueError(f"A false-match rate of {fmr:g} needs {round(1/fmr):,} pairs of two classes or more, and there are "
             f"{len(pairs.impostor):,}.")
     self.calibration = dict(threshold=pairs.threshold(fmr), fmr=pairs.rates[0], interval=pairs.interval(f'threshold@{name}'),
         fnmr=pairs.fnmr(fmr), fnmr_interval=pairs.interval(f'fnmr@{name}'), classes=n, genuine=len(pairs.genuine),
@@ -173,7 +173,7 @@ def calibrate(self:ImageEmbedder,
 # %% ../../nbs/api/deploy/02_embedder.ipynb #f930b79d
 @patch(as_prop=True)
 def prototypes(self:ImageEmbedder)->tuple: # Labels, and normalised means of the classes' rows, `(c,emb_sz)` float32
-    "What each class of the gallery looks like on average"
+    "The mean embedding of each class of the gallery"
     return self.gallery.prototypes()
 
 @patch
@@ -192,29 +192,29 @@ def remove(self:ImageEmbedder,
     item=None, # A name, several, or a function of it
     **facts, # The same of columns of facts
 )->ImageEmbedder: # Itself
-    "Take items out of the gallery, those that fulfil all that is said; raises `ValueError` where there is none"
+    "Remove the items that match all conditions; raises `ValueError` if there is none"
     where = {k:v for k,v in dict(label=label, item=item).items() if v is not None}|facts
-    if not where: raise ValueError("Say what to remove: `label=` or `item=`, a name, several, or a function.")
+    if not where: raise ValueError("Give the items to remove: `label=` or `item=` with a name, several, or a function.")
     self.gallery.remove(where)
     return self
 
 @patch
 def rename(self:ImageEmbedder,
-    old:str, # As it is called
-    new:str, # As it shall be called; two classes become one if it is there already
+    old:str, # Its name
+    new:str, # Its new name; two classes become one if a class has it already
     column:str='label', # `'label'` for a class, `'item'` for an item
 )->ImageEmbedder: # Itself
-    "Give a class of the gallery another name, or an item; raises `ValueError` where there is none"
-    if column not in ('label','item'): raise ValueError(f"What is renamed is a 'label' or an 'item'; got {column!r}.")
+    "Rename a class or an item of the gallery; raises `ValueError` if it does not exist"
+    if column not in ('label','item'): raise ValueError(f"`column` is 'label' or 'item'; got {column!r}.")
     self.gallery.rename(column, str(old), str(new))
     return self
 
 @patch
 def replace(self:ImageEmbedder,
     item:str, # Name of an item
-    image, # The image to take its place, as `embed` takes it
+    image, # The new image, as `embed` takes it
 )->ImageEmbedder: # Itself
-    "Another image for an item, which keeps its label and facts; raises `ValueError` unless the name is of one item"
+    "Replace the image of an item, which keeps its label and facts; raises `ValueError` unless exactly one item has the name"
     self.gallery.replace(str(item), self.embed([image]))
     return self
 
@@ -223,10 +223,10 @@ def replace(self:ImageEmbedder,
 def shorten(self:ImageEmbedder,
     d:int, # Numbers kept, 1 or more
 )->ImageEmbedder: # Another, which shares the body; this one stays as it is
-    "An embedder of the first `d` numbers, its gallery, no threshold; raises `ValueError` where there are fewer, or the head is not known"
+    "An embedder of the first `d` numbers, with its gallery, without a threshold; raises `ValueError` if there are fewer numbers"
     model = unwrapped(self.model)
     if not hasattr(model, 'head') or not hasattr(model, 'emb_sz'):
-        raise ValueError(f"Only an `Embedder` can be shortened, and this is a {type(model).__name__}: its head is not known.")
+        raise ValueError(f"Only an `Embedder` can be shortened, since its head is known; this is a {type(model).__name__}.")
     check_lengths(d, model.emb_sz)
     res = ImageEmbedder(shorten_head(model, d), self.preprocess, {'shortened_from':model.emb_sz, **self.facts})
     res.index_kind = self.index_kind
@@ -234,7 +234,7 @@ def shorten(self:ImageEmbedder,
 
 # %% ../../nbs/api/deploy/02_embedder.ipynb #17e10b77
 def _split_of(ds, split):
-    "Images of a split of a data set, and what is known of them"
+    "Images of a split of a data set, with their facts"
     images = ds.items(*([split] if split else []))
     if not len(images):
         raise ValueError(f"{ds.name} has no split {split!r}; its splits are {', '.join(ds.summary().index)}." if split
@@ -251,12 +251,12 @@ def embedded(self:ImageEmbedder,
     num_workers:int=None, # Threads that open images; as many as cores, 16 at most, if not given; 0: none
     progress=iter, # As `embed` takes it
 )->Embedded:
-    "Embeddings of images, and what is known of these and of the embedder; raises `ValueError` where there are no images, or no such split"
+    "Embeddings of images, with facts about images and embedder; raises `ValueError` if there are no images, or no such split"
     images,vocab,known,on = [data] if is_one(data) else data,None,{},None
     if hasattr(data, 'protocol'): images,labels,vocab,known,on = _split_of(data, split)
-    elif split is not None: raise ValueError("A split is of a data set, and these are images: give `labels` by name.")
+    elif split is not None: raise ValueError("Only a data set has splits, and these are images: pass their `labels`.")
     if labels is not None and len(labels)!=len(images):
-        raise ValueError(f"{len(images)} images and {len(labels)} labels do not go together.")
+        raise ValueError(f"There are {len(images)} images and {len(labels)} labels: give one label for each image.")
     embs = self.embed(images, bs, min(16, os.cpu_count() or 1) if num_workers is None else num_workers, progress)
     facts = dict(self.facts, network=getattr(self.model, 'arch', type(self.model).__name__), preprocess=repr(self.preprocess),
         measured_on=on)

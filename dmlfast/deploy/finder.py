@@ -1,4 +1,4 @@
-"""What every finder does, whatever its network runs on: search, classify, compare, and say what is unknown.
+"""Search, classify and compare images, and say which are unknown: the methods that every finder has.
 
 Docs: https://dmlfast.github.io/dmlfast/api/deploy/finder.html.md"""
 
@@ -15,6 +15,7 @@ from collections import namedtuple
 from pathlib import Path
 from PIL import Image
 from ..files.described import *
+from ..files.images import image_files
 from ..files.registry import most_alike
 
 # %% ../../nbs/api/deploy/00_finder.ipynb #039c469a
@@ -28,7 +29,7 @@ Label.__doc__ = "Class of an image, None if it is unknown, and the similarity to
 
 # %% ../../nbs/api/deploy/00_finder.ipynb #c54e2383
 def is_one(
-    images, # Whatever `embed` was given
+    images, # Argument of `embed`
 )->bool:
     "Is it one image, and not several?"
     if isinstance(images, (str,Path,bytes,bytearray,memoryview,Image.Image)) or hasattr(images, 'read'): return True
@@ -38,9 +39,9 @@ def check_images(
     images, # Several images
     bs, # How many at a time
 ):
-    "Raise `ValueError` for what are no images"
+    "Raise `ValueError` for other types than several images"
     if isinstance(images, dict) or not (hasattr(images, '__len__') and hasattr(images, '__getitem__')):
-        raise ValueError("An image is a path, bytes, a file, a PIL image, an array or a tensor, and several are a list of these; got a "
+        raise ValueError("An image is a path, bytes, a file, a PIL image, an array or a tensor. Several images are a list of these; got a "
             f"{type(images).__name__}.")
     if not isinstance(bs, numbers.Integral) or bs<1: raise ValueError(f"`bs` is a number of images, 1 or more; got {bs!r}.")
     if not len(images): raise ValueError("There are no images to embed.")
@@ -57,7 +58,7 @@ def vote(
 def item_names(
     images, # Several images
 )->list: # Of text
-    "How they are called: by their paths"
+    "Names of images: their paths"
     return [str(o) if isinstance(o, (str,Path)) else '' for o in images]
 
 def short_names(
@@ -73,37 +74,43 @@ def short_names(
 
 # %% ../../nbs/api/deploy/00_finder.ipynb #990cb7a1
 class Finder:
-    "Images to their neighbours in a gallery; what is built on it has `embed`, `hits` and `by_prototype`"
-    gallery = calibration = None # what is searched, and what `calibrate` found: `threshold`, `fmr` and where they are from
+    "Finds the neighbours of images in a gallery; a subclass defines `embed`, `hits` and `by_prototype`"
+    gallery = calibration = None # the items to search, and the result of `calibrate`: `threshold`, `fmr` and their source
 
     def __len__(self): return len(self.gallery)
     @property
     def threshold(self)->float|None:
-        "The similarity from which on two images count as one class; None where it was not calibrated"
+        "Two images of this similarity or more count as one class; None if not calibrated"
         return (self.calibration or {}).get('threshold')
 
     def least(self,
         unknown:bool=True, # By the calibrated threshold?
         min_score:float=None, # This instead
     )->float: # Minus infinity for neither
-        "The least score of what is found; raises `ValueError` where there is no calibrated threshold"
+        "The least score of a hit; raises `ValueError` if there is no calibrated threshold"
         if min_score is not None: return min_score
         if unknown and self.threshold is None:
-            raise ValueError("This embedder has no calibrated threshold, so it cannot say what is unknown: export it with `fmr=1e-3`, or "
-                "give a score of your own.")
+            raise ValueError("This embedder has no calibrated threshold, so it cannot say which images are unknown: export it with "
+                "`fmr=1e-3`, or pass `min_score`.")
         return self.threshold if unknown else -float('inf')
 
     def check_gallery(self):
-        "Raise `ValueError` where there is nothing to search"
+        "Raise `ValueError` if the gallery is empty"
         if not len(self): raise ValueError("The gallery is empty: `add` images first, or export with `gallery=`.")
 
     def add(self,
-        images, # Several images, as `embed` takes them
-        labels, # A label for each, or one for all
+        images, # Several images, as `embed` takes them; or a folder, with all images below it
+        labels=None, # A label for each, or one for all; those of a folder are the names of its subfolders if not given
         items=None, # A name for each; the paths, as they are given here, if not given
-        facts=None, # What is known of each: a `DataFrame`, or a dictionary of lists; text, numbers, true or false, dates
+        facts=None, # Facts about each: a `DataFrame`, or a dictionary of lists; text, numbers, true or false, dates
     ): # Itself
-        "Put images into the gallery; raises `ValueError` where the numbers do not agree"
+        "Add images to the gallery; raises `ValueError` if the numbers of images, labels and names differ"
+        if isinstance(images, (str,Path)) and os.path.isdir(images):
+            images = image_files(Path(images), stacklevel=3)
+            if labels is None: labels = [o.absolute().parent.name for o in images]
+        if labels is None:
+            raise ValueError("Each image needs a label: `add(images, labels)` takes a label for each, or one for all. Only a folder has "
+                "labels of its own, the names of its subfolders.")
         embs = self.embed(images)
         if embs.ndim==1: embs,images = embs[None],[images]
         if isinstance(items, (str,Path)): items = [items]
@@ -116,22 +123,22 @@ class Finder:
         items, # A name for each
         facts=None, # As `add` takes them
     ): # Itself
-        "Put embeddings into the gallery; raises `ValueError` where the numbers do not agree"
+        "Add embeddings to the gallery; raises `ValueError` if the numbers of embeddings, labels and names differ"
         self.gallery.add(embs, labels, items, facts)
         return self
 
     def search(self,
         images, # One image or several, as `embed` takes them
         k:int=5, # How many to find, at most as many as there are
-        unknown:bool=False, # Leave out what is below the calibrated threshold, so that nothing is found for what is unknown?
-        min_score:float=None, # Leave out what is below this
-        rerank=None, # Name of a re-ranker, or a function, which ranks anew what was found; none if not given
-        filter=None, # Where to look: a label, several, or a function of it; or a dictionary of these by column: `label`, `item` and facts
+        unknown:bool=False, # Leave out hits below the calibrated threshold, so that an unknown image has none?
+        min_score:float=None, # Leave out hits with a lower score
+        rerank=None, # Name of a re-ranker, or a function, that ranks the hits again; no re-ranking if not given
+        filter=None, # Search only these: a label, several, or a function of it; or a dictionary of these by column: `label`, `item`, facts
     )->list: # `Hit`s of an image, nearest first; a list of these for several
-        "The nearest items of the gallery; raises `ValueError` if it is empty, or if there is no threshold for what is unknown"
+        "The nearest items of the gallery; raises `ValueError` if it is empty, or if `unknown` has no threshold"
         least = self.least(unknown, min_score)
         if rerank is not None and least>-math.inf:
-            raise ValueError("A threshold is one of cosine similarities, and a re-ranker has scores of its own: take one of the two.")
+            raise ValueError("A threshold is a cosine similarity, and a re-ranker has other scores: use one of the two.")
         self.check_gallery()
         embs = self.embed(images)
         res = [[o for o in hits if o.score>=least] for hits in self.hits(embs.reshape(-1, embs.shape[-1]), k, rerank, filter)]
@@ -141,10 +148,10 @@ class Finder:
         images, # One image or several, as `embed` takes them
         k:int=5, # Neighbours that vote
         how:str='vote', # `'vote'`, `'prototype'` or `'nearest'`
-        unknown:bool=False, # None for an image that no item of the gallery is near enough to, by the calibrated threshold?
+        unknown:bool=False, # None for an image whose nearest item is below the calibrated threshold?
         min_score:float=None, # The same by this similarity
     )->Label: # A list of them for several images
-        "The class of an image by what is near it in the gallery; raises `ValueError` if it is empty, or there is no threshold"
+        "The class of an image, from its nearest items; raises `ValueError` if the gallery is empty, or if there is no threshold"
         if how not in ('vote','prototype','nearest'): raise ValueError(f"`how` is 'vote', 'prototype' or 'nearest'; got {how!r}.")
         least,one = self.least(unknown, min_score),is_one(images)
         self.check_gallery()
@@ -157,16 +164,16 @@ class Finder:
     def same(self,
         a, # An image, as `embed` takes it
         b, # Another
-        min_score:float=None, # From which similarity on they are of one class; the calibrated threshold if not given
+        min_score:float=None, # Least similarity of two images of one class; the calibrated threshold if not given
     )->Same: # True where they are
-        "Are two images of one class? Raises `ValueError` where there is no threshold"
+        "Are two images of one class? Raises `ValueError` if there is no threshold"
         least,(x,y) = self.least(True, min_score),(np.asarray(self.embed(o), dtype=np.float64) for o in (a,b))
         score = float(np.clip(x@y/max(np.linalg.norm(x)*np.linalg.norm(y), 1e-12), -1, 1))
         return Same(score>=least, score, least)
 
 # %% ../../nbs/api/deploy/00_finder.ipynb #2d2ab15c
 def _fact(v):
-    "`v` as files can hold it"
+    "`v` in a type that files can hold"
     if isinstance(v, np.generic) or hasattr(v, 'detach'): v = v.item() # a tensor, without importing PyTorch
     if v is None or type(v).__name__ in ('NAType','NaTType') or isinstance(v, float) and v!=v: return None
     if isinstance(v, (str,bool,int,float)): return v
@@ -176,25 +183,25 @@ def _fact(v):
 def kind_of(
     v, # A fact
 )->type: # `str`, `bool` or `float`; None for one that is missing
-    "What a column holds that `v` is in"
+    "The type of a column with the value `v`"
     return None if v is None else next(k for k in (str,bool,float) if isinstance(v, (int,float) if k is float else k))
 
 def as_facts(
     facts, # Columns: a `DataFrame`, or a dictionary of lists or of one value for all; or None
     n:int, # Items
-    kinds:dict, # What columns that are there already hold, as `kind_of` says it
+    kinds:dict, # Type of each existing column, as `kind_of` returns it
 )->dict: # Column -> list
-    "Facts as files can hold them, without columns of nothing; raises `ValueError` for another number, or another kind than is there"
+    "Facts in types that files can hold, without empty columns; raises `ValueError` for a wrong number or type of facts"
     res = {}
     for k,v in ({} if facts is None else {k:facts[k] for k in facts}).items():
         if not isinstance(k, str) or not k.isidentifier() or k in ('label','item','seq','vector'):
             raise ValueError(f"A column of facts has a name of letters and digits, and not `label`, `item`, `seq` or `vector`; got {k!r}.")
         res[k] = [_fact(o) for o in ([v]*n if isinstance(v, str) or not hasattr(v, '__len__') else v)]
-        if len(res[k])!=n: raise ValueError(f"{n} images and {len(res[k])} facts of {k!r} do not go together.")
+        if len(res[k])!=n: raise ValueError(f"There are {n} images, and {len(res[k])} facts of {k!r}: give one for each image.")
         held = {kind_of(o) for o in res[k]}|{kinds.get(k)}
         if len(held-{None})>1:
             said = ' and '.join(sorted({str:'text', float:'numbers', bool:'true and false'}[o] for o in held if o))
-            raise ValueError(f"A column of facts holds one kind, and {k!r} holds {said}.")
+            raise ValueError(f"A column of facts holds values of one type, and {k!r} holds {said}.")
         if held=={None} and k not in kinds: del res[k] # nothing is known yet, not even the kind
     return res
 
@@ -218,7 +225,7 @@ def fulfilled(
     values, # Values of a column, each once
     want, # List of values, or a function
 )->set: # Those that fulfil it
-    "The values that a condition lets through"
+    "The values that meet a condition"
     return {o for o in values if o is not None and want(o)} if callable(want) else set(want)
 
 def said(
@@ -230,7 +237,7 @@ def said(
 
 # %% ../../nbs/api/deploy/00_finder.ipynb #2d044eb8
 class GalleryItems:
-    "Labels, names and facts of what is in a gallery"
+    "Labels, names and facts of the items of a gallery"
     def __init__(self): self.labels,self.items,self.facts = [],[],{} # lists of text, and column -> list
 
     def __len__(self): return len(self.labels)
@@ -247,7 +254,7 @@ class GalleryItems:
         items:list, # Names, text
         facts:dict, # Columns, as `as_facts` gives them
     ):
-        "Put what is known of new items behind the others; what is not known of some is None"
+        "Append new items; facts that some items do not have are None"
         n,m = len(self),len(labels)
         self.labels,self.items = self.labels+labels,self.items+items
         self.facts = {k:self.facts.get(k, [None]*n)+facts.get(k, [None]*m) for k in dict.fromkeys([*self.facts,*facts])}
@@ -255,7 +262,7 @@ class GalleryItems:
     def rows(self,
         filter, # As `as_filter` takes it
     )->list: # Of int
-        "The items that a filter lets through"
+        "The items that match a filter"
         res = range(len(self))
         for k,want in as_filter(filter, self.facts).items():
             col = dict(label=self.labels, item=self.items, **self.facts)[k]
@@ -266,13 +273,13 @@ class GalleryItems:
     def found(self,
         filter, # As `as_filter` takes it
     )->list: # Of int
-        "The same, at least one; raises `ValueError` with the name that is nearest where there is none"
+        "The items that match a filter, at least one; raises `ValueError` with the nearest name if there is none"
         if res := self.rows(filter): return res
         refuse_none(as_filter(filter, self.facts), dict(label=self.labels, item=self.items, **self.facts))
 
 # %% ../../nbs/api/deploy/00_finder.ipynb #27085f5e
 def refuse_none(
-    where:dict, # A filter by column that lets nothing through
+    where:dict, # A filter by column that no item matches
     columns:dict, # Column -> values
 ):
     "Raise `ValueError`, with the nearest name"
@@ -294,7 +301,7 @@ def check_rows(
     items, # A name for each
     width:int=None, # Numbers of the embeddings in a gallery; None for any
 ):
-    "Raise `ValueError` where the numbers do not agree"
+    "Raise `ValueError` if the numbers do not agree"
     if not len(embs)==len(labels)==len(items):
         raise ValueError(f"{len(embs)} images, {len(labels)} labels and {len(items)} names do not go together.")
     if width not in (None,embs.shape[1]):
@@ -313,7 +320,7 @@ def read_names(
     n:int, # Rows of its gallery
     where:str, # Name of the file with the rows
 )->tuple: # Labels, names and facts
-    "What `gallery.json` holds of the rows; raises `ValueError` where it is of others"
+    "What `gallery.json` holds of the rows; raises `ValueError` if it is of others"
     g = read_json(folder, 'gallery.json', 'surrogateescape')
     for k in ('labels','items'):
         got = g.get(k) if isinstance(g, dict) else g

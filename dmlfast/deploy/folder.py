@@ -1,4 +1,4 @@
-"""An embedder as a folder of tensors and text: written whole, and read as if a stranger had made it.
+"""Save an embedder as a folder of tensors and text. It is written completely or not at all, and checked when it is read.
 
 Docs: https://dmlfast.github.io/dmlfast/api/deploy/folder.html.md"""
 
@@ -45,7 +45,7 @@ def _leaves(o):
     return [v for x in (o.values() if isinstance(o, dict) else o) for v in _leaves(x)] if isinstance(o, (dict,list)) else [o]
 
 def _is_arg(o): return len(o)<=200 if isinstance(o, str) else o is None or -max_side<=o<=max_side
-_rules = { # for each field what it may be, and how that is said
+_rules = { # valid values of each field, and their description
     'format': described['format'],
     'model': an_object,
     'model.arch': (lambda o: isinstance(o, str) and 0<len(o)<=200 and not set('/:\\') & set(o), 'the name of a timm model'),
@@ -59,14 +59,14 @@ _rules = { # for each field what it may be, and how that is said
 
 # %% ../../nbs/api/deploy/05_folder.ipynb #1b77c72f
 def _check_about(about, folder, skip=optional):
-    "Raise `ValueError` where a field of a description is not there, or is not what it may be"
+    "Raise `ValueError` for a missing or invalid field of a description"
     check_described(about, _rules, folder, 'embedder.json', _format, skip)
     _check_spec(about['model'], folder)
 
 _refused = *weight_sources,'pretrained','weights','init','freeze_bn','frozen_stages'
 
 def _check_spec(spec, folder):
-    "Raise `ValueError` where the description of a model has what a folder may not set"
+    "Raise `ValueError` if the description of a model sets what a folder may not set"
     known = [o.partition('.')[2] for o in _rules if o.startswith('model.')]
     if bad := [k for k in spec if k not in known] + [k for k,v in spec['model_kwargs'].items() if k in _refused or not is_plain(v)]:
         raise ValueError(f"The model described in {str(folder)!r} has an argument that a folder may not set: {bad[0]!r}.")
@@ -75,11 +75,11 @@ def _last_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[-1
 
 @torch.no_grad()
 def _probe(model, preprocess):
-    "Embed an empty image, of the shape that the preprocessing makes"
+    "Embed an empty image of the preprocessing's shape"
     model.eval()(torch.zeros(1, *_input_size(model, preprocess), device=next(model.parameters()).device))
 
 def _input_size(model, preprocess):
-    "Channels, height and width of what the preprocessing makes"
+    "Channels, height and width after the preprocessing"
     kwargs,steps = model.named['model_kwargs'],preprocess['steps']
     c,size = kwargs.get('in_chans', 3),steps[-1][1][::-1] if steps else to_2tuple(kwargs.get('img_size', model.cfg['input_size'][1:]))
     # other networks take batches of tensors alone
@@ -87,23 +87,23 @@ def _input_size(model, preprocess):
     return [c,*size]
 
 def _check_finite(tensors, what):
-    "Raise `ValueError` where a number is nan or infinite"
+    "Raise `ValueError` if a number is nan or infinite"
     if bad := [k for k,v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]:
-        raise ValueError(f"{what}: {bad[0]!r} holds nan or infinite numbers, and an embedder's must be finite.")
+        raise ValueError(f"{what}: {bad[0]!r} has nan or infinite numbers, and an embedder needs finite ones.")
 
 # %% ../../nbs/api/deploy/05_folder.ipynb #10e0645a
 def check_embedder_folder(
-    folder, # Where an embedder is to be written
-    overwrite:bool=False, # May it take the place of another?
+    folder, # Folder to write
+    overwrite:bool=False, # May it replace another one?
 )->Path: # Absolute
-    "Raise `FileExistsError` where something would be lost, and `ValueError` for a folder that cannot be made"
+    "Raise `FileExistsError` if something would be lost, and `ValueError` for a folder that cannot be made"
     folder = Path(folder).resolve()
     if check_folder(folder, (folder/'embedder.json').is_file(), 'embedder') and not overwrite:
-        raise FileExistsError(f"{str(folder)!r} is there already: `overwrite=True` replaces it.")
+        raise FileExistsError(f"{str(folder)!r} exists already: `overwrite=True` replaces it.")
     return folder
 
 def _description(embedder, spec, for_timm):
-    "What `embedder.json` will hold, but for the hashes, as JSON gives it back"
+    "The content of `embedder.json` without the hashes, as JSON returns it"
     res = dict(format=5 if for_timm else 2, model=spec, preprocess=embedder.preprocess.spec(), facts=embedder.facts,
         versions={o:version(o) for o in ('dmlfast','timm','torch')},
         **(dict(calibration=embedder.calibration) if embedder.calibration else {}))
@@ -111,31 +111,31 @@ def _description(embedder, spec, for_timm):
     except (TypeError,ValueError,RecursionError) as e:
         raise ValueError(f"This embedder's description cannot be written as JSON: {e}.") from e
     if len(text)>max_about//2:
-        raise ValueError(f"This embedder's description has {len(text):,} bytes, and at most {max_about//2:,} can be written: hold fewer "
+        raise ValueError(f"This embedder's description has {len(text):,} bytes, and at most {max_about//2:,} can be written: keep fewer "
             "facts.")
     return json.loads(text)
 
 def _has_rows(embedder): return isinstance(embedder.gallery, MemoryGallery) and len(embedder)>0 # a table stays where it is
 
 def _check_whole(embedder, preprocess):
-    "Raise `ValueError` for an embedder that would be refused when it is read"
+    "Raise `ValueError` for an embedder that `load_embedder` would refuse"
     model = unwrapped(embedder.model)
     _check_finite(model.embedder_state(), 'The model cannot be written')
     n = model.emb_sz
     if _has_rows(embedder):
         if embedder.embs.shape[1]!=n:
-            raise ValueError(f"The gallery holds embeddings of {embedder.embs.shape[1]} numbers, and the model makes {n}.")
+            raise ValueError(f"The gallery has embeddings of {embedder.embs.shape[1]} numbers, and the model makes {n}.")
         _check_finite(dict(gallery=embedder.embs), 'The embedder cannot be written')
     try: _probe(model, preprocess)
-    except Exception as e: raise ValueError(f"The model cannot take the images that its preprocessing makes: {_last_line(e)}") from e
+    except Exception as e: raise ValueError(f"The model fails on the images of its preprocessing: {_last_line(e)}") from e
 
 @patch
 def save(self:ImageEmbedder,
-    folder, # Where to write; must not be there
-    overwrite:bool=False, # Replace what is there?
+    folder, # Folder to write; must not exist
+    overwrite:bool=False, # Replace an existing one?
     for_timm:bool=False, # Write the body so that timm reads it too, by `'local-dir:folder'`?
 )->Path:
-    "Write the embedder; raises `FileExistsError` if `folder` is there, and `ValueError` for a model that could not be built again"
+    "Write the embedder; raises `FileExistsError` if `folder` exists, and `ValueError` for a model that cannot be built again"
     folder = check_embedder_folder(folder, overwrite)
     model = unwrapped(self.model)
     if not isinstance(model, Embedder) or not isinstance(self.preprocess, Preprocess):
@@ -153,18 +153,18 @@ def save(self:ImageEmbedder,
     return folder
 
 def _prove(tmp, folder):
-    "Raise `ValueError` where what was written to `tmp` cannot be read, before it takes the place of `folder`"
+    "Raise `ValueError` if the files in `tmp` cannot be read, before they replace `folder`"
     try: load_embedder(tmp)
     except ValueError as e:
         why = str(e).replace(repr(str(tmp)), repr(str(folder)))
-        raise ValueError(f"This embedder is not written, since it could not be read again: {why}") from e
+        raise ValueError(f"This embedder was not written, because it could not be read again: {why}") from e
 
 @patch
 def write(self:ImageEmbedder,
     folder, # An empty folder
-    about:dict, # What `embedder.json` will hold, but for the hashes
+    about:dict, # The content of `embedder.json`, without the hashes
 ):
-    "Write the files, the one with the hashes last"
+    "Write the files; the file with the hashes comes last"
     model = unwrapped(self.model)
     parts,for_timm = {'':{k:v.detach().cpu().contiguous() for k,v in model.embedder_state().items()}},about['format']==5
     if for_timm: parts = {o:{k.removeprefix(o):v for k,v in parts[''].items() if k.startswith('body.')==bool(o)} for o in ('','body.')}
@@ -185,14 +185,14 @@ def write(self:ImageEmbedder,
 _weights = {'':'weights.safetensors', 'body.':'model.safetensors'} # what stands before the names in it
 
 def _timm_resize(steps):
-    "Steps of `Preprocess` as timm's transforms for testing call them; nothing where they have no word for it"
+    "Steps of `Preprocess` in the words of timm's test transforms; nothing if they have no word for it"
     mode = {('fit',):'center', ('squash',):'squash', ('squash','crop'):'squash'}.get(tuple(o for o,*_ in steps))
     if mode is None: return {}
     (_,(w,_),resample),last = steps[0],steps[-1][1][0]
     return dict(crop_mode=mode, crop_pct=last/w, interpolation=filter_names[resample])
 
 def _timm_config(model, about):
-    "What timm reads of a body in `config.json`"
+    "The facts about a body that timm reads in `config.json`"
     cfg,(spec,pre) = model.body.pretrained_cfg,(about['model'], about['preprocess'])
     kwargs,size = spec['model_kwargs'],_input_size(model, pre)
     own = {k:cfg[k] for k in ('fixed_input_size','first_conv','classifier') if cfg.get(k) is not None} | _timm_resize(pre['steps'])
@@ -209,7 +209,7 @@ def _about(folder):
     return about
 
 def _check_files(sha256, folder):
-    "Raise `FileNotFoundError` or `ValueError` where a file is not there, has no hash, or another one"
+    "Raise `FileNotFoundError` for a missing file, and `ValueError` for a missing or wrong hash"
     parts,changed = ('gallery.json','gallery.safetensors'),changes_in(sha256)
     has = any(o in sha256 or not changed and (folder/o).exists() for o in parts) # changes can have taken their place
     want = ['weights.safetensors',*parts] if has else ['weights.safetensors']
@@ -218,7 +218,7 @@ def _check_files(sha256, folder):
 
 # %% ../../nbs/api/deploy/05_folder.ipynb #b11fa3de
 def _header(folder, name):
-    "Shape and type of each tensor in `name`, none of which is read"
+    "Shape and type of each tensor in `name`, without reading the tensors"
     try:
         with safe_open(folder/name, 'pt') as f: parts = {k:f.get_slice(k) for k in f.keys()}
         return {k:SimpleNamespace(shape=torch.Size(o.get_shape()), is_float=o.get_dtype() in ('F64','F32','F16','BF16')) for k,
@@ -240,15 +240,15 @@ def _at_most(n, count, says):
 
 @contextlib.contextmanager
 def _building(folder):
-    "Whatever timm says of arguments that are wrong is a `ValueError`"
+    "A context that turns timm's errors about arguments into a `ValueError`"
     try: yield
     except Exception as e:
-        raise ValueError(f"'embedder.json' in {str(folder)!r}: `model` must be what timm can build and what takes the images of "
+        raise ValueError(f"'embedder.json' in {str(folder)!r}: `model` must be a model that timm can build, for images of "
             f"`preprocess`: {_last_line(e)}") from e
 
 # %% ../../nbs/api/deploy/05_folder.ipynb #4cb726e4
 def _build(about, header, device):
-    "The model of a description, as long as it does not grow beyond the weights"
+    "Build the model of a description; stop if it becomes larger than its weights"
     spec,n = about['model'],sum(math.prod(o.shape) for o in header.values())
     with torch.device(device), _at_most(2*n+2**20, 2*len(header)+1000, f"it has far more parameters than the {n:,} numbers in "
         "'weights.safetensors'."):
@@ -257,20 +257,20 @@ def _build(about, header, device):
     return res
 
 def _check_fit(model, header, folder):
-    "Raise `ValueError` where a model's tensors are not those of `header`"
+    "Raise `ValueError` if a model's tensors differ from those of `header`"
     says,have = f"The weights in {str(folder)!r} do not fit the model that is described there",model.embedder_state()
     if any((wrong := misfits(have, header)).values()): raise ValueError(f"{says}: {misfits_said(wrong)}.")
     if bad := [k for k,v in have.items() if k in header and v.is_floating_point()!=header[k].is_float]:
         raise ValueError(f"{says}: {bad[0]} must be of {have[bad[0]].dtype}.")
     if sum(o.numel() for o in model.buffers())>sum(math.prod(o.shape) for o in header.values())+2**26:
-        raise ValueError(f"{says}: it needs far more memory than they do.")
+        raise ValueError(f"{says}: it needs far more memory than its weights.")
 
 def _all_weights(read, folder, about):
-    "What `read` gives of the file of weights, or of the two where timm reads one"
+    "The result of `read` for the file of weights, or for both files if timm reads one"
     return {f'{o}{k}':v for o,name in _weights.items() if name in about['sha256'] for k,v in read(folder, name).items()}
 
 def _model(about, folder):
-    "The model of a description, which takes memory when a sketch of it without any fits the weights"
+    "The model of a description; it takes memory only after a sketch without memory fits the weights"
     header = _all_weights(_header, folder, about)
     with _building(folder):
         try: model = _build(about, header, 'meta')
@@ -281,7 +281,7 @@ def _model(about, folder):
 
 # %% ../../nbs/api/deploy/05_folder.ipynb #97aefbfd
 def _tensors(folder, name):
-    "The tensors in a file, all of which are finite"
+    "The tensors of a file; all are finite"
     try: res = load_file(folder/name)
     except (SafetensorError,OSError,RuntimeError) as e:
         raise ValueError(f"{name!r} in {str(folder)!r} cannot be read: {_last_line(e)}") from e
@@ -299,7 +299,7 @@ def _gallery(folder, emb_sz):
     return _tensors(folder, 'gallery.safetensors')['embs'],*names
 
 def _load_index(gallery, folder, has_file):
-    "Give a gallery the index of its folder; a kind of faiss's own that is not there is not made from a stranger's words"
+    "Load the index of a folder; a missing index of a faiss string is not built, since the string may come from a stranger"
     about = read_json(folder, 'index.json')
     kind = about.get('kind') if isinstance(about, dict) else about
     if not isinstance(kind, str) or len(kind)>100 or not has_file and kind not in index_kinds:
@@ -311,15 +311,15 @@ def _load_index(gallery, folder, has_file):
 
 # %% ../../nbs/api/deploy/05_folder.ipynb #ec0f94a0
 def load_embedder(
-    folder, # What `export_embedder` or `ImageEmbedder.save` wrote; or `'hf-hub:user/name@revision'`, a repository of the hub
-    device='cpu', # Where the model shall be
+    folder, # Folder of `export_embedder` or `ImageEmbedder.save`; or `'hf-hub:user/name@revision'`, a repository of the hub
+    device='cpu', # Device of the model
     write:bool=False, # Keep each change of the gallery in the folder?
-    gallery=None, # What `to_lancedb` wrote, as `LanceGallery` takes it; the folder's own gallery if not given
-    **kwargs # Of `HubFiles`, for a repository: `token`, `local_files_only`, `most`
+    gallery=None, # Table of `to_lancedb`, as `LanceGallery` takes it; the folder's own gallery if not given
+    **kwargs # Arguments of `HubFiles`, for a repository: `token`, `local_files_only`, `most`
 )->ImageEmbedder:
-    "Read an embedder; raises `FileNotFoundError` or `ValueError` where it is not one, whole and as it was written"
+    "Load an embedder; raises `FileNotFoundError` or `ValueError` for files that are missing, changed or invalid"
     if hub_ref(folder): return _load_fetched(HubFiles(folder, **kwargs), device, write, gallery)
-    if kwargs: raise ValueError(f"`{next(iter(kwargs))}` is of a repository, 'hf-hub:user/name', and {str(folder)!r} is a folder.")
+    if kwargs: raise ValueError(f"`{next(iter(kwargs))}` is for a repository, 'hf-hub:user/name', and {str(folder)!r} is a folder.")
     if is_repo(folder) and not Path(folder).exists():
         raise FileNotFoundError(f"There is no folder {folder!r}. A repository of the hub is 'hf-hub:{folder}'.")
     folder = Path(folder)
@@ -330,8 +330,10 @@ def load_embedder(
             if _text(folder)==text: raise
 
 def _load_fetched(files, device, write, gallery):
-    "An embedder of the hub, whose files have their hashes in `embedder.json`"
-    if write: raise ValueError(f"{files.source!r} is fetched and not written to: `save` it to a folder, and load that with `write=True`.")
+    "Load an embedder from the hub; `embedder.json` has the hashes of its files"
+    if write:
+        raise ValueError(f"{files.source!r} is on the hub, where changes cannot be kept: `save` it to a folder, and load the folder with "
+            "`write=True`.")
     folder = files('embedder.json', max_about).parent
     try:
         about = read_json(folder, 'embedder.json')
@@ -361,7 +363,7 @@ def _load(folder, device, write, gallery, text):
     return res
 
 def _read_gallery(gallery, about, folder):
-    "The gallery as it was written, and then its changes"
+    "The gallery that was saved, with its later changes"
     n = about['model']['emb_sz']
     if 'gallery.json' in about['sha256']: gallery.add(*_gallery(folder, n))
     if 'index.json' in about['sha256']: _load_index(gallery, folder, 'index.faiss' in about['sha256'])

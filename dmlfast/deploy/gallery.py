@@ -1,4 +1,4 @@
-"""The items that are searched: embeddings with a label, a name and facts each, which come, change and go.
+"""The gallery: embeddings, each with a label, a name and facts. Items are added, changed and removed.
 
 Docs: https://dmlfast.github.io/dmlfast/api/deploy/gallery.html.md"""
 
@@ -30,7 +30,7 @@ def find(self:MemoryGallery,
     filter=None, # As `as_filter` takes it
     rerank=None, # As `Embedded.find` takes it
 )->list: # For each query a list of `Hit`s, nearest first
-    "The nearest items that a filter lets through: among these the search is exact"
+    "The nearest items among those that match a filter; the search is exact among these"
     return [[Hit(self.labels[j], self.items[j], s) for s,j in o] for o in self.find_rows(embs, k, filter, rerank)]
 
 @patch
@@ -40,7 +40,7 @@ def find_rows(self:MemoryGallery,
     filter=None, # As `as_filter` takes it
     rerank=None, # As `Embedded.find` takes it
 )->list: # For each query a list of scores and rows, nearest first
-    "The rows of these"
+    "The nearest items, as scores and rows"
     rows = range(len(self)) if filter is None else self.rows(filter)
     if not rows: return [[] for _ in embs]
     scores,idx = (self.searched() if filter is None else Embedded(self.embs[rows])).find(embs, k, rerank)
@@ -48,14 +48,14 @@ def find_rows(self:MemoryGallery,
 
 @patch(as_prop=True)
 def is_ready(self:MemoryGallery)->bool:
-    "Is what is searched of the embeddings that there are now?"
+    "Is the prepared gallery up to date?"
     return self.embs is not None and self._ready[0] is self.embs
 
 @patch
 def searched(self:MemoryGallery,
-    index=None, # An index of the gallery that is there already
+    index=None, # An index of the gallery that was made before
 )->Embedded:
-    "The gallery as it is searched: made ready where it has changed"
+    "The gallery, prepared for search; prepared again after a change"
     if not self.is_ready or index is not None:
         self._ready = self.embs,Embedded(self.embs)
         if index is not None: self._ready[1].indexed = index
@@ -68,7 +68,7 @@ def change(self:MemoryGallery,
     op:str, # `'add'`, `'remove'`, `'name'`, `'replace'` or `'index'`
     **how, # As the change of that name takes it
 ):
-    "Write a change, if there is a journal, and make it"
+    "Write a change to the journal, if there is one, and apply it"
     if self.journal: self.journal(self, op, how)
     self.apply(op, **how)
 
@@ -77,7 +77,7 @@ def apply(self:MemoryGallery,
     op:str, # `'add'`, `'remove'`, `'name'`, `'replace'` or `'index'`
     **how, # As the change of that name takes it
 ):
-    "Make a change in memory alone"
+    "Apply a change in memory only"
     _changes[op](self, **how)
 
 def _add(g, embs, labels, items, facts):
@@ -117,7 +117,7 @@ def add(self:MemoryGallery,
     items, # A name for each
     facts=None, # Columns of facts, as `as_facts` takes them
 ):
-    "Put items in; raises `ValueError` where the numbers do not agree"
+    "Add items; raises `ValueError` if the numbers of embeddings, labels and names differ"
     check_rows(embs, labels, items, None if self.embs is None else self.embs.shape[1])
     self.change('add', embs=embs.float(), labels=as_texts(labels), items=as_texts(items), facts=as_facts(facts, len(embs), self.kinds))
 
@@ -125,16 +125,16 @@ def add(self:MemoryGallery,
 def remove(self:MemoryGallery,
     filter, # As `as_filter` takes it
 ):
-    "Take items out; raises `ValueError` where there is none of them"
+    "Remove items; raises `ValueError` if no item matches"
     self.change('remove', rows=self.found(filter))
 
 @patch
 def rename(self:MemoryGallery,
     column:str, # `'label'` or `'item'`
-    old:str, # As it is called
-    new:str, # As it shall be called
+    old:str, # Its name
+    new:str, # Its new name
 ):
-    "Give a class or an item another name, which may be there already; raises `ValueError` where there is none of the old"
+    "Rename a class or an item; the new name may exist already. Raises `ValueError` if the old one does not"
     self.change('name', rows=self.found({column:old}), column=f'{column}s', name=str(new))
 
 @patch
@@ -142,7 +142,7 @@ def replace(self:MemoryGallery,
     item:str, # Name of an item
     emb, # `(1,emb_sz)` float
 ):
-    "Replace the embedding of an item; raises `ValueError` unless the name is of one item"
+    "Replace the embedding of an item; raises `ValueError` unless exactly one item has the name"
     rows = self.found(dict(item=item))
     check_one(item, len(rows))
     self.change('replace', rows=rows, embs=emb.float())
@@ -159,8 +159,8 @@ def index(self:MemoryGallery,
     if self.journal: self.journal(self, 'index', self.index_change())
 
 @patch
-def index_change(self:MemoryGallery)->dict: # What the change `'index'` takes
-    "The index as it is now: what took long to make, where it is of the embeddings that there are, and otherwise its kind alone"
+def index_change(self:MemoryGallery)->dict: # Arguments of the change `'index'`
+    "The index as a change: its data if it is up to date, otherwise only its kind"
     made = self._ready[1].indexed if self.is_ready else None
     packed = None if made is None else made.packed()
     if packed is not None: return dict(kind=self.index_kind, packed=packed)
@@ -171,12 +171,12 @@ def index_report(self:MemoryGallery,
     n:int=1000, # Items that are searched for
     k:int=10, # Neighbours of each
 ): # `pandas.DataFrame`
-    "What the index finds and costs, beside the exact search"
+    "Recall, size and time of the index, beside the exact search"
     return (self.searched().indexed or Index(self.embs, None)).report(n, k)
 
 @patch
 def prototypes(self:MemoryGallery)->tuple: # Labels, and normalised means of the classes' rows, `(c,emb_sz)` float32
-    "What each class looks like on average, computed again where embeddings or labels have changed"
+    "The mean embedding of each class, computed again after a change"
     embs,labels,res = self._prototypes
     if embs is not self.embs or labels is not self.labels:
         x,known = F.normalize(self.embs, dim=1),numbered(self.labels)

@@ -1,4 +1,4 @@
-"""An embedder on the Hugging Face hub, with a card that says what is known of it.
+"""Put an embedder on the Hugging Face hub, with a card that states the facts about it.
 
 Docs: https://dmlfast.github.io/dmlfast/api/deploy/hub.html.md"""
 
@@ -26,13 +26,13 @@ from ..retrieval.results import plain_number, ends_of
 def _score(o, k): return dict(value=plain_number(o[k]), **ends_of(o.interval(k)))
 
 def measured_facts(
-    result, # What `evaluate` gives; or a difference to other embeddings of the same items, such as `learn.gain` gives
-    on:str=None, # What it was measured on, such as `'CUB-200-2011, test'`
-)->dict: # What JSON can hold
-    "A measurement with its intervals, as a fact; raises `ValueError` for what is none"
+    result, # Result of `evaluate`; or the difference to other embeddings of the same items, such as the result of `learn.gain`
+    on:str=None, # Data that it was measured on, such as `'CUB-200-2011, test'`
+)->dict: # In types of JSON
+    "A measurement with its intervals, as a fact; raises `ValueError` for other types"
     own,before = getattr(result, 'a', result),getattr(result, 'b', None)
     if not hasattr(own, 'interval') or not hasattr(own, 'labels'):
-        raise ValueError("`result` is what `finder.embedded(...).evaluate()` or `learn.gain()` gives; got a "
+        raise ValueError("`result` is the result of `finder.embedded(...).evaluate()` or `learn.gain()`; got a "
             f"{type(result).__name__}.")
     res = dict(embedder={k:_score(own, k) for k in result.keys()})
     if before is not None: res |= {o:{k:_score(r, k) for k in result.keys()} for o,r in dict(features=before, gain=result).items()}
@@ -54,7 +54,7 @@ def _with_ends(o, way='{:.3f}'):
     return way.format(o['value'])+ends
 
 def _measured(m):
-    "What was measured, and beside it the features"
+    "The measurements, beside those of the features"
     parts = {k:(says,way) for k,says,way in (('embedder','this embedder','{:.3f}'), ('features','the features before training','{:.3f}'),
         ('gain','difference','{:+.3f}')) if k in m}
     rows = [[k,*(_with_ends(m[o].get(k), way) for o,(_,way) in parts.items())] for k in m['embedder']]
@@ -70,7 +70,7 @@ _rows = dict(network='network', embedding='numbers in an embedding', size='image
     batch_seed='seed of the batches', shortened_from='shortened from', date='date')
 
 def _trained(facts):
-    "What is known of the training"
+    "The facts about the training"
     def _said(k, v): return f'`{v}`' if k in ('loss','split_hash') else f'{v:,}' if isinstance(v, int) and 'seed' not in k else v
     rows = [[says,_said(k, v)] for k,says in _rows.items() if (v := facts.get(k)) is not None]
     return _table(['',''], rows) if rows else 'Nothing is known of it.'
@@ -80,7 +80,7 @@ def _ends(o, way):
     return f" (95 % interval {way.format(o[0])} to {way.format(o[1])})" if o else ''
 
 def _threshold(c):
-    "What the threshold promises"
+    "The meaning of the threshold"
     if not c: return "It has none: a search finds something for every image, also for what is unknown."
     known = on = missed = ''
     if {'genuine','impostor','classes'}<=set(c):
@@ -93,12 +93,12 @@ def _threshold(c):
         f"count as one{known}{on}.{missed}")
 
 def _seen(p):
-    "What becomes of an image"
+    "The preprocessing of an image"
     return f"An image is {'; '.join(p.said())}. `finder.embed` does all of it."
 
 # %% ../../nbs/api/deploy/06_hub.ipynb #ebe21000
 def _use(self, name):
-    "How to use it"
+    "Code that uses it"
     lines = ['from dmlfast.deploy import load_embedder', f'finder = load_embedder({name!r})']
     n = len(self) if isinstance(self.gallery, MemoryGallery) else 0
     if n: lines.append(f"finder.search('photo.jpg', k=5)  # the nearest of {n:,} items of {len(self.gallery.classes()):,} classes")
@@ -108,7 +108,7 @@ def _use(self, name):
     return '\n'.join(lines)
 
 def _limits(self):
-    "What is not known, and what it does not do"
+    "The limits: unknown facts, and uses that it is not for"
     f,res = self.facts,[]
     if f.get('data'): res.append(f"It was trained on {_cell(f['data'])}. What it does with other images is not known: measure it with "
         "`finder.embedded(images, labels=labels).evaluate()`.")
@@ -119,16 +119,17 @@ def _limits(self):
 
 def model_card(
     embedder:ImageEmbedder, # An embedder with a `Preprocess`
-    name:str, # What `load_embedder` is given: a folder, or `'hf-hub:user/name'`
+    name:str, # Its name for `load_embedder`: a folder, or `'hf-hub:user/name'`
 )->str: # Markdown with a head of YAML
-    "What is known of an embedder, as the page of a repository"
+    "The facts about an embedder, as the page of a repository"
     f,model,repo = embedder.facts,unwrapped(embedder.model),name.removeprefix('hf-hub:')
     data = ModelCardData(library_name='dmlfast', pipeline_tag='image-feature-extraction', license=f.get('licence'),
         tags=['dmlfast','timm','metric-learning','image-retrieval','image-similarity'])
     parts = [f"# {repo.split('/')[-1]}", *([str(f['about'])] if f.get('about') else []),
-        f"It makes {model.emb_sz:,} numbers of an image, with the network {_cell(model.arch)}, so that images of one class are near each "
+        f"It turns an image into {model.emb_sz:,} numbers, with the network {_cell(model.arch)}, so that images of one class are near each "
         "other. It is for search by an image, for classes that it was not trained on, and for telling whether two images are of one class.",
-        f"## Use\n\n```python\n{_use(embedder, name)}\n```\n\n`pip install dmlfast` brings what this needs. {_timm_says(model, name)}",
+        f"## Use\n\n```python\n{_use(embedder, name)}\n```\n\n`pip install dmlfast` installs everything that this needs. "
+            f"{_timm_says(model, name)}",
         f"## How good it is\n\n{_measured(f['measured']) if f.get('measured') else 'Nothing was measured when this card was written.'}",
         f"## Training\n\n{_trained(f)}", f"## Threshold\n\n{_threshold(embedder.calibration)}",
         f"## Images\n\n{_seen(embedder.preprocess)}",
@@ -146,15 +147,15 @@ def _timm_says(model, name):
 # %% ../../nbs/api/deploy/06_hub.ipynb #263d728f
 @patch
 def save_pretrained(self:ImageEmbedder,
-    folder, # Where to write; must not be there
-    overwrite:bool=False, # Replace what is there?
-    result=None, # What was measured, for the card, see `measured_facts`
-    on:str=None, # What it was measured on, such as `'CUB-200-2011, test'`
+    folder, # Folder to write; must not exist
+    overwrite:bool=False, # Replace an existing one?
+    result=None, # A measurement for the card, see `measured_facts`
+    on:str=None, # Data that it was measured on, such as `'CUB-200-2011, test'`
     licence:str=None, # Name of a licence as the hub knows it, such as `'mit'`
-    about:str=None, # What it is for, in Markdown
-    name:str=None, # What `load_embedder` will be given; the folder's name if not given
+    about:str=None, # Its purpose, in Markdown
+    name:str=None, # Its name for `load_embedder`; the folder's name if not given
 )->Path:
-    "Write the embedder with a card, and its body as timm reads it; raises as `save` does"
+    "Write the embedder with a card, and its body for timm; raises the errors of `save`"
     res,known = copy.copy(self),dict(licence=licence, about=about, measured=None if result is None else measured_facts(result, on))
     res.facts = {**self.facts, **{k:v for k,v in known.items() if v is not None}}
     folder = res.save(folder, overwrite, for_timm=True)
@@ -163,24 +164,24 @@ def save_pretrained(self:ImageEmbedder,
 
 @patch
 def push_to_hub(self:ImageEmbedder,
-    repo:str, # `'user/name'`; it is made if it is not there
+    repo:str, # `'user/name'`; it is created if it does not exist
     private:bool=None, # May only you see it? For a new one the hub's default if not given
-    revision:str=None, # Branch to write to, made if it is not there; the main one if not given
+    revision:str=None, # Branch to write to, created if it does not exist; the main one if not given
     result=None, # As of `save_pretrained`
     on:str=None, # As of `save_pretrained`
     licence:str=None, # As of `save_pretrained`
     about:str=None, # As of `save_pretrained`
-    token=None, # Token of the hub that may write; the one that was logged in with if not given
-    message:str='An embedder', # What the commit is called
+    token=None, # Token of the hub with the right to write; that of the login if not given
+    message:str='An embedder', # Message of the commit
 )->str: # Its name with the commit, `'hf-hub:user/name@commit'`, as `load_embedder` takes it
-    "Put the embedder on the hub, in one commit; raises `ValueError` where the hub refuses, `ConnectionError` where it cannot be reached"
+    "Push the embedder to the hub in one commit; raises `ValueError` if the hub refuses, `ConnectionError` if it cannot be reached"
     if not is_repo(repo): raise ValueError(f"A repository of the hub is called 'user/name'; got {repo!r}.")
     api = HfApi(token=token)
     with TemporaryDirectory() as tmp:
         folder = self.save_pretrained(Path(tmp)/repo.split('/')[1], False, result, on, licence, about, f'hf-hub:{repo}')
         try:
             api.create_repo(repo, private=private, exist_ok=True)
-            if private and not api.repo_info(repo).private: raise ValueError(f"{repo!r} is there already, and everybody can see it.")
+            if private and not api.repo_info(repo).private: raise ValueError(f"{repo!r} exists already, and everybody can see it.")
             if revision: api.create_branch(repo, branch=revision, exist_ok=True)
             gone = [o for o in api.list_repo_files(repo, revision=revision) if re.fullmatch(_parts, o) and not (folder/o).exists()]
             changes = [*map(CommitOperationDelete, gone), *(CommitOperationAdd(o.name, o) for o in sorted(folder.iterdir()))]

@@ -1,4 +1,4 @@
-"""A gallery's changes as files beside the embedder: each is there as soon as it is made, and nothing is ever half there.
+"""Changes of a gallery as files beside the embedder: each change is on the disk at once, and completely or not at all.
 
 Docs: https://dmlfast.github.io/dmlfast/api/deploy/journal.html.md"""
 
@@ -20,11 +20,11 @@ from ..files.writing import remove_files, whole_file, write_whole
 
 # %% ../../nbs/api/deploy/04_journal.ipynb #a55d48f6
 def write_change(
-    file, # Where to, `.safetensors`
+    file, # File to write, `.safetensors`
     op:str, # Name of a change, as `MemoryGallery.change` takes it
-    how:dict, # And what it takes
+    how:dict, # Its arguments
 ):
-    "Write a change, whole or not at all"
+    "Write a change completely or not at all"
     how = {k:torch.tensor(v, dtype=torch.int64) if k=='rows' else v for k,v in how.items()}
     tensors = {k:v.contiguous() for k,v in how.items() if isinstance(v, torch.Tensor)}
     text = json.dumps(dict(op=op, **{k:v for k,v in how.items() if k not in tensors})).encode()
@@ -39,7 +39,7 @@ _parts = dict(add={'embs','labels','items','facts'}, remove={'rows'}, name={'row
 def _is_texts(o, n): return isinstance(o, list) and len(o)==n and all(isinstance(v, str) for v in o)
 
 def _wrong(op, how, gallery, emb_sz):
-    "What is wrong with a change, in words; None if nothing is"
+    "The problem with a change, as text; None if there is none"
     if not isinstance(op, str) or _parts.get(op)!=set(how)-{'packed'} or 'packed' in how and op!='index':
         return 'it must have the parts of a change'
     rows,embs = how.get('rows'),how.get('embs')
@@ -64,7 +64,7 @@ def read_change(
     file, # A file that `write_change` wrote
     emb_sz:int, # Numbers in an embedding
 ):
-    "Make a change that was written; raises `ValueError` for what is none"
+    "Read and apply a change; raises `ValueError` for another file"
     says = f"{Path(file).name!r} in {str(Path(file).parent)!r}"
     try:
         how = load_file(file)
@@ -75,7 +75,7 @@ def read_change(
     if any(isinstance(how.get(k), torch.Tensor)!=(k in how) for k in ('rows','embs','packed')):
         why = '`rows`, `embs` and `packed` must be tensors'
     else: why = _wrong(op, how, gallery, emb_sz)
-    if why: raise ValueError(f"{says} is no change of a gallery: {why}.")
+    if why: raise ValueError(f"{says} is no change of a gallery: {why.rstrip('.')}.")
     if 'rows' in how: how['rows'] = how['rows'].tolist()
     try: gallery.apply(op, **how)
     except ValueError as e: raise ValueError(f"{says} is no change of a gallery: {e}") from e # an index that does not fit
@@ -84,17 +84,17 @@ def read_change(
 def changes_in(
     names, # Names of files
 )->list: # In the order in which they were made
-    "Those that are changes of a gallery"
+    "The files that are changes of a gallery"
     return sorted((o for o in names if re.fullmatch(r'gallery-\d{6,}\.safetensors', o)), key=lambda o: int(o[8:-12]))
 
-_whole = 'gallery.json','gallery.safetensors','index.json','index.faiss' # one change of all takes the place of these
+_whole = 'gallery.json','gallery.safetensors','index.json','index.faiss' # one change of everything replaces these
 
 class Journal:
-    "Writes each change of a gallery beside the embedder's files, and then the list of the files that count"
-    most = 100 # changes, before they become one file
+    "Writes each change of a gallery beside the embedder's files, and then the list of valid files"
+    most = 100 # changes; then they become one file
     def __init__(self,
         folder, # An embedder's folder
-        text:str=None, # What its `embedder.json` held when the gallery was read; what it holds now if not given
+        text:str=None, # Text of its `embedder.json` when the gallery was read; its text now if not given
     ):
         self.folder = Path(folder).resolve()
         self.text = self._list.read_text(encoding='utf-8') if text is None else text
@@ -103,11 +103,11 @@ class Journal:
     @property
     def _list(self): return self.folder/'embedder.json'
     def locked(self):
-        "Hold the folder, for as long as a change is written"
+        "Lock the folder while a change is written"
         return filelock.FileLock(self.folder/'.writing', timeout=60)
 
     def _sweep(self):
-        "Take away what a process left that was killed"
+        "Remove files that a killed process left"
         listed = json.loads(self._list.read_text(encoding='utf-8'))['sha256']
         here = [o.name for o in self.folder.iterdir()]
         parts = [o for o in _whole if o not in listed and changes_in(listed)]
@@ -118,9 +118,9 @@ class Journal:
     def __call__(self,
         gallery:MemoryGallery, # The gallery before the change
         op:str, # Name of the change
-        how:dict, # What it takes
+        how:dict, # Its arguments
     ):
-        "Write a change; raises `ValueError` where another process has written since"
+        "Write a change; raises `ValueError` if another process has changed the gallery"
         with self.locked():
             if self._list.read_text(encoding='utf-8')!=self.text:
                 raise ValueError(f"The gallery in {str(self.folder)!r} was changed by another process since it was read: load it again.")

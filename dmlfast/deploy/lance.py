@@ -23,10 +23,10 @@ _lance_env = dict(LANCE_LOG='error', # LanceDB warns of tables that are new
     LANCE_DEFAULT_FRAGMENT_READAHEAD='1', LANCE_DEFAULT_IO_BUFFER_SIZE=f'{2**25}') # a scan of more holds more, the more rows there are
 
 def _connect(where):
-    "LanceDB on a folder or an object store; what another process has written meanwhile is seen"
-    for k,v in _lance_env.items(): os.environ.setdefault(k, v) # they are read once
+    "LanceDB on a folder or an object store; changes by other processes are seen"
+    for k,v in _lance_env.items(): os.environ.setdefault(k, v) # LanceDB reads them once
     try: import lancedb
-    except ImportError as e: raise ImportError(f"A gallery as a table needs {e.name}: pip install 'dmlfast[lance]'.") from e
+    except ImportError as e: raise ImportError(f"A gallery in LanceDB needs {e.name}: pip install 'dmlfast[lance]'.") from e
     return lancedb.connect(where, read_consistency_interval=datetime.timedelta(0))
 
 def _is_local(path): return '://' not in str(path)
@@ -39,7 +39,7 @@ def _table_at(path):
     return where,name.removesuffix('.lance')
 
 def _open_table(path):
-    "A table; raises `FileNotFoundError` or `ValueError` where there is none"
+    "A table; raises `FileNotFoundError` or `ValueError` if there is none"
     where,name = _table_at(path)
     none = f"There is no gallery {str(path)!r}: `finder.to_lancedb` makes one."
     if _is_local(path) and not Path(path).is_dir(): raise FileNotFoundError(none)
@@ -71,7 +71,7 @@ def ranges_of(
 def _any_of(parts): return f"({' OR '.join(parts)})" if parts else 'false'
 
 def _condition(col, want, values):
-    "SQL of a condition; `values` gives what the column has"
+    "SQL of a condition; `values` returns the values of the column"
     if callable(want):
         vals = sorted(values())
         got = ranges_of(vals, fulfilled(vals, want))
@@ -90,7 +90,8 @@ class LanceGallery:
         self.table = path if hasattr(path, 'count_rows') else _open_table(path)
         fields = {o.name:str(o.type) for o in self.table.schema}
         if not {'seq','vector','label','item'}<=set(fields):
-            raise ValueError(f"{str(path)!r} is a table of something else: a gallery has `seq`, `vector`, `label` and `item`, and it has "
+            raise ValueError(f"{str(path)!r} is no gallery: a gallery has the columns `seq`, `vector`, `label` and `item`, and this "
+                f"table has "
                 f"{', '.join(fields)}.")
         self.width,self._next,self._version = self.table.schema.field('vector').type.list_size,None,self.table.version
 
@@ -105,7 +106,7 @@ class LanceGallery:
         *columns, # Names of columns
         where=None, # SQL
     ):
-        "The rows in pieces, in the order of the files"
+        "The rows in batches, in the order of the files"
         q = self.table.search().select(list(columns))
         return (q if where is None else q.where(where)).to_batches(2**16)
 
@@ -124,7 +125,7 @@ class LanceGallery:
 
     @property
     def embs(self):
-        "The embeddings, likewise, `(n,d)` float32; None if there are none"
+        "All embeddings, `(n,d)` float32; None if there are none"
         got = [(o.column('seq').to_numpy(), _vectors(o)) for o in self.batches('seq', 'vector')]
         return torch.cat([x for _,x in got])[np.concatenate([o for o,_ in got]).argsort(kind='stable')] if got else None
 
@@ -139,7 +140,7 @@ def _vectors(batch):
 def sql(self:LanceGallery,
     filter, # As `as_filter` takes it
 )->str: # None for no filter
-    "A filter as LanceDB takes it"
+    "A filter as SQL"
     where = as_filter(filter, self.kinds)
     return ' AND '.join(_condition(k, v, lambda: self._values(k)) for k,v in where.items()) or None
 
@@ -148,19 +149,19 @@ def find(self:LanceGallery,
     embs, # `(q,d)` float
     k:int, # How many, at most as many as there are
     filter=None, # As `as_filter` takes it
-    rerank=None, # None: a table is not ranked anew
+    rerank=None, # None: a table has no re-ranking
     probes:int=50, # Lists of an index that are read
     refine:int=10, # Times `k` that an index finds, before the embeddings themselves decide
 )->list: # For each query a list of `Hit`s, nearest first
-    "The nearest items that a filter lets through: exactly without an index"
-    if rerank is not None: raise ValueError("A table of LanceDB is not ranked anew: search it without `rerank`.")
+    "The nearest items among those that match a filter; exact without an index"
+    if rerank is not None: raise ValueError("A table of LanceDB has no re-ranking: search it without `rerank`.")
     where,res = self.sql(filter),[]
     for q in embs.float():
         s = self.table.search(q.numpy()).distance_type('cosine').limit(k).nprobes(probes).refine_factor(refine)
         if where: s = s.where(where, prefilter=True)
         try: got = s.select(['seq','label','item','vector','_distance']).to_arrow()
         except (RuntimeError,OSError) as e:
-            raise ValueError(f"The table of LanceDB cannot be searched, as where a file of it was changed: {str(e)[:200]!r}.") from e
+            raise ValueError(f"The table of LanceDB cannot be searched; one of its files may have changed: {str(e)[:200]!r}.") from e
         if not len(got):
             res.append([])
             continue
@@ -178,10 +179,10 @@ def add(self:LanceGallery,
     items, # A name for each
     facts=None, # Columns of facts, as `as_facts` takes them
 ):
-    "Put items in; raises `ValueError` where the numbers do not agree"
+    "Add items; raises `ValueError` if the numbers of embeddings, labels and names differ"
     import pyarrow as pa
     check_rows(embs, labels, items, self.width)
-    if not embs.isfinite().all(): raise ValueError("Embeddings in a gallery are finite, and these hold nan or infinite numbers.")
+    if not embs.isfinite().all(): raise ValueError("The embeddings of a gallery must be finite, and these have nan or infinite numbers.")
     facts,types = as_facts(facts, len(embs), self.kinds),{str:'string', bool:'boolean'}
     new = {k:next((kind_of(o) for o in v if o is not None), float) for k,v in facts.items() if k not in self.kinds}
     if new: self.table.add_columns({k:f"cast(NULL as {types.get(t, 'double')})" for k,t in new.items()})
@@ -198,7 +199,7 @@ def add(self:LanceGallery,
 def found(self:LanceGallery,
     filter, # As `as_filter` takes it
 )->tuple: # SQL and number
-    "The items that a filter lets through, at least one; raises `ValueError` where there is none"
+    "The items that match a filter, at least one; raises `ValueError` if there is none"
     if n := self.table.count_rows(sql := self.sql(filter)): return sql,n
     where = as_filter(filter, self.kinds)
     refuse_none(where, {k:self._values(k) for k in where})
@@ -207,17 +208,17 @@ def found(self:LanceGallery,
 def remove(self:LanceGallery,
     filter, # As `as_filter` takes it
 ):
-    "Take items out; raises `ValueError` where there is none of them"
+    "Remove items; raises `ValueError` if no item matches"
     self.table.delete(self.found(filter)[0])
     self._tidy()
 
 @patch
 def rename(self:LanceGallery,
     column:str, # `'label'` or `'item'`
-    old:str, # As it is called
-    new:str, # As it shall be called
+    old:str, # Its name
+    new:str, # Its new name
 ):
-    "Give a class or an item another name, which may be there already; raises `ValueError` where there is none of the old"
+    "Rename a class or an item; the new name may exist already. Raises `ValueError` if the old one does not"
     self.table.update(where=self.found({column:old})[0], values={column:str(new)})
     self._tidy()
 
@@ -226,7 +227,7 @@ def replace(self:LanceGallery,
     item:str, # Name of an item
     emb, # `(1,d)` float
 ):
-    "Replace the embedding of an item; raises `ValueError` unless the name is of one item"
+    "Replace the embedding of an item; raises `ValueError` unless exactly one item has the name"
     sql,n = self.found(dict(item=item))
     check_one(item, n)
     self.table.update(where=sql, values=dict(vector=emb[0].float().tolist()))
@@ -244,9 +245,9 @@ def index(self:LanceGallery,
     partitions:int=None, # Lists that rows are divided into; one for 4,096 rows if not given
     sub_vectors:int=None, # Bytes a row in the index; an eighth of the numbers of an embedding if not given, where that divides them
 ):
-    "Build LanceDB's IVF-PQ index; rows that are added later are searched beside it, and join it as the table is tidied up"
-    if kind!='auto': raise ValueError(f"A table of LanceDB has an index of its own, and none of kind {kind!r}: `index()` builds it.")
-    if len(self)<256: raise ValueError(f"An index is built from at least 256 rows, and there are {len(self)}: fewer are searched without.")
+    "Build LanceDB's IVF-PQ index; rows that are added later are searched without it until the table is tidied up"
+    if kind!='auto': raise ValueError(f"A table of LanceDB has its own kind of index, and no {kind!r}: `index()` builds it.")
+    if len(self)<256: raise ValueError(f"An index needs at least 256 rows, and there are {len(self)}: so few are searched without one.")
     d = self.width
     sub = sub_vectors or next(o for o in (d//8,d//4,d//2,d) if o and d%o==0)
     from lancedb.index import IvfPq
@@ -258,13 +259,13 @@ def index_report(self:LanceGallery,
     n:int=1000, # As of a gallery in memory
     k:int=10, # As of a gallery in memory
 ):
-    "Raise `ValueError`: embeddings in a table are not compared with its index"
-    raise ValueError("A report compares an index with the exact search in memory, and a table of LanceDB is not read into it.")
+    "Raise `ValueError`: a table is not read into memory for an exact search"
+    raise ValueError("A report compares an index with an exact search in memory, and a table of LanceDB stays on the disk.")
 
 @patch
 def prototypes(self:LanceGallery):
-    "Raise `ValueError`: the means of classes take all embeddings"
-    raise ValueError("Prototypes take all embeddings, and a table of LanceDB is not read into memory: classify by 'vote' or 'nearest'.")
+    "Raise `ValueError`: the means of classes need all embeddings"
+    raise ValueError("Prototypes need all embeddings in memory, and a table of LanceDB stays on the disk: use 'vote' or 'nearest'.")
 
 # %% ../../nbs/api/deploy/03_lance.ipynb #9bad7317
 def _made_by(model): return weights_hash(unwrapped(model).state_dict())
@@ -273,15 +274,15 @@ def _made_by(model): return weights_hash(unwrapped(model).state_dict())
 def to_lancedb(self:ImageEmbedder,
     path, # Folder of the table, or an address in an object store, `.lance`; its name where `db` is given
     overwrite:bool=False, # Replace what is there?
-    db=None, # What `lancedb.connect` gave, such as a service; the folder or object store of `path` if not given
-)->ImageEmbedder: # Itself, whose gallery is the table from now on
-    "Move the gallery to a table of LanceDB, which may be empty; raises `FileExistsError` if it is there"
+    db=None, # Connection of `lancedb.connect`, such as a service; the folder or object store of `path` if not given
+)->ImageEmbedder: # Itself; its gallery is now the table
+    "Move the gallery, which may be empty, to a table of LanceDB; raises `FileExistsError` if the table exists"
     local,old = db is None and _is_local(path),self.gallery
     where,name = _table_at(path) if db is None else (None,path)
-    there = FileExistsError(f"{str(path)!r} is there already: `overwrite=True` replaces it.")
+    there = FileExistsError(f"{str(path)!r} exists already: `overwrite=True` replaces it.")
     if local and Path(path).exists() and not overwrite: raise there
     d = old.embs.shape[1] if len(old) else getattr(unwrapped(self.model), 'emb_sz', None)
-    if d is None: raise ValueError("How many numbers an embedding has is not known: `add` images first.")
+    if d is None: raise ValueError("The embedding size is not known yet: `add` images first.")
     if local: self.gallery = _in_place(old, where, name, d, _made_by(self.model))
     else:
         db = _connect(where) if db is None else db
@@ -295,7 +296,7 @@ def _has(db, name):
     return True
 
 def _in_place(old, where, name, d, made_by):
-    "Write a table to a folder, whose place it takes when it is complete"
+    "Write a table to a temporary folder, which replaces the old one when it is complete"
     path = Path(where)/f'{name}.lance'
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=where, prefix=f'.{name}-') as tmp:
@@ -305,7 +306,7 @@ def _in_place(old, where, name, d, made_by):
     return LanceGallery(path)
 
 def _written(old, db, name, d, made_by, mode='create'):
-    "Write a table, a gallery's rows in pieces"
+    "Write the rows of a gallery to a table, in batches"
     import pyarrow as pa
     schema = pa.schema([('seq',pa.int64()), ('vector',pa.list_(pa.float32(), d)), ('label',pa.string()), ('item',pa.string())],
         metadata={'dmlfast':json.dumps(dict(made_by=made_by))})
@@ -320,10 +321,10 @@ def open_lance(
     path, # As `LanceGallery` takes it
     model, # The network that makes embeddings
 )->LanceGallery:
-    "A gallery in a table of LanceDB; raises `ValueError` where another network made its embeddings"
+    "Open a gallery in a table of LanceDB; raises `ValueError` if another network made its embeddings"
     res = LanceGallery(path)
     about = (res.table.schema.metadata or {}).get(b'dmlfast')
     if about is None or json.loads(about).get('made_by')!=_made_by(model):
-        raise ValueError(f"The embeddings in {str(path)!r} were made by another network than this one: write a table with `to_lancedb` "
-            "from its own gallery.")
+        raise ValueError(f"The embeddings in {str(path)!r} were made by another network: write a table of this embedder with "
+            "`to_lancedb`.")
     return res

@@ -1,4 +1,4 @@
-"""A finder on onnxruntime alone: numpy, Pillow and onnxruntime are all that it takes.
+"""A finder on onnxruntime: it needs only numpy, Pillow and onnxruntime.
 
 Docs: https://dmlfast.github.io/dmlfast/api/deploy/runtime.html.md"""
 
@@ -31,7 +31,7 @@ class NumpyGallery(GalleryItems):
         items, # A name for each
         facts=None, # Columns of facts, as `as_facts` takes them
     ):
-        "Put items in; raises `ValueError` where the numbers do not agree"
+        "Add items; raises `ValueError` if the numbers of embeddings, labels and names differ"
         check_rows(embs, labels, items, None if self.embs is None else self.embs.shape[1])
         self.append(as_texts(labels), as_texts(items), as_facts(facts, len(embs), self.kinds))
         embs = np.asarray(embs, dtype=np.float32)
@@ -48,20 +48,20 @@ class NumpyGallery(GalleryItems):
         k:int, # How many, at most as many as there are
         filter=None, # As `as_filter` takes it
     )->list: # For each query a list of `Hit`s, nearest first
-        "The nearest items that a filter lets through, exactly"
+        "The nearest items among those that match a filter, exactly"
         rows = np.arange(len(self)) if filter is None else np.array(self.rows(filter), dtype=int)
         g = self.unit if filter is None else self.unit[rows]
         return [[Hit(self.labels[i], self.items[i], s) for i,s in _nearest(g@q, rows, k)] for q in _unit(embs)]
 
     def prototypes(self)->tuple: # Labels, and normalised means of the classes' rows, `(c,emb_sz)` float32
-        "What each class looks like on average"
+        "The mean embedding of each class"
         names,c = np.unique(self.labels, return_inverse=True)
         means = np.zeros((len(names), self.embs.shape[1]), dtype=np.float32)
         np.add.at(means, c, self.unit)
         return names.tolist(),_unit(means)
 
 def _nearest(scores, rows, k):
-    "The `k` rows with the highest scores, and these"
+    "The `k` rows with the highest scores, and their scores"
     k = min(k, len(rows))
     best = np.argpartition(-scores, k-1)[:k] if 0<k<len(rows) else np.arange(k)
     best = best[np.lexsort((best, -scores[best]))]
@@ -69,11 +69,11 @@ def _nearest(scores, rows, k):
 
 # %% ../../nbs/api/deploy/07_runtime.ipynb #866d8d1c
 class OnnxFinder(Finder):
-    "Images to embeddings on onnxruntime, and to their neighbours in a gallery"
+    "Embeds images with onnxruntime, and finds their neighbours in a gallery"
     def __init__(self,
         session, # `onnxruntime.InferenceSession` of a network with `images` and `embeddings`
         preprocess:Resizing, # Image to array
-        facts:dict=None, # What is known of its training, and under `'int8'` what 8 bits cost
+        facts:dict=None, # Facts about its training, and under `'int8'` the loss of recall by 8 bits
         calibration:dict=None, # Its threshold, as `ImageEmbedder.calibrate` finds it
     ):
         self.session,self.preprocess,self.facts,self.calibration,self.gallery = session,preprocess,facts or {},calibration,NumpyGallery()
@@ -88,7 +88,7 @@ class OnnxFinder(Finder):
         images, # An image as `open_image` takes it, or several
         bs:int=32, # Images at a time
     )->np.ndarray: # `(emb_sz,)` for one image, and `(n,emb_sz)` for several; float32
-        "Embeddings of images; raises `ValueError` for what is no image"
+        "Embeddings of images; raises `ValueError` for anything else"
         if is_one(images): return self.embed([images])[0]
         check_images(images, bs)
         def _batch(i): return np.stack([self.preprocess.array(o) for o in images[i:i+bs]])
@@ -97,11 +97,11 @@ class OnnxFinder(Finder):
     def hits(self,
         embs, # Embeddings that this finder made, `(n,emb_sz)` float32
         k:int=5, # How many to find of each
-        rerank=None, # None: re-ranking takes PyTorch
+        rerank=None, # None: re-ranking needs PyTorch
         filter=None, # As of `search`
     )->list: # For each a list of `Hit`s, nearest first
         "The nearest items of the gallery to embeddings"
-        if rerank is not None: raise ValueError("Re-ranking takes PyTorch: `load_embedder` gives a finder that does it.")
+        if rerank is not None: raise ValueError("Re-ranking needs PyTorch: a finder of `load_embedder` can do it.")
         return self.gallery.find(embs, k, filter)
 
     def by_prototype(self,
@@ -118,28 +118,28 @@ _elsewhere = b'\n\x08location' # how ONNX writes that a tensor is in another fil
 def _session(folder, threads):
     "The network, ready to run"
     try: import onnxruntime
-    except ImportError as e: raise ImportError("A network of ONNX needs onnxruntime: pip install onnxruntime.") from e
+    except ImportError as e: raise ImportError("An ONNX network needs onnxruntime: pip install onnxruntime.") from e
     data,says = (folder/'model.onnx').read_bytes(),f"'model.onnx' in {str(folder)!r}"
-    if _elsewhere in data: raise ValueError(f"{says} has tensors in other files, and must hold all of them.")
+    if _elsewhere in data: raise ValueError(f"{says} has tensors in other files: all tensors must be in this file.")
     options = onnxruntime.SessionOptions()
     options.log_severity_level,options.intra_op_num_threads = 3,threads
     try:
         with TemporaryDirectory() as empty: # where files would be looked for, however they are written
             options.add_session_config_entry('session.model_external_initializers_file_folder_path', empty)
             return onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
-    except Exception as e: raise ValueError(f"{says} is no network that onnxruntime runs: {str(e).splitlines()[0]:.300}") from e
+    except Exception as e: raise ValueError(f"{says} is no network that onnxruntime can run: {str(e).splitlines()[0]:.300}") from e
 
 def _check_network(session, about, folder):
-    "Raise `ValueError` where a network does not take the images, or gives something else than embeddings"
+    "Raise `ValueError` if a network does not take the images, or does not return embeddings"
     says,(ins,outs) = f"'model.onnx' in {str(folder)!r}",(session.get_inputs(), session.get_outputs())
     if [o.name for o in ins]!=['images'] or [o.name for o in outs]!=['embeddings'] or len(ins[0].shape)!=4:
-        raise ValueError(f"{says} must take 'images', (n,c,h,w), and give 'embeddings'.")
+        raise ValueError(f"{says} must have the input 'images', (n,c,h,w), and the output 'embeddings'.")
     steps,shape = about['preprocess']['steps'],[o if isinstance(o, int) and 0<o<=max_side else None for o in ins[0].shape[1:]]
     if steps: shape[1:] = steps[-1][1][::-1]
-    if None in shape: raise ValueError(f"{says} takes images of a size that nothing says.")
+    if None in shape: raise ValueError(f"{says} does not say the size of its images.")
     try: got = session.run(None, {'images':np.zeros((2,*shape), dtype=np.float32)})[0]
     except Exception as e:
-        raise ValueError(f"{says} does not take the images that `preprocess` makes: {str(e).splitlines()[0]:.300}") from e
+        raise ValueError(f"{says} fails on the images of `preprocess`: {str(e).splitlines()[0]:.300}") from e
     if got.shape!=(2,about['embedding']) or not np.isfinite(got).all():
         raise ValueError(f"{says} must give {about['embedding']} finite numbers for an image; got an array of {got.shape}.")
 
@@ -152,10 +152,10 @@ def _rows(folder, d):
     return np.array(res)
 
 def load_onnx(
-    folder, # What `save_onnx` wrote
-    threads:int=0, # Of onnxruntime; as many as cores if 0
+    folder, # Folder of `save_onnx`
+    threads:int=0, # Threads of onnxruntime; as many as cores if 0
 )->OnnxFinder:
-    "Read a finder for onnxruntime; raises `FileNotFoundError` or `ValueError` where the folder is not one, whole and as it was written"
+    "Load a finder for onnxruntime; raises `FileNotFoundError` or `ValueError` for files that are missing, changed or invalid"
     folder = Path(folder)
     about = read_described(folder, 'onnx.json', _rules, 1)
     has = any(o in about['sha256'] or (folder/o).exists() for o in ('gallery.npy','gallery.json'))

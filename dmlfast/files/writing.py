@@ -51,7 +51,7 @@ def check_folder(
     folder = Path(folder)
     over = next(o for o in (folder.absolute(),*folder.absolute().parents) if o.exists())
     there = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if there and not ours: raise FileExistsError(f"{str(folder)!r} is there already and holds no {what}: it is not overwritten.")
+    if there and not ours: raise FileExistsError(f"{str(folder)!r} exists already and holds no {what}: it is not overwritten.")
     if not over.is_dir(): raise ValueError(f"The folder {str(folder)!r} cannot be made: {str(over)!r} is a file.")
     if not os.access(over, os.W_OK|os.X_OK):
         raise ValueError(f"Nothing can be written to {str(over)!r}: take another folder than {str(folder)!r}.")

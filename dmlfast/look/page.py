@@ -298,7 +298,7 @@ def page_file(
 )->Path:
     "The file of a page; raises `FileExistsError` instead of overwriting"
     file = Path(folder)/'index.html'
-    if file.exists() and not overwrite: raise FileExistsError(f"{str(file)!r} is there already: `overwrite=True` replaces it.")
+    if file.exists() and not overwrite: raise FileExistsError(f"{str(file)!r} exists already: `overwrite=True` replaces it.")
     return file
 
 def write_page(

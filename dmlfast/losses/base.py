@@ -6,10 +6,11 @@ Docs: https://dmlfast.github.io/dmlfast/api/losses/base.html.md"""
 
 # %% auto #0
 __all__ = ['register_loss', 'Margin', 'MetricLoss', 'reduce_values', 'reduce_anchors', 'reduce_terms', 'reduce_masked',
-           'active_terms', 'known_labels', 'mark_unknown', 'OtherLoss', 'CombinedLoss', 'asking', 'lr_mults']
+           'active_terms', 'refuse_sizes', 'known_labels', 'mark_unknown', 'OtherLoss', 'CombinedLoss', 'asking',
+           'lr_mults']
 
 # %% ../../nbs/api/losses/02_base.ipynb #ac1d7e12
-import copy, inspect, math, torch
+import bisect, copy, inspect, math, torch
 import torch.nn.functional as F
 from functools import partial
 from typing import NamedTuple
@@ -94,6 +95,13 @@ class MetricLoss(CheckedArgs, nn.Module):
     ): # The loss itself
         "Make the weights that need the number of training classes or the embedding size; a loss without such weights does nothing"
         return self
+
+    def check_sizes(self,
+        n_classes:int=None, # Number of training classes; not checked if not given
+        emb_sz:int=None, # Numbers in an embedding; not checked if not given
+    ):
+        "Raise `ValueError` if the loss was made for fewer classes, or for embeddings of another size"
+        refuse_sizes(type(self).__name__, getattr(self, 'n_classes', None), n_classes, getattr(self, 'emb_sz', None), emb_sz)
 
     def start(self,
         embs:Tensor, # Embeddings of training images, `(n,d)` float, unit rows
@@ -214,6 +222,20 @@ def active_terms(
     return (terms>0).sum()/max(len(terms), 1)
 
 # %% ../../nbs/api/losses/02_base.ipynb #43b2b4de
+def refuse_sizes(
+    name:str, # Of the loss
+    n:int, # Classes that it has weights for; None if it does not say
+    n_classes:int, # Training classes; None if unknown
+    size:int, # Numbers in an embedding that it takes; None if it does not say
+    emb_sz:int, # Numbers in an embedding; None if unknown
+):
+    "Raise `ValueError` if a loss has weights for fewer classes, or for embeddings of another size"
+    pairs = [(f'{n} classes',f'{n_classes} training classes')]*bool(n is not None and n_classes and n<n_classes)
+    pairs += [(f'embeddings of {size} numbers',f'embeddings of {emb_sz} numbers')]*bool(size and emb_sz and size!=emb_sz)
+    if not pairs: return
+    has,there = map(' and '.join, zip(*pairs))
+    raise ValueError(f"{name} was made for {has}, and there are {there}: make it for the latter.")
+
 def known_labels(
     loss:nn.Module, # The loss with the weights
     labels:Tensor, # Class of each row, `(n,)` int64
@@ -242,6 +264,16 @@ def _copy_of(loss):
     try: return copy.deepcopy(loss, {id(p):p for p in loss.parameters()})
     except (RuntimeError,TypeError): return loss
 
+@torch.no_grad()
+def _value(loss, labels, emb_sz):
+    "The loss of four embeddings; None if it fails or is not finite. The loss and the random numbers stay as they were"
+    at = next((o.device for o in loss.parameters()), None)
+    x,y = torch.arange(1., 4*emb_sz+1, device=at).view(4,emb_sz).sin(),torch.tensor(labels, device=at)
+    try:
+        with torch.random.fork_rng([at] if at is not None and at.type=='cuda' else []): v = float(_copy_of(loss)(F.normalize(x, dim=1), y))
+        return v if math.isfinite(v) else None
+    except Exception: return None # losses from elsewhere raise anything
+
 class OtherLoss(MetricLoss):
     "Any callable of embeddings and labels as a `MetricLoss`"
     reductions = 'mean',
@@ -264,6 +296,25 @@ class OtherLoss(MetricLoss):
         self.n_classes = n_classes
         return self
 
+    def check_sizes(self, n_classes=None, emb_sz=None):
+        "Raise `ValueError` for weights of other sizes, which are found by trying the loss"
+        if not isinstance(self.loss, nn.Module): return
+        shapes = sorted({o for w in [*self.loss.parameters(),*self.loss.buffers()] for o in w.shape if o}) # its own size is one of these
+        size = next((o for o in [emb_sz,*shapes] if o and _value(self.loss, [0]*4, o) is not None), None)
+        if size is None: return # it fails on any size
+        first = _value(self.loss, [0]*4, size)
+        def _lacks(c): # beside another class it fails, or alone it costs nothing
+            return _value(self.loss, [0,0,c,c], size) is None or first!=0 and not _value(self.loss, [c]*4, size)
+        n = bisect.bisect_left(range(n_classes or 0), True, key=_lacks) # classes that it has weights for
+        refuse_sizes(type(self.loss).__name__, n, n_classes, size, emb_sz)
+
+    def check_reduction(self,
+        reduction:str, # As given
+    ):
+        "Raise `ValueError` where a value for each row is asked for: such a loss gives one number for a batch"
+        if reduction not in self.reductions:
+            raise ValueError(f"{type(self.loss).__name__} gives one number for a batch, so there is no loss of each image.")
+
     def cut(self, d):
         "Raise an error if the loss has weights: which of them belong to which dimension is unknown"
         if not self.seen_only: return {}
@@ -283,8 +334,11 @@ class OtherLoss(MetricLoss):
         unseen = self.seen_only and not self.training and self.n_classes and (labels>=self.n_classes).any()
         if unseen: return embs.sum()*math.nan
         loss = self.loss if self.training else _copy_of(self.loss) # a copy may remember what it likes
-        if n is None: return loss(embs, labels)
-        return loss(embs[:n], labels[:n], indices_tuple=all_pairs(labels, n), ref_emb=embs, ref_labels=labels) # no row with itself
+        others = {} if n is None else dict(indices_tuple=all_pairs(labels, n), ref_emb=embs, ref_labels=labels) # no row with itself
+        try: return loss(embs[:n], labels[:n], **others)
+        except Exception:
+            self.check_sizes(self.n_classes, embs.shape[1]) # where the model did not say its size
+            raise
 
 # %% ../../nbs/api/losses/02_base.ipynb #8f99e7f1
 class CombinedLoss(MetricLoss):
@@ -323,6 +377,10 @@ class CombinedLoss(MetricLoss):
         "Pass it on to the parts"
         for o in self.losses: o.setup(n_classes=n_classes, emb_sz=emb_sz)
         return self
+
+    def check_sizes(self, n_classes=None, emb_sz=None):
+        "Pass it on to the parts"
+        for o in self.losses: o.check_sizes(n_classes, emb_sz)
 
     def start(self, embs, labels):
         "Pass it on to the parts"

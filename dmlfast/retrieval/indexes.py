@@ -1,4 +1,4 @@
-"""Galleries that outgrow an exact search: graphs, cells, bytes and bits, each with its recall against the exact answer.
+"""Indexes for large galleries: graphs, cells, bytes and bits, each with its recall against exact search.
 
 Docs: https://dmlfast.github.io/dmlfast/api/retrieval/indexes.html.md"""
 
@@ -16,7 +16,7 @@ from .search import *
 from .search import as_embeddings, faiss_or_none, unit_
 
 # %% ../../nbs/api/retrieval/06_indexes.ipynb #9714464a
-index_kinds = 'exact','hnsw','ivf','int8','bits','auto' # those that are not a string of faiss's own
+index_kinds = 'exact','hnsw','ivf','int8','bits','auto' # all other kinds are strings of faiss
 _exact_below,_float_kinds = 200_000,('hnsw','ivf')
 
 @cache
@@ -28,8 +28,8 @@ def _said(kind):
 def index_kind(
     kind, # As `Index` takes it
     n:int, # Items in the gallery
-)->str|None: # What it is for so many items, with what is installed
-    "The kind of index that there will be; raises `ValueError` for a string that faiss does not know"
+)->str|None: # The kind for `n` items and the installed packages
+    "The kind of index to build; raises `ValueError` for a string that faiss does not know"
     if kind is not None and not isinstance(kind, str):
         raise ValueError(f"An index is the name of a kind, or None for exact search; got {kind!r}.")
     faiss = faiss_or_none()
@@ -44,11 +44,11 @@ def index_kind(
     return kind
 
 class Index:
-    "Embeddings, and what finds the nearest of them by cosine without comparing all"
+    "An index of embeddings, which finds the nearest ones by cosine without comparing all"
     def __init__(self,
         embs, # Embeddings, `(n,d)` float
         kind:str='auto', # See the table above
-        ready=None, # What `save` wrote, read by faiss; made from `embs` if not given
+        ready=None, # Index of faiss, from the file of `save`; built from `embs` if not given
     ):
         self.embs = as_embeddings(embs)
         self.kind = index_kind(kind, len(self.embs))
@@ -62,7 +62,7 @@ class Index:
         query, # Embeddings, `(q,d)` float
         k:int=5, # How many; fewer where there are fewer
     )->tuple: # Cosines, `(q,k)` float32, $-\infty$ where nothing more was found; rows, `(q,k)` int64
-        "The nearest rows that the index finds, nearest first, equal ones by index"
+        "The nearest rows that the index finds, nearest first; equal ones in their order"
         q = as_embeddings(query, 'query')
         if q.shape[1]!=self.embs.shape[1]: raise ValueError(f'query has {q.shape[1]} columns, gallery has {self.embs.shape[1]}')
         k = min(k, len(self))
@@ -79,7 +79,7 @@ class Index:
     def add(self,
         embs, # More embeddings, `(n,d)` float
     ):
-        "Put more rows into the index, behind those that are there"
+        "Append rows to the index"
         x = as_embeddings(embs)
         self.embs = torch.cat([self.embs,x])
         self.core.add(unit_(x.clone()))
@@ -146,15 +146,15 @@ _cores = {None:_Exact, 'int8':_Bytes, 'bits':_Bits}
 # %% ../../nbs/api/retrieval/06_indexes.ipynb #2d5de375
 @patch
 def report(self:Index,
-    n:int=1000, # Items that are searched for
+    n:int=1000, # Items to search for
     k:int=10, # Neighbours of each
-    seed:int=0, # Of the draw
+    seed:int=0, # Seed of the sample
 ): # `pandas.DataFrame`: share of the exact neighbours found, bytes an item of what is searched, milliseconds a query, one at a time
-    "What the index finds and costs, beside the exact search"
+    "Recall, size and time of the index, beside the exact search"
     import pandas as pd
     rows = torch.from_numpy(np.random.default_rng(seed).permutation(len(self))[:n])
     k,q = min(k, len(self)-1),self.embs[rows]
-    if k<1: raise ValueError("A report compares neighbours: it needs two items at least.")
+    if k<1: raise ValueError("A report compares neighbours, and needs at least two items.")
     exact = Index(self.embs, None) if self.kind else self
     want = exact.search(q, k+1)[1]
     def others(found): return [[j for j in f if j!=r][:k] for f,r in zip(found.tolist(), rows.tolist())]
@@ -171,32 +171,32 @@ def report(self:Index,
 # %% ../../nbs/api/retrieval/06_indexes.ipynb #2538b0de
 @patch
 def save(self:Index,
-    file, # Where to write what faiss made
-)->bool: # Was there anything to write?
-    "Write what would take long to make again"
+    file, # File for the index of faiss
+)->bool: # Was anything written?
+    "Write the parts that take long to build"
     if not isinstance(self.core, _Faiss): return False
     faiss_or_none().write_index(self.core.index, str(file))
     return True
 
 @patch
-def packed(self:Index)->Tensor|None: # uint8; None where there is nothing
-    "What `save` writes, as a tensor"
+def packed(self:Index)->Tensor|None: # uint8; None if there is nothing
+    "The content of the file of `save`, as a tensor"
     return torch.from_numpy(faiss_or_none().serialize_index(self.core.index)) if isinstance(self.core, _Faiss) else None
 
 def read_index(
     embs, # Embeddings, `(n,d)` float
-    kind:str, # What it was
-    file, # What `Index.save` wrote; or what `Index.packed` gave
+    kind:str, # Its kind
+    file, # File of `Index.save`, or tensor of `Index.packed`
 )->Index:
-    "An index that was kept; raises `ValueError` where it does not fit the embeddings"
+    "Read an index; raises `ValueError` if it does not fit the embeddings"
     x,faiss = as_embeddings(embs),faiss_or_none()
     if faiss is None or index_kind(kind, len(x)) is None: return Index(x, kind)
     name = 'the index' if isinstance(file, Tensor) else repr(file.name)
     try: ready = faiss.deserialize_index(file.numpy()) if isinstance(file, Tensor) else faiss.read_index(str(file))
-    except (RuntimeError,MemoryError) as e: raise ValueError(f"{name} cannot be read: it must be an index that faiss wrote.") from e
+    except (RuntimeError,MemoryError) as e: raise ValueError(f"{name} cannot be read: it must be an index of faiss.") from e
     made = type(ready).__name__
     fits = dict(hnsw='IndexHNSWFlat', ivf='IndexIVFFlat').get(kind, made)==made
     if not fits or (ready.ntotal,ready.d,ready.metric_type)!=(len(x),x.shape[1],faiss.METRIC_INNER_PRODUCT):
-        raise ValueError(f"{name} does not fit the gallery: it is {made} of {ready.ntotal:,} items of {ready.d} numbers, and "
-            f"{kind!r} of {len(x):,} of {x.shape[1]} is wanted.")
+        raise ValueError(f"{name} does not fit the gallery: it is {made} for {ready.ntotal:,} items of {ready.d} numbers, and the gallery "
+            f"needs {kind!r} for {len(x):,} items of {x.shape[1]}.")
     return Index(x, kind, ready)

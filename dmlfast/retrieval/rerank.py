@@ -1,4 +1,4 @@
-"""A second look at what was found: query expansion, an augmented gallery, k-reciprocal neighbours; always beside the plain search.
+"""Re-rank search results by query expansion, an augmented gallery or k-reciprocal neighbours, always beside the plain search.
 
 Docs: https://dmlfast.github.io/dmlfast/api/retrieval/rerank.html.md"""
 
@@ -26,7 +26,7 @@ def expand(
     self_exclude=None, # As `neighbours` takes it
     ignore=None, # As `neighbours` takes it
 )->Tensor: # `(q,d)` float32, rows of length 1
-    "Queries, each with its nearest items added by the power `alpha` of their similarity"
+    "Queries plus their nearest items, weighted by the power `alpha` of their similarity"
     q = as_embeddings(query, 'query')
     g = q if gallery is None else as_embeddings(gallery, 'gallery')
     own = gallery is None if self_exclude is None else self_exclude
@@ -44,21 +44,21 @@ def expand(
 register_reranker = Registry('reranker')
 
 class QueryExpansion:
-    "Search again, with queries or a gallery that have taken up their neighbours"
+    "Search again after averaging queries, or gallery items, with their neighbours"
     def __init__(self,
         k:int=10, # Neighbours that are added, 1 or more
         alpha:float=3, # Power of their similarities, 0 or more
         queries:bool=True, # Expand the queries?
-        gallery:bool=False, # Expand what is searched?
+        gallery:bool=False, # Expand the gallery?
     ):
         if k<1 or alpha<0: raise ValueError(f"`k` is 1 or more and `alpha` 0 or more; got {k} and {alpha}.")
         self.k,self.alpha,self.queries,self.gallery = k,alpha,queries,gallery
 
     def expand(self,
         embedded, # `Embedded`, the items
-        queries, # Indices of those that search, `(q,)`, or other embeddings, `(q,d)` float
+        queries, # Indices of the queries, `(q,)`, or other embeddings, `(q,d)` float
     )->tuple: # Queries and gallery, `(q,d)` and `(n,d)` float32
-        "The embeddings to search with, and to search in"
+        "The query embeddings and the gallery embeddings"
         o = embedded.sides(queries)
         q,g = o.query,o.gallery
         if self.gallery:
@@ -77,9 +77,9 @@ class KReciprocal:
     "Rank the nearest items again by how much their reciprocal neighbours overlap with those of the query"
     def __init__(self,
         k1:int=20, # Neighbours that count as near
-        k2:int=6, # Nearest items, the item among them, over which neighbourhoods are averaged
+        k2:int=6, # Nearest items, including the item itself, whose neighbourhoods are averaged
         lam:float=.3, # Weight of the plain similarity, 0 to 1
-        n:int=100, # Items of each query that are ranked anew; more where more are asked for
+        n:int=100, # Items of each query to rank again; more if more are asked for
     ):
         if min(k1, k2, n)<1 or not 0<=lam<=1:
             raise ValueError(f"`k1`, `k2` and `n` are 1 or more, `lam` 0 to 1; got {k1}, {k2}, {n}, {lam}.")
@@ -89,9 +89,9 @@ class KReciprocal:
         scores, # Cosines, `(q,k)` float32, the best first
         found, # Indices of items, `(q,k)` int64
         embedded, # `Embedded`, the items
-        queries, # Indices of those that search, `(q,)`, or other embeddings, `(q,d)` float
+        queries, # Indices of the queries, `(q,)`, or other embeddings, `(q,d)` float
     )->tuple: # Scores, `(q,k)` float32, the best first, and indices of items in that order
-        "What was found, ranked again"
+        "The found items, ranked again"
         o = embedded.sides(queries)
         near = embedded.once(('reciprocal',self.k1,self.k2,len(o.gallery)), lambda: _Neighbourhoods(o.gallery, self.k1, self.k2))
         at,res = torch.empty(len(embedded), dtype=torch.int64),torch.empty_like(scores)
@@ -119,7 +119,7 @@ def _weights(x, gallery, members):
     return csr_array((w.numpy(), col.numpy().astype(np.int32), ends), shape=(len(x),len(gallery)))
 
 class _Neighbourhoods:
-    "Weights of the widened reciprocal neighbours of each item of a gallery, a sparse row each"
+    "Weights of the expanded reciprocal neighbours of each gallery item, as sparse rows"
     def __init__(self, gallery, k1, k2):
         from scipy.sparse import csr_array, vstack
         self.x,n = unit_(gallery.clone()),len(gallery)
@@ -136,12 +136,12 @@ class _Neighbourhoods:
         self.width = max(1, self.vectors.nnz//n)
 
     def _reciprocal(self, lists):
-        "Lists of neighbours, -1 in place of those that do not have the item in their own"
+        "Lists of neighbours; -1 for a neighbour whose own list lacks the item"
         back = torch.cat([(lists[lists[o]]==o[:,None,None]).any(2) for o in self.me.split(4096)])
         return torch.where(back, lists, -1)
 
     def _widened(self, base):
-        "Reciprocal neighbours and, of those that agree with them, the nearer reciprocal ones"
+        "Reciprocal neighbours, and the nearest reciprocal neighbours of those that agree with them"
         more = torch.where(base[:,:,None]>=0, self.halves[base.clamp(min=0)], -1)
         shared = ((more[...,None]==base[:,None,None]).any(3) & (more>=0)).sum(2)
         agree = 3*shared>2*(more>=0).sum(2)
@@ -154,11 +154,12 @@ class _Neighbourhoods:
         return w
 
     def of(self, query, own):
-        "Vectors of some queries, own rows of the gallery or none"
+        "Vectors of some queries, all inside or all outside the gallery"
         from scipy.sparse import csr_array
         if own is not None and (own>=0).all(): return self.vectors[own.numpy()]
         if own is not None and (own>=0).any():
-            raise ValueError("Either all queries are in the gallery or none is, where neighbourhoods are compared: ask in two goes.")
+            raise ValueError("k-reciprocal re-ranking needs all queries inside the gallery, or all outside: search for the two kinds "
+                "separately.")
         s,i = neighbours(query, self.x, k=min(max(self.k1, self.k2-1), len(self.x)))
         base = torch.where(s>=self.last[i], i, -1)[:,:self.k1]
         q = unit_(query.clone())
@@ -177,11 +178,11 @@ def _overlap(mine, vectors, found):
 
 # %% ../../nbs/api/retrieval/05_rerank.ipynb #70013b26
 class RerankedResult(RetrievalResult):
-    "Retrieval metrics of a search that was ranked again, with those of the plain search"
+    "Retrieval metrics of a re-ranked search, with those of the plain search"
     def __init__(self,
         plain:RetrievalResult, # Of the plain search
-        again:RetrievalResult, # Of the same queries, ranked anew
-        name:str, # What the re-ranker is called
+        again:RetrievalResult, # Of the same queries, re-ranked
+        name:str, # Name of the re-ranker
     ):
         super().__init__(again.values, again.labels, items=again.items, curve=again.curve, ci=plain.ci, n_boot=plain.n_boot,
             seed=plain.seed, settings=plain.settings|dict(rerank=name))
@@ -189,7 +190,7 @@ class RerankedResult(RetrievalResult):
 
     @property
     def difference(self)->RetrievalDifference:
-        "What the re-ranker adds, with paired intervals"
+        "The gain by the re-ranker, with paired intervals"
         return self-self.plain
 
     def to_frame(self): # `pandas.DataFrame`
@@ -199,7 +200,7 @@ class RerankedResult(RetrievalResult):
         return means[['plain',self.name,'difference','2.5 %','97.5 %']]
 
     def _notes(self):
-        "What stands below the table"
+        "Notes below the table"
         rest = [f'{k} {self.plain[k]:.4f}' for k in self.plain.keys() if k not in self.keys()]
         return super()._notes()+[f"clusters, which have no ranking: {', '.join(rest)}"]*bool(rest)
 

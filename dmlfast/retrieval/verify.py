@@ -1,4 +1,4 @@
-"""From scores to decisions: which similarity means "the same class", and how often that is wrong.
+"""From scores to decisions: the similarity from which two images count as one class, and its error rates.
 
 Docs: https://dmlfast.github.io/dmlfast/api/retrieval/verify.html.md"""
 
@@ -46,11 +46,11 @@ class ScoreSample:
 
 # %% ../../nbs/api/retrieval/03_verify.ipynb #efb71a0e
 def _bins(s, lo, hi, n):
-    "Which of `n` bins from `lo` to `hi` each score is in"
+    "The bin of each score, among `n` bins from `lo` to `hi`"
     return ((s-lo)*(n/(hi-lo))).int().clamp_(0, n-1)
 
 class _Tally:
-    "Collects scores: all of them up to `most`, beyond that counts in 20,000 bins"
+    "Collects up to `most` scores; more are counted in 20,000 bins"
     def __init__(self, lo, hi, most, n_bins=20_000):
         self.lo,self.hi,self.most,self.n_bins = lo,hi,most,n_bins
         self.kept,self.n,self.counts = [],0,None
@@ -91,7 +91,7 @@ class _Pairs:
         self.range = dict(cosine=(-1.,1.), dot=(-a*b/self.scale,a*b/self.scale), l2=(-a-b,0.))[metric]
 
     def __iter__(self):
-        "Scores, `(r,m)`; which are genuine, which are impostor; classes of the rows and of the columns"
+        "Scores, `(r,m)`; masks of genuine and impostor pairs; classes of the rows and of the columns"
         n,i = len(self.g),0
         while i<len(self.q):
             cols = slice(i if self.once else 0, n)
@@ -113,7 +113,7 @@ class _Pairs:
         return s,same&there,there&~same,c,gc
 
     def by_class(self, edges):
-        "Pairs of each class between `edges`, genuine and impostor, `(c,e+1)` each; an impostor pair counts for both of its classes"
+        "Genuine and impostor pairs of each class between `edges`, `(c,e+1)` each; an impostor pair counts for both classes"
         n,k,fine = int(max(self.c.max(), self.gc.max()))+1,len(edges)+1,2**20
         lo,hi = self.range
         middles = lo+(torch.arange(fine, dtype=torch.float64)+.5)*((hi-lo)/fine)
@@ -137,7 +137,7 @@ class PairScores:
         by_class=None, # Function of ascending `edges`, `(e,)`: pairs of each class in each bin, genuine and impostor, `(c,e+1)` each
         rates=(1e-3,1e-2,1e-1), # False-match rates to show, above 0 and below 1
         n_boot:int=1000, # Samples of the classes for an interval
-        seed:int=0, # Of the samples
+        seed:int=0, # Seed of the samples
         settings:dict=None, # How the scores were obtained
     ):
         self.genuine,self.impostor,self.classes,self.by_class = genuine,impostor,np.asarray(classes),by_class
@@ -148,30 +148,31 @@ class PairScores:
     def check(self):
         "Raise `ValueError` if there are no pairs of one class, or none of two"
         if not len(self.genuine) or not len(self.impostor):
-            raise ValueError(f"There are {len(self.genuine):,} pairs of one class and {len(self.impostor):,} of two: it takes both kinds.")
+            raise ValueError(f"There are {len(self.genuine):,} pairs of one class and {len(self.impostor):,} of two: both kinds are "
+                f"needed.")
 
     def threshold(self,
         fmr:float, # False-match rate, above 0 and below 1
     )->float:
-        "The score at and above which a share `fmr` of the impostor pairs lies"
+        "The threshold for a false-match rate: a share `fmr` of the impostor pairs score this or more"
         return self.impostor.quantile(1-check_rates(fmr)[0])
 
     def fmr_at(self,
         threshold, # A score, or several
     ):
-        "Share of impostor pairs at or above it"
+        "Share of impostor pairs that score the threshold or more"
         return 1-self.impostor.below(threshold)
 
     def fnmr_at(self,
         threshold, # A score, or several
     ):
-        "Share of genuine pairs below it"
+        "Share of genuine pairs that score less than the threshold"
         return self.genuine.below(threshold)
 
     def fnmr(self,
         fmr:float, # False-match rate, above 0 and below 1
     )->float:
-        "Share of genuine pairs below the threshold for this rate"
+        "Share of genuine pairs that score less than the threshold for this rate"
         return float(self.fnmr_at(self.threshold(fmr)))
 
     def roc(self)->tuple: # False-match rates, false non-match rates, and thresholds, `(m,)` each; the last accepts nothing
@@ -186,7 +187,7 @@ class PairScores:
 
     @property
     def eer(self)->float:
-        "The rate where both curves cross"
+        "The equal error rate, at which both error rates are the same"
         return self['eer']
 
     def keys(self):
@@ -342,7 +343,7 @@ def pair_scores(
     metric:str='cosine', # `'cosine'`, `'l2'` or `'dot'`
     ignore=None, # Ids, (n,) int: a query is not compared with what has its id. With a gallery a pair of such, (q,) and (n,)
     self_exclude=None, # Each query's own index in the gallery, as in `neighbours`
-    most:int=4_000_000, # Scores of a kind that are all kept; beyond that they are counted in 20,000 bins
+    most:int=4_000_000, # Most scores of each kind to keep; more are counted in 20,000 bins
     block:int=2**21, # Scores computed at a time
     **kwargs # `rates`, `n_boot` and `seed` of `PairScores`
 )->PairScores:
@@ -376,13 +377,13 @@ class OpenSet:
         labels, # Class of each query, `(q,)` int
         rates=(1e-2,1e-1), # False-alarm rates to show
         n_boot:int=1000, # Samples of the classes for an interval
-        seed:int=0, # Of the samples
+        seed:int=0, # Seed of the samples
         said:str='', # Who is unknown, in words
     ):
         self.score,self.right,self.unknown,self.labels = (np.asarray(o) for o in (score,right,unknown,labels))
         if self.unknown.all() or not self.unknown.any():
             raise ValueError(f"{self.unknown.sum()} of {len(self.unknown)} queries are of classes that are not in the gallery: an open set "
-                "takes queries of both kinds.")
+                "needs both known and unknown queries.")
         self.rates,self.n_boot,self.seed,self.said = check_rates(rates),n_boot,seed,said
         self.sample = ScoreSample(*np.unique(self.score[self.unknown], return_counts=True))
 
@@ -394,19 +395,19 @@ class OpenSet:
     def threshold(self,
         far:float, # False-alarm rate, above 0 and below 1
     )->float:
-        "The score at and above which a share `far` of the unknown queries finds something"
+        "The threshold for a false-alarm rate: a share `far` of the unknown queries have a match of this score or more"
         return self.sample.quantile(1-check_rates(far)[0])
 
     def dir_at(self,
         threshold:float, # A score
     )->float:
-        "Share of known queries whose best match is right and not below it"
+        "Share of known queries whose best match is right and scores the threshold or more"
         return float((self.right & (self.score>=threshold))[~self.unknown].mean())
 
     def far_at(self,
         threshold:float, # A score
     )->float:
-        "Share of unknown queries with a match that is not below it"
+        "Share of unknown queries with a match that scores the threshold or more"
         return float(1-self.sample.below(threshold))
 
     def dir(self,
@@ -453,8 +454,8 @@ def open_set(
     gallery=None, # Embeddings to search, (n,d) float; drawn from the queries if not given
     gallery_labels=None, # Their classes, (n,) int
     rates=(1e-2,1e-1), # False-alarm rates to show
-    unknown:float=.5, # Share of the classes that is held out, where every query has something to find
-    seed:int=0, # Of the classes held out, of the gallery, and of the intervals
+    unknown:float=.5, # Share of the classes to hold out, if no query is of an unknown class already
+    seed:int=0, # Seed of the held-out classes, of the gallery, and of the intervals
     metric:str='cosine', # `'cosine'`, `'l2'` or `'dot'`
     ignore=None, # Ids, as in `neighbours`
     self_exclude=None, # Each query's own index in the gallery, as in `neighbours`
@@ -489,12 +490,13 @@ def _held_out(y, share, rng):
     classes = y.unique()
     n = round(share*len(classes))
     if not 0<n<len(classes):
-        raise ValueError(f"`unknown` is the share of the {len(classes)} classes that is held out, and must leave some of both; got "
-            f"{share!r}.")
+        raise ValueError(f"`unknown` is the share of the {len(classes)} classes that is held out. Some classes must be held out, and "
+            f"some must "
+            f"stay; got {share!r}.")
     return classes[torch.from_numpy(np.sort(rng.permutation(len(classes))[:n]))]
 
 def _half_of_each(y, items, rng):
-    "Half of the items of each class, and the larger half of an odd number"
+    "Half of the items of each class, rounded up"
     o = torch.from_numpy(rng.permutation(len(items)))
     o = o[y[o].argsort(stable=True)]
     _,inv,n = y[o].unique(return_inverse=True, return_counts=True)

@@ -82,9 +82,12 @@ def _made(o, f):
 def make_loss(
     loss:dict, # The table `loss`; empty: the default of the recipe or `metric_learner`
 ):
-    "The loss of some settings"
+    "The loss of some settings, which is inside a `MatryoshkaLoss` if they have `dims`"
     if not loss: return None
-    return _made({**loss, **({'miner':_made(loss['miner'], miner_class)} if loss.get('miner') else {})}, loss_class)
+    own = 'dims' in settings_of(loss_class(loss['name'])) # an argument of its own
+    args = {k:o for k,o in loss.items() if k!='dims' or own}
+    made = _made({**args, **({'miner':_made(loss['miner'], miner_class)} if loss.get('miner') else {})}, loss_class)
+    return MatryoshkaLoss(made, loss['dims']) if loss.get('dims') and not own else made
 
 def make_ranking(
     ssr:dict, # The table `ssr`
@@ -207,8 +210,9 @@ def _try_loss(loss):
     "Raise `ValueError` for a loss that fails on four embeddings of two classes"
     if loss is None: return
     with torch.random.fork_rng(devices=[]):
-        x,y = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0))),torch.tensor([0,0,1,1])
-        try: res = loss.setup(2, 8)(x, y)
+        d = max(8, *(getattr(loss, 'dims', None) or [8])) # those of a `MatryoshkaLoss`
+        x,y = torch.nn.functional.normalize(torch.randn(4, d, generator=torch.Generator().manual_seed(0))),torch.tensor([0,0,1,1])
+        try: res = loss.setup(2, d)(x, y)
         except Exception as e: raise ValueError(f"{loss!r} cannot be computed: {e}") from e
     if res.ndim or not res.isfinite():
         raise ValueError(f"Training needs a loss that is one finite number for a batch, and {loss!r} is {res.tolist()} for one.")

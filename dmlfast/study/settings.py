@@ -160,6 +160,9 @@ class LossSettings:
     name:str = setting('loss')
     # Rate of proxies and learned boundaries as a multiple of --lr; the loss's own if not given
     lr_mult:float = setting('loss_lr', needs='loss.name')
+    # Lengths that an embedding can be cut to, the whole one among them, such as 128 64 32: the loss is a MatryoshkaLoss of these; the whole
+    # one alone if not given
+    dims:list[int] = setting(needs='loss.name', least=1)
     # Arguments of the miner, such as margin=.1; its own defaults if not given
     miner:MinerSettings|None = setting('miner_args', needs='loss.miner.name')
 
@@ -282,7 +285,7 @@ def table_settings(
     "All settings of a table: the schema's, and the arguments of functions; the schema's has priority"
     ours,theirs = {o.name:o for o in declared_settings().values() if o.table==table},{}
     for f in fs: theirs |= settings_of(f, table, tuple(but))
-    return theirs | {k:o for k,o in ours.items() if not fs or k in theirs or k in ('name','reader')}
+    return theirs | {k:o for k,o in ours.items() if not fs or k in theirs or k in ('name','reader','dims')}
 
 # %% ../../nbs/api/study/00_settings.ipynb #2ffca0c7
 @delegates(setting, but=['apply'])

@@ -358,7 +358,7 @@ def default_params(
     def _value(path):
         value,(table,*rest) = get_setting(settings, path),path.split('.')
         if value is None and table in ('loss','ssr') and len(rest)==1:
-            made = make_loss(settings['loss']) if table=='loss' else SelfSupervisedRanking()
+            made = make_loss({k:o for k,o in settings['loss'].items() if k!='dims'}) if table=='loss' else SelfSupervisedRanking()
             value = getattr(made, rest[0], None)
         if value is None and transfers(settings): value = _starts.get(path)
         return defaults.lr if value is None and path=='fit.lr' and not settings.get('recipe') else value

@@ -1,4 +1,4 @@
-"""Batches that do not fit into memory, with the gradient of the whole batch.
+"""Train on batches that do not fit into memory, with the exact gradient of the batch.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/largebatch.html.md"""
 
@@ -21,7 +21,7 @@ from .ssr import *
 
 # %% ../../nbs/api/train/06_largebatch.ipynb #315946b8
 def _in_chunks(name):
-    "A method `name` that runs over chunks of a batch while the model is trained"
+    "A method `name` that processes a training batch in chunks"
     def f(self, *xs):
         run = partial(getattr(type(self), name), self)
         if not (self.training and torch.is_grad_enabled()) or len(xs[0])<=self.chunk or xs[0].ndim<=2: return run(*xs)
@@ -37,7 +37,7 @@ class LargeBatch(Callback):
     order = 60 # after what freezes batch norm
     def __init__(self,
         chunk:int=64, # Images whose activations are in memory at a time, 1 or more
-        bn:str=None, # `'chunk'`: a running batch norm may have the statistics of each chunk
+        bn:str=None, # `'chunk'`: allow running batch norm, with the statistics of each chunk
     ):
         if not (isinstance(chunk, int) and chunk>=1): raise ValueError(f"`chunk` is a number of images, 1 or more; got {chunk!r}.")
         if bn not in (None,'chunk'): raise ValueError(f"`bn` is 'chunk' or None; got {bn!r}.")
@@ -46,7 +46,7 @@ class LargeBatch(Callback):
     def attach(self,
         learn, # The learner to which the callback is being added
     ):
-        "Let the body of its model run in chunks"
+        "Make the body of its model run in chunks"
         model = unwrapped(learn.model)
         model.chunk,name = self.chunk,self.runs(model)
         setattr(model, name, MethodType(_runs[name], model))
@@ -54,7 +54,7 @@ class LargeBatch(Callback):
     def detach(self,
         learn, # The learner from which it is being removed
     ):
-        "Let it run as before"
+        "Make it run as before"
         model = unwrapped(learn.model)
         for o in ('chunk',self.runs(model)): model.__dict__.pop(o, None)
 
@@ -62,7 +62,7 @@ class LargeBatch(Callback):
     def runs(
         model:nn.Module, # A model that makes embeddings
     )->str: # A method's name
-        "What runs in chunks: the features, where a model has them"
+        "The method that runs in chunks: `features` if the model has it"
         return 'features' if hasattr(type(model), 'features') else 'forward'
 
     def before_train(self):
@@ -70,5 +70,5 @@ class LargeBatch(Callback):
         model = unwrapped(self.model)
         part = model.body if self.runs(model)=='features' and hasattr(model, 'body') else model
         if not (bns := [o for o in part.modules() if isinstance(o, _BatchNorm) and o.training]): return
-        raise ValueError(f"{len(bns)} layers of batch norm would have the statistics of {self.chunk} images and not of the batch: freeze "
-            "them by `metric_learner(..., freeze_bn=True)`, or say that they may by `LargeBatch(bn='chunk')`.")
+        raise ValueError(f"{len(bns)} layers of batch norm would use the statistics of {self.chunk} images instead of the batch: freeze "
+            "them with `metric_learner(..., freeze_bn=True)`, or allow it with `LargeBatch(bn='chunk')`.")

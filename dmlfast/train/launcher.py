@@ -1,4 +1,4 @@
-"""Begin several processes from one, and end them together.
+"""Start several processes from one, and end them together.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/launcher.html.md"""
 
@@ -18,9 +18,9 @@ from .processes import *
 def launch(
     func:str, # `'module:function'`
     n:int, # Processes
-    **kwargs # Arguments of the function, which JSON can hold
-): # What it gives in process 0
-    "Run a function in several processes; raises what it raises there, and `LostProcess` where one was killed"
+    **kwargs # Arguments of the function, in types of JSON
+): # Its result in process 0
+    "Run a function in several processes; raises its error, or `LostProcess` if a process was killed"
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -36,7 +36,7 @@ def launch(
 # %% ../../nbs/api/train/21_launcher.ipynb #d531973f
 @contextmanager
 def _as_launcher(n):
-    "PyTorch's launcher without its logs, with the cores shared out, and signals afterwards as they were"
+    "PyTorch's launcher without logs; the processes share the cores, and signal handlers are restored afterwards"
     names = [o for o in ('SIGINT','SIGTERM','SIGHUP','SIGQUIT') if hasattr(signal, o)]
     was,env = {o:signal.getsignal(getattr(signal, o)) for o in names},os.environ.get('OMP_NUM_THREADS')
     if env is None: os.environ['OMP_NUM_THREADS'] = str(max(1, (os.cpu_count() or n)//n))
@@ -50,7 +50,7 @@ def _as_launcher(n):
 def _notes(folder): return {int(o.stem):json.loads(o.read_text(encoding='utf-8')) for o in Path(folder).glob('[0-9]*.json')}
 
 def _what_failed(notes, e):
-    "The error of the process that failed first, and not of those that waited for it"
+    "The error of the process that failed first, not of the processes that waited for it"
     if any(o.get('kind')=='KeyboardInterrupt' for o in notes.values()): return KeyboardInterrupt()
     said = sorted((o for o in notes.values() if 'kind' in o and not o['lost']), key=lambda o: o['at'])
     if said: return getattr(builtins, said[0]['kind'])(said[0]['said'])
@@ -66,7 +66,7 @@ def run_part(
     notes:str, # Folder for the note
     parent:str, # Number of the process that began it
 ):
-    "What each process of `launch` does"
+    "The work of each process of `launch`"
     module,_,name = func.partition(':')
     threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.default_int_handler) # what a shell began in the background is deaf to Ctrl-C
@@ -87,7 +87,7 @@ def run_part(
 
 # %% ../../nbs/api/train/21_launcher.ipynb #6f80750e
 def _end_with(parent):
-    "Wait until the launcher is gone, which was killed and could end nothing; then end as on Ctrl-C, so that no file is left half written"
+    "End this process if the launcher was killed, as on Ctrl-C, so that no file is left incomplete"
     while os.getppid()==parent: time.sleep(1)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(30)

@@ -292,9 +292,20 @@ def _metric_loss(loss):
     loss = loss if isinstance(loss, MetricLoss) else OtherLoss(loss)
     for o in loss.modules():
         if not isinstance(o, OtherLoss): continue
+        _check_miner(o.loss)
         _check_other(o.loss)
         _check_call(o.loss)
     return loss
+
+def _made_in(f):
+    "The module that the code of a function or of an object is from"
+    return getattr(f if inspect.isroutine(f) else getattr(type(f), 'forward', f), '__module__', None) or ''
+
+def _check_miner(loss):
+    "Raise `ValueError` for a miner, which chooses pairs and is no loss"
+    if isinstance(loss, Miner) or _made_in(loss).startswith('pytorch_metric_learning.miners'):
+        raise ValueError(f"{type(loss).__name__} is a miner and no loss. A miner belongs to its loss, such as "
+            f"`TripletLoss(miner={type(loss).__name__}())`.")
 
 def _check_call(loss):
     "Raise `ValueError` for a loss that does not take embeddings and labels"
@@ -320,8 +331,7 @@ def _check_other(loss):
     "Raise `ValueError` for a loss of scores or values, which would misread embeddings as scores"
     loss = _wrapped(loss)
     f = getattr(loss, 'func', loss) # what fastai's `BaseLoss` or a `partial` calls
-    made = getattr(f if inspect.isroutine(f) else getattr(type(f), 'forward', f), '__module__', None) or ''
-    if not made.startswith(('torch.nn.','fastai.losses','timm.loss')): return
+    if not _made_in(f).startswith(('torch.nn.','fastai.losses','timm.loss')): return
     raise ValueError(f"{getattr(f, '__name__', type(f).__name__)} is no loss of embeddings: it compares a score for each class, or "
         "values, with a target. "
         "`ProxyNCALoss()` is the cross entropy of embeddings, with a learned proxy for each class, and `DRTripletLoss()` compares them "
@@ -352,10 +362,24 @@ def _first_rate(model, trained):
     if not trained: return None,1.
     return (1e-4,1/3) if model.pending else (None,1/10)
 
+_elsewhere = { # what other libraries call an argument, and what is written here
+    ('miner','miners','mining_func','mining_funcs'): "a miner belongs to its loss. Write `TripletLoss(miner=miner)`, or for a loss of "
+        "another library without weights `lambda embs, labels: loss(embs, labels, miner(embs, labels))`",
+    ('sampler','batch_sampler','batch_size','bs','per_class','m','dataset','train_dataset','train_loader'): "batches belong to the data "
+        "loaders. Write `ds.dataloaders(bs=64, per_class=4)`",
+    ('n_epoch','epochs','n_epochs','num_epochs','max_epochs','lr_scheduler','scheduler','sched'): "epochs and schedule belong to the fit. "
+        "Write `learn.fit_transfer(10)`, or `learn.fit_one_cycle(10, lr)`",
+    ('optimizer','optimizers','opt','optim'): "write `opt_func=`, such as `opt_func=ranger`",
+    ('n_out','embedding_size','embedding_dim','emb_dim','emb_size','dim'): "write `emb_sz=`",
+    ('num_classes','n_classes'): "the number of classes comes from the data loaders",
+    ('model','backbone','trunk','body','net','embedder','encoder'): "write `arch=`",
+    ('margin','scale','temperature','gamma'): "it belongs to the loss, such as `TripletLoss(margin=.2)`"}
+
 def _check_names(given):
     "Raise `TypeError` for an argument that `metric_learner` does not have"
     known = list(inspect.signature(metric_learner).parameters)
     for o in given:
+        if say := next((v for k,v in _elsewhere.items() if o in k), ''): raise TypeError(f"`metric_learner` has no argument {o!r}: {say}.")
         if o not in known: raise TypeError(nearest(o, known, 'argument of `metric_learner`'))
 
 # %% ../../nbs/api/train/11_learner.ipynb #6d416b4e
@@ -380,7 +404,9 @@ def take_loss(self:MetricLearner,
         warnings.warn(f"This {type(used[0]).__name__} was given to another learner: it begins with the weights that it has, and both "
             "train them. Make a new one for each.")
     self.loss_as_given = _copy(loss)
-    model.loss_func = self.__dict__['loss_func'] = loss.setup(_n_classes(self.dls), getattr(model, 'emb_sz', self.out_sz or 128))
+    n,emb_sz = _n_classes(self.dls),getattr(model, 'emb_sz', self.out_sz)
+    loss.check_sizes(n, emb_sz)
+    model.loss_func = self.__dict__['loss_func'] = loss.setup(n, emb_sz or 128)
     _used.update(_with_weights(loss))
     if old and getattr(model, 'normalize', None)==old.normalize_embs: model.normalize = loss.normalize_embs
     if getattr(self, 'opt', None) and (_with_weights(old) or _with_weights(loss)):

@@ -1,4 +1,4 @@
-"""Compare each batch with the embeddings of the last steps too: many negatives for the price of a matrix.
+"""Compare each batch also with the embeddings of the last steps: many negatives at little cost.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/memory.html.md"""
 
@@ -15,11 +15,11 @@ from .columns import *
 
 # %% ../../nbs/api/train/07_memory.ipynb #dcca1643
 class BatchMemory(Callback):
-    "Compare each batch with the embeddings of the last steps too, and not with each other alone"
+    "Compare each batch also with the embeddings of the last steps"
     order,run_valid = 70,False # after what casts or gathers predictions
     def __init__(self,
-        size:int=8192, # Embeddings that are remembered, 1 or more
-        start:int=1000, # The memory is used after so many steps of a fit, 0 or more, when embeddings change less
+        size:int=8192, # Embeddings to remember, 1 or more
+        start:int=1000, # Steps of a fit before the memory is used, 0 or more; embeddings change less by then
     ):
         for name,o,least in (('size',size,1),('start',start,0)):
             if not (isinstance(o, int) and o>=least): raise ValueError(f"BatchMemory: `{name}` is a whole number from {least}; got {o!r}.")
@@ -35,15 +35,15 @@ class BatchMemory(Callback):
     def check_fit(self,
         learn, # The learner that is to be fitted
     ):
-        "Raise `ValueError` where its loss has nothing to compare a batch with others for"
-        if why := learn.loss_func.no_others(): raise ValueError(f"BatchMemory has nothing to remember: {why}.")
+        "Raise `ValueError` if the loss cannot compare a batch with others"
+        if why := learn.loss_func.no_others(): raise ValueError(f"BatchMemory does not work with this loss: {why}.")
 
     def before_fit(self):
         self.run = is_fitting(self.learn)
         if not self.run: return
         self.clear()
         if (n := self.n_epoch*len(self.dls.train))<=self.start:
-            warnings.warn(f"BatchMemory is used after {self.start} steps, and this fit has {n}: give it a smaller `start`.")
+            warnings.warn(f"BatchMemory starts after {self.start} steps, and this fit has {n}: choose a smaller `start`.")
 
     def after_pred(self):
         self.own = self.yb
@@ -58,7 +58,7 @@ class BatchMemory(Callback):
         embs:Tensor, # Embeddings, `(n,d)` float
         labels:Tensor, # Class of each of them, `(n,)` integer
     ):
-        "Add a batch; where there is no room it replaces the oldest"
+        "Add a batch; it replaces the oldest embeddings if the memory is full"
         embs,labels = embs[-self.size:],labels[-self.size:]
         if self.embs is None: self.embs,self.labels = embs[:0],labels[:0]
         room = self.size-len(self.embs)
@@ -68,13 +68,14 @@ class BatchMemory(Callback):
         self.at = (self.at+len(rest))%self.size
 
     def state_dict(self)->dict:
-        "For `Checkpoint`"
+        "State for `Checkpoint`"
         return {o:getattr(self, o) for o in ('size','embs','labels','at','steps')}
 
     def load_state_dict(self,
-        d:dict, # What `state_dict` gave
+        d:dict, # Result of `state_dict`
     ):
-        "Go on with what was remembered; raises `ValueError` for a memory of another size"
-        if d['size']!=self.size: raise ValueError(f"The run remembered {d['size']} embeddings: go on with `BatchMemory({d['size']})`.")
+        "Restore the memory; raises `ValueError` for another size"
+        if d['size']!=self.size:
+            raise ValueError(f"The run remembered {d['size']} embeddings: continue it with `BatchMemory({d['size']})`.")
         device = next(self.learn.model.parameters()).device
         for k,v in d.items(): setattr(self, k, v.to(device) if isinstance(v, Tensor) else v)

@@ -1,4 +1,4 @@
-"""Which process this is of those that train together, and what they tell each other.
+"""Processes that train together: their numbers, and how they exchange values.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/processes.html.md"""
 
@@ -22,27 +22,27 @@ _state = SimpleNamespace(together=False)
 
 # %% ../../nbs/api/train/01_processes.ipynb #a78dc56c
 def own_part()->tuple: # Number of this process, from 0, and how many there are
-    "Which process this is of those that train together; `(0, 1)` where none do"
+    "Number of this process among those that train together; `(0, 1)` without others"
     return (dist.get_rank(),dist.get_world_size()) if _state.together else (0,1)
 
 def work_together(
-    on:bool, # Do the processes share out their work from here on?
+    on:bool, # Do the processes divide their work from now on?
 ):
-    "Begin or end the work of several processes on one thing; nothing where there is one process"
+    "Start or end the shared work of several processes; does nothing in a single process"
     _state.together = bool(on) and dist.is_available() and dist.is_initialized() and dist.get_world_size()>1
 
 class LostProcess(RuntimeError):
-    "Another process has ended, or does not answer"
+    "Another process has ended or does not answer"
 
 def is_first()->bool:
-    "Is this the process that writes and prints? It is the only one that a launcher started, or its first"
+    "Is this the process that writes and prints? It is the first process of a launcher, or the only one"
     return not rank_distrib()
 
 # %% ../../nbs/api/train/01_processes.ipynb #7d9270c4
 def gather_objects(
     o, # Anything that can be pickled
 )->list: # In the order of the processes
-    "What each process has"
+    "The values of all processes"
     if own_part()[1]==1: return [o]
     res = [None]*own_part()[1]
     dist.all_gather_object(res, o)
@@ -51,7 +51,7 @@ def gather_objects(
 def of_first(
     o, # Anything that can be pickled
 ): # The same in all processes
-    "What process 0 has"
+    "The value of process 0"
     res = [o]
     if own_part()[1]>1: dist.broadcast_object_list(res)
     return res[0]
@@ -61,7 +61,7 @@ def of_first(
 def alone(
     as_first:bool=False, # May it write, as the first one does?
 ):
-    "A context in which a process works by itself: nothing in it waits for another"
+    "A context in which a process works alone and waits for no other"
     was,env = _state.together,{k:os.environ[k] for k in ('WORLD_SIZE','RANK') if k in os.environ}
     _state.together = False
     os.environ.update({k:v for k,v in dict(WORLD_SIZE='1', RANK='0').items() if k in env and (as_first or k!='RANK')}) # fastai looks there
@@ -72,8 +72,8 @@ def alone(
 
 def by_first(
     f, # Function without arguments
-): # What it gives in process 0, in all processes; raises what it raises there
-    "Do something in process 0 alone, while the others wait"
+): # Its result in process 0, in all processes; its error there is raised in all
+    "Call a function in process 0, while the others wait"
     if own_part()[1]==1: return f()
     res = err = None
     if not own_part()[0]:
@@ -86,19 +86,19 @@ def by_first(
 
 def first_does(
     f, # Function without arguments
-): # What it gives in process 0; outside of `distrib_ctx` None in the others, which do not wait
-    "Write something in process 0 alone"
+): # Its result in process 0; outside of `distrib_ctx` the others do not wait and get None
+    "Call a function that writes, in process 0 only"
     return by_first(f) if own_part()[1]>1 or is_first() else None
 
 # %% ../../nbs/api/train/01_processes.ipynb #58165d2f
 def _error(cls, msg):
-    "An error as process 0 has it"
+    "The error of process 0"
     try: return cls(msg)
     except Exception: return RuntimeError(f'{cls.__name__}: {msg}')
 
 # %% ../../nbs/api/train/01_processes.ipynb #9b36ef90
 def _is_lost(e):
-    "Is this what a process sees when another one ends?"
+    "Is this error due to the end of another process?"
     words = 'gloo','NCCL','Connection closed by peer','pair closure'
     lost = isinstance(e, getattr(dist, 'DistError', ())) or any(o in str(e) for o in words)
     return lost and dist.is_initialized() and dist.get_world_size()>1
@@ -107,19 +107,19 @@ def _is_lost(e):
 def lost_is_said(
     timeout:float, # Minutes that a process waits for the others
 ):
-    "A context in which a process that has lost another raises `LostProcess`"
+    "A context that raises `LostProcess` if another process is lost"
     try: yield
     except RuntimeError as e:
         if not _is_lost(e): raise
         r,n = dist.get_rank(),dist.get_world_size()
-        raise LostProcess(f"Another one of the {n} processes ended, or did not answer within {timeout:g} minutes, and so process {r} ends "
-            f"as well ({str(e).strip().splitlines()[0].split('. ')[0]}).") from e
+        raise LostProcess(f"Another of the {n} processes ended or did not answer within {timeout:g} minutes, so process {r} ends "
+            f"too ({str(e).strip().splitlines()[0].split('. ')[0]}).") from e
 
 @contextmanager
 def together(
     timeout:float=60, # Minutes that a process waits for the others
 ):
-    "A context in which the processes of a launcher tell each other something between two fits"
+    "A context in which the processes of a launcher exchange values between two fits"
     if num_distrib()>1 and not dist.is_initialized(): dist.init_process_group(timeout=timedelta(minutes=timeout)) # of CPUs and GPUs
     work_together(True)
     try:
@@ -131,7 +131,7 @@ def together(
 def sync_tensors(
     tensors, # Parameters or buffers, the same ones in all processes
 ):
-    "Give all processes the values of process 0"
+    "Copy the values of process 0 to all processes"
     if own_part()[1]==1: return
     for o in tensors:
         flat = o.detach().contiguous()
@@ -142,12 +142,12 @@ def sync_tensors(
 def sync_model(
     model:torch.nn.Module, # The same model in all processes
 ):
-    "Give all processes the weights and statistics of process 0"
+    "Copy the weights and statistics of process 0 to all processes"
     sync_tensors((*model.parameters(),*model.buffers()))
 
 @contextmanager
 def first_prints():
-    "A context in which process 0 alone prints"
+    "A context in which only process 0 prints"
     if not own_part()[0]: yield
     else:
         with open(os.devnull, 'w') as f, redirect_stdout(f): yield

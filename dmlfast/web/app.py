@@ -1,4 +1,4 @@
-"""An application for the browser that answers this machine alone: who may ask, what a browser may load, and how large a request is.
+"""A web application for this machine only: it checks origin, token and size of each request, and limits what pages may load.
 
 Docs: https://dmlfast.github.io/dmlfast/api/web/app.html.md"""
 
@@ -21,7 +21,7 @@ from ..files.images import open_image
 
 # %% ../../nbs/api/web/00_app.ipynb #22552ead
 class Refused(ValueError):
-    "What is asked for is not answered; with the status that says why"
+    "A refused request, with its HTTP status"
     def __init__(self,
         status:int, # HTTP status
         why:str, # Sentence
@@ -36,14 +36,14 @@ safe_headers = {'content-security-policy':csp, 'x-content-type-options':'nosniff
 def _same(a, b): return hmac.compare_digest(str(a).encode(), str(b).encode())
 
 class Guard:
-    "Lets a request through if it comes from here and has the token, and says what a browser may do with the answer"
+    "Accepts requests from this machine with the token, and sets the security headers of the answers"
     def __init__(self,
         app, # ASGI application
-        hosts, # Names with ports that may stand in the address, such as `'127.0.0.1:8000'`
-        token:str=None, # What a request must know; nothing if not given
-        max_bytes:int=2**25, # Bytes of a request
+        hosts, # Allowed hosts with ports, such as `'127.0.0.1:8000'`
+        token:str=None, # Token that a request must have; none if not given
+        max_bytes:int=2**25, # Most bytes of a request
         read_only:bool=False, # Refuse what changes anything?
-        changes=('/change/',), # What the paths begin with that change something
+        changes=('/change/',), # Beginnings of the paths that change something
     ):
         self.app,self.hosts,self.token,self.max_bytes = app,{o.lower() for o in hosts},token,max_bytes
         self.changes = tuple(changes) if read_only else ()
@@ -52,7 +52,7 @@ class Guard:
     def check(self,
         scope:dict, # A request of ASGI
     )->bool: # Is the token in the address, so that it goes into a cookie?
-        "Raise `Refused` for what is not let through"
+        "Raise `Refused` for a request that is not allowed"
         h = {k.decode('latin1'):v.decode('latin1') for k,v in scope['headers']}
         method,site = scope['method'],h.get('sec-fetch-site', 'none')
         if h.get('host', '').lower() not in self.hosts: raise Refused(403, f"This address is not one of {', '.join(sorted(self.hosts))}.")
@@ -67,7 +67,7 @@ class Guard:
 
     @property
     def too_large(self):
-        "What is said of a request with too many bytes"
+        "The error message for too large a request"
         return f"A request has at most {self.max_bytes/2**20:g} MiB."
 
     def _check_token(self, scope, h, method):
@@ -80,7 +80,7 @@ class Guard:
             if (c := cookies.get(self.cookie)) is not None and _same(c.value, self.token): return False
         given = parse_qs(scope['query_string'].decode('latin1')).get('token', [''])[0]
         if method=='GET' and _same(given, self.token): return True
-        raise Refused(401, "Open the address with the token that was printed where this was started.")
+        raise Refused(401, "The token is missing or wrong: open the address that was printed at the start.")
 
     async def __call__(self, scope, receive, send):
         if scope['type']!='http':
@@ -113,21 +113,21 @@ class Guard:
 
 # %% ../../nbs/api/web/00_app.ipynb #4e751ad9
 def needs_explore():
-    "Raise `ImportError` where the packages of the extra are not there"
+    "Raise `ImportError` without the packages of the extra"
     try: import fasthtml.core, starlette, uvicorn
     except ImportError as e:
         raise ImportError("The explorer and the server need python-fasthtml: pip install 'dmlfast[explore]'.") from e
 
 class Sent:
-    "Bytes as they are sent"
+    "Bytes to send"
     def __init__(self,
-        data:bytes, # What
+        data:bytes, # Content
         kind:str, # Media type
-        keep:int=0, # Seconds that a browser may keep it; 0: not at all
+        keep:int=0, # Seconds that a browser may cache it; 0: no caching
     ): self.data,self.kind,self.keep = data,kind,keep
 
 def _answer(res, status=200):
-    "What a function gives, as a response"
+    "The result of a function as a response"
     from starlette.responses import Response
     if isinstance(res, FT): # names of files can hold what is no text
         html = '<!doctype html>\n'*(res.tag=='html')+to_xml(res, indent=False)
@@ -139,15 +139,15 @@ def _answer(res, status=200):
 def json_object(
     body:bytes, # Of a request
 )->dict:
-    "The JSON object in a body; raises `ValueError` for what is none"
+    "The JSON object in a body; raises `ValueError` for anything else"
     try: res = json.loads(body)
     except (ValueError,RecursionError) as e: raise ValueError(f"The body is not JSON: {e}.") from e
-    if not isinstance(res, dict): raise ValueError("The body is a JSON object.")
+    if not isinstance(res, dict): raise ValueError("The body must be a JSON object.")
     return res
 
 def endpoint(
     f, # Function of the request and its body; in a thread, unless it is asynchronous
-    said=None, # Function from status and sentence to what is answered instead; plain text if not given
+    said=None, # Function from status and message to the answer; plain text if not given
 ):
     "A function as an endpoint of an application"
     from inspect import iscoroutinefunction
@@ -163,7 +163,7 @@ def endpoint(
         except StarletteException: raise
         except Exception:
             traceback.print_exc()
-            return _answer(Sent(b"Something went wrong here; the terminal says what.", 'text/plain'), 500)
+            return _answer(Sent(b"An error occurred here; the terminal shows it.", 'text/plain'), 500)
     return _f
 
 def safe_app(
@@ -191,8 +191,8 @@ class Serving:
         make, # Function from hosts and a token to an ASGI application
         host:str='127.0.0.1', # Address to listen at
         port:int=0, # Port; a free one if 0
-        token:str=None, # What a request must know; drawn if not given
-        names=(), # Further names, with ports, under which it is known
+        token:str=None, # Token that a request must have; random if not given
+        names=(), # Further hosts, with ports, that it answers to
     ):
         needs_explore()
         import uvicorn
@@ -201,7 +201,7 @@ class Serving:
         family = socket.AF_INET6 if ':' in host else socket.AF_INET
         try: self.sock = socket.create_server((host,port), backlog=2048, family=family)
         except OSError as e:
-            raise ValueError(f"Nothing can listen at {host}:{port}: {e.strerror or e}.") from e
+            raise ValueError(f"The address {host}:{port} cannot be used: {e.strerror or e}.") from e
         self.port = self.sock.getsockname()[1]
         self.host = f'[{host}]' if ':' in host else host
         own = dict.fromkeys([self.host,'127.0.0.1','localhost','[::1]'])
@@ -220,19 +220,19 @@ class Serving:
         return f'http://{host}:{self.port}/?token={quote(self.token)}'
 
     def open(self):
-        "Show it in the browser"
+        "Open it in the browser"
         webbrowser.open(self.url)
         return self
 
     def wait(self):
-        "Until it is stopped, or Ctrl-C"
+        "Wait until it is stopped, or until Ctrl-C"
         try:
             while self.thread.is_alive(): self.thread.join(.5)
         except KeyboardInterrupt: pass
         finally: self.stop()
 
     def stop(self):
-        "Answer no longer"
+        "Stop answering"
         self.server.should_exit = True
         self.thread.join(5)
         for o in self.timers: # none computes while Python ends
@@ -249,7 +249,7 @@ class Serving:
 _kinds = dict(css='text/css; charset=utf-8', js='text/javascript; charset=utf-8', svg='image/svg+xml')
 
 def package_files()->dict: # Name -> bytes
-    "Styles and scripts that the package brings"
+    "Styles and scripts of the package"
     return {o.name:o.read_bytes() for o in sorted((Path(__file__).parent/'files').iterdir()) if o.suffix[1:] in _kinds}
 
 class Files:
@@ -258,7 +258,7 @@ class Files:
     def url(self,
         name:str, # Name of a file
     )->str:
-        "Its address, which changes with it"
+        "Its address, which changes with its content"
         return f'/files/{name}?v={sha256(self.files[name]).hexdigest()[:12]}'
     def __call__(self, req, body):
         name = req.path_params['name']
@@ -269,9 +269,9 @@ class Files:
 def as_jpeg(
     im, # PIL image
     side:int, # Most pixels of its longer side
-    quality:int=86, # Of JPEG, up to 95
+    quality:int=86, # Quality of JPEG, up to 95
 )->bytes:
-    "A picture encoded again"
+    "Encode an image as JPEG, without metadata"
     im = im.convert('RGB')
     if max(im.size)>side: im = ImageOps.contain(im, (side,side), Image.Resampling.LANCZOS)
     f = io.BytesIO()
@@ -279,7 +279,7 @@ def as_jpeg(
     return f.getvalue()
 
 def no_picture()->Image.Image:
-    "What is shown where there is no picture"
+    "The placeholder for a missing picture"
     im = Image.new('RGB', (320,320), '#8b9097')
     d = ImageDraw.Draw(im)
     d.rounded_rectangle((90,105,230,215), 10, outline='#b9bdc3', width=6)
@@ -291,26 +291,26 @@ def as_small(
     im, # PIL image
     side:int, # Most pixels of its shorter side
 )->Image.Image:
-    "An image reduced, quickly"
+    "A smaller version of an image, made quickly"
     im = im.convert('RGB')
     if min(im.size)>side: im = im.reduce(max(1, min(im.size)//side))
     return im
 
 class Pictures:
-    "Pictures as they are sent; those that were used last stay in memory"
+    "Pictures as JPEG; the last used ones stay in memory"
     def __init__(self,
-        open, # Function from a key to what `open_image` takes, or None
-        max_bytes:int=2**26, # Memory for those that are kept
-        max_pixels:int=5*10**7, # More are not opened
+        open, # Function from a key to an input of `open_image`, or None
+        max_bytes:int=2**26, # Bytes of memory for pictures
+        max_pixels:int=5*10**7, # Most pixels of an image; larger ones are not opened
     ):
         self.open,self.max_bytes,self.max_pixels = open,max_bytes,max_pixels
         self.kept,self.n,self.lock,self.few = OrderedDict(),0,threading.Lock(),threading.BoundedSemaphore(8)
 
     def __call__(self,
-        key, # Which
+        key, # Its key
         side:int=320, # Most pixels of its longer side
     )->bytes: # JPEG
-        "A picture; a grey one where it cannot be opened"
+        "A picture; a grey one if the image cannot be opened"
         with self.lock:
             if (key,side) in self.kept:
                 self.kept.move_to_end((key,side))
@@ -323,9 +323,9 @@ class Pictures:
         return res
 
     def image(self,
-        key, # Which
-    )->Image.Image: # None where it cannot be opened
-        "A picture as it is"
+        key, # Its key
+    )->Image.Image: # None if it cannot be opened
+        "The image itself"
         with self.few:
             try: return None if (x := self.open(key)) is None else open_image(x, max_pixels=self.max_pixels)
             except (ValueError,OSError): return None

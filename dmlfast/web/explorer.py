@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/web/explorer.html.md"""
 __all__ = ['Explorer']
 
 # %% ../../nbs/api/web/07_explorer.ipynb #021742f7
-import threading
+import os, threading
 import numpy as np
 from pathlib import Path
 from fastcore.basics import patch
@@ -28,19 +28,23 @@ def _int(req, name, default, lo, hi):
     v = req.query_params.get(name, '')
     return min(hi, max(lo, int(v))) if v.isdecimal() and len(v)<10 else default
 
+def _folder_of(finder):
+    "Where decisions are kept: beside the gallery, if it has a folder that can be written to"
+    return finder.folder if finder.folder and os.access(finder.folder, os.W_OK) else Path()
+
 class Explorer:
     "The pages of a gallery as an application"
     def __init__(self,
-        items:Items, # What is explored
-        name:str='gallery', # How it is called
+        items:Items, # The items of the gallery
+        name:str='gallery', # Its name
         read_only:bool=False, # Can nothing be changed?
-        review=None, # File of decisions on labels, `.csv`; `review.csv` in the folder of the gallery if not given
+        review=None, # File of decisions on labels, `.csv`; `review.csv` if not given, in the gallery's folder or else in the current one
     ):
         self.items,self.name,self.read_only,self.files = items,name,read_only,Files()
-        self.review_file,self._review = Path(review) if review else items.finder.folder and items.finder.folder/'review.csv',None
+        self.review_file,self._review = Path(review) if review else _folder_of(items.finder)/'review.csv',None
 
     def routes(self):
-        "What each address answers"
+        "The function of each address"
         return {'GET /':self._search, 'GET /gallery':self._gallery, 'GET /files/{name}':self.files, 'GET /image/{n:int}':self._image,
             'GET /query/{key}':self._asked, 'POST /look':self._look, 'POST /change/add':self._add, 'POST /change/remove':self._remove,
             'POST /change/rename':self._rename, 'GET /mistakes':self._mistakes, 'GET /threshold.json':self._threshold,
@@ -55,7 +59,7 @@ class Explorer:
         return safe_app(self.routes(), hosts=hosts, token=token, read_only=self.read_only)
 
     def warm(self):
-        "Search once, so that what is loaded late is there for the first who searches"
+        "Search once, so that the first search of a user does not wait for late imports"
         self.items.sync()
         if len(self.items): self.items.near(self.items.query(str(self.items.numbers[0])), 1)
 
@@ -80,7 +84,7 @@ def _search(self:Explorer, req, body):
 
 @patch
 def _look(self:Explorer, req, body):
-    "Take a photo to search for"
+    "Embed an uploaded photo to search for"
     return dict(q=self.items.ask(body))
 
 @patch
@@ -93,7 +97,7 @@ def _image(self:Explorer, req, body):
 
 @patch
 def _asked(self:Explorer, req, body):
-    "Picture of what is searched for"
+    "Picture of the query"
     q = self.items.query(req.path_params['key'])
     return Sent(q.picture or self.items.pictures(q.number, 1600), 'image/jpeg')
 
@@ -108,20 +112,20 @@ def _gallery(self:Explorer, req, body):
 
 @patch
 def _add(self:Explorer, req, body):
-    "Put a photo into the gallery"
+    "Add a photo to the gallery"
     label = req.query_params.get('label', '')
     n, = self.items.add([body], label)
     return dict(n=n, label=self.items.label(n))
 
 @patch
 def _remove(self:Explorer, req, body):
-    "Take items out, by number or a whole class"
+    "Remove items, by number or a whole class"
     o = json_object(body)
     return dict(removed=self.items.remove(o.get('numbers'), o.get('label')))
 
 @patch
 def _rename(self:Explorer, req, body):
-    "Give a class another name"
+    "Rename a class"
     o = json_object(body)
     if not all(isinstance(o.get(k), str) for k in ('old','new')): raise ValueError("`old` and `new` are names of classes.")
     self.items.rename(o['old'], o['new'])
@@ -129,12 +133,12 @@ def _rename(self:Explorer, req, body):
 
 # %% ../../nbs/api/web/07_explorer.ipynb #f3f82dab
 def _one_class(items):
-    "Why there are no mistakes, where all have one label"
+    "Explanation if all items have one label"
     return '' if len(items.classes)!=1 else 'All items have one label. Give them labels, and this page shows what is confused.'
 
 @patch
 def _mistakes(self:Explorer, req, body):
-    "What is confused, computed by the second request"
+    "The mistakes, computed by the second request"
     why,found = _one_class(self.items),None
     try:
         if not why and (req.query_params.get('now') or self.items.made('mistakes')):
@@ -144,7 +148,7 @@ def _mistakes(self:Explorer, req, body):
 
 @patch
 def _threshold(self:Explorer, req, body):
-    "What each threshold means"
+    "The errors at each threshold"
     return self.items.once('threshold', lambda e, numbers: threshold_counts(e))
 
 _most,_sheet = 10000,dict(side=48, cols=24) # items of a map; pixels of a photo on a sheet, and photos in a row
@@ -173,9 +177,9 @@ def _places(self:Explorer, req, body):
 
 @patch
 def _sheet(self:Explorer, req, body):
-    "Photos that lie together on the map"
+    "A sheet of photos that are near each other on the map"
     version,k = (req.path_params[o] for o in ('version','k'))
-    if version!=self.items.version or not self.items.made('map'): raise Refused(404, "The gallery has changed: load the map again.")
+    if version!=self.items.version or not self.items.made('map'): raise Refused(404, "The gallery has changed: reload the map.")
     data,per = self.items.once('map', None),_sheet['cols']**2
     def _f(e, numbers):
         at = sorted(range(len(data['slot'])), key=data['slot'].__getitem__)[k*per:(k+1)*per]
@@ -192,15 +196,14 @@ def _near(self:Explorer, req, body):
 
 @patch
 def review(self:Explorer):
-    "Decisions on labels; raises `ValueError` where they cannot be kept"
-    if self.review_file is None: raise ValueError("Decisions are kept in a file: start with finder.explore(review='labels.csv').")
+    "Decisions on labels; raises `ValueError` if the file cannot be used"
     if self._review is None: self._review = LabelReview(self.review_file, self.items.gallery.items, self.items.gallery.labels)
     self._review.read()
     return self._review
 
 @patch
 def suspects(self:Explorer):
-    "Suspicious items, with their numbers; by the facts `split`, where there are any, also leaks"
+    "Suspicious items, with their numbers; also leaks if the items have the fact `split`"
     parts = self.items.gallery.facts.get('split')
     parts = None if parts is None or len(set(parts))<2 else np.array([str(o or '') for o in parts])
     def _f(e, numbers):
@@ -221,7 +224,7 @@ def _labels(self:Explorer, req, body):
 
 @patch
 def _decide(self:Explorer, req, body):
-    "Keep a decision, or take the last one back"
+    "Store a decision, or undo the last one"
     o,review = json_object(body),self.review()
     with self.items.lock:
         if o.get('decision')=='undo': review.undo()
@@ -232,16 +235,16 @@ def _decide(self:Explorer, req, body):
 @patch
 def explore(self:ImageEmbedder,
     image=None, # Folder that the items' names are relative to, or function from an index to an image; as the names say if not given
-    name:str=None, # How it is called; its folder's name if not given
+    name:str=None, # Its name; its folder's name if not given
     port:int=0, # Port; a free one if 0
     browser:bool=True, # Open it in the browser?
     read_only:bool=False, # Can nothing be changed?
-    review=None, # File that decisions on labels are kept in, `.csv`; `review.csv` in the gallery's folder if not given
-    token:str=None, # What the address must hold; drawn if not given
+    review=None, # File that decisions on labels are kept in, `.csv`; `review.csv` in the gallery's or the current folder if not given
+    token:str=None, # Token in the address; random if not given
     static=None, # Folder for a map as plain files, which need no server; nothing is served then
     overwrite:bool=False, # May such files take the place of others?
 )->Serving|Path: # The page, with `static`
-    "The gallery in the browser, until `stop` is called or Python ends; raises `ImportError` without the extra `explore`"
+    "Show the gallery in the browser, until `stop` is called or Python ends; raises `ImportError` without the extra `explore`"
     if static is not None: return static_page(self, static, image, name, overwrite=overwrite)
     needs_explore()
     items = Items(self, image)

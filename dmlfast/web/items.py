@@ -1,4 +1,4 @@
-"""The items of a gallery as a browser sees them: each has a number that never becomes another's, and a picture.
+"""The items of a gallery for the browser: each has a picture, and a number that is never used for another item.
 
 Docs: https://dmlfast.github.io/dmlfast/api/web/items.html.md"""
 
@@ -30,13 +30,14 @@ Query.__doc__ = "What is searched for: embedding; number and label of an item, o
 class Items:
     "The items of a gallery by number, with their pictures"
     def __init__(self,
-        finder:ImageEmbedder, # Embedder, with a gallery or without
+        finder:ImageEmbedder, # Embedder, with or without a gallery
         image=None, # Folder that the items' names are relative to, or function from an index to an image; as the names say if not given
         max_pixels:int=5*10**7, # Larger images are not opened
     ):
         if not isinstance(finder.gallery, MemoryGallery):
-            raise ValueError("What is explored is a gallery in memory, and this one is a table: load the embedder without `gallery=`, or "
-                "add a part of the table's rows.")
+            raise ValueError("The explorer shows a gallery in memory, and this one is a table: load the embedder without `gallery=`, or "
+                "add a "
+                "part of the table's rows.")
         self.finder,self.image,self.max_pixels = finder,image,max_pixels
         self.lock,self.few,self.embed = threading.RLock(),threading.BoundedSemaphore(4),finder.embed
         self.pictures,self.queries,self.held = Pictures(self.source, max_pixels=max_pixels),OrderedDict(),{}
@@ -46,12 +47,12 @@ class Items:
 
     @property
     def gallery(self):
-        "What is searched"
+        "The gallery of the finder"
         return self.finder.gallery
     def __len__(self): return len(self.gallery)
 
     def sync(self):
-        "Give a number to each item that has none; after a change by others that is more than an addition, all are new"
+        "Number new items; number all items again if others changed the gallery in another way than by adding items"
         with self.lock:
             names,old = self.gallery.items,self._seen or []
             if names is self._seen: return self
@@ -62,7 +63,7 @@ class Items:
         return self
 
     def _take(self, numbers):
-        "These are the numbers of the rows now"
+        "Set the numbers of the rows"
         self.numbers,self.row_of = numbers,{n:i for i,n in enumerate(numbers)}
         self.next = max([self.next,*(n+1 for n in numbers[-1:])])
         self._seen,self.version = self.gallery.items,self.version+1
@@ -70,7 +71,7 @@ class Items:
     def row(self,
         n:int, # Number of an item
     )->int:
-        "The row of an item; raises `Refused` where it is gone"
+        "The row of an item; raises `Refused` if it was removed"
         if type(n) is not int or n not in self.row_of: raise Refused(404, "This item is no longer in the gallery.")
         return self.row_of[n]
 
@@ -83,14 +84,14 @@ class Items:
     def name(self,
         n:int, # Number of an item
     )->str:
-        "What an item is called"
+        "The name of an item"
         return self.gallery.items[self.row(n)]
 
     def once(self,
-        key:str, # What it is called
+        key:str, # Name of the result
         f, # Function of the gallery as `Embedded` and of the numbers of its rows
     ):
-        "What `f` makes of the gallery, until that changes"
+        "The result of `f` for the gallery, computed once until the gallery changes"
         self.sync()
         with self.lock:
             if self._made[0]!=self.version: self._made = self.version,{}
@@ -103,9 +104,9 @@ class Items:
         return res[0]
 
     def made(self,
-        key:str, # What it is called
+        key:str, # Name of the result
     )->bool:
-        "Has `once` made it?"
+        "Has `once` computed it?"
         return self._made[0]==self.version and bool(self._made[1].get(key, (None,[]))[1])
 
     @property
@@ -120,9 +121,9 @@ class Items:
 
     def some(self,
         k:int=24, # How many
-        seed:int=0, # Of the draw
+        seed:int=0, # Seed of the draw
     )->list: # Of numbers
-        "Some items, no two of a class while there are others"
+        "Some items, of different classes if there are enough"
         rng = random.Random(seed)
         classes = list(self.classes.values())
         res = [rng.choice(o) for o in rng.sample(classes, min(k, len(classes)))]
@@ -132,13 +133,13 @@ class Items:
 # %% ../../nbs/api/web/02_items.ipynb #b1aa7a05
 @patch(as_prop=True)
 def folder(self:Items)->Path:
-    "Folder in which changes are kept; None where they are in memory alone"
+    "Folder that keeps changes; None if they are in memory only"
     return self.gallery.journal.folder if self.gallery.journal else None
 
 @patch
 def file_of(self:Items,
     name:str, # Name of an item
-)->Path: # None where there is none
+)->Path: # None if there is none
     "The file of an item"
     roots = [self.image] if isinstance(self.image, (str,Path)) else []
     for o in [*roots, *([self.finder.folder] if self.finder.folder else []), Path()]:
@@ -148,13 +149,13 @@ def file_of(self:Items,
 
 @patch(as_prop=True)
 def shape(self:Items)->str: # `'wide'`, `'square'` or `'tall'`
-    "What most pictures are like, by some of them"
+    "The shape of most pictures, from a sample"
     if self._shape is None or self._shape[0]!=(len(self)>0): self._shape = len(self)>0,_shape_of([*map(self._size, self.some(7))])
     return self._shape[1]
 
 @patch
 def _size(self:Items, n):
-    "Width by height, of what is not decoded for it"
+    "Width divided by height, without decoding the image"
     try:
         x = self.source(n)
         with Image.open(io.BytesIO(x) if isinstance(x, bytes) else x) as im: return im.width/im.height
@@ -167,8 +168,8 @@ def _shape_of(ratios):
 @patch
 def source(self:Items,
     n:int, # Number of an item
-): # What `open_image` takes; None where there is nothing
-    "Where the picture of an item is"
+): # Input of `open_image`; None if there is nothing
+    "The source of the picture of an item"
     if n in self.held: return self.held[n]
     if n in self.first: return self.image(self.first[n])
     return self.file_of(self.name(n))
@@ -178,16 +179,16 @@ def source(self:Items,
 def opened(self:Items,
     data:bytes, # An image file
 ): # PIL image
-    "An uploaded image as this embedder opens it; raises `ValueError` for what is none, or is too large"
+    "Open an uploaded image as the embedder does; raises `ValueError` if it is no image, or too large"
     pre = {k:getattr(self.finder.preprocess, k) for k in ('mode','background') if hasattr(self.finder.preprocess, k)}
     return open_image(data, **pre, max_pixels=self.max_pixels)
 
 @patch
 def prepared(self:Items,
     data:bytes, # An image file
-    side:int=None, # Most pixels of the longer side of a picture; none is made if not given
-)->tuple: # What the network takes, `(c,h,w)` float32, and a picture, JPEG
-    "An uploaded image for the network; few are decoded at the same time, since each can take much memory"
+    side:int=None, # Most pixels of the longer side of a picture; no picture if not given
+)->tuple: # Input of the network, `(c,h,w)` float32, and a picture, JPEG
+    "Prepare an uploaded image for the network; only few are decoded at a time, to limit memory"
     with self.few:
         im = self.opened(data)
         return self.finder.preprocess(im),as_jpeg(im, side) if side else None
@@ -196,7 +197,7 @@ def prepared(self:Items,
 def ask(self:Items,
     data:bytes, # An image file
 )->str: # Its key
-    "Embed an uploaded image; the last hundred are remembered"
+    "Embed an uploaded image; the last hundred are kept"
     t = time.perf_counter()
     x,jpeg = self.prepared(data, 1200)
     emb = self.embed(x)
@@ -210,19 +211,19 @@ def ask(self:Items,
 
 @patch
 def query(self:Items,
-    key:str, # What `ask` gave, or the number of an item
+    key:str, # Key from `ask`, or the number of an item
 )->Query:
-    "What is searched for; raises `Refused` where it is gone"
+    "The query of a key; raises `Refused` if it is gone"
     if key in self.queries: return self.queries[key]
-    if not key.isdecimal() or len(key)>12: raise Refused(404, "This photo is no longer remembered: choose it again.")
+    if not key.isdecimal() or len(key)>12: raise Refused(404, "This photo is no longer in memory: choose it again.")
     n = int(key)
     return Query(self.gallery.embs[self.row(n)], n, self.label(n), None, None)
 
 @patch
 def near(self:Items,
-    q:Query, # What `query` gave
+    q:Query, # Query, from `query`
     k:int=12, # How many
-    label:str=None, # Of this class alone, or of those with this in their names
+    label:str=None, # Only of this class, or of the classes with this in their names
     rerank:str=None, # Name of a re-ranker
 )->list: # Numbers and scores, nearest first
     "The nearest items"
@@ -236,10 +237,10 @@ def near(self:Items,
 
 @patch
 def verdict(self:Items,
-    found:list, # What `near` gave, of the plain search
-    least:float=None, # Score from which on it is known; the calibrated threshold if not given, minus infinity where there is none
-)->Label: # None as label for what is unknown
-    "The class by what was found, None if nothing is near enough"
+    found:list, # Result of `near`, of the plain search
+    least:float=None, # Least score of a known image; the calibrated threshold if not given, minus infinity without one
+)->Label: # The label is None for an unknown image
+    "The class from the found items, None if no item is near enough"
     hits = [Hit(self.label(n), '', s) for n,s in found[:5] if n in self.row_of]
     if not hits: return Label(None, None)
     if least is None: least = self.finder.least(self.finder.threshold is not None)
@@ -251,7 +252,7 @@ def add(self:Items,
     photos, # Image files, a list of bytes
     label:str, # Their class
 )->list: # Their numbers
-    "Put photos of a class into the gallery, and keep them"
+    "Add photos of a class to the gallery, and keep the files"
     label = _named(label)
     embs = torch.stack([self.embed(self.prepared(o)[0]) for o in photos])
     with self.few: jpegs = [as_jpeg(open_image(o, max_pixels=self.max_pixels), 2048, 92) for o in photos]
@@ -267,12 +268,12 @@ def add(self:Items,
 
 def _named(label):
     "The name of a class"
-    if not (label := label.strip()) or len(label)>200: raise ValueError("A class has a name of 1 to 200 letters.")
+    if not (label := label.strip()) or len(label)>200: raise ValueError("The name of a class has 1 to 200 characters.")
     return label
 
 @patch
 def _keep(self:Items, name, jpeg):
-    "Write a photo into the folder, and nowhere else"
+    "Write a photo into the folder `photos` of the gallery, and nowhere else"
     file = self.folder/name
     file.parent.mkdir(exist_ok=True)
     if file.parent.resolve()!=self.folder.resolve()/'photos': raise ValueError(f"{str(file.parent)!r} is not a folder of this gallery.")
@@ -280,14 +281,14 @@ def _keep(self:Items, name, jpeg):
 
 @patch
 def remove(self:Items,
-    numbers=None, # Of items
+    numbers=None, # Numbers of items
     label:str=None, # Or all of a class
 )->int: # How many
-    "Take items out, with the photos that were kept for them"
+    "Remove items, and the photos that were kept for them"
     with self.lock:
         if label is not None: numbers = self.classes.get(label)
         if not isinstance(numbers, list) or not numbers or not all(type(n) is int for n in numbers):
-            raise ValueError("There is nothing to remove: say `numbers` of items, or the `label` of a class.")
+            raise ValueError("There is nothing to remove: give `numbers` of items, or the `label` of a class.")
         rows = sorted({self.row(n) for n in numbers})
         names = {self.gallery.items[i] for i in rows}
         self.gallery.change('remove', rows=rows)
@@ -302,7 +303,7 @@ def rename(self:Items,
     old:str, # A class
     new:str, # Its new name
 ):
-    "Give a class another name"
+    "Rename a class"
     with self.lock:
         self.finder.rename(old, _named(new))
         self.version += 1

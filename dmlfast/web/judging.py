@@ -1,4 +1,4 @@
-"""The pages on which a person judges: mistakes with their pictures, what a threshold means, and one suspicious label after another.
+"""Pages to judge an embedding: mistakes with their pictures, the meaning of a threshold, and suspicious labels one by one.
 
 Docs: https://dmlfast.github.io/dmlfast/api/web/judging.html.md"""
 
@@ -18,7 +18,7 @@ from .pages import *
 # %% ../../nbs/api/web/06_judging.ipynb #72c05783
 def mistakes_page(
     items:Items, # Those that are compared
-    found:dict=None, # What `mistakes` gives; None while it is computed
+    found:dict=None, # Result of `mistakes`; None while it is computed
     why:str='', # Why there is none
 )->tuple: # Elements
     "The threshold, the most confused classes and the worst queries"
@@ -29,30 +29,32 @@ def mistakes_page(
 def _head(title, said): return Div(Div(H2(title), P(said, cls='because')), cls='verdict')
 
 def _threshold(items):
-    "A slider, what it means, and the curve"
+    "The slider, its meaning, and the curve"
     t = items.finder.threshold
     means = Div(Div(P(id='falsesaid'), P(id='falsecount', cls='because'), cls='meaning false',
-            title='False-match rate: share of the pairs of two classes that score as high as the threshold, or higher'),
+            title='False-match rate: share of the pairs of two classes that score the threshold or more'),
         Div(P(id='missedsaid'), P(id='missedcount', cls='because'), cls='meaning missed',
             title='False-non-match rate: share of the pairs of one class that score lower than the threshold'), cls='means')
     cutting = Div(Div(ft('output', id='cut', cls='big'), Div(cls='rates', id='rates'), cls='cutrow'),
         Input(type='range', id='cutter', min='0', max='1', value='0', aria_label='Threshold'),
         ft('svg', id='both', preserveAspectRatio='none', role='img', aria_label='Both errors, over the thresholds'),
+        Div(Span(id='lowest', title='The least similarity of two photos'), Span('false matches', cls='key false'),
+            Span('missed pairs', cls='key missed'), Span(id='highest', title='The greatest similarity'), cls='legend'),
         means, P(id='allsaid', cls='because'), cls='cutting')
     said = 'ROC curve: share of pairs of one class that are found, by the share of pairs of two classes that count as one'
     roc = Figure(ft('svg', id='roc', viewBox='0 0 420 300', role='img', aria_label=said),
-        Figcaption('Pairs of one class that are found, by false matches', cls='because'), cls='roc')
-    return Section(_head('What a threshold means', 'Two photos count as one class from this similarity on.'),
+        Figcaption('ROC curve. The dot is at the threshold.', cls='because'), cls='roc')
+    return Section(_head('What a threshold means', 'Two photos with this similarity or more count as one class.'),
         Div(cutting, roc, cls='threshold', id='threshold', data_url='/threshold.json', data_calibrated='' if t is None else str(t)))
 
 def _pair(items, q, f, score):
-    "A photo, and what was found for it"
+    "A photo beside the found one"
     both = [A(picture(n, items.label(n), title=items.name(n)), href=link('/', q=q)) for n in (q,f)]
     return Div(*both, Span(number(score), cls='score', title='Cosine similarity of the two photos'), cls='pair')
 
 def _pairs(items, pairs):
     "The most confused classes"
-    yield _head('Classes taken for each other', 'How often the photo nearest to one of the first class is of the second.')
+    yield _head('Classes taken for each other', 'How often the nearest neighbour of a photo of the first class is of the second class.')
     if not pairs: yield P('None: the nearest neighbour of each photo is of its class.', cls='empty')
     def _one(o):
         a,b = (A(o[k], href=link('/gallery', label=o[k])) for k in ('query','found'))
@@ -63,7 +65,7 @@ def _pairs(items, pairs):
 
 def _queries(items, queries):
     "The worst queries with their neighbours"
-    yield _head('Worst searches', 'Photos for which their own class is found last.')
+    yield _head('Worst searches', 'Photos whose own class comes last in the search.')
     if not queries: yield P('No class has two photos, so there is nothing to find.', cls='empty')
     def _card(o, *more, **kwargs): return card(o['n'], o['label'], link('/', q=o['n']), *more, name=items.name(o['n']), **kwargs)
     def _row(o):
@@ -73,8 +75,8 @@ def _queries(items, queries):
     yield Div(*map(_row, queries), cls='worsts')
 
 def numbered_mistakes(
-    found:dict, # What `mistakes` gives, with rows
-    numbers:list, # Of the rows
+    found:dict, # Result of `mistakes`, with rows
+    numbers:list, # Numbers of the rows
 )->dict:
     "The same with numbers of items"
     def _n(o): return {**{k:v for k,v in o.items() if k!='row'}, 'n':numbers[o['row']]}
@@ -86,16 +88,17 @@ def numbered_mistakes(
 _kinds = dict(label=('Nearly the same, under two labels','Is the label of the photo on the left right?'),
     leak=('Nearly the same photo in two parts of the data','Shall the photo on the left stay?'),
     duplicate=('Nearly the same photo twice','Shall the photo on the left stay?'))
+_takes = 'In Python, ds.relabel(file).without(file) is the data set without what was decided to be wrong'
 _keys = dict(right='r', wrong='w', other='o', skip='s', undo='u')
 
 def labels_page(
     items:Items, # Those that are judged
-    found:list, # What `suspects` gives, with numbers; None while it is computed
+    found:list, # Result of `suspects`, with numbers; None while it is computed
     review:LabelReview, # Decisions; None if they cannot be kept
     why:str='', # Why there is nothing to judge, or why it cannot be kept
     read_only:bool=False, # Can nothing be changed?
 )->tuple: # Elements
-    "The next suspicious label, or what was decided"
+    "The next suspicious label, or the decisions"
     if found is None and not why:
         return P(f'Looking for suspicious labels among {len(items):,} items …', cls='empty loading', data_load='/labels?now=1'),
     if found is None: return P(why, cls='empty'),
@@ -104,7 +107,9 @@ def labels_page(
     left = [o for o in there if items.name(o['n']) not in done]
     n = len(there)-len(left)
     can = review is not None and not read_only
-    head = Div(Div(H2('Suspicious labels'), P(f'{n:,} of {len(there):,} decided', cls='because')),
+    kept = (' · kept in ',Code(str(review.file), title=f'{review.file.absolute()}. {_takes}')) if can else ()
+    said = f"{n:,} of {len(there):,} decided{' · this gallery is read-only' if read_only else ''}"
+    head = Div(Div(H2('Suspicious labels'), P(said, *kept, cls='because')),
         ft('progress', value=str(n), max=str(max(1, len(there))), aria_label='Decided'),
         _button('undo', 'Undo', not review.log) if can else None, cls='verdict')
     if not left: return head,_all_decided(review, there)
@@ -114,7 +119,7 @@ def _button(kind, text, off=False, cls='quiet'):
     return Button(text, ft('kbd', _keys[kind]), type='button', data_decide=kind, disabled=off, cls=cls, title=f'Key {_keys[kind]}')
 
 def _case_of(items, o, can):
-    "A suspicious item beside what it is like"
+    "A suspicious item beside the similar one"
     title,question = _kinds[o['kind']]
     def _side(n, said):
         im = Img(src=link(f'/image/{n}', side=1600), alt=items.label(n), loading='eager', decoding='async')
@@ -127,7 +132,7 @@ def _case_of(items, o, can):
     return Section(Div(H3(title), similarity, cls='row'), two, Div(P(question), agree), _tools(items, o) if can else None, cls='case')
 
 def _tools(items, o):
-    "What can be decided"
+    "The buttons for a decision"
     label = o['kind']=='label'
     other = Input(type='text', id='other', name='other', value=o['other'] if o['other']!=o['label'] else '', list='classes',
         aria_label='The other class', maxlength='200', autocomplete='off')
@@ -136,8 +141,8 @@ def _tools(items, o):
         data_item=str(o['n']), id='deciding')
 
 def _all_decided(review, found):
-    "What came of it"
-    if not found: return P('No label is suspicious: no two photos of two classes are nearly the same, and none is there twice.',
+    "A summary of the decisions"
+    if not found: return P('No label is suspicious: no two photos of different classes are nearly the same, and there are no duplicates.',
         cls='empty')
     if review is None: return None
     n = [o.decision for o in review.decisions.values()]

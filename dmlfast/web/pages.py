@@ -1,4 +1,4 @@
-"""The pages of the explorer, built of elements: whatever a class, a file or a fact is called, it is text.
+"""The pages of the explorer, built from elements, so that names of classes, files and facts are always text.
 
 Docs: https://dmlfast.github.io/dmlfast/api/web/pages.html.md"""
 
@@ -21,7 +21,7 @@ view_paths = dict(search='/', map='/map', mistakes='/mistakes', labels='/labels'
 
 def link(
     path:str, # Such as `'/gallery'`
-    **params # What is asked for; empty ones are left out
+    **params # Parameters; empty ones are left out
 )->str:
     "An address of this application"
     q = urlencode({k:v for k,v in params.items() if v not in (None,'',False)}, errors='surrogateescape')
@@ -30,7 +30,7 @@ def link(
 def page(
     files:Files, # Styles and scripts
     view:str, # Name of a view
-    name:str, # What is explored
+    name:str, # Name of the gallery
     items:Items, # Its items
     *body, # Elements
     read_only:bool=False, # Can nothing be changed?
@@ -58,7 +58,7 @@ def page(
 
 def picture(
     n:int, # Number of an item
-    label:str, # What it shows
+    label:str, # Its label
     side:int=320, # Most pixels of its longer side
     **kwargs # Attributes
 )->FT:
@@ -95,13 +95,13 @@ def card(
     label:str, # Its class
     href:str, # Where a click leads
     *more, # Further elements
-    cls:str='', # Of the card
-    name:str='', # What it is called
+    cls:str='', # Class of the card in CSS
+    name:str='', # Its name
     score:float=None, # Similarity; not shown if not given
     threshold:float=None, # Marked in its bar
-    said:str=_score_says, # What the score means
+    said:str=_score_says, # Explanation of the score
 )->FT:
-    "A photo with what is known of it"
+    "A photo with its facts"
     zoom = Button('⤢', type='button', cls='zoom', data_zoom=str(n), data_name=f'{label} · {name}', aria_label='Enlarge',
         title='Enlarge (space)')
     return Figure(A(picture(n, label), href=href, data_swap='#main', title=f'{label}\n{name}'.strip()), zoom,
@@ -112,20 +112,20 @@ def card(
 # %% ../../nbs/api/web/05_pages.ipynb #a530e388
 def search_page(
     items:Items, # Those that are searched
-    q:Query=None, # What is searched for; nothing yet if not given
-    key:str='', # How it is called in addresses
+    q:Query=None, # The query; none yet if not given
+    key:str='', # Its key in addresses
     k:int=12, # How many
-    label:str='', # Of this class alone
+    label:str='', # Only of this class
     rerank:str='', # Name of a re-ranker
     side:bool=False, # Beside the plain search?
-    seed:int=0, # Of the items to begin with
+    seed:int=0, # Seed of the items to begin with
 )->tuple: # Elements
-    "Photo and controls on one side, what was found on the other"
+    "The photo and the controls on one side, the found items on the other"
     given = dict(k=k, label=label, rerank=rerank, side='1' if side else '')
     return Div(_ask(items, q, key, given), Section(*_found(items, q, key, given, seed), id='found', aria_live='polite'), cls='search'),
 
 def _ask(items, q, key, given):
-    "What is searched for, and how"
+    "The query and the controls"
     what = Img(src=link(f'/query/{key}'), alt='The photo that is searched for', cls='asked') if q else Div(
         Strong('A photo to search for'), Span('drop it, paste it, or choose a file'), cls='prompt')
     drop = Label(what, Input(type='file', accept='image/*', id='photo', aria_label='Choose a photo'), cls='drop has' if q else 'drop')
@@ -135,9 +135,9 @@ def _ask(items, q, key, given):
         Label(Span('Neighbours'), Input(type='range', name='k', id='k', min='1', max='48', value=str(given['k'])),
             _output(given['k']), title='How many of the nearest items are shown'),
         Label(Span('Class'), Input(type='search', name='label', id='label', value=given['label'], list='classes', placeholder='all classes',
-            autocomplete='off'), title='Search among the items of one class, or of those with this in their names (key /)'),
+            autocomplete='off'), title='Search only one class, or the classes with this text in their names (key /)'),
         Label(Span('Re-rank'), Select(*rerank, name='rerank', id='rerank'),
-            title='Rank what was found anew, by what the neighbours have in common'),
+            title='Rank the found items again, by the neighbours that they have in common'),
         Label(Input(type='checkbox', name='side', id='side', value='1', checked=bool(given['side'])), Span('side by side'),
             title='The plain search beside the new ranking', cls='check') if given['rerank'] else None,
         listed(items), action='/', cls='controls', data_swap='#main' if q else '#found')
@@ -155,20 +155,20 @@ def listed(
     return ft('datalist', *[Option(value=o) for o in [*items.classes][:3000]], id='classes')
 
 def _meanings(items):
-    "What the numbers mean"
+    "The meaning of the numbers"
     c = items.finder.calibration or {}
     t = c.get('threshold')
     said = [P(B('Score'), ' is the cosine similarity of two embeddings: 1 for the same direction, 0 for nothing in common.')]
-    if t is None: said.append(P('This embedder has no calibrated ', B('threshold'), ', so it does not say what is unknown.'))
+    if t is None: said.append(P('This embedder has no calibrated ', B('threshold'), ', so it cannot say which photos are unknown.'))
     else:
         missed = '' if c.get('fnmr') is None else f" Of pairs of one class, {c['fnmr']:.0%} score lower."
         said.append(P(B('Threshold'), f" {number(t)} was calibrated on {c.get('classes', 'other')} classes that were not trained on. "
             f"Of pairs of two classes, {c['fmr']:.2%} score higher.{missed}"))
-    said.append(P(B('Re-ranking'), ' has scores of its own, which no threshold belongs to. ▲ says how many places an item has gained.'))
+    said.append(P(B('Re-ranking'), ' has other scores, so no threshold applies. ▲ shows how many places an item has gained.'))
     return Details(Summary('What the numbers mean'), *said, cls='meanings')
 
 def _found(items, q, key, given, seed):
-    "What was found, or what to begin with"
+    "The found items, or some items to begin with"
     if q is None: return _begin(items, given, seed)
     t = time.perf_counter()
     plain = items.near(q, given['k'], given['label'])
@@ -211,14 +211,14 @@ def _verdict(items, q, plain):
     return Div(H2(res.label), _p('By a vote of the five nearest. The nearest scores ',nearest,*known,'.'))
 
 def _cards(items, q, found, given, before=None):
-    "Cards of what was found, the threshold's line among them"
+    "Cards of the found items, with the line of the threshold"
     t,res,lined = items.finder.threshold if before is None else None,[],False
     at = {n:i for i,(n,_) in enumerate(before or [])}
     more = {} if before is None else dict(said='Score of the re-ranker, on a scale of its own')
     for i,(n,s) in enumerate(found):
         if t is not None and s<t and not lined:
             lined = True
-            res.append(Div(Span(f'threshold {number(t)}'), title='Below this line the two images count as two classes', cls='line'))
+            res.append(Div(Span(f'threshold {number(t)}'), title='Items below this line count as another class', cls='line'))
         label = items.label(n)
         cls = ('good' if label==q.label else 'bad') if q.label is not None else ''
         if lined: cls += ' below'
@@ -227,7 +227,7 @@ def _cards(items, q, found, given, before=None):
     return res
 
 def _moved(was, now):
-    "How an item has moved by re-ranking"
+    "The change of an item's place by re-ranking"
     if was is None: return Span('new', cls='moved up', title='Not among these before re-ranking')
     if was==now: return None
     return Span(f"{'▲' if was>now else '▼'}{abs(was-now)}", cls=f"moved {'up' if was>now else 'down'}",
@@ -237,7 +237,7 @@ def _moved(was, now):
 def gallery_page(
     items:Items, # Those in the gallery
     find:str='', # Classes with this in their names alone
-    start:int=0, # Where the list begins
+    start:int=0, # First entry of the list
     read_only:bool=False, # Can nothing be changed?
     most:int=60, # Classes in a page
 )->tuple: # Elements
@@ -275,7 +275,7 @@ def class_page(
     items:Items, # Those in the gallery
     label:str, # A class
     read_only:bool=False, # Can nothing be changed?
-    start:int=0, # Where the list begins
+    start:int=0, # First entry of the list
     most:int=120, # Photos in a page
 )->tuple: # Elements
     "The photos of a class"
@@ -283,7 +283,8 @@ def class_page(
     if not numbers: return P('There is no such class any longer. ', A('All classes', href='/gallery'), cls='empty'),
     def _pick(n): return None if read_only else Label(Input(type='checkbox', name='n', value=str(n), aria_label='Select'), cls='pick',
         title='Select')
-    cards = [card(n, short(items.name(n)) or label, link('/', q=n), _pick(n), name=items.name(n)) for n in numbers[start:start+most]]
+    def _file(n): return short(items.name(n)).rpartition('/')[2] or label
+    cards = [card(n, _file(n), link('/', q=n), _pick(n), name=items.name(n)) for n in numbers[start:start+most]]
     tools = None if read_only else Div(
         Form(Input(type='text', name='new', value=label, maxlength='200', required=True, aria_label='Name of the class'),
             Input(type='hidden', name='old', value=label), Button('Rename'), data_post='/change/rename', cls='inline'),

@@ -1,4 +1,4 @@
-"""A gallery for programs: search, classify, add, remove over HTTP, in JSON or multipart, and one network for all who ask at once.
+"""A gallery for programs: search, classify, add and remove over HTTP, in JSON or multipart; simultaneous requests share a batch.
 
 Docs: https://dmlfast.github.io/dmlfast/api/web/server.html.md"""
 
@@ -18,11 +18,11 @@ from .items import *
 
 # %% ../../nbs/api/web/04_server.ipynb #a7114ea6
 class Batched:
-    "Embeds what several threads ask for, together"
+    "Embeds the images of several threads in one batch"
     def __init__(self,
         finder:ImageEmbedder, # Embedder
         most:int=32, # Images at a time
-        wait:float=.005, # Seconds to wait for others
+        wait:float=.005, # Seconds to wait for further images
     ):
         self.finder,self.most,self.wait,self.sizes = finder,most,wait,[]
         self.asked = queue.SimpleQueue()
@@ -30,7 +30,7 @@ class Batched:
         self.thread.start()
 
     def ask(self,
-        im, # An image, as `open_image` takes it, or what the network takes, `(c,h,w)` float
+        im, # An image, as `open_image` takes it, or an input of the network, `(c,h,w)` float
     )->Future: # Of an embedding, `(emb_sz,)` float32
         "Ask for an embedding"
         x,res = im if torch.is_tensor(im) and im.is_floating_point() else self.finder.preprocess(im),Future()
@@ -54,7 +54,7 @@ class Batched:
             self._embed(batch)
 
     def _embed(self, batch):
-        "Embeddings of images of one size together; where that fails, one by one"
+        "Embed images of one size together; one by one if that fails"
         by_size = {}
         for o in batch: by_size.setdefault(o[0].shape, []).append(o)
         for part in by_size.values():
@@ -68,44 +68,44 @@ class Batched:
             for (_,res),emb in zip(part, found): res.set_result(emb)
 
     def stop(self):
-        "Embed what was asked for, and end"
+        "Finish the waiting images, and stop"
         self.asked.put(None)
         self.thread.join(10)
 
 # %% ../../nbs/api/web/04_server.ipynb #4fd69015
 def _whole(v, name, lo, hi):
-    "A whole number within bounds"
+    "Check a whole number"
     if not (type(v) is int or isinstance(v, str) and v.isdecimal() and len(v)<10) or not lo<=int(v)<=hi:
-        raise ValueError(f"`{name}` is a whole number from {lo} to {hi}.")
+        raise ValueError(f"`{name}` must be a whole number from {lo} to {hi}.")
     return int(v)
 
 def _truth(v, name):
-    "True or false"
+    "Check true or false"
     if isinstance(v, bool): return v
     if str(v).lower() in ('true','1'): return True
     if str(v).lower() in ('false','0'): return False
-    raise ValueError(f"`{name}` is true or false.")
+    raise ValueError(f"`{name}` must be true or false.")
 
 def _text(v, name):
-    "Text"
-    if not isinstance(v, str): raise ValueError(f"`{name}` is text.")
+    "Check text"
+    if not isinstance(v, str): raise ValueError(f"`{name}` must be text.")
     return v
 
 def _decoded(o):
-    "An image from base64, of an address `data:` too"
-    if not isinstance(o, str): raise ValueError("An image in JSON is text in base64.")
+    "An image from base64, or from a `data:` address"
+    if not isinstance(o, str): raise ValueError("An image in JSON must be base64 text.")
     try: return b64decode(o.partition(',')[2] if o.startswith('data:') else o, validate=True)
-    except (binascii.Error,ValueError) as e: raise ValueError(f"An image in JSON is text in base64: {e}.") from e
+    except (binascii.Error,ValueError) as e: raise ValueError(f"An image in JSON must be base64 text: {e}.") from e
 
 def _of_json(body):
     "Images and arguments of a request in JSON"
     res = json_object(body or b'{}')
     images = res.pop('images', None) or ([res.pop('image')] if 'image' in res else [])
-    if not isinstance(images, list): raise ValueError("`images` is a list.")
+    if not isinstance(images, list): raise ValueError("`images` must be a list.")
     return [*map(_decoded, images)],res
 
 async def _of_parts(req, body, most):
-    "Images and arguments of a request of several parts, none of which goes to a disk"
+    "Images and arguments of a multipart request; no part is written to a disk"
     from starlette.formparsers import MultiPartException, MultiPartParser
     class _Parts(MultiPartParser): spool_max_size = len(body)+1
     async def _stream():
@@ -113,7 +113,7 @@ async def _of_parts(req, body, most):
         yield b''
     images,args = [],{}
     try: form = await _Parts(req.headers, _stream(), max_files=most+1, max_fields=20).parse()
-    except (MultiPartException,KeyError) as e: raise ValueError(f"The parts of the body cannot be read: {getattr(e, 'message', e)}") from e
+    except (MultiPartException,KeyError) as e: raise ValueError(f"The multipart body cannot be read: {getattr(e, 'message', e)}") from e
     for k,v in form.multi_items():
         if isinstance(v, str): args[k] = v
         else: images.append(await v.read())
@@ -123,9 +123,9 @@ async def _of_parts(req, body, most):
 async def _read_request(
     req, # Request of starlette's
     body:bytes, # Its body
-    most:int=64, # Images of a request
+    most:int=64, # Most images of a request
 )->tuple: # Images, list of bytes; arguments, a dictionary
-    "Images and arguments of a request, in whatever way they came; raises `ValueError` for what cannot be read"
+    "Images and arguments of a request of any type; raises `ValueError` if it cannot be read"
     kind = req.headers.get('content-type', '').partition(';')[0].strip().lower()
     if kind=='application/json': images,args = _of_json(body)
     elif kind=='multipart/form-data': images,args = await _of_parts(req, body, most)
@@ -136,27 +136,27 @@ async def _read_request(
 # %% ../../nbs/api/web/04_server.ipynb #dde56906
 def _operation(summary, args=(), images=True, says='200', **more): return dict(summary=summary, args=args, images=images, says=says, **more)
 
-_arg = dict(k=('integer','How many, 1 to 1,000; 5 if not given'), label=('string','Search among the items of this class alone'),
+_arg = dict(k=('integer','How many, 1 to 1,000; 5 if not given'), label=('string','Search only the items of this class'),
     rerank=('string','Name of a re-ranker; no re-ranking if not given'),
-    unknown=('boolean','Leave out what is below the calibrated threshold; true where there is one, if not given'),
+    unknown=('boolean','Leave out items below the calibrated threshold; true if not given and there is one'),
     name=('string','Class of the images'), numbers=('array','Numbers of items, as a search gives them'))
 operations = {
-    'GET /health':_operation('Is it there, and with what?', images=False),
+    'GET /health':_operation('State of the server: number of items and classes', images=False),
     'POST /search':_operation('Nearest items of each image: number, label, item and score', ('k','label','rerank','unknown')),
     'POST /classify':_operation('Class of each image, null where it is unknown, and the score of the nearest item', ('k','unknown')),
-    'POST /items':_operation('Put images of a class into the gallery', ('name',)),
-    'DELETE /items':_operation('Take items out of the gallery: by number, or a whole class', ('numbers','name'), images=False),
+    'POST /items':_operation('Add images of a class to the gallery', ('name',)),
+    'DELETE /items':_operation('Remove items from the gallery: by number, or a whole class', ('numbers','name'), images=False),
     'GET /image/{n}':_operation('Picture of an item, JPEG', images=False)}
 
 def openapi()->dict:
-    "What the server does, as OpenAPI 3.1 says it"
+    "The description of the server, in OpenAPI 3.1"
     def _schema(o): return {'type':_arg[o][0], 'description':_arg[o][1], **({'items':{'type':'integer'}} if _arg[o][0]=='array' else {})}
     def _key(o): return 'label' if o=='name' else o
     paths = {}
     for k,o in operations.items():
         method,path = k.split()
         props = {_key(a):_schema(a) for a in o['args']}
-        op = {'summary':o['summary'], 'responses':{'200':{'description':'What was asked for'}, '4XX':{'description':'Why it was refused',
+        op = {'summary':o['summary'], 'responses':{'200':{'description':'The result'}, '4XX':{'description':'The error',
             'content':{'application/json':{'schema':{'type':'object', 'properties':{'error':{'type':'string'}}}}}}}}
         if '{n}' in path: op['parameters'] = [{'name':'n', 'in':'path', 'required':True, 'schema':{'type':'integer'}}]
         if o['images']:
@@ -174,7 +174,7 @@ def openapi()->dict:
         'components':{'securitySchemes':{'token':{'type':'http', 'scheme':'bearer'}}}, 'security':[{'token':[]},{}]}
 
 def _page(files, server):
-    "What the server does, for people"
+    "The description of the server, as a page"
     def _row(k, o):
         method,path = k.split()
         args = Ul(*[Li(Code('label' if a=='name' else a), f' {_arg[a][0]}. {_arg[a][1]}.') for a in o['args']]) if o['args'] else None
@@ -193,9 +193,9 @@ def _page(files, server):
 class Server:
     "A gallery for programs"
     def __init__(self,
-        items:Items, # What is searched
+        items:Items, # The items to search
         read_only:bool=False, # Can nothing be changed?
-        max_images:int=64, # Of a request
+        max_images:int=64, # Most images of a request
         **kwargs # Passed to `Batched`
     ):
         self.items,self.read_only,self.max_images,self.files = items,read_only,max_images,Files()
@@ -203,7 +203,7 @@ class Server:
 
     def app(self,
         hosts, # As `Guard` takes them
-        token:str=None, # As `Guard` takes it; nothing has to be known if empty
+        token:str=None, # As `Guard` takes it; no token is needed if empty
         **kwargs # `max_bytes` of `Guard`
     ):
         "The application"
@@ -222,14 +222,14 @@ class Server:
         return _f
 
     def _health(self, req, body):
-        "What is there"
+        "The state of the server"
         g = self.items.gallery
         return dict(status='ok', items=len(g), classes=len(self.items.classes), threshold=self.items.finder.threshold,
             read_only=self.read_only)
 
     def _found(self, images, args, default):
-        "What is near each image"
-        if not images: raise ValueError("There is no image: send it as the body, as a part called `image`, or in `images` of JSON.")
+        "The nearest items of each image"
+        if not images: raise ValueError("There is no image: send it as the body, as a part named `image`, or in `images` of JSON.")
         if len(self.items)==0: raise ValueError("The gallery is empty: add images first.")
         k = _whole(args.get('k', default), 'k', 1, 1000)
         label,rerank = (_text(args[o], o) if args.get(o) is not None else None for o in ('label','rerank'))
@@ -239,12 +239,12 @@ class Server:
     def embedded(self,
         images, # List of bytes
     )->list: # Of embeddings
-        "Embeddings of images; raises `ValueError` for what is none"
+        "Embeddings of images; raises `ValueError` for anything else"
         asked = [self.batched.ask(self.items.prepared(o)[0]) for o in images]
         return [o.result() for o in asked]
 
     def _least(self, args):
-        "The least score, of what is not unknown"
+        "The least score of a known image"
         f = self.items.finder
         known = f.threshold is not None and args.get('rerank') is None
         return f.least(_truth(args.get('unknown', known), 'unknown'))
@@ -265,13 +265,13 @@ class Server:
         return dict(results=[dict(label=o.label, score=o.score) for o in res])
 
     def _add(self, images, args):
-        "Put images in"
+        "Add images"
         if not images: raise ValueError("There is no image to add.")
         return dict(numbers=self.items.add(images, _text(args.get('label'), 'label')))
 
     def _remove(self, images, args):
-        "Take items out"
-        if ('label' in args)==('numbers' in args): raise ValueError("Say what to remove: `numbers` of items, or the `label` of a class.")
+        "Remove items"
+        if ('label' in args)==('numbers' in args): raise ValueError("Give the `numbers` of items to remove, or the `label` of a class.")
         return dict(removed=self.items.remove(label=args.get('label'), numbers=args.get('numbers')))
 
     def _image(self, req, body):
@@ -282,19 +282,19 @@ class Server:
 # %% ../../nbs/api/web/04_server.ipynb #5d00661d
 def serve(
     finder:ImageEmbedder, # Embedder with its gallery
-    image=None, # Where pictures of its items are, as `Items` takes it
+    image=None, # Source of the pictures, as `Items` takes it
     host:str='127.0.0.1', # Address to listen at
     port:int=0, # Port; a free one if 0
-    token:str='', # What a request must know, as `Authorization: Bearer`; nothing if empty
+    token:str='', # Token that a request must have, as `Authorization: Bearer`; none if empty
     read_only:bool=False, # Refuse what changes the gallery?
-    names=(), # Further names, with ports, under which others reach it, such as `'birds.example.org'`
-    max_bytes:int=2**25, # Of a request
+    names=(), # Further hosts, with ports, by which others reach it, such as `'birds.example.org'`
+    max_bytes:int=2**25, # Most bytes of a request
     **kwargs # Passed to `Server`
 )->Serving:
-    "The gallery for programs, until `stop`; raises `ValueError` for an address that others reach, without a token"
+    "Serve the gallery to programs until `stop`; raises `ValueError` for a public address without a token"
     needs_explore()
     if host not in ('127.0.0.1','localhost','::1') and not token:
-        raise ValueError(f"Others can reach {host}: give a `token`, which they have to know.")
+        raise ValueError(f"Other machines can reach {host}: set a `token` that requests must have.")
     server = Server(Items(finder, image), read_only, **kwargs)
     res = Serving(lambda hosts, token: server.app(hosts, token, max_bytes=max_bytes), host, port, token, names)
     res.what = server

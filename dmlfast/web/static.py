@@ -1,4 +1,4 @@
-"""A map of a gallery as a folder of plain files: it opens without a server, and can be sent or put on any web space.
+"""A map of a gallery as a folder of plain files: it opens without a server, and can be sent or uploaded anywhere.
 
 Docs: https://dmlfast.github.io/dmlfast/api/web/static.html.md"""
 
@@ -47,18 +47,18 @@ _small,_large = dict(side=48, cols=24),dict(side=160, cols=8) # pixels of a phot
 
 def static_page(
     finder, # `ImageEmbedder` with a gallery; or an `Embedded`
-    folder, # Where to write
+    folder, # Folder to write
     image=None, # Folder that the names of the items are relative to, or function from an index to an image; as the names say if not given
     title:str=None, # Heading; the folder's name if not given
     k:int=12, # Neighbours of each item
-    most:int=5000, # Items; of more so many are drawn at random
-    overwrite:bool=False, # Replace such a page that is there?
-    seed:int=0, # Of the draw and of the map
+    most:int=5000, # Most items; a random sample of more
+    overwrite:bool=False, # Replace an existing page?
+    seed:int=0, # Seed of the sample and of the map
 )->Path: # The page, `index.html`
-    "Write a map and the neighbours of its items as plain files; raises `FileExistsError` rather than overwrite, `ValueError` without items"
+    "Write a map with neighbours as plain files; raises `FileExistsError` if the folder exists, `ValueError` without items"
     folder = Path(folder).absolute()
     if check_folder(folder, all((folder/o).is_file() for o in ('data.js','map.js')), 'map') and not overwrite:
-        raise FileExistsError(f"{str(folder)!r} is there already: `overwrite=True` replaces it.")
+        raise FileExistsError(f"{str(folder)!r} exists already: `overwrite=True` replaces it.")
     of,photo = gallery_of(finder),_photos(finder, image)
     some,rows = some_items(of, most, seed)
     data = map_data(some, map_positions(some, seed=seed))|dict(near=nearest_rows(some, k))
@@ -75,7 +75,7 @@ def nearest_rows(
     embedded:Embedded, # Items
     k:int, # Neighbours of each
 )->list: # For each item a list of `[row, score]`
-    "The nearest items of each, as plain numbers; those that find nothing, such as items of the gallery alone, have none"
+    "The nearest items of each item, as plain numbers; none for items that do not search"
     res = [[] for _ in range(len(embedded))]
     if len(embedded)<2: return res
     for q,s,i in zip(embedded.queries.tolist(), *(o.tolist() for o in embedded.neighbours(k))):
@@ -83,27 +83,27 @@ def nearest_rows(
     return res
 
 def as_script(
-    o, # What JSON can hold
+    o, # Anything in types of JSON
 )->str:
-    "JSON that can stand in any script: no text in it ends the script or begins a tag"
+    "JSON that is safe inside a script: no text in it ends the script or begins a tag"
     text = json.dumps(o, ensure_ascii=False, separators=(',',':'), allow_nan=False)
     for c in '<>&\u2028\u2029': text = text.replace(c, f'\\u{ord(c):04x}')
     return text.encode('utf-8', 'backslashreplace').decode()
 
 def _said(data, n):
-    "A sentence about what is there"
+    "A sentence about the items"
     m,c = len(data['x']),len(data['classes'])
     which = f'{m:,} of {n:,} photos' if m<n else f"{m:,} photo{'s'*(m!=1)}"
     return f"{which}, {c:,} class{'es'*(c!=1)}. What lies together is alike for the embedding."
 
 def _photos(finder, image):
-    "Function from a row to a PIL image, or None where it has none"
+    "Function from a row to a PIL image, or None without one"
     if isinstance(finder, Embedded): return (lambda i: None) if finder.draw is None else lambda i: open_image(finder.draw(i))
     items = Items(finder, image)
     return lambda i: items.pictures.image(items.numbers[i])
 
 def _write_sheets(folder, slot, photo, num_workers=8):
-    "Write all photos on sheets, small and large, each opened once; what the data says of them"
+    "Write all photos on small and large sheets, opening each once; return the description of the sheets"
     rows,large,small = np.argsort(slot),[],[]
     def _take(i):
         im = photo(int(i))

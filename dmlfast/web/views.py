@@ -1,4 +1,4 @@
-"""What is shown in a browser, as plain numbers and text: a map, mistakes, what a threshold means, and suspicious labels.
+"""The content of the explorer as plain numbers and text: map, mistakes, thresholds and suspicious labels.
 
 Docs: https://dmlfast.github.io/dmlfast/api/web/views.html.md"""
 
@@ -21,7 +21,7 @@ def gallery_of(
     finder, # `ImageEmbedder` with a gallery; an `Embedded` is given back as it is
     image=None, # Function from an index to a PIL image
 )->Embedded:
-    "The gallery of an embedder; raises `ValueError` where it is empty"
+    "The gallery of an embedder; raises `ValueError` if it is empty"
     if isinstance(finder, Embedded): return finder
     finder.check_gallery()
     return Embedded(finder.embs, items=finder.items, image=image, facts=finder.facts, **numbered(finder.labels))
@@ -62,7 +62,7 @@ def colours_apart(
     n:int=n_colours, # Colours
     near:int=6, # Classes beside each that have other colours
 )->np.ndarray: # `(classes,)` int, 0 to `n`-1
-    "A colour for each class, other than those of the classes beside it"
+    "A colour for each class, different from the colours of its neighbours"
     from scipy.spatial import cKDTree
     size = np.bincount(c)
     mid = np.stack([np.bincount(c, o)/size for o in xy.T], 1)
@@ -79,7 +79,7 @@ def colours_apart(
 def slots(
     xy:np.ndarray, # Places, 0 to 1, `(n,2)`
 )->np.ndarray: # `(n,)` int, a permutation
-    "The order of the items along a line that fills the map (Morton): what is near has its photos in one sheet"
+    "The order of the items along a space-filling curve (Morton), so that near items have their photos on one sheet"
     q = np.clip(xy*1023, 0, 1023).astype(np.int64)
     key = sum(((q[:,d]>>b)&1)<<(2*b+d) for b in range(10) for d in range(2))
     res = np.empty(len(xy), int)
@@ -105,7 +105,7 @@ def mistakes(
     pairs:int=12, # Pairs of classes
     each:int=4, # Cases of each
 )->dict: # `queries`: `row`, `label`, `ap` and `found`; `pairs`: `query`, `found`, `count`, `of` and `cases`
-    "The worst queries and the most confused classes; raises `ValueError` where there are no labels"
+    "The worst queries and the most confused classes; raises `ValueError` without labels"
     worst = embedded.top_losses(n) if embedded.result.used.any() else None
     rows = [] if worst is None else worst.index.tolist()
     s,i = embedded.neighbours(k, rows) if rows else ([],[])
@@ -127,8 +127,8 @@ def _cases(embedded, pair, each):
 # %% ../../nbs/api/web/01_views.ipynb #2f668e55
 def some_items(
     embedded:Embedded, # Items
-    most:int, # How many at most; of more so many are drawn
-    seed:int=0, # Of the draw
+    most:int, # Most items; a random sample of more
+    seed:int=0, # Seed of the sample
 )->tuple: # `Embedded`, and the rows, `(n,)` int, ascending
     "At most so many of the items"
     rows = np.sort(np.random.default_rng(seed).permutation(len(embedded))[:most])
@@ -140,11 +140,11 @@ def some_items(
 def threshold_counts(
     embedded:Embedded, # Items with labels
     n:int=400, # Thresholds, from the least score to the greatest
-    most:int=5000, # Items to compare; of more so many are drawn
+    most:int=5000, # Most items to compare; a random sample of more
     rates=(1e-3,1e-2,1e-1), # False-match rates, above 0 and below 1
-    seed:int=0, # Of the draw
+    seed:int=0, # Seed of the sample
 )->dict: # Lists `threshold`, `false`, `missed`; `n_genuine`, `n_impostor`, `items`; lists `fmr`, `tmr` of the curve; `eer`, `auc`; `rates`
-    "What each threshold means; raises `ValueError` where there are no pairs of one class, or none of two"
+    "The errors at each threshold; raises `ValueError` if there are no pairs of one class, or none of two"
     some = some_items(embedded, most, seed)[0]
     p = some.verify(rates, n_boot=0)
     p.check()
@@ -160,12 +160,12 @@ def _counts(share, sample): return np.rint(share*len(sample)).astype(int).tolist
 # %% ../../nbs/api/web/01_views.ipynb #4c4dec0d
 def suspects(
     embedded:Embedded, # Items with labels
-    n:int=200, # Of each kind at most
+    n:int=200, # Most items of each kind
     label_sim:float=.9, # Least cosine similarity of two labels' pairs
-    same_sim:float=.98, # Of duplicates and leaks
+    same_sim:float=.98, # Least cosine similarity of duplicates and leaks
     parts=None, # Part of each item, such as its split, `(n,)` str; its role if not given
 )->list: # Of dictionaries: `kind` (`'label'`, `'leak'`, `'duplicate'`), `row`, `beside`, `label`, `other`, `score`, `agree`
-    "Items whose label or presence a person should look at; raises `ValueError` where there are no labels"
+    "Items that a person should check: labels, duplicates and leaks. Raises `ValueError` without labels"
     embedded.check_labels()
     parts = embedded.role if parts is None else parts
     leaks = [] if parts is None else pairs_across(embedded.embs, parts, same_sim)[:n].itertuples()

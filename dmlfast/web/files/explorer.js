@@ -175,7 +175,8 @@ inits.push(async root => {
   for (let e=low; e<=0; e++) roc.append(svg('line', {x1:X(10**e), x2:X(10**e), y1:T, y2:B, class:'axis'}),
     svg('text', {x:X(10**e), y:B+18, 'text-anchor':'middle'}, pct(10**e)))
   for (const t of [0, .25, .5, .75, 1]) roc.append(svg('line', {x1:L, x2:R, y1:Y(t), y2:Y(t), class:'axis'}), svg('text', {x:L-8, y:Y(t)+4, 'text-anchor':'end'}, pct(t)))
-  roc.append(svg('text', {x:R, y:B+36, 'text-anchor':'end'}, 'pairs of two classes that count as one'))
+  roc.append(svg('text', {x:R, y:B+36, 'text-anchor':'end'}, 'false matches: share of the pairs of two classes that count as one'),
+    svg('text', {x:L, y:T+14, dx:6}, 'share of the pairs of one class that are found'))
   const points = d.fmr.map((f, i) => [f, d.tmr[i]]).sort((a, b) => a[0]-b[0] || a[1]-b[1])
   roc.append(svg('polyline', {points:points.map(([f, t]) => `${X(f).toFixed(1)},${Y(t).toFixed(1)}`).join(' '), class:'curve'}))
   const dot = svg('circle', {r:6, class:'dot'})
@@ -187,6 +188,7 @@ inits.push(async root => {
   area(d.missed, d.n_genuine, 'missed'); area(d.false, d.n_impostor, 'false')
   const mark = svg('line', {y1:0, y2:100, class:'mark', 'vector-effect':'non-scaling-stroke'})
   both.append(mark)
+  $('#lowest').textContent = d.threshold[0].toFixed(2); $('#highest').textContent = d.threshold[w].toFixed(2)
   // the slider
   slider.max = d.threshold.length-1
   const show = () => {

@@ -137,7 +137,8 @@ window.dmlMap = (root, data, options={}) => {
   }
 
   // ---- drawing ----
-  const whole = () => Math.min(w/wide, h/high)*.94, zoom = () => view.k/whole() // at 1 the whole map is seen
+  const edge = 30 // so that no photo is cut
+  const whole = (a=w, b=h) => Math.min(Math.max(a-2*edge, a/2)/wide, Math.max(b-2*edge, b/2)/high), zoom = () => view.k/whole() // at 1 the whole map is seen
   const photoSide = () => clamp((w<600 ? 34 : 42)*zoom()**.3, 28, 120)
   const ask = () => { if (!asked) asked = requestAnimationFrame(() => { asked = 0; draw() }) }
   let lastMove = 0
@@ -236,9 +237,9 @@ window.dmlMap = (root, data, options={}) => {
     for (const o of middle) {
       if (taken.length>=60) break
       if (shown && !shown.classes.has(o.j)) continue
-      const px = o.x*view.k+view.tx, py = o.y*view.k+view.ty
-      if (px<0 || py<0 || px>w || py>h) continue
-      const text = short(classes[o.j].replaceAll('_', ' ')), half = ctx.measureText(text).width/2+5
+      const mid = o.x*view.k+view.tx, py = o.y*view.k+view.ty
+      if (mid<0 || py<0 || mid>w || py>h) continue
+      const text = short(classes[o.j].replaceAll('_', ' ')), half = ctx.measureText(text).width/2+5, px = clamp(mid, half, Math.max(half, w-half))
       if (taken.some(t => Math.abs(t[0]-px)<t[2]+half && Math.abs(t[1]-py)<19)) continue
       taken.push([px, py, half])
       ctx.lineWidth = 4; ctx.strokeStyle = style.bg; ctx.globalAlpha = .85; ctx.strokeText(text, px, py)
@@ -513,7 +514,7 @@ window.dmlMap = (root, data, options={}) => {
   const resize = () => {
     const a = stage.clientWidth, b = stage.clientHeight
     if (!a || !b) return
-    const cx = (w/2-view.tx)/view.k, cy = (h/2-view.ty)/view.k, q = w ? Math.min(a/wide, b/high)/Math.min(w/wide, h/high) : 1
+    const cx = (w/2-view.tx)/view.k, cy = (h/2-view.ty)/view.k, q = w ? whole(a, b)/whole() : 1
     dpr = Math.min(devicePixelRatio || 1, 2)
     if (canvas.width!==Math.round(a*dpr) || canvas.height!==Math.round(b*dpr)) { canvas.width = Math.round(a*dpr); canvas.height = Math.round(b*dpr) }
     const was = extent
