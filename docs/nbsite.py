@@ -33,6 +33,13 @@ def keep_together(cell):
         d = o.get('data', {})
         if 'text/html' in d: d['text/html'] = re.sub(r'(?<=\d) (±|to) (?=[-+\d])', r'&nbsp;\1&nbsp;', ''.join(d['text/html']))
 
+def drop_empty(cells):
+    "Cells without the headings that have nothing below them, because what was there is not shown"
+    def level(c): return len(m[1]) if c.cell_type=='markdown' and (m := re.fullmatch(r'(#+) [^\n]+', c.source.strip())) else 0
+    def next_level(c): return len(m[1]) if (m := re.match(r'(#+) ', c.source)) and c.cell_type=='markdown' else 9
+    cells = [c for c in cells if c.source.strip()]
+    return [c for c,after in zip(cells, [*cells[1:], None]) if not level(c) or after and next_level(after)>level(c)]
+
 class SiteFilter(FilterDefaults):
     "nbdev's own documentation processors, with cards of our own and without those that write Quarto syntax"
     def base_procs(self):
@@ -88,8 +95,13 @@ def build_pages(dest):
             full.update({f'{out.removesuffix(".ipynb")}.html#{o.name.lower()}':o.full for o in room})
             nb.cells.insert(1, mk_cell(contents(room), 'markdown'))
     def symbol(m): return f'[{m[1]}](#{full[m[2]]})' if m[2] in full else m[1] # a private name has no card to go to
+    def in_dark(m):
+        "A picture that is there a second time for dark pages, in both"
+        dark = m[2].replace('.png', '_dark.png')
+        return f'{m[0]}{{.only-light}}![{m[1]}]({dark}){{.only-dark}}' if (root/'images'/Path(dark).name).exists() else m[0]
     def mend(src):
-        "Links to symbols and to notebooks, as Sphinx has them"
+        "Links to symbols and to notebooks, as Sphinx has them, and pictures for light and dark"
+        src = re.sub(r'!\[(.*?)\]\(([^()\s]+\.png)\)', in_dark, src)
         src = re.sub(rf'\[(`[^`]+`)\]\({re.escape(base)}([^)#]*#[^)]+)\)', symbol, src)
         return re.sub(r'\]\(([^():]*?)([^/()\s:]+\.ipynb)', lambda m: f']({m[1]}{nbpath2html(m[2]).with_suffix(".ipynb")}', src)
     for f,nb in done.items():
@@ -99,6 +111,7 @@ def build_pages(dest):
         for c in nb.cells:
             c.metadata.pop('execution', None)
             c.source = mend(c.source) if c.cell_type=='markdown' else re.sub(r'^#\| .*\n?', '', c.source, flags=re.M)
+        nb.cells = drop_empty(nb.cells)
         nb.metadata = dict(kernelspec=dict(display_name='python3', language='python', name='python3'), language_info=dict(name='python'))
         (dest/out).parent.mkdir(parents=True, exist_ok=True)
         write_nb(nb, dest/out)
