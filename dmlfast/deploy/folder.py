@@ -1,4 +1,4 @@
-"""An embedder as a folder of tensors and text: written whole, and read as if a stranger had made it.
+"""An embedder as a folder of tensors and text. It is written completely or not at all, and read like a stranger's folder.
 
 Docs: https://dmlfast.github.io/dmlfast/api/deploy/folder.html.md"""
 

@@ -1,4 +1,4 @@
-"""An embedder on the Hugging Face hub, with a card that says what is known of it.
+"""An embedder on the Hugging Face hub, with a card of its facts.
 
 Docs: https://dmlfast.github.io/dmlfast/api/deploy/hub.html.md"""
 

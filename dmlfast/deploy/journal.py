@@ -1,4 +1,4 @@
-"""A gallery's changes as files beside the embedder: each is there as soon as it is made, and nothing is ever half there.
+"""Changes of a gallery as files beside the embedder. Each change is on the disk when the call returns, and never half written.
 
 Docs: https://dmlfast.github.io/dmlfast/api/deploy/journal.html.md"""
 

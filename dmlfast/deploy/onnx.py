@@ -1,4 +1,4 @@
-"""An embedder as ONNX: one file with notes on what becomes of an image, or a folder with all of it; in 32 bits, or in 8.
+"""An embedder as ONNX: one file with notes on the preprocessing, or a complete folder; in 32 bits or in 8.
 
 Docs: https://dmlfast.github.io/dmlfast/api/deploy/onnx.html.md"""
 

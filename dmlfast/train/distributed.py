@@ -1,4 +1,4 @@
-"""Training in several processes: one balanced batch over all of them, and the weights that one process with that batch gives.
+"""Training in several processes: they share one balanced batch, and the weights are those that one process with this batch would give.
 
 Docs: https://dmlfast.github.io/dmlfast/api/train/distributed.html.md"""
 
