@@ -5,6 +5,7 @@ from functools import cached_property
 from importlib import import_module
 from fastcore.basics import AttrDict
 from fastcore.docments import docments
+from fastcore.script import store_true
 from nbdev.doclinks import NbdevLookup
 from nbdev.process import Processor
 from nbdev.showdoc import showdoc_nm
@@ -15,7 +16,9 @@ re_plumbing = re.compile(r'_(?!_call__)|(before|after)_|forward_|(load_)?state_d
 
 def type_name(o):
     "`pandas.DataFrame|None` as `DataFrame|None`"
+    o = getattr(o, '__origin__', o) if hasattr(o, '__metadata__') else o # of `Annotated`, which is for the shell
     if o in (empty, type(None), None): return ''
+    if o is store_true: return 'bool'
     return re.sub(r'(?<![\w.])~?(\w+\.)+(?=\w)', '', o if isinstance(o, str) else stringify_annotation(o, 'smart')).replace(' | ', '|')
 
 def value_name(o): return '' if o is empty else getattr(o, '__name__', None) or repr(o)

@@ -1,6 +1,7 @@
 "Turn the notebooks of an nbdev project into pages that Sphinx (myst-nb) can render, without Quarto"
 import hashlib, os, re, shutil, sys
 from base64 import b64decode
+from html import unescape
 from importlib.metadata import version
 from pathlib import Path
 from fastcore.nbio import mk_cell, read_nb, write_nb
@@ -33,12 +34,38 @@ def keep_together(cell):
         d = o.get('data', {})
         if 'text/html' in d: d['text/html'] = re.sub(r'(?<=\d) (±|to) (?=[-+\d])', r'&nbsp;\1&nbsp;', ''.join(d['text/html']))
 
+def _columns(m):
+    "A table whose columns of words are `words`, and those of long ones `long`; the others are numbers"
+    rows = [re.findall(r'<t[hd][^>]*>(.*?)</t[hd]>', o, re.S) for o in re.findall(r'<tr.*?</tr>', m[0], re.S)]
+    if re.search('(row|col)span', m[0]) or len({len(o) for o in rows})!=1: return m[0]
+    texts = [[unescape(re.sub('<.*?>', '', o)) for o in col] for col in zip(*rows[1:])]
+    kinds = ['long' if max(map(len, o), default=0)>28 and any(' ' in t for t in o) else 'words' if any(re.search(r'(?!nan|True|False)[^\W\d_]{3}', t) for t in o) else '' for o in texts]
+    return re.sub(r'<tr.*?</tr>', lambda r: _marked(r[0], iter(kinds)), m[0], flags=re.S)
+
+def _marked(row, kinds): return re.sub(r'<(t[hd])(?=[ >])', lambda m: f'<{m[1]} class="{next(kinds)}"', row)
+
+def align_columns(cell):
+    "In tables of pandas, words are at the left and numbers at the right"
+    for o in cell.outputs if cell.cell_type=='code' else []:
+        d = o.get('data', {})
+        if 'text/html' in d: d['text/html'] = re.sub(r'<table.*?</table>', _columns, ''.join(d['text/html']), flags=re.S)
+
+def drop_empty(cells):
+    "Leave out headings that have nothing below them, because what was there is not shown"
+    def level(line): return len(m[1]) if (m := re.match(r'(#+) ', line)) else 9
+    cells = [c for c in cells if c.source.strip()]
+    for c,after in zip(cells, [*cells[1:], None]):
+        *lines,last = c.source.rstrip().split('\n')
+        first = level(after.source) if after and after.cell_type=='markdown' else 9*bool(after)
+        if c.cell_type=='markdown' and first<=level(last)<9: c.source = '\n'.join(lines)
+    return [c for c in cells if c.source.strip()]
+
 class SiteFilter(FilterDefaults):
     "nbdev's own documentation processors, with cards of our own and without those that write Quarto syntax"
     def base_procs(self):
         from cards import cards
         return [populate_language, strip_ansi, hide_line, filter_stream_, rm_header_dash, link_symbols, cards,
-            rm_export, clean_magics, hide_, strip_hidden_metadata, drop_stderr, keep_together]
+            rm_export, clean_magics, hide_, strip_hidden_metadata, drop_stderr, align_columns, keep_together]
 
 def page(nb_path, root):
     "Where the page of `nb_path` goes below `root`, named as nbdev names it: `00_core.ipynb` -> `core.ipynb`"
@@ -88,8 +115,13 @@ def build_pages(dest):
             full.update({f'{out.removesuffix(".ipynb")}.html#{o.name.lower()}':o.full for o in room})
             nb.cells.insert(1, mk_cell(contents(room), 'markdown'))
     def symbol(m): return f'[{m[1]}](#{full[m[2]]})' if m[2] in full else m[1] # a private name has no card to go to
+    def in_dark(m):
+        "A picture that is there a second time for dark pages, in both"
+        dark = m[2].replace('.png', '_dark.png')
+        return f'{m[0]}{{.only-light}}![{m[1]}]({dark}){{.only-dark}}' if (root/'images'/Path(dark).name).exists() else m[0]
     def mend(src):
-        "Links to symbols and to notebooks, as Sphinx has them"
+        "Links to symbols and to notebooks, as Sphinx has them, and pictures for light and dark"
+        src = re.sub(r'!\[(.*?)\]\(([^()\s]+\.png)\)', in_dark, src)
         src = re.sub(rf'\[(`[^`]+`)\]\({re.escape(base)}([^)#]*#[^)]+)\)', symbol, src)
         return re.sub(r'\]\(([^():]*?)([^/()\s:]+\.ipynb)', lambda m: f']({m[1]}{nbpath2html(m[2]).with_suffix(".ipynb")}', src)
     for f,nb in done.items():
@@ -99,6 +131,7 @@ def build_pages(dest):
         for c in nb.cells:
             c.metadata.pop('execution', None)
             c.source = mend(c.source) if c.cell_type=='markdown' else re.sub(r'^#\| .*\n?', '', c.source, flags=re.M)
+        nb.cells = drop_empty(nb.cells)
         nb.metadata = dict(kernelspec=dict(display_name='python3', language='python', name='python3'), language_info=dict(name='python'))
         (dest/out).parent.mkdir(parents=True, exist_ok=True)
         write_nb(nb, dest/out)

@@ -1,5 +1,6 @@
 "The site: every public name has its card, no link is dead, and a reader's browser finds nothing to complain of"
 import functools, http.server, importlib, re, shutil, sys, threading
+from base64 import b64decode
 from html.parser import HTMLParser
 from pathlib import Path
 import pytest
@@ -129,6 +130,8 @@ def test_a_reader_finds_recall(page, url):
     page.wait('document.querySelectorAll("#search-results li a").length>3')
     found = page.eval('[...document.querySelectorAll("#search-results li a")].map(o => o.textContent)')
     assert any('metric' in o.lower() for o in found), found
+    said = page.wait('[...document.querySelectorAll("#search-results .context")].map(o => o.textContent)')
+    assert not any('what it is' in o or 'epoch train_loss' in o for o in said), said # of tables and outputs
     page.click('[...document.querySelectorAll("#search-results li a")].find(o => o.href.includes("explanations/metrics"))')
     assert 'recall@1' in page.eval('document.querySelector("article").textContent')
     assert page.faults==[] and all(o.startswith((url,'data:','about:')) for o in page.urls)
@@ -151,16 +154,38 @@ def test_formulas_are_drawn(page, url):
     assert n>=page.eval('document.querySelectorAll("article div.math").length')>3
     assert not page.eval('document.querySelectorAll("article mjx-merror, article [data-mjx-error]").length')
 
+looks = (root/'tests'/'looks.js').read_text(encoding='utf-8')
+
 @needs_browser
 @pytest.mark.parametrize('width', [1280,390])
-def test_nothing_is_wider_than_the_screen(page, url, site, width):
-    "On any page; tables, code and formulas that are, scroll by themselves"
-    page.look(width)
-    wide = {}
+def test_every_page_looks_well(page, url, site, width):
+    "Nothing is wider than its place (tables, code and formulas that are, scroll by themselves), pale, empty or left as markdown, in light and dark"
+    bad = {}
     for f in sorted(site.rglob('*.html')):
-        page.go(url+f.relative_to(site).as_posix())
-        if page.eval('document.documentElement.scrollWidth')>width: wide[f.name] = page.eval('document.documentElement.scrollWidth')
-    assert wide=={} and page.faults==[]
+        where = f.relative_to(site).as_posix()
+        page.look(width)
+        page.go(url+where)
+        found = page.eval(looks)
+        page.look(width, dark=True)
+        if found := {*found, *page.eval(looks)}: bad[where] = sorted(found)
+    assert bad=={} and page.faults==[]
+
+@needs_browser
+def test_ugly_pages_are_found(page, url):
+    "What the test above relies on"
+    page.look(390)
+    page.go(f'{url}explanations/metrics.html')
+    assert page.eval(looks)==[]
+    page.eval("""document.querySelector('article').insertAdjacentHTML('beforeend', `<section id="bare"><h2>x</h2></section><p style="color:#bbb">pale</p><p>**bold**</p>
+        <p><a href="#x" style="text-decoration:none">plain</a></p><div style="width:500px">wide</div><table><tr><td style="max-width:3rem"><code style="overflow-wrap:anywhere">a_rather_long_name</code></table>`)""")
+    assert {o.partition(':')[0] for o in page.eval(looks)}=={'wider than the screen','wider than the page','nothing below a heading','too little contrast','markdown',
+        'a link that does not look like one','a line ends within a name'}
+
+@needs_browser
+def test_the_cheat_sheet_is_one_page_of_paper(page, url):
+    page.go(f'{url}explanations/cheat_sheet.html')
+    pdf = b64decode(page.call('Page.printToPDF', paperWidth=8.27, paperHeight=11.69)['data']) # A4, in inches
+    assert len(re.findall(rb'/Type\s*/Page\b', pdf))==1
 
 @needs_browser
 @pytest.mark.parametrize('dark', [False,True])

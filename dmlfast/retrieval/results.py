@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/retrieval/results.html.md"""
 __all__ = ['Contingency', 'RetrievalResult', 'RetrievalDifference', 'ResultsByLength']
 
 # %% ../../nbs/api/retrieval/01_results.ipynb #5d8bd74a
-import json, numpy as np
+import json, re, numpy as np
 from fastcore.basics import patch
 from html import escape
 
@@ -245,7 +245,7 @@ def as_html(
     notes:list, # Lines below it
 )->str:
     "A table and its notes, as HTML"
-    return frame.to_html(**_shown)+''.join(f'<p>{escape(o)}</p>' for o in notes)
+    return frame.to_html(**_shown)+''.join('<p>'+re.sub('`(.+?)`', r'<code>\1</code>', escape(o))+'</p>' for o in notes)
 
 # %% ../../nbs/api/retrieval/01_results.ipynb #8bff47f6
 @patch

@@ -1,4 +1,4 @@
-"""The nearest items of a gallery, as a pure function of arrays: exact, in bounded memory, equal ones by index.
+"""The nearest items of a gallery, as a pure function of arrays: exact, in bounded memory, and ties ordered by index.
 
 Docs: https://dmlfast.github.io/dmlfast/api/retrieval/search.html.md"""
 

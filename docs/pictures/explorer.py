@@ -13,11 +13,13 @@ from dmlfast.deploy import load_embedder
 from emoji import table
 
 def shot(b, name):
-    "What the browser shows, as a small file"
-    b.eval('new Promise(o => setTimeout(o, 1500))')
-    file = root/'nbs'/'images'/f'{name}.png'
-    file.write_bytes(b64decode(b.call('Page.captureScreenshot', format='png')['data']))
-    Image.open(file).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
+    "What the browser shows, in light and in dark, as small files"
+    for file,dark in ((f'{name}.png', False), (f'{name}_dark.png', True)):
+        b.look(1280, 860, dark)
+        b.eval('new Promise(o => setTimeout(o, 1500))')
+        file = root/'nbs'/'images'/file
+        file.write_bytes(b64decode(b.call('Page.captureScreenshot', format='png')['data']))
+        Image.open(file).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
 
 def main(finder, images, query='oncoming-taxi/noto.png'):
     finder = load_embedder(finder)

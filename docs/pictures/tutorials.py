@@ -10,8 +10,8 @@ from PIL import Image
 from fastcore.nbio import read_nb
 
 tops = { # a tutorial, and how the cell begins whose picture is on its top
-    '01_quick_start':'learn.show_results(', '02_your_own_images':'query = ', '04_choosing_a_loss':'assert study.best_value',
-    '05_self_supervised_ranking':'ssr = ', '06_reading_results':'interp.plot_most_confused(', '10_which_one_or_none':'photo = '}
+    '01_quick_start':'learn.show_results(', '02_your_own_images':'asked = ', '04_choosing_a_loss':'assert study.best_value',
+    '05_self_supervised_ranking':'ssr = ', '06_reading_results':'interp.plot_most_confused(', '08_reproducing':'pairs = ', '10_which_one_or_none':'photo = '}
 
 def picture(nb, begins):
     "The first picture that a cell has stored"
