@@ -1,4 +1,4 @@
-"""An embedder as ONNX: one file with notes on the preprocessing, or a complete folder; in 32 bits or in 8.
+"""Export an embedder to ONNX: one file with notes on the preprocessing, or a folder with the gallery; in 32 or 8 bits.
 
 Docs: https://dmlfast.github.io/dmlfast/api/deploy/onnx.html.md"""
 
@@ -27,8 +27,8 @@ def onnx_notes(
     embedder:ImageEmbedder, # An embedder
     shape, # Channels, height and width of an image
     emb_sz:int, # Numbers in an embedding
-)->dict: # What JSON can hold
-    "What becomes of an image before the network, and what comes out"
+)->dict: # In types of JSON
+    "Notes on the preprocessing of an image, and on the output"
     p = embedder.preprocess
     known = dict(image=p.said(), mean=p.mean, std=p.std, background=p.background, preprocess=p.spec()) if isinstance(p, Resizing) else {}
     return dict(input='images', layout='n,c,h,w', type='float32', size=list(shape[1:]), channels='grey' if shape[0]==1 else 'RGB',
@@ -36,7 +36,7 @@ def onnx_notes(
         written_by=f"dmlfast {version('dmlfast')}")
 
 def _image_shape(self, size):
-    "Channels, height and width of what the network takes"
+    "Channels, height and width of the network's input"
     steps = getattr(self.preprocess, 'steps', [])
     if size is None and not steps: raise ValueError("The preprocessing does not say how large an image is: give `size`.")
     h,w = (size,size) if isinstance(size, int) else size or steps[-1][1][::-1]
@@ -51,7 +51,7 @@ def _with_notes(file, notes):
 
 @torch.no_grad()
 def _export(self, file, size, tol, path):
-    "Write the network, compare it, and give the notes that went with it; `path` is how it is called in an error"
+    "Write the network, compare it with the original, and return its notes; `path` is its name in an error"
     try: import onnx, onnxruntime, onnxscript
     except ImportError as e: raise ImportError(f"ONNX needs {e.name}: pip install 'dmlfast[onnx]'.") from e
     shape = _image_shape(self, size)
@@ -64,14 +64,14 @@ def _export(self, file, size, tol, path):
     _with_notes(file, notes)
     session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
     diff = (torch.from_numpy(session.run(None, {'images':more.cpu().numpy()})[0])-want).abs().max().item()
-    if not diff<=tol: raise ValueError(f"{str(path)!r} is not written: the network as ONNX differs from this one by {diff:.1e}.")
+    if not diff<=tol: raise ValueError(f"{str(path)!r} was not written: the ONNX network differs from this one by {diff:.1e}.")
     return notes
 
 # %% ../../nbs/api/deploy/08_onnx.ipynb #ca8e26b3
 @patch
 def to_onnx(self:ImageEmbedder,
     path, # File to write, `.onnx`; the notes are written beside it, `.onnx.json`
-    size=None, # Height and width of an image, or one number for both; those that the preprocessing ends with if not given
+    size=None, # Height and width of an image, or one number for both; those after the preprocessing if not given
     tol:float=1e-4, # Largest difference of an embedding's numbers between PyTorch and onnxruntime
 )->Path:
     "Write ONNX, for batches of any length; raises `ImportError` without the extra, `ValueError` for an unknown size or other results"
@@ -83,20 +83,20 @@ def to_onnx(self:ImageEmbedder,
 # %% ../../nbs/api/deploy/08_onnx.ipynb #6772aad9
 @patch
 def save_onnx(self:ImageEmbedder,
-    folder, # Where to write; must not be there
-    overwrite:bool=False, # Replace what is there?
-    int8:bool=False, # Weights and sums in 8 bits? It takes `data` to judge what they cost
-    data=None, # A data set, or images, by which 8 bits are judged: of classes that were not trained on
+    folder, # Folder to write; must not exist
+    overwrite:bool=False, # Replace an existing one?
+    int8:bool=False, # Weights and sums in 8 bits? This needs `data`, to measure the loss of recall
+    data=None, # A data set, or images, of classes that were not trained on, to measure the loss of recall
     split:str=None, # Split of the data set; all of it if not given
     labels=None, # A label for each of the images; a data set has its own
-    n_calibrate:int=64, # Images by which the range of each sum is found
+    n_calibrate:int=64, # Images that determine the range of each sum
     size=None, # As of `to_onnx`
     tol:float=1e-4, # As of `to_onnx`
-)->OnnxFinder: # What `load_onnx(folder)` gives
-    "Write a finder for onnxruntime, with gallery and threshold; raises as `to_onnx`, and `ValueError` where 8 bits cannot be judged"
+)->OnnxFinder: # As `load_onnx(folder)` returns it
+    "Write a finder for onnxruntime, with gallery and threshold; raises the errors of `to_onnx`, and `ValueError` for 8 bits without data"
     folder = Path(folder).resolve()
     if check_folder(folder, (folder/'onnx.json').is_file(), 'embedder') and not overwrite:
-        raise FileExistsError(f"{str(folder)!r} is there already: `overwrite=True` replaces it.")
+        raise FileExistsError(f"{str(folder)!r} exists already: `overwrite=True` replaces it.")
     if not isinstance(self.preprocess, Resizing):
         raise ValueError(f"A folder needs a `Preprocess`, and this embedder has a {type(self.preprocess).__name__}: `to_onnx` writes the "
             "network alone.")
@@ -123,10 +123,11 @@ def _write_rest(self, folder, notes, facts):
 
 # %% ../../nbs/api/deploy/08_onnx.ipynb #988acc74
 class _Judge:
-    "Recall of embeddings of images that are known"
+    "Recall of embeddings of images with labels"
     def __init__(self, embedder, data, split, labels):
         if data is None:
-            raise ValueError("What 8 bits cost is measured: give `data`, and `split` or `labels`, of classes that were not trained on.")
+            raise ValueError("8 bits can lose recall, which is measured: pass `data` with `split` or `labels`, of classes that were not "
+                "trained on.")
         self.images = (data.items(*([split] if split else [])) if hasattr(data, 'protocol') else data)
         self.float = embedder.embedded(data, split, labels)
         self.float.check_labels()
@@ -135,7 +136,7 @@ class _Judge:
     def score(self, embs): return evaluate_protocol(embs, self.float.labels, metrics=['recall@1'], **self.float.protocol())
 
     def some(self, n):
-        "Images from everywhere among them"
+        "Images from all parts of them"
         at = np.unique(np.linspace(0, len(self.images)-1, min(n, len(self.images))).round().astype(int))
         return [self.images[int(i)] for i in at]
 
@@ -157,13 +158,13 @@ def _quantise(file, how, batches):
     return res
 
 def _ways(file):
-    "The ways that suit a network: its products of matrices are of a transformer where there are many"
+    "The quantisations that suit a network; many matrix products mean a transformer"
     import onnx
     n = sum(o.op_type in ('MatMul','Gemm') for o in onnx.load(str(file)).graph.node)
     return ['static'] + ['dynamic']*(n>3)
 
 def _to_int8(self, file, judge, n_calibrate):
-    "Replace by the best network in 8 bits `file`, and say what it costs"
+    "Replace `file` by the best network in 8 bits, and return the loss of recall"
     import onnxruntime
     pre,tried,was = Resizing(**self.preprocess.spec()),{},file.stat().st_size
     batches = [pre.array(o)[None] for o in judge.some(n_calibrate)]

@@ -31,9 +31,9 @@ from .learner import *
 
 # %% ../../nbs/api/train/19_distributed.ipynb #21324227
 def _accelerate():
-    "The package that knows launchers and devices"
+    "accelerate, which handles launchers and devices"
     try: import accelerate
-    except ImportError: raise ImportError('Training in several processes needs the extra: pip install "dmlfast[distributed]".') from None
+    except ImportError: raise ImportError('Training in several processes needs accelerate: pip install "dmlfast[distributed]".') from None
     return accelerate
 
 @patch
@@ -44,7 +44,7 @@ def distrib_ctx(self:MetricLearner,
     timeout:float=60, # Minutes that a process waits for the others
     **kwargs # Passed to accelerate's `Accelerator`
 ):
-    "A context in which the processes of a launcher train together; nothing happens where there is one process"
+    "A context in which the processes of a launcher train together; a single process trains as usual"
     _accelerate()
     import fastai.distributed # which cannot be imported without accelerate
     with lost_is_said(timeout), Learner.distrib_ctx(self, sync_bn, in_notebook and torch.cuda.is_available(), timeout=timeout, **kwargs):
@@ -52,7 +52,7 @@ def distrib_ctx(self:MetricLearner,
 
 # %% ../../nbs/api/train/19_distributed.ipynb #db32c3b2
 class _Rows(torch.autograd.Function):
-    "Rows of all processes; the gradient of the own rows, times the processes whose gradients DDP averages"
+    "Rows of all processes; the gradient of the own rows, times the number of processes, since DDP averages"
     @staticmethod
     def forward(ctx, x):
         ctx.n = len(x)
@@ -65,16 +65,16 @@ class _Rows(torch.autograd.Function):
         return g[r*ctx.n:(r+1)*ctx.n]*n
 
 def gather_rows(
-    x:Tensor, # Rows of this process, as many as each other one has, `(b,...)`
+    x:Tensor, # Rows of this process, the same number in each process, `(b,...)`
 )->Tensor: # In the order of the processes, `(processes·b,...)`
-    "The rows of all processes, with the gradient of the whole"
+    "The rows of all processes, with the gradient of the whole batch"
     return _Rows.apply(x.as_subclass(Tensor).contiguous()) if own_part()[1]>1 else x
 
 # %% ../../nbs/api/train/19_distributed.ipynb #801a2519
 def _is_wrapped(learn): return isinstance(learn.model, torch.nn.parallel.DistributedDataParallel)
 
 class MetricTrainer(Callback):
-    "Train in several processes with a loss that sees the batch of all of them"
+    "Train in several processes with a loss of the batch of all processes"
     order,name = 11,'distributed_trainer' # after MixedPrecision, at 10, and before all that looks at predictions
     def __init__(self,
         accelerator, # accelerate's `Accelerator`
@@ -92,7 +92,7 @@ class MetricTrainer(Callback):
     def attach(self,
         learn, # The learner to which the callback is being added
     ):
-        "Let the processes begin with the same weights, and the first one alone show what happens"
+        "Give all processes the same weights, and let only the first one print"
         self.said = learn.logger
         if own_part()[0]:
             self.waiting = list(learn.cbs.filter(risinstance(ProgressCallback)))
@@ -109,7 +109,7 @@ class MetricTrainer(Callback):
     def detach(self,
         learn, # The learner from which it is being removed
     ):
-        "Leave a learner for one process"
+        "Turn the learner back into one for a single process"
         learn.model,learn.logger = unwrapped(learn.model) if _is_wrapped(learn) else learn.model,self.said
         learn.add_cbs(self.waiting)
         for dl in learn.dls.loaders: getattr(dl, 'share', noop)(0, 1)
@@ -118,7 +118,7 @@ class MetricTrainer(Callback):
     def share(
         learn, # A learner
     ):
-        "Give this process its classes of each training batch, in an order that all have in common"
+        "Give this process its classes of each training batch, in an order that is the same in all processes"
         dl = learn.dls.train
         if not isinstance(dl, BalancedDL): return
         (seed,epoch),own = of_first((dl.seed,dl.epoch)),dl.seed
@@ -131,19 +131,20 @@ class MetricTrainer(Callback):
 def check_fit(self:MetricTrainer,
     learn, # Learner that is about to be fitted
 ):
-    "Raise `ValueError` for loaders and metrics whose work cannot be shared out"
+    "Raise `ValueError` for loaders and metrics that cannot be divided among processes"
     if own_part()[1]==1: return
     if not isinstance(learn.dls.train, BalancedDL):
-        raise ValueError(f"Several processes share out the classes of each batch, and this training loader is a "
-            f"{type(learn.dls.train).__name__}: make it with `dl_type=BalancedDL` (`per_class=1` where classes do not matter).")
+        raise ValueError(f"Several processes divide the classes of each batch, which a {type(learn.dls.train).__name__} cannot do: make "
+            f"the "
+            "training loader with `dl_type=BalancedDL` (`per_class=1` if classes do not matter).")
     if bad := [o for o in L(learn.metrics) if not isinstance(o, (AvgMetric,ValueMetric))]:
-        raise ValueError(f"{bad[0].name!r} is computed of all validation images at once, and each process measures a part of them: leave "
-            "it out of this fit, and compute it afterwards of `learn.embedded()`.")
+        raise ValueError(f"{bad[0].name!r} needs all validation images at once, and each process measures a part of them: leave it out of "
+            "this fit, and compute it afterwards from `learn.embedded()`.")
 
 # %% ../../nbs/api/train/19_distributed.ipynb #31377716
 @patch
 def before_fit(self:MetricTrainer):
-    "Wrap the model, share out the batches, and leave writing to the first process"
+    "Wrap the model, divide the batches, and let only the first process write"
     self.run,self.states = own_part()[1]>1,None
     if not self.run: return
     for o in self.learn.cbs:
@@ -158,7 +159,7 @@ def before_fit(self:MetricTrainer):
 
 @patch
 def after_fit(self:MetricTrainer):
-    "Take the model out of what wraps it, with the statistics of process 0"
+    "Unwrap the model, with the statistics of process 0"
     if _is_wrapped(self.learn): self.learn.model = self.learn.model.module
     sync_tensors(self.learn.model.buffers())
     self.accelerator.free_memory()
@@ -166,7 +167,7 @@ def after_fit(self:MetricTrainer):
 # %% ../../nbs/api/train/19_distributed.ipynb #6d9c9676
 @patch
 def after_pred(self:MetricTrainer):
-    "The batch of all processes"
+    "Gather the batch of all processes"
     if not self.training: return
     self.learn.pred,self.learn.yb = gather_rows(self.pred),tuple(map(gather_rows, self.yb))
     if self.train_iter==0 and self.yb: self.learn.check_pairs(self.yb[0])
@@ -175,14 +176,14 @@ def after_pred(self:MetricTrainer):
 
 @patch
 def after_loss(self:MetricTrainer):
-    "Each process goes on with random numbers of its own"
+    "Give each process its own random numbers again"
     if self.states is not None: set_random_states(**self.states)
     self.states = None
 
 # %% ../../nbs/api/train/19_distributed.ipynb #d30afc54
 @patch
 def before_validate(self:MetricTrainer):
-    "A run of the batches for each process, and the statistics of process 0 in all of them"
+    "Give each process a part of the batches, and all processes the statistics of process 0"
     self.was,self.learn.model = self.learn.model,unwrapped(self.learn.model) if _is_wrapped(self.learn) else self.learn.model
     sync_tensors(self.learn.model.buffers())
     self.parts = isinstance(self.dl, BalancedDL) and not hasattr(self.learn, 'gather_preds')
@@ -190,7 +191,7 @@ def before_validate(self:MetricTrainer):
 
 @patch
 def after_validate(self:MetricTrainer):
-    "Add up what the processes have seen"
+    "Add up the results of the processes"
     self.learn.model = self.was
     if self.parts: self.dl.share(0, 1)
     if not hasattr(self.learn, 'recorder'): return
@@ -205,7 +206,7 @@ def save(self:MetricLearner,
     file, # Name, `.pth` is added, in `learn.path/learn.model_dir`; or a path
     **kwargs
 )->Path: # The file
-    "As of any learner; of several processes the first writes, and under `lr_find` each its own file"
+    "As for any learner; among several processes only the first writes, but in `lr_find` each writes its own file"
     with alone(as_first=True) if hasattr(self, 'lr_finder') else nullcontext(): return super(MetricLearner, self).save(file, **kwargs)
 
 @patch
@@ -214,7 +215,7 @@ def load(self:MetricLearner,
     file, # Name, `.pth` is added, in `learn.path/learn.model_dir`; or a path, or an open file
     **kwargs
 )->MetricLearner: # Itself
-    "As of any learner; of several processes the first reads"
+    "As for any learner; among several processes only the first reads"
     if hasattr(self, 'lr_finder'):
         with alone(): return super(MetricLearner, self).load(file, **kwargs)
     if own_part()[1]>1 and isinstance(file, (str,Path)):
@@ -230,11 +231,12 @@ def to_distributed(self:MetricLearner,
     kwargs_handlers=None, # accelerate's `KwargsHandler`s, such as `DistributedDataParallelKwargs`
     **kwargs # Passed to accelerate's `Accelerator`
 )->MetricLearner: # Itself
-    "Train in the processes of a launcher from here on"
+    "From now on, train in the processes of a launcher"
     acc,handlers = _accelerate(),list(L(kwargs_handlers))
     if any(getattr(o, 'find_unused_parameters', False) for o in handlers):
-        raise ValueError("`find_unused_parameters=True` looks at what the model computes, and the weights of a loss (proxies, learned "
-            "margins) come after that: leave it out, and freeze what is not trained by `requires_grad_(False)`.")
+        raise ValueError("`find_unused_parameters=True` sees only the model, and would take the weights of a loss (proxies, learned "
+            "margins) "
+            "for unused: leave it out, and freeze unused weights by `requires_grad_(False)`.")
     if not any(isinstance(o, acc.InitProcessGroupKwargs) for o in handlers):
         handlers.append(acc.InitProcessGroupKwargs(timeout=timedelta(minutes=timeout)))
     # accelerate takes a machine without a GPU for one without processes; half precision is `to_fp16`
@@ -249,6 +251,6 @@ def to_distributed(self:MetricLearner,
 @patch
 def detach_distributed(self:MetricLearner
 )->MetricLearner: # Itself
-    "Train in one process from here on"
+    "From now on, train in one process"
     try: return self.remove_cb(MetricTrainer)
     finally: work_together(False)
