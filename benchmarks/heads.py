@@ -3,7 +3,8 @@
     python benchmarks/heads.py FOLDER --weights WEIGHTS --cache CACHE    # FOLDER/cub100/images, FOLDER/cars/images, FOLDER/emoji/images
     python benchmarks/heads.py FOLDER --weights WEIGHTS --cache CACHE --plan     # how long what is left takes
     python benchmarks/heads.py FOLDER --weights WEIGHTS --cache CACHE --check    # the loop here against `fit_head`
-    python benchmarks/heads.py --table                                   # what is in benchmarks/heads.jsonl
+    python benchmarks/heads.py FOLDER --weights WEIGHTS --cache CACHE --defaults # without searches, at the defaults of the library: fast
+    python benchmarks/heads.py --table                                   # what is in benchmarks/heads.jsonl; with --defaults, in heads_defaults.jsonl
 
 A row is one data set, body, partition of its classes into halves (train and test), start of the head and loss. It has five arms. Two have a search
 of their own, of 50 trials on two class-disjoint folds of the training classes: the loss without the method (`plain`) and with it (`method`). A third,
@@ -158,15 +159,17 @@ def search(folds, start, name, method):
     study.optimize(objective, n_trials=n_trials)
     return {k:float(f'{v:.4g}') for k,v in study.best_params.items()},round(study.best_value, 5)
 
-def measure(parts, start, name):
+def measure(parts, start, name, searched=True):
     "What a row holds beside its key"
     part,folds = parts
-    began = time.process_time()
-    plain,method = (search(folds, start, name, o) for o in (False,True))
-    arms = dict(plain=plain[0], method=method[0], control=off(method[0]), default=defaults(name, start, False), default_method=defaults(name, start, True))
+    began,arms,seen = time.process_time(),dict(default=defaults(name, start, False), default_method=defaults(name, start, True)),{}
+    if searched:
+        plain,method = (search(folds, start, name, o) for o in (False,True))
+        arms = dict(plain=plain[0], method=method[0], control=off(method[0]), **arms)
+        seen = dict(chosen=dict(plain=plain[0], method=method[0]), folds=[plain[1],method[1]])
     scores = {k:[part.score(fit(part, start, name, o, 1+seed)) for seed in range(n_seeds)] for k,o in arms.items()}
     began_at = [part.score(new_head(part, start, 1+seed)) for seed in range(n_seeds if start=='random' else 1)]
-    return dict(chosen=dict(plain=plain[0], method=method[0]), folds=[plain[1],method[1]], features=part.score(None), start_scores=began_at, **scores,
+    return dict(**seen, features=part.score(None), start_scores=began_at, **scores,
         seconds=round(time.process_time()-began))
 
 def parts_of(data, partition):
@@ -208,10 +211,12 @@ def levels(rows, metric='recall@1'):
     "Mean scores of the arms, in per cent, beside the features and the start"
     at,df = metrics.index(metric),pd.DataFrame({key(o):o for o in rows}.values())
     cols = dict(features=df.features.map(lambda o: 100*o[at]), started=df.start_scores.map(lambda o: 100*np.mean(o, axis=0)[at]))
-    cols |= {k:df[k].map(lambda o: 100*np.mean(o, axis=0)[at]) for k in ('plain','method','control','default','default_method')}
+    cols |= {k:df[k].map(lambda o: 100*np.mean(o, axis=0)[at]) for k in ('plain','method','control','default','default_method') if k in df}
     return df[list(names)].assign(**cols).groupby(['data','body','start','loss'], sort=False)[list(cols)].mean().reset_index()
 
-def table(rows): return '\n\n'.join(o.round(2).to_string(index=False) for o in (levels(rows), differences(rows), differences(rows, b='control')))
+def table(rows, defaults=False):
+    pairs = [('default_method','default')] if defaults else [('method','plain'),('method','control'),('default_method','default')]
+    return '\n\n'.join(o.round(2).to_string(index=False) for o in (levels(rows), *(differences(rows, a=a, b=b).assign(arm=a, minus=b) for a,b in pairs)))
 
 # ---- rows ----
 def rows(out): return [json.loads(o) for o in out.read_text().splitlines()] if out.is_file() else []
@@ -230,12 +235,12 @@ def by_kind(only):
     kinds = list(sets),list(bodies),list(starts),[ranking,*register_loss]
     return [o for o in ([k for k in only if k in kind] for kind in kinds) if o]
 
-def print_plan(todo, rows):
+def print_plan(todo, rows, defaults=False):
     "How many rows are left, and how long they take as those did that are there"
     done = {key(o) for o in rows}
     left = [o for o in todo if o not in done]
-    each = np.mean([o['seconds'] for o in rows]) if rows else 60
-    fits = 2*n_trials+5*n_seeds
+    each = np.mean([o['seconds'] for o in rows]) if rows else 5 if defaults else 75
+    fits = 2*n_seeds if defaults else 2*n_trials+5*n_seeds
     print(f'{len(todo)} rows of about {fits} fits each, {len(left)} of them left: {len(left)*each/3600:.1f} hours of one core, at {each:.0f} seconds a row'
         f"{' (a guess)'*(not rows)}")
 
@@ -264,17 +269,19 @@ def main():
     p.add_argument('--cache', type=Path, default=Path('features'), help='folder for features')
     p.add_argument('--only', nargs='*', default=[], help='names that a row has: of data, bodies, starts or losses')
     p.add_argument('--partitions', type=int, default=n_partitions)
-    p.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.jsonl'))
+    p.add_argument('--out', type=Path, help='heads.jsonl beside this file, or heads_defaults.jsonl')
+    p.add_argument('--defaults', action='store_true', help='without searches: only the arms with the defaults of the library')
     for o in ('plan','check','table'): p.add_argument(f'--{o}', action='store_true')
     args = p.parse_args()
+    args.out = args.out or Path(__file__).with_name(f"heads{'_defaults'*args.defaults}.jsonl")
     if args.check: return check(args.folder, args.weights, args.cache)
     todo = [o for o in plan() if o[2]<args.partitions and all(any(k in o for k in group) for group in by_kind(args.only))]
-    if args.plan: return print_plan(todo, rows(args.out))
-    if args.table: return print(table(rows(args.out)))
+    if args.plan: return print_plan(todo, rows(args.out), args.defaults)
+    if args.table: return print(table(rows(args.out), args.defaults))
     torch.set_num_threads(1)
     held,at = {},None
     for o in todo:
-        lock = filelock.FileLock(args.out.with_name(f".{'-'.join(map(str, o)).replace(' ', '')}.lock"), timeout=0)
+        lock = filelock.FileLock(args.out.with_name(f".{args.out.stem}-{'-'.join(map(str, o)).replace(' ', '')}.lock"), timeout=0)
         if o in {key(r) for r in rows(args.out)}: continue
         try: lock.acquire()
         except filelock.Timeout: continue # another process makes this row
@@ -284,7 +291,7 @@ def main():
             if (name,body,partition) not in held:
                 if len(held)>=len(sets): held.clear()
                 held[name,body,partition] = parts_of(features(args.folder, args.weights, args.cache, name, body, body==list(bodies)[0]), partition)
-            row = dict(zip(names, o), **measure(held[name,body,partition], start, loss))
+            row = dict(zip(names, o), **measure(held[name,body,partition], start, loss, not args.defaults))
             with filelock.FileLock(f'{args.out}.lock'), args.out.open('a') as f: f.write(json.dumps(row)+'\n')
             print({k:row[k] for k in (*names,'seconds')}, flush=True)
         finally:
