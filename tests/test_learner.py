@@ -790,8 +790,9 @@ def test_what_is_no_image_is_said(make_learner):
     with learn.no_bar():
         for o in (bytearray(file.read_bytes()), memoryview(file.read_bytes())):
             assert torch.equal(learn.predict(o, k=1)[0], learn.predict(file, k=1)[0])
-        for o in (None, 3, [file], {}):
+        for o in (None, 3, {}):
             with pytest.raises(ValueError, match=f"An image is a path, bytes, .*; got a {type(o).__name__}"): learn.predict(o)
+        with pytest.raises(ValueError, match='`predict` takes one image. For several, `learn.get_preds'): learn.predict([file])
 
 @pytest.mark.parametrize('lr', [-1, float('nan'), float('inf'), slice(1e-4, -1.), slice(float('nan'), 1.)])
 def test_a_rate_that_is_none(make_learner, lr):
