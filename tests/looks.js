@@ -3,7 +3,8 @@
   const found = [], article = document.querySelector('article'), say = (kind, o) => found.push(`${kind}: ${o.trim().slice(0, 80)}`)
   document.head.insertAdjacentHTML('beforeend', '<style>* { transition: none !important }</style>')
   const style = o => getComputedStyle(o), shown = o => o.getClientRects().length && style(o).visibility !== 'hidden'
-  if (document.documentElement.scrollWidth > innerWidth) say('wider than the screen', `${document.documentElement.scrollWidth}`)
+  const html = document.documentElement
+  if (html.scrollWidth > html.clientWidth) say('wider than the screen', `${html.scrollWidth}`)
   const right = article.getBoundingClientRect().right + 14 // headings reach a little beyond
   const scrolls = o => o !== article && (style(o).overflowX !== 'visible' || scrolls(o.parentElement))
   for (const o of article.querySelectorAll('*:not(mjx-container *)'))

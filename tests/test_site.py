@@ -177,7 +177,8 @@ def test_ugly_pages_are_found(page, url):
     page.go(f'{url}explanations/metrics.html')
     assert page.eval(looks)==[]
     page.eval("""document.querySelector('article').insertAdjacentHTML('beforeend', `<section id="bare"><h2>x</h2></section><p style="color:#bbb">pale</p><p>**bold**</p>
-        <p><a href="#x" style="text-decoration:none">plain</a></p><div style="width:500px">wide</div><table><tr><td style="max-width:3rem"><code style="overflow-wrap:anywhere">a_rather_long_name</code></table>`)""")
+        <p><a href="#x" style="text-decoration:none">plain</a></p><div style="width:500px">wide</div><table><tr><td style="max-width:3rem"><code style="overflow-wrap:anywhere">a_rather_long_name</code></table>`)
+        document.body.insertAdjacentHTML('beforeend', '<div style="width:900px">beside the page</div>')""")
     assert {o.partition(':')[0] for o in page.eval(looks)}=={'wider than the screen','wider than the page','nothing below a heading','too little contrast','markdown',
         'a link that does not look like one','a line ends within a name'}
 
