@@ -94,7 +94,8 @@ def test_headings_of_what_is_not_shown_are_left_out():
 def test_words_in_tables_are_at_the_left():
     from nbsite import align_columns
     from fastcore.basics import AttrDict
-    rows = '<tr><th></th><th>name</th><th>x</th></tr>', '<tr><td>0</td><td>bird</td><td>nan</td></tr>', '<tr><td>1</td><td>car</td><td>2.5</td></tr>'
+    rows = '<tr><th></th><th>name</th><th>x</th></tr>', '<tr><td>0</td><td>bird</td><td>nan</td></tr>',\
+        '<tr><td>1</td><td>car</td><td>2.5</td></tr>'
     html = f"<table>{''.join(rows)}</table>"
     cell = AttrDict(cell_type='code', outputs=[dict(data={'text/html':html})])
     align_columns(cell)
