@@ -43,7 +43,7 @@ html_theme_options = dict(light_logo='logo-light.svg', dark_logo='logo-dark.svg'
 def breaks(app, pagename, templatename, context, doctree):
     "Code ends a line after brackets, commas and dots, and never within a name"
     def cut(m): return re.sub(r'(?<=[(=,/|[])(?=[^\s)\]])|(?<=\.)(?=[A-Za-z_]\w{3}|[a-z]+\()', '</span><wbr/><span class="pre">', m[0])
-    def code(m): return re.sub(r'(?<=<span class="pre">)[^<]+', cut, m[0])
+    def code(m): return re.sub(r'(?<=<span class="pre">)[^<]{13,}', cut, m[0]) # what is shorter stays on a line
     context['body'] = re.sub(r'<code class="[^"]*\bliteral\b[^"]*">.*?</code>', code, context.get('body') or '', flags=re.S)
 
 def setup(app): app.connect('html-page-context', breaks)

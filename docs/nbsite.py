@@ -39,7 +39,10 @@ def _columns(m):
     rows = [re.findall(r'<t[hd][^>]*>(.*?)</t[hd]>', o, re.S) for o in re.findall(r'<tr.*?</tr>', m[0], re.S)]
     if re.search('(row|col)span', m[0]) or len({len(o) for o in rows})!=1: return m[0]
     texts = [[unescape(re.sub('<.*?>', '', o)) for o in col] for col in zip(*rows[1:])]
-    kinds = ['long' if max(map(len, o), default=0)>28 and any(' ' in t for t in o) else 'words' if any(re.search(r'(?!nan|True|False)[^\W\d_]{3}', t) for t in o) else '' for o in texts]
+    def kind(col):
+        if max(map(len, col), default=0)>28 and any(' ' in o for o in col): return 'long'
+        return 'words' if any(re.search(r'(?!nan|True|False)[^\W\d_]{3}', o) for o in col) else ''
+    kinds = [kind(o) for o in texts]
     return re.sub(r'<tr.*?</tr>', lambda r: _marked(r[0], iter(kinds)), m[0], flags=re.S)
 
 def _marked(row, kinds): return re.sub(r'<(t[hd])(?=[ >])', lambda m: f'<{m[1]} class="{next(kinds)}"', row)

@@ -83,6 +83,24 @@ def test_it_loads_nothing_from_elsewhere(site):
     for f in (site/'_static').rglob('*.css'):
         assert not re.search(r'(@import|url\()\s*["\']?(https?:)?//', f.read_text(encoding='utf-8')), f
 
+def test_headings_of_what_is_not_shown_are_left_out():
+    from fastcore.nbio import mk_cell
+    from nbsite import drop_empty
+    shown = [('# a','markdown'), ('## b','markdown'), ('x = 1','code'), ('## c','markdown'), ('','code'), ('## d','markdown'),
+        ('text\n\n## e','markdown'), ('## f\n\ntext','markdown'), ('## g','markdown')]
+    left = drop_empty([mk_cell(src, kind) for src,kind in shown])
+    assert [o.source.strip() for o in left]==['# a','## b','x = 1','## d','text','## f\n\ntext']
+
+def test_words_in_tables_are_at_the_left():
+    from nbsite import align_columns
+    from fastcore.basics import AttrDict
+    rows = '<tr><th></th><th>name</th><th>x</th></tr>', '<tr><td>0</td><td>bird</td><td>nan</td></tr>',\
+        '<tr><td>1</td><td>car</td><td>2.5</td></tr>'
+    html = f"<table>{''.join(rows)}</table>"
+    cell = AttrDict(cell_type='code', outputs=[dict(data={'text/html':html})])
+    align_columns(cell)
+    assert re.findall('class="(.*?)"', cell.outputs[0]['data']['text/html'])==['','words','']*3
+
 # in a browser
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -159,7 +177,7 @@ looks = (root/'tests'/'looks.js').read_text(encoding='utf-8')
 @needs_browser
 @pytest.mark.parametrize('width', [1280,390])
 def test_every_page_looks_well(page, url, site, width):
-    "Nothing is wider than its place (wide tables, code and formulas scroll), pale, empty or left as markdown, in light and dark"
+    "Nothing is wider than its place (tables, code and formulas scroll by themselves), pale, empty or left as markdown, in light and dark"
     bad = {}
     for f in sorted(site.rglob('*.html')):
         where = f.relative_to(site).as_posix()
@@ -176,12 +194,14 @@ def test_ugly_pages_are_found(page, url):
     page.look(390)
     page.go(f'{url}explanations/metrics.html')
     assert page.eval(looks)==[]
-    page.eval("""document.querySelector('article').insertAdjacentHTML('beforeend', `<section id="bare"><h2>x</h2></section>
-        <p style="color:#bbb">pale</p><p>**bold**</p><p><a href="#x" style="text-decoration:none">plain</a></p>
-        <div style="width:500px">wide</div>
-        <table><tr><td style="max-width:3rem"><code style="overflow-wrap:anywhere">a_rather_long_name</code></table>`)""")
-    assert {o.partition(':')[0] for o in page.eval(looks)}=={'wider than the screen','wider than the page','nothing below a heading',
-        'too little contrast','markdown','a link that does not look like one','a line ends within a name'}
+    page.eval("""document.body.insertAdjacentHTML('beforeend', '<div style="width:900px">beside the page</div>')
+        document.querySelector('article').insertAdjacentHTML('beforeend', `<section id="bare"><h2>x</h2></section>
+            <p style="color:#bbb">pale</p><p>**bold**</p><p><a href="#x" style="text-decoration:none">plain</a></p>
+            <div style="width:500px">wide</div>
+            <table><tr><td style="max-width:3rem"><code style="overflow-wrap:anywhere">a_rather_long_name</code></table>`)""")
+    kinds = {o.partition(':')[0] for o in page.eval(looks)}
+    assert kinds=={'wider than the screen','wider than the page','nothing below a heading','too little contrast','markdown',
+        'a link that does not look like one','a line ends within a name'}
 
 @needs_browser
 def test_the_cheat_sheet_is_one_page_of_paper(page, url):
