@@ -1,4 +1,5 @@
 "What a user writes, as the design promises it; this file grows and is never weakened"
+import pytest
 from fastai.vision.all import *
 from dmlfast.all import *
 

@@ -120,9 +120,9 @@ def lr_find(self:GroupedLearner,
 ):
     "As in fastai; warns that the suggestion is too high where the body is trained already"
     res = super(GroupedLearner, self).lr_find(start_lr, end_lr, num_it, **kwargs)
-    if self.trained and any(o.requires_grad for o in unwrapped(self.model).body.parameters()):
+    if self.trained:
         warnings.warn("The body of this learner is trained already, and a rate that is found in this way is far too high for it: leave the "
-            f"rate out, as in `learn.fit_one_cycle(10)`. The default here is {getattr(self.lr, 'stop', self.lr):g}.", stacklevel=2)
+            f"rate out, as in `learn.fit_one_cycle(10)`. The default here is {getattr(self.lr, 'stop', self.lr)}.", stacklevel=2)
     return res
 
 # %% ../../nbs/api/train/03_rates.ipynb #add06cd6
