@@ -470,3 +470,10 @@ def test_names_that_are_html(few):
     recipes['<b>'] = Recipe('<b>', ours='<b>')
     try: assert recipes._repr_html_().count('&lt;b&gt;')==3 and '<b>' not in recipes._repr_html_()
     finally: del recipes['<b>']
+
+def test_transforms_have_two_names(few):
+    for o in ('tfms','transforms'):
+        with pytest.raises(TypeError, match=f"no argument of `dataloaders` '{o}'.*`item_tfms=`.*`batch_tfms=`"): few.dataloaders(**{o:None})
+
+def test_all_splits_have_a_name(few):
+    assert few.items('all')==few.items() and len(few.items('all'))==len(few.df)

@@ -79,6 +79,58 @@ def test_other_transforms_are_refused_by_name(photos, tfm, batch, name):
         return
     with pytest.raises(ValueError, match=f'{name}.*cannot be exported'): preprocess_of(dls)
 
+@pytest.mark.parametrize('tfm,batch,size', [(Resize(32), aug_transforms(), 32), (Resize(32), aug_transforms(size=32), 32),
+    (Resize((24,32)), aug_transforms(size=(24,32)), (24,32)), (Resize(32), aug_transforms(size=32, min_scale=.5), 32),
+    (Resize(32), aug_transforms(size=24), None), (Resize((24,32)), aug_transforms(size=(32,24)), None),
+    (Resize(32), RandomResizedCropGPU(24), None), (Resize(32), RandomResizedCropGPU(32, valid_scale=.5), None),
+    (Resize((16,64)), RandomResizedCropGPU((16,64)), None)])
+def test_what_becomes_of_a_batch_is_exported_or_refused_whatever_came_before(photos, tmp_path, tfm, batch, size):
+    "fastai's affine transforms note in `split_idx` what the last batch was, and resize in another way than single images are"
+    dls = loaders(photos, tfm, batch)
+    dls.valid.drop_last = False
+    learn = metric_learner(dls, 'test_resnet', emb_sz=8, pretrained=False, path=tmp_path)
+    w = '×'.join(map(str, reversed(size) if isinstance(size, tuple) else [size]*2))
+    for before in (noop, lambda: learn.dls.train.one_batch(), lambda: learn.dls.valid.one_batch()):
+        before()
+        if size is None:
+            with pytest.raises(ValueError, match=r'cannot be exported.*pixels.*such as `Resize\('): learn.export_embedder(tmp_path/'e')
+            continue
+        e = learn.export_embedder(tmp_path/'e', overwrite=True)
+        want,_ = learn.embed(bar=False)
+        assert torch.allclose(e.embed([str(o) for o in dls.valid.items]), want, atol=1e-5)
+        assert learn.about_training()['size']==w
+
+def test_a_gallery_of_several_splits(few, make_learner, tmp_path):
+    learn = make_learner()
+    n = few.df.split.value_counts()
+    assert len(learn.export_embedder(tmp_path/'a', gallery='all'))==len(few.df)
+    e = learn.export_embedder(tmp_path/'b', gallery=['val','test'])
+    assert len(e)==n['val']+n['test'] and {*e.items}=={*few.df.path[few.df.split!='train']}
+    for bad in ('tests',['val','tests']):
+        with pytest.raises(ValueError, match="no split 'tests'; its splits are"): learn.export_embedder(tmp_path/'c', gallery=bad)
+
+def test_a_body_takes_arguments_as_a_learner_does(tmp_path):
+    "TensorFlow's padding makes other features than PyTorch's"
+    set_seed(0)
+    kwargs = dict(pad_type='same')
+    e = ImageEmbedder.from_body('mobilenetv3_small_050', 64, pretrained=False, model_kwargs=kwargs)
+    torch.save(e.model.body.state_dict(), tmp_path/'w.pth')
+    x = torch.rand(2, 3, 64, 64)
+    def make(**kw): return ImageEmbedder.from_body('mobilenetv3_small_050', 64, weights=tmp_path/'w.pth', **kw).embed(x)
+    assert torch.equal(make(model_kwargs=kwargs), make(pad_type='same'))
+    assert not torch.allclose(make(model_kwargs=kwargs), make())
+    for kw in (dict(model_kwargs=dict(pad_typ='same')), dict(pad_typ='same')):
+        with pytest.raises(ValueError, match="timm cannot make 'mobilenetv3_small_050' with {'pad_typ': 'same'}"): make(**kw)
+
+def test_items_that_are_there_already_are_said(embedder, photos):
+    files = get_image_files(photos/'a').sorted()
+    e = ImageEmbedder(embedder.model, embedder.preprocess).add(files[:2], 'a')
+    with pytest.warns(UserWarning, match='^2 of these 3 items have names that are in the gallery already.*`replace`'): e.add(files[:3], 'a')
+    assert len(e)==5
+    x = torch.rand(2, 3, 32, 32)
+    e.add(x, 'b').add(x, 'b') # without names
+    with pytest.raises(ValueError, match='do not go together'): e.add(files[:2], ['x']) # and no warning
+
 @pytest.fixture(scope='module')
 def embedder():
     torch.manual_seed(0)

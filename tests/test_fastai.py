@@ -197,6 +197,20 @@ def test_tensorboard_with_everything(make_learner, tmp_path):
     vecs = next((tmp_path/'tb').rglob('tensors.tsv'))
     assert np.loadtxt(vecs).shape==(len(learn.dls.valid.items),16)
 
+def test_tensorboard_draws_labels_and_no_numbers(make_learner, tmp_path, monkeypatch):
+    "Each embedding was drawn as text into a title, which took minutes; and a graph cannot be drawn in mixed precision"
+    pytest.importorskip('tensorboard')
+    from fastai.callback.tensorboard import TensorBoardCallback
+    from torch.utils.tensorboard import SummaryWriter
+    titles = []
+    monkeypatch.setattr(SummaryWriter, 'add_figure', lambda self, tag, fig, step: titles.append([a.get_title() for a in fig.axes]))
+    learn = make_learner(emb_sz=64)
+    learn.fit(1, 1e-3, cbs=TensorBoardCallback(tmp_path/'tb', trace_model=False))
+    assert len(titles)==1 and len(titles[0])==9 and {*titles[0]}<={*learn.dls.vocab}
+    for cbs,l in ((MixedPrecision(),learn),((),make_learner().to_fp16())):
+        with pytest.raises(ValueError, match='TensorBoardCallback cannot draw the graph of a model in mixed precision.*trace_model=False'):
+            l.fit(1, 1e-3, cbs=[*L(cbs),TensorBoardCallback(tmp_path/'tc')])
+
 @pytest.mark.parametrize('cb', [MixUp, CutMix])
 def test_mixed_images_are_refused(make_learner, cb):
     with pytest.raises(ValueError, match=f'{cb.__name__} mixes images of two classes'): make_learner().fit(1, cbs=cb())

@@ -12,6 +12,8 @@ from dmlfast.deploy.folder import _read_gallery
 from dmlfast.deploy.journal import hash_of
 from dmlfast.models.embedder import Embedder
 
+pytestmark = pytest.mark.filterwarnings('ignore:.*have names that are in the gallery already') # drawn at random, some are
+
 d = 4
 
 @pytest.fixture(scope='module')

@@ -1,5 +1,5 @@
 "Pairs, thresholds and open sets: against values by hand, NumPy, scikit-learn and brute force"
-import json, subprocess, sys
+import json, re, subprocess, sys
 import numpy as np, pytest, torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -259,6 +259,9 @@ def test_search_may_find_nothing():
     assert len(f.search(blue))==2 and f.threshold is None
     for call in (lambda: f.search(blue, unknown=True), lambda: f.classify(blue, unknown=True), lambda: f.same(blue, blue)):
         with pytest.raises(ValueError, match='no calibrated threshold'): call()
+    for call in (f.search, f.classify):
+        with pytest.raises(ValueError, match="`unknown` is True or False; got 0.5.*`min_score=`"): call(blue, unknown=.5)
+    with pytest.raises(ValueError, match='`min_score=.5`'): f.search(blue, unknown=True)
     assert f.search(blue, min_score=.5)==[] and [o.label for o in f.search(orange, min_score=.5)]==['red']
     f.calibration = dict(threshold=.8, fmr=1e-3)
     assert f.search([blue,orange], unknown=True)[0]==[] and [o.label for o in f.search([blue,orange], unknown=True)[1]]==['red']
@@ -289,7 +292,7 @@ def test_labels_from_neighbours():
 def test_calibration():
     x,y = data(30, 8)
     e = Embedded(x, y, facts=dict(measured_on='noise, val'))
-    f = finder().calibrate(e, 1e-2, split_hash='abc')
+    with pytest.warns(UserWarning, match='pairs of one class are missed'): f = finder().calibrate(e, 1e-2, split_hash='abc')
     gen,imp = brute(x, y)
     assert f.threshold==pytest.approx(np.quantile(imp, .99), abs=1e-6) and f.calibration['fnmr']==pytest.approx((gen<f.threshold).mean())
     c = f.calibration
@@ -298,13 +301,29 @@ def test_calibration():
     assert finder().calibrate(Embedded(x[:40], y[:40]), .1, min_classes=5).calibration['interval'] is None
     with pytest.raises(ValueError, match='10,000 pairs of two classes'): finder().calibrate(Embedded(x[:80], y[:80]), 1e-4, min_classes=5)
 
+def test_a_threshold_that_misses_most_is_said():
+    "Of noise in three dimensions nearly all pairs of a class are missed, of tight classes few; both are said"
+    x,y = torch.randn(200, 3, generator=torch.manual_seed(0)),torch.arange(200)%25
+    gen,imp = brute(x.numpy(), y.numpy())
+    missed = (gen<np.quantile(imp, .99)).mean()
+    assert missed>.9
+    f = finder()
+    assert 'threshold' not in repr(f)
+    with pytest.warns(UserWarning, match=f'rate of 0.01, {missed:.1%} of the pairs of one class are missed.*a larger `fmr`, or training'):
+        f.calibrate(Embedded(x, y), 1e-2)
+    f = finder().calibrate(Embedded(torch.eye(25)[y]+.01*torch.randn(200, 25, generator=torch.manual_seed(1)), y), 1e-2) # no warning
+    assert re.search(r'threshold 0\.\d{3} for fmr=0.01, which misses 0.0% of the pairs of one class\)$', repr(f))
+    f.calibration = dict(threshold=.5, fmr=.1) # of an older folder
+    assert repr(f).endswith('threshold 0.500 for fmr=0.1)')
+    with pytest.raises(ValueError, match="embeddings with labels, such as .*; got 'photos'"): f.calibrate('photos')
+
 def test_a_threshold_travels(make_learner, tmp_path):
     from dmlfast.deploy import load_embedder
     learn = make_learner()
     n = int(learn.embedded().labels.unique().numel())
     with pytest.raises(ValueError, match=f'20 validation classes or more, and there are {n}'): learn.export_embedder(tmp_path/'e', fmr=.1)
     assert not (tmp_path/'e').exists()
-    f = learn.export_embedder(tmp_path/'e', gallery='val', fmr=.1, min_classes=2)
+    with pytest.warns(UserWarning, match='are missed'): f = learn.export_embedder(tmp_path/'e', gallery='val', fmr=.1, min_classes=2)
     want = learn.embedded().verify([.1]).threshold(.1)
     assert f.threshold==pytest.approx(want, abs=1e-6) and f.calibration['fmr']==.1 and len(f.calibration['split_hash'])==64
     about = json.loads((tmp_path/'e'/'embedder.json').read_text())

@@ -311,11 +311,11 @@ def crop_tfms(
 # %% ../../nbs/api/data/01_tables.ipynb #c41d38ef
 @patch
 def items(self:MetricDataset,
-    *names:str, # Splits or subsets, everything if none is named
+    *names:str, # Splits or subsets; everything for `'all'`, or if none is named
 )->L: # Paths
     "Paths of the images of some splits"
     df = self.df
-    if names: df = df[np.any([df[o].astype(bool) if o in self.subsets else df.split==o for o in names], axis=0)]
+    if names and ('all' not in names or 'all' in self.subsets): df = df[np.any([df[o].astype(bool) if o in self.subsets else df.split==o for o in names], axis=0)]
     return L(self.path/o for o in df.path)
 
 @patch
@@ -396,6 +396,9 @@ def dataloaders(self:MetricDataset,
     "`DataLoaders` with balanced batches for training and the images of unseen classes for validation"
     names = list(inspect.signature(self.dataloaders).parameters)
     for o in kwargs:
+        if o in ('tfms','transforms','transform','aug_tfms'):
+            raise TypeError(f"There is no argument of `dataloaders` {o!r}: transforms of an image are `item_tfms=`, and those of a batch "
+                "`batch_tfms=`.")
         if o not in names: raise TypeError(nearest(o, {**{k:k for k in names}, **_theirs}, 'argument of `dataloaders`'))
     block = self.dblock(valid, **kwargs)
     seen,held = self._held_out(valid)

@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/deploy/embedder.html.md"""
 __all__ = ['Preprocess', 'ImageEmbedder']
 
 # %% ../../nbs/api/deploy/02_embedder.ipynb #69d40456
-import os, torch
+import os, torch, warnings
 from concurrent.futures import ThreadPoolExecutor
 from fastcore.basics import patch
 from timm.data.transforms import str_to_pil_interp
@@ -35,6 +35,11 @@ class Preprocess(Resizing):
         return torch.from_numpy(self.array(im))
 
 # %% ../../nbs/api/deploy/02_embedder.ipynb #2b9e7810
+def _rates(c):
+    "A calibration in words"
+    missed = '' if c is None or c.get('fnmr') is None else f", which misses {c['fnmr']:.1%} of the pairs of one class"
+    return c and f"threshold {c['threshold']:.3f} for fmr={c['fmr']:g}{missed}"
+
 class ImageEmbedder(Finder):
     "Embeds images, and finds their neighbours in a gallery"
     source = None # `'hf-hub:user/name@commit'` where it came from the hub
@@ -63,7 +68,8 @@ class ImageEmbedder(Finder):
     def __repr__(self):
         name = getattr(self.model, 'arch', type(self.model).__name__)
         items = f'{len(self)} items of {len(self.gallery.classes())} classes in the gallery'
-        return f"ImageEmbedder({name}, {self.preprocess!r}, {items}{f', from {self.source}' if self.source else ''})"
+        said = ''.join(f', {o}' for o in (_rates(self.calibration),self.source and f'from {self.source}') if o)
+        return f"ImageEmbedder({name}, {self.preprocess!r}, {items}{said})"
 
     embs,labels,items,index_kind = (
         property(lambda self, k=k: getattr(self.gallery, k), lambda self, v, k=k: setattr(self.gallery, k, v), doc=doc) for k,doc in dict(
@@ -120,9 +126,11 @@ def from_body(cls:ImageEmbedder,
     pretrained:bool=True, # Load timm's pretrained weights?
     weights=None, # File of the body's weights, instead of timm's
     pool=None, # As `Embedder` takes it
-    **kwargs # Passed to `timm.create_model`
+    model_kwargs:dict=None, # Passed to `timm.create_model`, as `metric_learner` takes it
+    **kwargs # The same, by name
 )->ImageEmbedder:
     "An embedder of the features of a body, without any training; raises `ValueError` for a name or a size that timm does not have"
+    kwargs = {**(model_kwargs or {}), **kwargs}
     if size is not None: kwargs = sized(arch, to_2tuple(size), **kwargs)
     model = Embedder(arch, pretrained=pretrained, weights=weights, pool=pool, head='identity', **kwargs)
     (h,w),how = to_2tuple(size or model.cfg['input_size'][1:]),str_to_pil_interp(model.cfg.get('interpolation') or 'bilinear')
@@ -156,6 +164,9 @@ def calibrate(self:ImageEmbedder,
     **facts # Further facts to keep, such as the source of the items
 )->ImageEmbedder: # Itself
     "Find the threshold for a false-match rate; raises `ValueError` for too few classes or pairs"
+    if not hasattr(embedded, 'verify'):
+        raise ValueError("A threshold is calibrated on embeddings with labels, such as `finder.embedded(ds, 'val')`; got "
+            f"{embedded!r:.80}.")
     pairs = embedded.verify([fmr])
     n,name = len(pairs.classes),f'fmr={pairs.rates[0]:g}'
     if n<min_classes:
@@ -168,6 +179,9 @@ def calibrate(self:ImageEmbedder,
     self.calibration = dict(threshold=pairs.threshold(fmr), fmr=pairs.rates[0], interval=pairs.interval(f'threshold@{name}'),
         fnmr=pairs.fnmr(fmr), fnmr_interval=pairs.interval(f'fnmr@{name}'), classes=n, genuine=len(pairs.genuine),
         impostor=len(pairs.impostor), measured_on=embedded.facts.get('measured_on'), **facts)
+    if (missed := self.calibration['fnmr'])>.5:
+        warnings.warn(f"At a false-match rate of {pairs.rates[0]:g}, {missed:.1%} of the pairs of one class are missed, since they are less "
+            f"similar than the threshold, {self.threshold:.3f}: a larger `fmr`, or training, helps.", stacklevel=2)
     return self
 
 # %% ../../nbs/api/deploy/02_embedder.ipynb #f930b79d

@@ -10,7 +10,7 @@ __all__ = ['Hit', 'Same', 'Label', 'is_one', 'check_images', 'vote', 'item_names
            'read_names']
 
 # %% ../../nbs/api/deploy/00_finder.ipynb #e1a6c738
-import math, numbers, numpy as np, os
+import math, numbers, numpy as np, os, warnings
 from collections import namedtuple
 from pathlib import Path
 from PIL import Image
@@ -88,10 +88,13 @@ class Finder:
         min_score:float=None, # This instead
     )->float: # Minus infinity for neither
         "The least score of a hit; raises `ValueError` if there is no calibrated threshold"
+        if not isinstance(unknown, (bool,np.bool_)):
+            raise ValueError(f"`unknown` is True or False; got {unknown!r}. A least similarity of your own is `min_score=`, such as "
+                "`min_score=.5`.")
         if min_score is not None: return min_score
         if unknown and self.threshold is None:
             raise ValueError("This embedder has no calibrated threshold, so it cannot say which images are unknown: export it with "
-                "`fmr=1e-3`, or pass `min_score`.")
+                "`fmr=1e-3`, or pass a least similarity of your own, such as `min_score=.5`.")
         return self.threshold if unknown else -float('inf')
 
     def check_gallery(self):
@@ -115,7 +118,13 @@ class Finder:
         if embs.ndim==1: embs,images = embs[None],[images]
         if isinstance(items, (str,Path)): items = [items]
         one = isinstance(labels, str) or not hasattr(labels, '__len__') or getattr(labels, 'shape', None)==()
-        return self.add_embs(embs, [labels]*len(embs) if one else labels, item_names(images) if items is None else items, facts)
+        items = as_texts(item_names(images) if items is None else items)
+        again = self.gallery.known(items)
+        self.add_embs(embs, [labels]*len(embs) if one else labels, items, facts)
+        if n := sum(o in again for o in items):
+            warnings.warn(f"{n:,} of these {len(items):,} items have names that are in the gallery already, and are now there again: "
+                "`replace` changes the image of an item, and `remove(item=)` takes items out.", stacklevel=2)
+        return self
 
     def add_embs(self,
         embs, # `(n,emb_sz)` float
@@ -244,6 +253,11 @@ class GalleryItems:
     def classes(self):
         "Each label once, sorted"
         return sorted(set(self.labels))
+    def known(self,
+        items:list, # Names, text
+    )->set:
+        "Those names that items of the gallery have"
+        return ({*items}-{''}).intersection(self.items)
     @property
     def kinds(self):
         "What each column of facts holds: `str`, `bool` or `float`"

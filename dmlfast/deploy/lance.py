@@ -110,6 +110,13 @@ class LanceGallery:
         q = self.table.search().select(list(columns))
         return (q if where is None else q.where(where)).to_batches(2**16)
 
+    def known(self,
+        items:list, # Names, text
+    )->set:
+        "Those names that items of the gallery have"
+        if not (named := {*items}-{''}): return named
+        return set().union(*(o.column('item').to_pylist() for o in self.batches('item', where=self.sql(dict(item=[*named])))))
+
     def _values(self, col): return set().union(*(o.column(col).unique().to_pylist() for o in self.batches(col)))-{None}
     def _column(self, col):
         got = [(o.column('seq').to_numpy(), o.column(col).to_pylist()) for o in self.batches('seq', col)]

@@ -30,7 +30,7 @@ from ..models.lora import *
 # %% ../../nbs/api/train/15_export.ipynb #b1ddfbe6
 def _steps_of(t):
     "Steps of `Preprocess` for a transform `t` of a validation image; None if unknown"
-    if isinstance(t, ToTensor) or getattr(t, 'split_idx', None)==0: return []
+    if isinstance(t, ToTensor) or trains_only(t): return []
     if type(t) is RandomResizedCrop:
         xtra = math.ceil(max(t.size)*t.val_xtra/8)*8
         return [('squash', tuple(o+xtra for o in t.size), int(t.mode)), ('crop', tuple(t.size), int(t.mode))]
@@ -41,8 +41,16 @@ def _steps_of(t):
 def _stats_of(t):
     "`mean` and `std` of a batch transform `t`; None if unknown"
     if isinstance(t, Normalize): return dict(mean=t.mean.flatten().tolist(), std=t.std.flatten().tolist())
-    if getattr(t, 'split_idx', None)==0 or type(t) is IntToFloatTensor and t.div==255: return {}
-    if isinstance(t, AffineCoordTfm) and t.size is None: return {}
+    if trains_only(t) or type(t) is IntToFloatTensor and t.div==255 or isinstance(t, (AffineCoordTfm,RandomResizedCropGPU)): return {}
+
+def _check_size(t, size):
+    "Raise `ValueError` for a batch transform that resizes validation images; `size` is their width and height, None if these differ"
+    if trains_only(t) or not isinstance(t, (AffineCoordTfm,RandomResizedCropGPU)) or t.size is None: return
+    w,h = fastuple(t.size, t.size) if isinstance(t.size, int) else t.size[::-1] # fastai has the height first here
+    if (w,h)==size and (not isinstance(t, RandomResizedCropGPU) or t.valid_scale==1 and t.ratio[0]<=w/h<=t.ratio[1]): return
+    raise ValueError(f"{type(t).__name__}: what it does to batches of images that are not trained on cannot be exported, since it resizes "
+        f"them to {w}×{h} pixels in another way than images are resized one by one: give this size to the last of `item_tfms`, such as "
+        f"`Resize({h if w==h else (h,w)})`.")
 
 # %% ../../nbs/api/train/15_export.ipynb #ab8999a3
 def preprocess_of(
@@ -57,7 +65,9 @@ def preprocess_of(
     if bad := [type(t).__name__ for t,o in items+batches if o is None]:
         raise ValueError(f"{', '.join(bad)}: what such a transform does to an image that is not trained on cannot be exported. Resize, "
             "RandomResizedCrop, CropPad and Normalize can.")
-    return Preprocess(sum((o for _,o in items), []), **merge(*(o for _,o in batches)), mode=cls._open_args['mode'],
+    steps = sum((o for _,o in items), [])
+    for t in dl.after_batch.fs: _check_size(t, steps[-1][1] if steps else None)
+    return Preprocess(steps, **merge(*(o for _,o in batches)), mode=cls._open_args['mode'],
         background=getattr(cls, 'background', None))
 
 # %% ../../nbs/api/train/15_export.ipynb #b86c8553
@@ -109,7 +119,7 @@ def check_calibration(
 @patch
 def export_embedder(self:MetricLearner,
     folder, # Folder to write to; must not exist
-    gallery=None, # Items to search among: a split's name such as `'train'`, or a loader with labels; none if not given
+    gallery=None, # Items to search among: a split's name, `'all'`, several names, or a loader with labels; none if not given
     overwrite:bool=False, # Replace what is there?
     fmr:float=None, # False-match rate for which a threshold is calibrated on the validation classes; no threshold if not given
     min_classes:int=20, # Fewest validation classes for that

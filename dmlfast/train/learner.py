@@ -167,6 +167,16 @@ def check_tracker(self:MetricLearner,
         raise ValueError(f"{type(o).__name__} monitors {o.monitor!r}, and each of the {len(self.dls.valid_ds)} validation items is the "
             "only one of its class, so that there is nothing to find: hold out classes with two items or more.")
 
+_of_classes = 'fastai.metrics','sklearn.metrics._classification','sklearn.metrics._ranking','sklearn.metrics._regression'
+
+def _check_metric(o):
+    "Raise `ValueError` for a metric of predicted classes or values"
+    f = getattr(o, 'func', o) # what `AvgMetric`, `AccumMetric` or a `partial` calls
+    if f is not o: return _check_metric(f)
+    if not (getattr(o, '__module__', None) or '').startswith(_of_classes): return
+    raise ValueError(f"{getattr(o, '__name__', type(o).__name__)} compares predictions with labels, and an embedding predicts no class: "
+        "`metrics='recall@1'` is the share of images whose nearest neighbour is of their class.")
+
 @patch
 def check_cbs(self:MetricLearner,
     cbs, # All callbacks of a fit
@@ -184,6 +194,7 @@ def check_cbs(self:MetricLearner,
         if isinstance(o, TrackerCallback): self.check_tracker(o, columns)
         if isinstance(o, MixHandler):
             raise ValueError(f"{type(o).__name__} mixes images of two classes, and a loss of embeddings needs each image to be of one.")
+        if {'log_preds','trace_model'} <= {*o.__dict__}: prepare_tensorboard(o, cbs) # without importing it
         if o.__dict__.get('projector'): show_embeddings(o, self.model)
 
 # %% ../../nbs/api/train/11_learner.ipynb #eceb4a50
@@ -455,6 +466,7 @@ def metric_learner(
     model = _model(arch, weights, pretrained, loss_func.normalize_embs, r, given, model_kwargs)
     if normalize and hasattr(model, 'cfg'): _normalize(dls, model.cfg, first, pretrained or weights is not None)
     names,mets = L(metrics).map(str) if metrics and all(isinstance(o, str) for o in L(metrics)) else None,L(metrics)
+    if names is None: mets.map(_check_metric)
     cbs = as_callbacks(cbs)
     if not any(isinstance(o, SetEpoch) for o in cbs): cbs = cbs + SetEpoch()
     cbs = cbs + [o for o in (make() for make in r.cbs) if not any(isinstance(c, type(o)) for c in cbs)]
@@ -469,5 +481,5 @@ def metric_learner(
     if splitter is None: splitter = embedder_splitter if hasattr(model, 'body') else trainable_params
     learn = MetricLearner(dls, model, loss_func, metrics=None if names else mets, splitter=splitter, cbs=cbs, emb_sz=emb_sz or r.emb_sz,
         **{**r.learner, **kwargs})
-    learn.recipe,learn.body_share = r,ifnone(r.body_share, share)
+    learn.recipe,learn.body_share,learn.trained = r,ifnone(r.body_share, share),trained
     return learn

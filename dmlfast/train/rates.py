@@ -28,6 +28,7 @@ def _left_out(model, opt):
 class GroupedLearner(BridgedLearner):
     "A learner with separate rates for parameter groups and single weights"
     body_share = 1. # Rate of the body as a multiple of the head's where one is given
+    trained = False # Did the body begin with trained weights?
     def create_opt(self):
         super().create_opt()
         if new := _left_out(unwrapped(self.model), self.opt):
@@ -108,6 +109,21 @@ def fine_tune(self:GroupedLearner,
     own = getattr(self.lr, 'stop', self.lr) if self.body_share!=1 else 2e-3
     return Learner.fine_tune(self, epochs, ifnone(base_lr, own), freeze_epochs,
         ifnone(lr_mult, 100 if self.body_share==1 else 1/self.body_share), **kwargs)
+
+@patch
+@delegates(Learner.lr_find)
+def lr_find(self:GroupedLearner,
+    start_lr=1e-7, # First rate
+    end_lr=10, # Last rate
+    num_it=100, # Steps
+    **kwargs # Passed to `Learner.lr_find`
+):
+    "As in fastai; warns that the suggestion is too high where the body is trained already"
+    res = super(GroupedLearner, self).lr_find(start_lr, end_lr, num_it, **kwargs)
+    if self.trained:
+        warnings.warn("The body of this learner is trained already, and a rate that is found in this way is far too high for it: leave the "
+            f"rate out, as in `learn.fit_one_cycle(10)`. The default here is {getattr(self.lr, 'stop', self.lr)}.", stacklevel=2)
+    return res
 
 # %% ../../nbs/api/train/03_rates.ipynb #add06cd6
 def _scaled(all_params, mults, *args, **kwargs):
