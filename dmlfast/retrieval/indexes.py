@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/retrieval/indexes.html.md"""
 __all__ = ['index_kinds', 'index_kind', 'Index', 'read_index']
 
 # %% ../../nbs/api/retrieval/06_indexes.ipynb #fe07feff
-import math, time, warnings, numpy as np, torch
+import math, re, time, warnings, numpy as np, torch
 from fastcore.basics import patch
 from functools import cache
 from torch import Tensor
@@ -18,12 +18,25 @@ from .search import as_embeddings, faiss_or_none, unit_
 # %% ../../nbs/api/retrieval/06_indexes.ipynb #9714464a
 index_kinds = 'exact','hnsw','ivf','int8','bits','auto' # all other kinds are strings of faiss
 _exact_below,_float_kinds = 200_000,('hnsw','ivf')
+_factory = dict(hnsw='HNSW32,Flat', ivf='IVF16,Flat') # of `ivf` with as many cells as the gallery needs
 
 @cache
 def _said(kind):
     how = "by 'int8'" if kind=='auto' else 'exact'
     warnings.warn(f"An index {kind!r} needs faiss, which is not installed: the search is {how} (`pip install 'dmlfast[cpu]'` brings it; "
         "'int8' works without).")
+
+def _parts(kind):
+    "The name of a kind, and the parameters of its search"
+    name,_,how = kind.partition(':') if kind else (None,'','')
+    return name,how
+
+def _set(index, how):
+    try:
+        if not re.fullmatch(r'\w+=[1-9]\d*(,\w+=[1-9]\d*)*', how): raise RuntimeError
+        faiss_or_none().ParameterSpace().set_index_parameters(index, how)
+    except RuntimeError: raise ValueError(f"Parameters of an index are those of faiss, whole numbers from 1, such as 'ivf:nprobe=64' or "
+        f"'hnsw:efSearch=200'; got {how!r} for {type(index).__name__}.") from None
 
 def index_kind(
     kind, # As `Index` takes it
@@ -36,23 +49,26 @@ def index_kind(
     if kind in (None,'exact') or kind=='auto' and n<_exact_below: return None
     if kind=='auto': return 'hnsw' if faiss else _said(kind) or 'int8'
     if kind=='int8' or faiss and kind in ('hnsw','ivf','bits'): return kind
+    name,how = _parts(kind)
+    if name in ('exact','int8','bits','auto'): raise ValueError(f"Only kinds of faiss have parameters, and {name!r} has none; got {kind!r}.")
     if not faiss: return _said(kind)
-    try: faiss.index_factory(64, kind, faiss.METRIC_INNER_PRODUCT)
+    try: made = faiss.index_factory(64, _factory.get(name, name), faiss.METRIC_INNER_PRODUCT)
     except RuntimeError:
         raise ValueError(f"An index is 'hnsw', 'ivf', 'int8', 'bits', 'auto', None, or a string that faiss's index_factory takes; got "
             f"{kind!r}.") from None
+    if ':' in kind: _set(made, how)
     return kind
 
 class Index:
     "An index of embeddings, which finds the nearest ones by cosine without comparing all"
     def __init__(self,
         embs, # Embeddings, `(n,d)` float
-        kind:str='auto', # See the table above
+        kind:str='auto', # See the table above; with parameters of its search, such as `'ivf:nprobe=64'`
         ready=None, # Index of faiss, from the file of `save`; built from `embs` if not given
     ):
         self.embs = as_embeddings(embs)
         self.kind = index_kind(kind, len(self.embs))
-        self.fetch = 1 if self.kind in (None,*_float_kinds) else 4 # as many times more are scored again
+        self.fetch = 1 if _parts(self.kind)[0] in (None,*_float_kinds) else 4 # as many times more are scored again
         self.core = _cores.get(self.kind, _Faiss)(unit_(self.embs.clone()), self.kind, ready)
 
     def __len__(self): return len(self.embs)
@@ -128,10 +144,12 @@ class _Faiss:
     def __init__(self, x, kind, ready):
         faiss,n = faiss_or_none(),len(x)
         cells = 2**max(0, round(math.log2(max(1, min(4*n**.5, n/39))))) # faiss asks for 39 items a cell, to find its centre
-        self.index = ready or faiss.index_factory(x.shape[1], dict(hnsw='HNSW32,Flat', ivf=f'IVF{cells},Flat').get(kind, kind),
+        name,how = _parts(kind)
+        self.index = ready or faiss.index_factory(x.shape[1], (_factory|dict(ivf=f'IVF{cells},Flat')).get(name, name),
             faiss.METRIC_INNER_PRODUCT)
-        if kind=='hnsw': self.index.hnsw.efConstruction,self.index.hnsw.efSearch = 200,64
-        if kind=='ivf': self.index.nprobe = min(max(32, self.index.nlist//32), self.index.nlist)
+        if name=='hnsw': self.index.hnsw.efConstruction,self.index.hnsw.efSearch = 200,64
+        if name=='ivf': self.index.nprobe = min(max(32, self.index.nlist//32), self.index.nlist)
+        if how: _set(self.index, how)
         if ready is not None: return
         try: self.index.train(x.numpy())
         except RuntimeError as e:
@@ -195,7 +213,7 @@ def read_index(
     try: ready = faiss.deserialize_index(file.numpy()) if isinstance(file, Tensor) else faiss.read_index(str(file))
     except (RuntimeError,MemoryError) as e: raise ValueError(f"{name} cannot be read: it must be an index of faiss.") from e
     made = type(ready).__name__
-    fits = dict(hnsw='IndexHNSWFlat', ivf='IndexIVFFlat').get(kind, made)==made
+    fits = dict(hnsw='IndexHNSWFlat', ivf='IndexIVFFlat').get(_parts(kind)[0], made)==made
     if not fits or (ready.ntotal,ready.d,ready.metric_type)!=(len(x),x.shape[1],faiss.METRIC_INNER_PRODUCT):
         raise ValueError(f"{name} does not fit the gallery: it is {made} for {ready.ntotal:,} items of {ready.d} numbers, and the gallery "
             f"needs {kind!r} for {len(x):,} items of {x.shape[1]}.")
