@@ -677,7 +677,8 @@ def test_pytorch_metric_learning_by_its_arguments():
     x = torch.nn.functional.normalize(torch.randn(10, 6, generator=g)[y]+torch.randn(len(y), 6, generator=g), dim=1)
     names = dict(precision_at_1='recall@1', r_precision='r_precision', mean_average_precision_at_r='map@r', mean_average_precision='map',
         mean_reciprocal_rank='mrr')
-    def theirs(names=names, **kwargs): return AccuracyCalculator(include=tuple(names), device=torch.device('cpu'), **kwargs).get_accuracy(x, y)
+    def theirs(names=names, **kwargs):
+        return AccuracyCalculator(include=tuple(names), device=torch.device('cpu'), **kwargs).get_accuracy(x, y)
     res = evaluate_retrieval(x, y, metrics=[*names.values()])
     for k,of in ((None,res.__getitem__),(len(y)-1,res.__getitem__)):
         for a,b in theirs(k=k).items(): np.testing.assert_allclose(of(names[a]), b, atol=1e-6, err_msg=a)
@@ -687,10 +688,11 @@ def test_pytorch_metric_learning_by_its_arguments():
     by = evaluate_retrieval(x, y, metrics=['nmi','ami'])
     for a,b in theirs(('NMI','AMI'), kmeans_func=lambda e, n: kmeans(e, n)).items(): np.testing.assert_allclose(by[a.lower()], b, atol=1e-6)
 
-@pytest.mark.parametrize('name,ours', [('precision_at_1','recall@1'), ('mean_average_precision_at_r','map@r'), ('mean_average_precision','map'),
-    ('mean_reciprocal_rank','mrr'), ('NMI','nmi'), ('AMI','ami'), ('cmc@1','recall@1')])
+@pytest.mark.parametrize('name,ours', [('precision_at_1','recall@1'), ('mean_average_precision_at_r','map@r'),
+    ('mean_average_precision','map'), ('mean_reciprocal_rank','mrr'), ('NMI','nmi'), ('AMI','ami'), ('cmc@1','recall@1')])
 def test_names_of_metrics_elsewhere(name, ours):
-    with pytest.raises(ValueError, match=f"There is no metric '{name}'; the nearest is '{ours}'"): evaluate_retrieval(*noisy(3, 4), metrics=[name])
+    with pytest.raises(ValueError, match=f"There is no metric '{name}'; the nearest is '{ours}'"):
+        evaluate_retrieval(*noisy(3, 4), metrics=[name])
 
 def test_sklearn_average_precision():
     from sklearn.metrics import average_precision_score
@@ -746,21 +748,3 @@ def test_labels_in_order():
     assert in_order(['b','a','b'])==['a','b'] and in_order([10,9,9])==[9,10] and in_order(['b',2,'a'])==[2,'a','b']
     assert numbered(['b','a','b'])==dict(labels=[1,0,1], vocab=['a','b']) and numbered(np.array([5,3]))==dict(labels=[1,0], vocab=[3,5])
     assert numbered(torch.tensor([5,3]), [3,4,5])==dict(labels=[2,0], vocab=[3,4,5])
-
-def test_parameters_of_an_index(tmp_path):
-    "All cells are an exact search, one cell is not; they are part of the kind, so that a file and what is built again have them"
-    from dmlfast.retrieval.indexes import Index, read_index
-    x = torch.randn(600, 16, generator=torch.Generator().manual_seed(0))
-    want = neighbours(x[:50], x, 10, self_exclude=False)[1]
-    def found(index): return (index.search(x[:50], 10)[1]==want).float().mean().item()
-    for kind in ('ivf','IVF10,Flat'):
-        few,every = Index(x, f'{kind}:nprobe=1'),Index(x, f'{kind}:nprobe=1000')
-        assert found(few)<.8 and found(every)==1
-        every.save(tmp_path/'i')
-        again = read_index(x, every.kind, tmp_path/'i')
-        assert found(again)==1 and found(read_index(x, every.kind, every.packed()))==1 and again.core.index.nprobe==1000
-    assert Index(x, 'ivf:nprobe=64').fetch==1 and Index(x, 'hnsw:efSearch=200').core.index.hnsw.efSearch==200
-    assert Index(x, 'hnsw').core.index.hnsw.efSearch==64
-    for bad in ('ivf:probes=3', 'ivf:', 'ivf:nprobe=0', 'ivf:nprobe=2.5', 'hnsw:nprobe=3'):
-        with pytest.raises(ValueError, match=f"whole numbers from 1.*got {bad.split(':')[1]!r}"): Index(x, bad)
-    with pytest.raises(ValueError, match="'int8' has none"): Index(x, 'int8:nprobe=3')
