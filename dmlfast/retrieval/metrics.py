@@ -167,7 +167,8 @@ def _imported(name):
     return own
 
 # what others call them: PyTorch Metric Learning, and Open Metric Learning
-_elsewhere = dict(precision_at_1='recall@1', mean_average_precision_at_r='map@r', mean_average_precision='map', mean_reciprocal_rank='mrr') | {'cmc@1':'recall@1', 'cmc':'recall'}
+_elsewhere = dict(precision_at_1='recall@1', mean_average_precision_at_r='map@r', mean_average_precision='map',
+    mean_reciprocal_rank='mrr') | {'cmc@1':'recall@1', 'cmc':'recall'}
 
 def _no_metric(m):
     "The error message for an unknown name"

@@ -328,7 +328,7 @@ def _faiss():
     return faiss
 
 def faiss_or_none():
-    "The faiss module, or None without a warning."
+    "The faiss module, or None without a warning"
     return _faiss() if find_spec('faiss') else None
 
 # %% ../../nbs/api/retrieval/02_search.ipynb #bc6a45c7
