@@ -472,7 +472,7 @@ def near(rows, q, k):
     s = [x@q/np.linalg.norm(x)/np.linalg.norm(q) for _,x in rows]
     return [rows[i][0] for i in np.argsort(-np.array(s))[:k]]
 
-@pytest.mark.parametrize('kind', ['hnsw','int8','SQ8',None])
+@pytest.mark.parametrize('kind', ['hnsw','hnsw:efSearch=99','int8','SQ8',None])
 def test_an_index_follows_the_changes(folder, kind):
     if kind not in ('int8',None): pytest.importorskip('faiss')
     rng = np.random.RandomState(0)

@@ -110,14 +110,14 @@ def made():
         return e.add([image(i) for i in range(n)], [str(i%3) for i in range(n)], [f'{i}.png' for i in range(n)])
     return _make
 
-@pytest.mark.parametrize('kind', ['hnsw','int8','bits','SQ8',None])
+@pytest.mark.parametrize('kind', ['hnsw','hnsw:efSearch=99','int8','bits','SQ8',None])
 def test_an_embedder_with_an_index(made, kind, tmp_path):
     finder = made().index(kind)
     assert [o[0].item for o in finder.search([image(3),image(40)], 20)]==['3.png','40.png'] # 20, as bits of 8 numbers tell little apart
     finder.add([image(100)], 'new', ['100.png'])
     assert finder.search(image(100), 20)[0].label=='new' and len(finder.gallery.searched())==61
     again = load_embedder(finder.save(tmp_path/'e'))
-    assert again.index_kind==kind and (tmp_path/'e'/'index.faiss').exists()==(kind in ('hnsw','SQ8'))
+    assert again.index_kind==kind and (tmp_path/'e'/'index.faiss').exists()==(kind in ('hnsw','hnsw:efSearch=99','SQ8'))
     assert [o.item for o in again.search(image(5), 4)]==[o.item for o in finder.search(image(5), 4)]
     assert again.index_report(20, 3).index.tolist()==['exact']+[kind]*bool(kind)
 
@@ -156,3 +156,23 @@ def test_a_folder_whose_index_is_not_as_it_was(made, tmp_path):
     tampered('does not fit the gallery', index_json=b'{"kind": "ivf"}')
     (folder/'index.faiss').unlink()
     with pytest.raises(FileNotFoundError, match="there is no 'index.faiss'"): load_embedder(folder)
+
+def test_parameters_of_an_index(tmp_path):
+    "All cells are an exact search, one cell is not; they are part of the kind, so that a file and what is built again have them"
+    x = torch.randn(600, 16, generator=torch.Generator().manual_seed(0))
+    want = neighbours(x[:50], x, 10, self_exclude=False)[1]
+    def found(index): return (index.search(x[:50], 10)[1]==want).float().mean().item()
+    for kind in ('ivf','IVF10,Flat'):
+        few,every = Index(x, f'{kind}:nprobe=1'),Index(x, f'{kind}:nprobe=1000')
+        assert found(few)<.8 and found(every)==1
+        every.save(tmp_path/'i')
+        again = room.read_index(x, every.kind, tmp_path/'i')
+        assert found(again)==1 and found(room.read_index(x, every.kind, every.packed()))==1 and again.core.index.nprobe==1000
+    assert Index(x, 'ivf:nprobe=64').fetch==1 and Index(x, 'hnsw:efSearch=200').core.index.hnsw.efSearch==200
+    assert Index(x, 'hnsw').core.index.hnsw.efSearch==64
+    for bad in ('ivf:probes=3', 'ivf:', 'ivf:nprobe=0', 'ivf:nprobe=2.5', 'hnsw:nprobe=3'):
+        with pytest.raises(ValueError, match=f"whole numbers from 1.*got {bad.split(':')[1]!r}"): Index(x, bad)
+    with pytest.raises(ValueError, match="'int8' has no parameters"): Index(x, 'int8:nprobe=3')
+    own = 'exact','int8','bits','auto','hnsw','ivf','hnsw:efSearch=9','ivf:nprobe=9'
+    assert all(map(room.is_own_kind, own)) and not any(map(room.is_own_kind, (None, 'SQ8', 'IVF8,SQ8:nprobe=2', 'ivf:nprobe=0',
+        'ivf:efSearch=9', 'hnsw:efSearch=9999999999', 'int8:nprobe=9')))

@@ -304,6 +304,15 @@ def test_pml_margin(n, d, c, per_class):
     ours(normalize(f, dim=1), y).backward(); theirs(f, y, idx).backward()
     torch.testing.assert_close(ours.betas.grad, theirs.beta.grad)
 
+def test_pml_margin_of_pairs():
+    "Their margin loss makes triplets of mined pairs first, ours takes the pairs"
+    from pytorch_metric_learning.utils.loss_and_miner_utils import convert_to_triplets
+    f,y = batch(24, 8, 6, seed=1)
+    idx = pml_miners.MultiSimilarityMiner(.1)(f, y)
+    def ours(idx): return MarginLoss(miner=lambda *_: idx)(normalize(f, dim=1), y).item()
+    theirs = pml.MarginLoss()(f, y, idx).item()
+    assert len(idx)==4 and abs(ours(convert_to_triplets(idx, y))-theirs)<1e-9 and abs(ours(idx)-theirs)>.01
+
 @pytest.mark.parametrize('n,d,c', SHAPES)
 def test_pml_miners(n, d, c):
     f,y = batch(n, d, c, seed=n)

@@ -669,6 +669,31 @@ def test_pytorch_metric_learning(n, c):
     for a,b in names.items():
         np.testing.assert_allclose(res[b], ref[a], atol=1e-6, err_msg=b)
 
+def test_pytorch_metric_learning_by_its_arguments():
+    "Its map is ours with all neighbours alone, `avg_of_avgs` is the macro mean, and clusters score the same"
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(10).repeat_interleave(torch.arange(4, 14))
+    x = torch.nn.functional.normalize(torch.randn(10, 6, generator=g)[y]+torch.randn(len(y), 6, generator=g), dim=1)
+    names = dict(precision_at_1='recall@1', r_precision='r_precision', mean_average_precision_at_r='map@r', mean_average_precision='map',
+        mean_reciprocal_rank='mrr')
+    def theirs(names=names, **kwargs):
+        return AccuracyCalculator(include=tuple(names), device=torch.device('cpu'), **kwargs).get_accuracy(x, y)
+    res = evaluate_retrieval(x, y, metrics=[*names.values()])
+    for k,of in ((None,res.__getitem__),(len(y)-1,res.__getitem__)):
+        for a,b in theirs(k=k).items(): np.testing.assert_allclose(of(names[a]), b, atol=1e-6, err_msg=a)
+    for a,b in theirs(avg_of_avgs=True).items(): np.testing.assert_allclose(res.macro(names[a]), b, atol=1e-6, err_msg=a)
+    binned = theirs(k='max_bin_count')
+    assert abs(binned['mean_average_precision']-res['map'])>.01 and abs(binned['mean_average_precision_at_r']-res['map@r'])<1e-6
+    by = evaluate_retrieval(x, y, metrics=['nmi','ami'])
+    for a,b in theirs(('NMI','AMI'), kmeans_func=lambda e, n: kmeans(e, n)).items(): np.testing.assert_allclose(by[a.lower()], b, atol=1e-6)
+
+@pytest.mark.parametrize('name,ours', [('precision_at_1','recall@1'), ('mean_average_precision_at_r','map@r'),
+    ('mean_average_precision','map'), ('mean_reciprocal_rank','mrr'), ('NMI','nmi'), ('AMI','ami'), ('cmc@1','recall@1')])
+def test_names_of_metrics_elsewhere(name, ours):
+    with pytest.raises(ValueError, match=f"There is no metric '{name}'; the nearest is '{ours}'"):
+        evaluate_retrieval(*noisy(3, 4), metrics=[name])
+
 def test_sklearn_average_precision():
     from sklearn.metrics import average_precision_score
     x,y = rand(60),labels(60,5)

@@ -28,7 +28,7 @@ from ..models.bodies import misfits, misfits_said
 from ..models.pooling import *
 from ..models.embedder import named_heads
 from ..retrieval.indexes import *
-from ..retrieval.indexes import index_kinds, read_index
+from ..retrieval.indexes import index_kinds, is_own_kind, read_index
 from ..files.described import *
 from ..files.described import max_about, max_emb, max_side
 from ..files.resizing import *
@@ -174,7 +174,7 @@ def write(self:ImageEmbedder,
         facts = {'facts':self.gallery.facts} if self.gallery.facts else {}
         (folder/'gallery.json').write_text(json.dumps(dict(labels=self.labels, items=self.items, **facts), ensure_ascii=False),
             encoding='utf-8', errors='surrogateescape')
-    if self.index_kind and (_has_rows(self) or self.index_kind in index_kinds):
+    if self.index_kind and (_has_rows(self) or is_own_kind(self.index_kind)):
         (folder/'index.json').write_text(json.dumps(dict(kind=self.index_kind)), encoding='utf-8')
         if _has_rows(self): self.gallery.searched().indexed.save(folder/'index.faiss')
     if for_timm: (folder/'config.json').write_text(json.dumps(_timm_config(model, about), indent=1), encoding='utf-8')
@@ -302,7 +302,7 @@ def _load_index(gallery, folder, has_file):
     "Load the index of a folder; a missing index of a faiss string is not built, since the string may come from a stranger"
     about = read_json(folder, 'index.json')
     kind = about.get('kind') if isinstance(about, dict) else about
-    if not isinstance(kind, str) or len(kind)>100 or not has_file and kind not in index_kinds:
+    if not isinstance(kind, str) or len(kind)>100 or not has_file and not is_own_kind(kind):
         refuse(folder, 'index.json', 'kind', f"{', '.join(map(repr, index_kinds))}, or that of 'index.faiss'", kind)
     try:
         gallery.index_kind = kind
@@ -369,4 +369,4 @@ def _read_gallery(gallery, about, folder):
     if 'index.json' in about['sha256']: _load_index(gallery, folder, 'index.faiss' in about['sha256'])
     for o in changes_in(about['sha256']): read_change(gallery, folder/o, n)
     # an index that has to be made again is none of faiss's own kinds, in a stranger's words
-    if not gallery.is_ready and gallery.index_kind not in index_kinds: gallery.index_kind = None
+    if not gallery.is_ready and not is_own_kind(gallery.index_kind): gallery.index_kind = None

@@ -164,7 +164,7 @@ def index_change(self:MemoryGallery)->dict: # Arguments of the change `'index'`
     made = self._ready[1].indexed if self.is_ready else None
     packed = None if made is None else made.packed()
     if packed is not None: return dict(kind=self.index_kind, packed=packed)
-    return dict(kind=self.index_kind if self.index_kind in index_kinds else None)
+    return dict(kind=self.index_kind if is_own_kind(self.index_kind) else None)
 
 @patch
 def index_report(self:MemoryGallery,

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from .finder import *
 from .gallery import *
-from ..retrieval.indexes import index_kinds
+from ..retrieval.indexes import index_kinds, is_own_kind
 from ..files.described import *
 from ..files.writing import remove_files, whole_file, write_whole
 
@@ -49,8 +49,9 @@ def _wrong(op, how, gallery, emb_sz):
         return f'`embs` must be finite float32 numbers, {emb_sz} a row'
     if op=='replace' and not len(embs)==len(rows)==1: return 'one row replaces one'
     if op=='name' and not (how['column'] in ('labels','items') and isinstance(how['name'], str)): return '`name` must be text'
-    if op=='index' and how['kind'] not in (None,*index_kinds) and not (isinstance(how['kind'], str) and len(how['kind'])<=100
-        and 'packed' in how): return f"`kind` must be {', '.join(map(repr, index_kinds))}, null, or that of an index in it"
+    if op=='index' and how['kind'] is not None and not is_own_kind(how['kind']) and not (isinstance(how['kind'], str)
+        and len(how['kind'])<=100 and 'packed' in how):
+        return f"`kind` must be {', '.join(map(repr, index_kinds))}, null, or that of an index in it"
     if op=='index' and 'packed' in how and not (len(gallery) and how['packed'].dtype==torch.uint8 and how['packed'].ndim==1):
         return '`packed` must be bytes, of an index of a gallery'
     if op=='add':

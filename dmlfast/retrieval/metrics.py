@@ -166,12 +166,16 @@ def _imported(name):
     except ImportError as e: raise ValueError(f'{name!r} names a metric of the module {module!r}, which cannot be imported: {e}') from e
     return own
 
+# what others call them: PyTorch Metric Learning, and Open Metric Learning
+_elsewhere = dict(precision_at_1='recall@1', mean_average_precision_at_r='map@r', mean_average_precision='map',
+    mean_reciprocal_rank='mrr') | {'cmc@1':'recall@1', 'cmc':'recall'}
+
 def _no_metric(m):
     "The error message for an unknown name"
     given = [f'{o[:-1]}1e-3' if o.endswith('=r') else o for o in register_metric]
     names = [v for o in given for v in ((o[:-2],f'{o[:-1]}1') if o.endswith('@k') else (o,))]
     every = ', '.join(f'{o[:-2]}, {o}' if o.endswith('@k') else o for o in given)
-    return nearest(m, names, 'metric', f'there are {every}, or all')
+    return nearest(m, _elsewhere | {o.lower():o for o in names}, 'metric', f'there are {every}, or all')
 
 # %% ../../nbs/api/retrieval/04_metrics.ipynb #407151f9
 def _count_before(s, pos, pad, k):

@@ -320,7 +320,7 @@ def _topk_torch(scores, k, vals, idxs, rows):
 # %% ../../nbs/api/retrieval/02_search.ipynb #2d95a286
 @functools.cache
 def _faiss():
-    "faiss, or None, which is said once"
+    "The faiss module, or None with a warning, once"
     try: import faiss
     except ImportError:
         warnings.warn("faiss is not installed: PyTorch searches and scikit-learn clusters instead (`pip install 'dmlfast[cpu]'` brings it)")
@@ -328,7 +328,7 @@ def _faiss():
     return faiss
 
 def faiss_or_none():
-    "faiss where it is installed, or None, which is not said"
+    "The faiss module, or None without a warning"
     return _faiss() if find_spec('faiss') else None
 
 # %% ../../nbs/api/retrieval/02_search.ipynb #bc6a45c7
