@@ -118,11 +118,11 @@ def lr_find(self:GroupedLearner,
     num_it=100, # Steps
     **kwargs # Passed to `Learner.lr_find`
 ):
-    "As in fastai; warns that the suggestion is too high where the body is trained already"
+    "As in fastai; warns that the suggestion can be too high where the body is trained already"
     res = super(GroupedLearner, self).lr_find(start_lr, end_lr, num_it, **kwargs)
     if self.trained:
-        warnings.warn("The body of this learner is trained already, and a rate that is found in this way is far too high for it: leave the "
-            f"rate out, as in `learn.fit_one_cycle(10)`. The default here is {getattr(self.lr, 'stop', self.lr)}.", stacklevel=2)
+        warnings.warn("The body of this learner is trained already, and a rate that is found in this way can be ten times too high for it: "
+            f"leave the rate out, as in `learn.fit_one_cycle(10)`. The default here is {getattr(self.lr, 'stop', self.lr)}.", stacklevel=2)
     return res
 
 # %% ../../nbs/api/train/03_rates.ipynb #add06cd6
