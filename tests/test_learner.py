@@ -936,5 +936,5 @@ def test_a_found_rate_is_too_high_for_a_trained_body(make_learner, tmp_path):
     find = dict(num_it=4, stop_div=False, show_plot=False)
     learn.lr_find(**find) # nothing is said: its body begins at random
     learn = make_learner(pretrained=False, weights=tmp_path/'body.pth')
-    with pytest.warns(UserWarning, match='far too high.*leave the rate out.*default here is 0.0001\.') as said: assert learn.lr_find(**find).valley
-    assert sum('far too high' in str(o.message) for o in said)==1
+    with pytest.warns(UserWarning, match='ten times too high.*leave the rate out.*default here is 0.0001\.') as said: assert learn.lr_find(**find).valley
+    assert sum('ten times too high' in str(o.message) for o in said)==1
