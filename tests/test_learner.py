@@ -917,7 +917,8 @@ def test_numbers_of_any_library(make_learner):
     make_learner(wd=np.float32(.1)).fit(1, slice(np.float32(1e-3)))
 
 @pytest.mark.parametrize('name,metric', [('accuracy',accuracy), ('error_rate',[error_rate]),
-    ('top_k_accuracy',partial(top_k_accuracy, k=2)), ('accuracy',AvgMetric(accuracy)), ('f1_score',F1Score()), ('Dice',Dice()), ('mse',mse)])
+    ('top_k_accuracy',partial(top_k_accuracy, k=2)),
+    ('accuracy',AvgMetric(accuracy)), ('f1_score',F1Score()), ('Dice',Dice()), ('mse',mse)])
 def test_metrics_of_classes_are_refused(make_learner, name, metric):
     with pytest.raises(ValueError, match=f"^{name} compares predictions with labels.*`metrics='recall@1'`"): make_learner(metrics=metric)
 
