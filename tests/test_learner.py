@@ -917,7 +917,8 @@ def test_numbers_of_any_library(make_learner):
     learn.fit_one_cycle(1, np.float32(1e-3))
     make_learner(wd=np.float32(.1)).fit(1, slice(np.float32(1e-3)))
 
-@pytest.mark.parametrize('name,metric', [('accuracy',accuracy), ('error_rate',[error_rate]), ('top_k_accuracy',partial(top_k_accuracy, k=2)),
+@pytest.mark.parametrize('name,metric', [('accuracy',accuracy), ('error_rate',[error_rate]),
+    ('top_k_accuracy',partial(top_k_accuracy, k=2)),
     ('accuracy',AvgMetric(accuracy)), ('f1_score',F1Score()), ('Dice',Dice()), ('mse',mse)])
 def test_metrics_of_classes_are_refused(make_learner, name, metric):
     with pytest.raises(ValueError, match=f"^{name} compares predictions with labels.*`metrics='recall@1'`"): make_learner(metrics=metric)
@@ -936,5 +937,6 @@ def test_a_found_rate_is_too_high_for_a_trained_body(make_learner, tmp_path):
     find = dict(num_it=4, stop_div=False, show_plot=False)
     learn.lr_find(**find) # nothing is said: its body begins at random
     learn = make_learner(pretrained=False, weights=tmp_path/'body.pth')
-    with pytest.warns(UserWarning, match='ten times too high.*leave the rate out.*default here is 0.0001\.') as said: assert learn.lr_find(**find).valley
+    with pytest.warns(UserWarning, match=r'ten times too high.*leave the rate out.*default here is 0.0001\.') as said:
+        assert learn.lr_find(**find).valley
     assert sum('ten times too high' in str(o.message) for o in said)==1

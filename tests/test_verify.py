@@ -292,7 +292,8 @@ def test_labels_from_neighbours():
 def test_calibration():
     x,y = data(30, 8)
     e = Embedded(x, y, facts=dict(measured_on='noise, val'))
-    with pytest.warns(UserWarning, match='pairs of one class are missed'): f = finder().calibrate(e, 1e-2, split_hash='abc')
+    with pytest.warns(UserWarning, match='pairs of one class are missed'):
+        f = finder().calibrate(e, 1e-2, split_hash='abc')
     gen,imp = brute(x, y)
     assert f.threshold==pytest.approx(np.quantile(imp, .99), abs=1e-6) and f.calibration['fnmr']==pytest.approx((gen<f.threshold).mean())
     c = f.calibration
@@ -323,7 +324,8 @@ def test_a_threshold_travels(make_learner, tmp_path):
     n = int(learn.embedded().labels.unique().numel())
     with pytest.raises(ValueError, match=f'20 validation classes or more, and there are {n}'): learn.export_embedder(tmp_path/'e', fmr=.1)
     assert not (tmp_path/'e').exists()
-    with pytest.warns(UserWarning, match='are missed'): f = learn.export_embedder(tmp_path/'e', gallery='val', fmr=.1, min_classes=2)
+    with pytest.warns(UserWarning, match='are missed'):
+        f = learn.export_embedder(tmp_path/'e', gallery='val', fmr=.1, min_classes=2)
     want = learn.embedded().verify([.1]).threshold(.1)
     assert f.threshold==pytest.approx(want, abs=1e-6) and f.calibration['fmr']==.1 and len(f.calibration['split_hash'])==64
     about = json.loads((tmp_path/'e'/'embedder.json').read_text())

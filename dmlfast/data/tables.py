@@ -315,7 +315,8 @@ def items(self:MetricDataset,
 )->L: # Paths
     "Paths of the images of some splits"
     df = self.df
-    if names and ('all' not in names or 'all' in self.subsets): df = df[np.any([df[o].astype(bool) if o in self.subsets else df.split==o for o in names], axis=0)]
+    if 'all' in names and 'all' not in self.subsets: names = ()
+    if names: df = df[np.any([df[o].astype(bool) if o in self.subsets else df.split==o for o in names], axis=0)]
     return L(self.path/o for o in df.path)
 
 @patch

@@ -180,8 +180,8 @@ def calibrate(self:ImageEmbedder,
         fnmr=pairs.fnmr(fmr), fnmr_interval=pairs.interval(f'fnmr@{name}'), classes=n, genuine=len(pairs.genuine),
         impostor=len(pairs.impostor), measured_on=embedded.facts.get('measured_on'), **facts)
     if (missed := self.calibration['fnmr'])>.5:
-        warnings.warn(f"At a false-match rate of {pairs.rates[0]:g}, {missed:.1%} of the pairs of one class are missed, since they are less "
-            f"similar than the threshold, {self.threshold:.3f}: a larger `fmr`, or training, helps.", stacklevel=2)
+        warnings.warn(f"At a false-match rate of {pairs.rates[0]:g}, {missed:.1%} of the pairs of one class are missed, since they are "
+            f"less similar than the threshold, {self.threshold:.3f}: a larger `fmr`, or training, helps.", stacklevel=2)
     return self
 
 # %% ../../nbs/api/deploy/02_embedder.ipynb #f930b79d
