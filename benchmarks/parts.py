@@ -75,8 +75,8 @@ def thresholds(whole, folds, seed):
     head = head_of(part, DRTripletLoss(), seed)
     cal,new = (pair_scores(embs(head, x), y, n_boot=1) for x,y in ((part.Z,part.t),(whole.Z,whole.t)))
     at = cal.threshold(1e-3)
-    yield 'threshold for 1 false match in 1,000: false matches in 1,000',1.,1000*float(new.fmr_at(at)),None
-    yield 'threshold for 1 false match in 1,000: share of genuine pairs missed, beside that of the exact threshold',new.fnmr(1e-3),float(new.fnmr_at(at)),None
+    yield 'threshold for 1 in 1,000: false matches in 1,000',1.,1000*float(new.fmr_at(at)),None
+    yield 'threshold for 1 in 1,000: pairs missed',new.fnmr(1e-3),float(new.fnmr_at(at)),None
 
 def indexes(whole, folds, seed):
     "Recall@1 of classes by a search in fewer bytes"
