@@ -35,8 +35,8 @@ def rows(out): return [json.loads(o) for o in out.read_text().splitlines()] if o
 def key(o): return o['data'],o['setting'],o['seed']
 
 def todo(out, seeds):
-    "Keys of rows that are not there: one seed of everything, reasons on emoji only, then further seeds"
-    keys = [(d,s,0) for d in sets for s in settings] + [('emoji',s,0) for s in reasons]
+    "Keys of rows that are not there: a seed of everything, of the reasons on emoji only, and then further seeds"
+    keys = [('emoji',s,0) for s in settings+reasons] + [('cars',s,0) for s in settings]
     keys += [(d,s,i) for d in sets for i in range(1, seeds) for s in settings[1:]]
     done = set(map(key, rows(out)))
     return [o for o in keys if o not in done]
