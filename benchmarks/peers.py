@@ -27,7 +27,8 @@ from pathlib import Path
 
 sets = dict(emoji=dict(size=96, whole=True), cars=dict(size=128))
 settings = ['features', 'dmlfast, fit_head', 'dmlfast, fit_one_cycle', 'PML, own', 'PML, same', 'OML, same', 'OML, own']
-reasons = ['PML, same, head from the data', 'dmlfast, random head', 'PML, own, batch norm not frozen', 'OML, own, hardest triplets']
+reasons = ['dmlfast, no head, body at 1e-4', 'dmlfast, body at 1e-4', 'PML, same, head from the data', 'dmlfast, random head',
+    'OML, own, hardest triplets', 'PML, own, batch norm not frozen']
 epochs,head_epochs,metrics = 4,10,('recall@1','map@r')
 
 def rows(out): return [json.loads(o) for o in out.read_text().splitlines()] if out.is_file() else []
@@ -142,6 +143,7 @@ def ours(folder, name, weights, seed, what, clock):
     from dmlfast.all import TripletLoss
     from fastai.callback.core import Callback
     other = dict(loss=TripletLoss(.2), init='random', lr=slice(1e-4/3, 1e-4)) if what=='random head' else {}
+    if '1e-4' in what: other = dict(lr=slice(1e-4, 1e-4), head='identity' if 'no head' in what else None)
     learn = learner(folder, name, weights, seed, **other)
     if what=='fit_head':
         X = clock.test.embeddings(learn.model.eval().features)
