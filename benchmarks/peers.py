@@ -21,7 +21,7 @@ on: OML's sampler shows each class once in a pass, so that some passes make an e
   4 a class, AdamW with one cycle to 1e-4 (body a third), crops from 0.2 (emoji 0.5).
 - dmlfast: `metric_learner` as it comes, with `fit_one_cycle`, and with `fit_head` (10 epochs on features, body not trained).
 
-Batch-norm statistics of the body are frozen unless a row says otherwise. The other rows try reasons for differences, each with one change."""
+Batch-norm statistics of the body are frozen unless a row says otherwise. The other rows try reasons for differences, one change in each."""
 import argparse, json, os, random, resource, subprocess, sys, time, warnings
 from pathlib import Path
 
