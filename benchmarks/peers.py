@@ -35,12 +35,12 @@ def rows(out): return [json.loads(o) for o in out.read_text().splitlines()] if o
 
 def key(o): return o['data'],o['setting'],o['seed']
 
-def todo(out, seeds, names):
+def todo(out, seeds, names, which):
     "Keys of rows that are not there: a seed of everything, of the reasons on emoji only, and then further seeds"
     keys = [('emoji',s,0) for s in settings+reasons] + [('cars',s,0) for s in settings]
     keys += [(d,s,i) for d in sets for i in range(1, seeds) for s in settings[1:]]
     done = set(map(key, rows(out)))
-    return [o for o in keys if o not in done and o[0] in names]
+    return [o for o in keys if o not in done and o[0] in names and o[1] in which]
 
 # What all share
 
@@ -275,6 +275,7 @@ def main():
     p.add_argument('--weights', type=Path)
     p.add_argument('--oml', default=sys.executable, help='Python that has open-metric-learning')
     p.add_argument('--sets', nargs='*', default=list(sets), help='so that two processes may share the work')
+    p.add_argument('--settings', nargs='*', default=settings+reasons)
     p.add_argument('--seeds', type=int, default=3)
     p.add_argument('--cache', type=Path, default=Path('/tmp/dmlfast_peers'), help='folder for the test images')
     p.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.jsonl'))
@@ -284,7 +285,7 @@ def main():
     a = p.parse_args()
     if a.table: return print(table(rows(a.out)))
     if a.one: return print(json.dumps(one(a.folder, *a.one[:2], int(a.one[2]), a.weights, a.cache)))
-    keys = todo(a.out, a.seeds, a.sets)
+    keys = todo(a.out, a.seeds, a.sets, a.settings)
     known,unknown = minutes(keys, rows(a.out))
     print(f'{len(keys)} rows, {known:.0f} minutes and {unknown} rows whose time is not known yet', flush=True)
     if a.plan: return
