@@ -28,7 +28,7 @@ from pathlib import Path
 sets = dict(emoji=dict(size=96, whole=True), cars=dict(size=128))
 settings = ['features', 'dmlfast, fit_head', 'dmlfast, fit_one_cycle', 'PML, own', 'PML, same', 'OML, same', 'OML, own']
 reasons = ['dmlfast, no head, body at 1e-4', 'dmlfast, body at 1e-4', 'PML, same, head from the data', 'dmlfast, random head',
-    'OML, own, hardest triplets', 'PML, own, batch norm not frozen']
+    'dmlfast, plain tensors', 'OML, own, hardest triplets', 'PML, own, batch norm not frozen']
 epochs,head_epochs,metrics = 4,10,('recall@1','map@r')
 
 def rows(out): return [json.loads(o) for o in out.read_text().splitlines()] if out.is_file() else []
@@ -140,6 +140,7 @@ def features(folder, name, weights, seed, what, clock):
     return {}
 
 def ours(folder, name, weights, seed, what, clock):
+    import torch
     from dmlfast.all import TripletLoss
     from fastai.callback.core import Callback
     other = dict(loss=TripletLoss(.2), init='random', lr=slice(1e-4/3, 1e-4)) if what=='random head' else {}
@@ -149,6 +150,10 @@ def ours(folder, name, weights, seed, what, clock):
         X = clock.test.embeddings(learn.model.eval().features)
         clock.test.embeddings = lambda embed: embed(X).detach()
     def measure(): clock(learn.model.eval())
+    class Plain(Callback):
+        "Images are tensors, and no longer fastai's class of them"
+        def before_batch(self): self.learn.xb = tuple(o.as_subclass(torch.Tensor) for o in self.xb)
+    if what=='plain tensors': learn.add_cb(Plain())
     class Measure(Callback):
         def after_epoch(self): measure()
     with learn.no_bar(), learn.no_logging():
