@@ -338,6 +338,6 @@ def table(rows):
     order = {o:i for i,o in enumerate(settings+reasons)}
     df = pd.DataFrame(sorted(res, key=lambda o: (o['data'], order[o['setting']])))
     for o in ('seconds','to features','to 95 %','MiB'): df[o] = df[o].map(lambda v: '' if v is None or v!=v else f'{v:.0f}')
-    return df.set_index(['data','setting']).to_string()
+    return df.set_index(["data","setting"])
 
 if __name__=='__main__': main()
