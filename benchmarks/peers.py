@@ -23,7 +23,7 @@ on: OML's sampler shows each class once in a pass, so that some passes make an e
 - dmlfast: `metric_learner` as it comes, with `fit_one_cycle`, and with `fit_head` (10 epochs on features, body not trained).
 
 Batch-norm statistics of the body are frozen unless a row says otherwise. The other rows try reasons for differences, one change in each."""
-import argparse, json, os, random, resource, subprocess, sys, time, warnings
+import argparse, json, os, random, resource, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 
 sets = dict(emoji=dict(size=96, whole=True), cars=dict(size=128))
@@ -285,13 +285,13 @@ def main():
     p.add_argument('--sets', nargs='*', default=list(sets), help='so that two processes may share the work')
     p.add_argument('--settings', nargs='*', default=settings+reasons)
     p.add_argument('--seeds', type=int, default=3)
-    p.add_argument('--cache', type=Path, default=Path('/tmp/dmlfast_peers'), help='folder for the test images')
+    p.add_argument('--cache', type=Path, default=Path(tempfile.gettempdir())/'dmlfast_peers', help='folder for the test images')
     p.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.jsonl'))
     p.add_argument('--plan', action='store_true')
     p.add_argument('--table', action='store_true')
     p.add_argument('--one', nargs=3, help='data set, setting and seed: print this row')
     a = p.parse_args()
-    if a.table: return print(table(rows(a.out)))
+    if a.table: return print(table(rows(a.out)).to_string())
     if a.one: return print(json.dumps(one(a.folder, *a.one[:2], int(a.one[2]), a.weights, a.cache)))
     keys = todo(a.out, a.seeds, a.sets, a.settings)
     known,unknown = minutes(keys, rows(a.out))
@@ -322,9 +322,9 @@ def table(rows):
     import pandas as pd
     k,by = metrics[0],{}
     for o in {key(o):o for o in rows}.values(): by.setdefault((o['data'],o['setting']), []).append(o)
-    def _mean(v, most=None):
-        v = [o for o in v]
-        return None if any(o is None for o in v) or not v else round(sum(v)/len(v), 3)
+    def _mean(v):
+        v = list(v)
+        return None if None in v else sum(v)/len(v)
     last = {o:_mean(r['curve'][-1][k] for r in rs) for o,rs in by.items()}
     res = []
     for (name,setting),rs in by.items():
@@ -332,12 +332,12 @@ def table(rows):
         if setting=='features': rs = [{**r, 'seconds':0, 'peak_mib':None} for r in rs]
         spread = [r['curve'][-1][k] for r in rs]
         res.append({'data':name, 'setting':setting, 'seeds':len(rs), 'start':_mean(r['curve'][0][k] for r in rs), k:_mean(spread),
-            'least':round(min(spread), 3), 'most':round(max(spread), 3), metrics[1]:_mean(r['curve'][-1][metrics[1]] for r in rs),
+            'least':min(spread), 'most':max(spread), metrics[1]:_mean(r['curve'][-1][metrics[1]] for r in rs),
             'seconds':_mean(r['seconds'] for r in rs), 'to features':_mean(reached(r['curve'], k, base) for r in rs),
             'to 95 %':_mean(reached(r['curve'], k, .95*best) for r in rs), 'MiB':_mean(r['peak_mib'] for r in rs)})
     order = {o:i for i,o in enumerate(settings+reasons)}
     df = pd.DataFrame(sorted(res, key=lambda o: (o['data'], order[o['setting']])))
     for o in ('seconds','to features','to 95 %','MiB'): df[o] = df[o].map(lambda v: '' if v is None or v!=v else f'{v:.0f}')
-    return df.set_index(["data","setting"])
+    return df.round(3).set_index(['data','setting'])
 
 if __name__=='__main__': main()
