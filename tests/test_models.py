@@ -66,6 +66,15 @@ def _check_frozen(m):
     assert both[0]==both[1]=={id(p) for p in m.parameters() if p.requires_grad}
     assert m.pool.log_p.grad is not None
 
+def test_the_body_sees_plain_tensors():
+    "fastai's class of images makes each activation in place slow"
+    from fastai.vision.core import TensorImage
+    model,seen = Embedder('test_resnet', 8, pretrained=False).eval(),[]
+    f = model.body.forward_features
+    model.body.forward_features = lambda x: (seen.append(type(x)), f(x))[1]
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(TensorImage(x)), model(x)) and seen==[torch.Tensor,torch.Tensor]
+
 def test_pooling_is_the_models_own():
     "On maps our average equals timm's; on tokens timm's own pooling is used"
     x = torch.randn(2, 3, 64, 64)

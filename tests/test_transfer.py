@@ -142,7 +142,7 @@ def test_the_start_belongs_to_the_weights(quiet, few, tmp_path):
     fns = few.items('val')[:20]
     assert torch.allclose(torch.as_tensor(finder.embed(fns)), learn.embed(learn.dls.test_dl(fns, with_labels=True))[0], atol=2e-3)
     learn = quiet()
-    learn.lr_find(num_it=5, show_plot=False)
+    with pytest.warns(UserWarning, match='leave the rate out'): learn.lr_find(num_it=5, show_plot=False)
     other = quiet()
     other.start_head()
     assert torch.equal(learn.model.head.weight.cpu(), other.model.head.weight.cpu())
@@ -295,6 +295,15 @@ def test_another_image_under_the_same_name(quiet, few, tmp_path):
     Image.new('RGB', (24,24), (255,0,0)).save(fn)
     Y,_ = body_features(learn.model, learn.dls.valid)
     assert not torch.equal(X[0], Y[0]) and torch.allclose(X[1:], Y[1:], atol=1e-5)
+
+def test_features_are_kept_whatever_transforms_drew(quiet, few):
+    "fastai's crops remember the last image; that is no other transform"
+    ds = MetricDataset(few.df.copy(), few.path, 'few', size=16) # a random crop in training, a central one in validation
+    learn = quiet(dls=ds.dataloaders(bs=32, per_class=4, num_workers=0))
+    dls = [measured_dl(learn.dls),learn.dls.valid]
+    was = [items_key(o) for o in dls]
+    learn.dls.one_batch(), learn.dls.valid.one_batch()
+    assert [items_key(o) for o in dls]==was and None not in was and was[0]!=was[1]
 
 def test_a_head_on_features_learns_as_under_a_frozen_body(quiet, few):
     "Step for step, where images are not augmented"

@@ -148,6 +148,7 @@ class Embedder(nn.Module):
         x:Tensor, # Images, `(n,c,h,w)` float, normalised with the `mean` and `std` in `cfg`; features, `(n,n_features)`, are given back
     )->Tensor: # `(n,n_features)`
         "Pooled features of images, before the head"
+        if type(x) is not Tensor and not torch.compiler.is_compiling(): x = x.as_subclass(Tensor) # activations in place are slow on others
         return x if x.ndim==2 else self.pooled(self.body_end(x))
 
     def forward(self, x):

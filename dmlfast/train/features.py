@@ -105,9 +105,12 @@ def body_key(
     built += str(getattr(model, 'lora', '')) # what multiplies its difference is no weight
     return weights_hash(body_state(model))+hashlib.blake2b(built.encode(), digest_size=16).hexdigest()
 
+_drawn = 'do','idx','mat','orig_sz','final_size','cp_size','tl','pcts' # what fastai's transforms keep of the item before
+
 def _said(t):
     "A transform and its settings"
-    settings = sorted((k,str(v)) for k,v in vars(t).items() if isinstance(v, (int,float,str,tuple,Tensor,type(None))))
+    settings = sorted((k,str(v)) for k,v in vars(t).items() if k not in _drawn
+        and isinstance(v, (int,float,str,tuple,Tensor,type(None))))
     return f"{type(t).__module__}.{type(t).__qualname__}{settings}{t}"
 
 def _stat(o):
