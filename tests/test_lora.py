@@ -173,7 +173,7 @@ def test_two_groups_and_all_that_hangs_on_them(make):
     learn.fine_tune(1, 1e-3, lr_mult=10)
     assert grads(learn)==lora and equal(own_state(learn.model), own)
     state = copied(learn.model.state_dict())
-    learn.lr_find(num_it=8, show_plot=False)
+    with pytest.warns(UserWarning, match='leave the rate out'): learn.lr_find(num_it=8, show_plot=False)
     assert equal(learn.model.state_dict(), state)
     with pytest.raises(ValueError, match=r'has LoRA already \(rank 2, alpha 16, 2 layers\)'): learn.add_lora(rank=2)
 
