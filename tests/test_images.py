@@ -210,7 +210,7 @@ def test_two_readings_of_an_array():
     (torch.zeros(4, 5, 2), r'got \(4, 5, 2\)'), (torch.full((3,4,5), -1.), 'got -1'), (3, 'got a int'), (None, 'got a NoneType'),
     ([1,2], 'got a list'), (b'', 'in 0 bytes cannot be read'), (b'GIF89a', 'in 6 bytes cannot be read'),
     (io.BytesIO(b'text'), 'in a BytesIO cannot be read: Pillow knows no such format'), ('nowhere.png', "There is no image 'nowhere.png'"),
-    (os.sep, f"{os.sep}' cannot be read")])
+    (os.sep, f"An image is a file, and '{os.sep}' is a folder")])
 def test_what_is_no_image(o, says):
     with pytest.raises(ValueError, match=says): open_image(o)
 

@@ -19,7 +19,7 @@ class PlainTable(Callback):
     "Print a row of the training table after each epoch, without progress bars"
     order,run_valid = 51,False
     def before_fit(self):
-        self.run = self.learn.logger is not noop and not hasattr(self.learn, 'lr_finder')
+        self.run = self.learn.logger is not noop and hasattr(self.learn, 'recorder') and not hasattr(self.learn, 'lr_finder')
         if not self.run: return
         self.old_logger,self.learn.logger = self.learn.logger,self.write
         self.names = [str(o) for o in self.recorder.metric_names]
