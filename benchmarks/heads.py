@@ -23,18 +23,18 @@ from fastai.torch_core import set_seed
 from dmlfast.all import *
 from dmlfast.data.batches import BalancedSampler
 from dmlfast.losses.base import lr_mults
-from dmlfast.models.heads import WithinClass, pca_head
+from dmlfast.study.comparison import mean_interval
 from dmlfast.study.tuning import load_optuna, suggest, trial_report
-from dmlfast.train.baseline import choose_shrinkage
+from dmlfast.train.baseline import start_head
 from dmlfast.train.features import body_features, collect, measured_dl
 from dmlfast.train.ssr import GradedViews, RankingLoss
+import transfer
+from transfer import bodies, metrics, rows
 
-sets = dict(cars=dict(size=128), cub100=dict(size=128), emoji=dict(size=96, whole=True))
-bodies = dict(mobilenetv2_035=dict(pad_type='same'), mobilenetv2_100=dict(pad_type='same'), tf_efficientnet_lite0={})
+sets = {k:transfer.sets[k] for k in ('cars','cub100','emoji')}
 starts = 'lda','pca','random'
 ranking = 'MarginLoss + ranking'
 first = 'TripletLoss','ProxyNCALoss','MultiSimilarityLoss',ranking # the losses of the two systems
-metrics = 'recall@1','map@r'
 emb_sz,bs,per_class,epochs,n_trials,n_seeds,n_partitions = 128,64,4,5,50,4,5
 
 # ---- features ----
@@ -70,14 +70,12 @@ class Part:
         self.y,self.t = labels[train].unique(return_inverse=True)[1],labels[test]
         self.views,self.heads = None if views is None else views[train],{}
 
-    def head(self, start):
-        "Weights and bias that a head starts from; the same linear algebra for all of them is done once"
-        if start=='random': return None
+    def begin(self, head, start):
+        "Let a head start from these images; the linear algebra is done once"
         if start not in self.heads:
-            if start=='lda': W,mu = WithinClass(self.X, self.y).head(emb_sz, choose_shrinkage(self.X, self.y, emb_sz)[0])
-            else: W,mu = pca_head(self.X, emb_sz)
-            self.heads[start] = W.float(),-(W@mu).float()
-        return self.heads[start]
+            start_head(head, self.X, self.y, start)
+            self.heads[start] = {k:v.clone() for k,v in head.state_dict().items()}
+        head.load_state_dict(self.heads[start])
 
     def score(self, head):
         with torch.no_grad(): z = F.normalize(head(self.Z)) if head else F.normalize(self.Z)
@@ -85,14 +83,14 @@ class Part:
         return [round(res[k], 5) for k in metrics]
 
 # ---- a fit ----
+# fastai's `combined_cos`, in double precision: the rows that are there were made so, and a rounding can move a seed from a random head by half a point
 def cos(a, b, pct): return a+(1-math.cos(math.pi*pct))*(b-a)/2
 def one_cycle(pct, lo, mid, hi): return cos(lo, mid, pct/.25) if pct<.25 else cos(mid, hi, (pct-.25)/.75)
 
 def new_head(part, start, seed):
     torch.manual_seed(seed)
     head = nn.Linear(part.X.shape[1], emb_sz)
-    if begin := part.head(start):
-        with torch.no_grad(): head.weight.copy_(begin[0]); head.bias.copy_(begin[1])
+    if start!='random': part.begin(head, start)
     return head
 
 def train(part, start, loss, lr, seed, n_epoch=epochs, rank_weight=0, begin=None, bs=bs, **batches):
@@ -186,10 +184,7 @@ def parts_of(data, partition):
 def interval(d):
     "Mean, its 95 % interval and p of no difference, by Student's t"
     from scipy import stats
-    d,n = np.asarray(d),len(d)
-    if n<2: return d.mean(),math.nan,math.nan,math.nan
-    half = stats.t.ppf(.975, n-1)*d.std(ddof=1)/n**.5
-    return d.mean(),d.mean()-half,d.mean()+half,stats.ttest_1samp(d, 0).pvalue if d.std() else 1.
+    return *mean_interval(d),math.nan if len(d)<2 else stats.ttest_1samp(d, 0).pvalue if np.std(d) else 1.
 
 def holm(p):
     "p corrected for so many comparisons, by Holm's steps"
@@ -219,7 +214,6 @@ def table(rows, defaults=False):
     return '\n\n'.join(o.round(2).to_string(index=False) for o in (levels(rows), *(differences(rows, a=a, b=b).assign(arm=a, minus=b) for a,b in pairs)))
 
 # ---- rows ----
-def rows(out): return [json.loads(o) for o in out.read_text().splitlines()] if out.is_file() else []
 names = 'data','body','partition','start','loss'
 def key(o): return tuple(o[k] for k in names)
 

@@ -41,7 +41,7 @@ def explored(
         ds,split = eval_data(file, data, path, data_args, split, dict(per_class=1, bs=bs, num_workers=workers, device=device))
     from fastprogress.fastprogress import progress_bar
     finder = load_embedder(where, _device(device))
-    emb = finder.embedded(ds, None if split=='all' else split, bs=bs, num_workers=workers,
+    emb = finder.embedded(ds, split, bs=bs, num_workers=workers,
         progress=progress_bar if sys.stdout.isatty() else iter)
     if len(finder): finder.remove(label=lambda o: True)
     split_of = dict(zip(map(str, ds.items()), ds.df.split)) # what is nearly the same in two of them is a leak

@@ -117,7 +117,7 @@ def dmlfast_eval(
             if out: _check_eval_folder(out, overwrite)
             ds,split = eval_data(file, data, path, data_args, split, dict(per_class=1, bs=bs, num_workers=workers, device=device))
             def _embedded(o):
-                return o.embedded(ds, None if split=='all' else split, bs=bs, num_workers=workers,
+                return o.embedded(ds, split, bs=bs, num_workers=workers,
                     progress=progress_bar if sys.stdout.isatty() else iter)
             embedder = load_embedder(folder, as_device(device))
             emb = _embedded(embedder)

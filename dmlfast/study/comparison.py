@@ -153,7 +153,7 @@ def plot(self:Results,
     theirs = [(k, [100*o['scores'][measure]], _grey) for k,o in self._baselines(names).items()]
     ax = ax or _new_axes(len(theirs)+len(names))
     for _,(x,),_ in theirs: ax.axvline(x, color=_grey, lw=1, ls=':', zorder=0)
-    _draw_runs(ax, theirs + [(o, 100*np.array(list(self.values(o, measure).values())), _orange if 'twin' in self.methods[o] else _blue)
+    draw_runs(ax, theirs + [(o, 100*np.array(list(self.values(o, measure).values())), _orange if 'twin' in self.methods[o] else _blue)
         for o in names], 0, 100)
     ax.set(xlabel=f'{measure} on unseen classes, per cent', title=self.name)
     return ax
@@ -169,7 +169,7 @@ def plot_differences(self:Results,
         raise ValueError("There is nothing to draw: no two methods that are compared, a method with its `twin` if none are named, have "
             "two seeds in common.")
     ax = ax or _new_axes(len(pairs))
-    _draw_runs(ax, [(f'{a} − {b}', self.difference(a, b, measure), _orange) for a,b in pairs])
+    draw_runs(ax, [(f'{a} − {b}', self.difference(a, b, measure), _orange) for a,b in pairs])
     ax.axvline(0, color=_grey, lw=1, zorder=0)
     ax.set(xlabel=f'difference in {measure}, points', title=self.name)
     return ax
@@ -325,8 +325,13 @@ def _beside(self:Results, method, other, measure):
     "Scores by seed of the method to compare with; features have the same score for each seed"
     return dict.fromkeys(self.values(method, measure), self.theirs(method, measure)) if other=='features' else self.values(other, measure)
 
-def _draw_runs(ax, rows, least=-math.inf, most=math.inf):
-    "Draw rows, each a name, values and a colour: the values, and their mean with its interval beside them"
+def draw_runs(
+    ax:plt.Axes, # Where to
+    rows, # From above: name, values (one or more numbers) and colour of each
+    least:float=-math.inf, # Intervals end here, in the unit of the values
+    most:float=math.inf, # And here
+):
+    "Draw the values of each row, and their mean with its 95 % interval beside them"
     for y,(_,v,color) in enumerate(rows):
         m,lo,hi = mean_interval(v)
         ax.plot(v, [y+.18]*len(v), 'o', ms=4, color=color, alpha=.6)

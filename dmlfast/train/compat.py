@@ -104,23 +104,6 @@ def save(self:BridgedLearner,
     with whole_file(file) as tmp: Learner.save(self, tmp.absolute().with_suffix(''), **kwargs)
     return file
 
-# %% ../../nbs/api/train/00_compat.ipynb #7b5fd16b
-@patch
-@delegates(Learner.lr_find)
-def lr_find(self:BridgedLearner,
-    start_lr=1e-7, # First rate
-    end_lr=10, # Last rate
-    num_it=100, # Steps
-    **kwargs # Passed to `Learner.lr_find`
-):
-    "As in fastai; raises `ValueError` if the search ended too soon to suggest a rate"
-    try: return Learner.lr_find(self, start_lr, end_lr, num_it, **kwargs)
-    except IndexError as e:
-        if not self.fitted: raise # it comes from the training, and not from what looks at its losses
-        raise ValueError(f"The search for a rate ended after {len(self.recorder.losses)} of {num_it} steps, too soon to tell: "
-            "`stop_div=False` goes on where a loss "
-            "that begins near 0 rises, and a smaller `end_lr` where embeddings are no longer finite.") from e
-
 # %% ../../nbs/api/train/00_compat.ipynb #98989da3
 @patch
 def freeze_to(self:BridgedLearner,

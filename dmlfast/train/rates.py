@@ -110,6 +110,7 @@ def fine_tune(self:GroupedLearner,
     return Learner.fine_tune(self, epochs, ifnone(base_lr, own), freeze_epochs,
         ifnone(lr_mult, 100 if self.body_share==1 else 1/self.body_share), **kwargs)
 
+# %% ../../nbs/api/train/03_rates.ipynb #7b5fd16b
 @patch
 @delegates(Learner.lr_find)
 def lr_find(self:GroupedLearner,
@@ -118,8 +119,13 @@ def lr_find(self:GroupedLearner,
     num_it=100, # Steps
     **kwargs # Passed to `Learner.lr_find`
 ):
-    "As in fastai; warns that the suggestion can be too high where the body is trained already"
-    res = super(GroupedLearner, self).lr_find(start_lr, end_lr, num_it, **kwargs)
+    "As in fastai; warns where the body is trained already, and raises `ValueError` if the search ended too soon to suggest a rate"
+    try: res = Learner.lr_find(self, start_lr, end_lr, num_it, **kwargs)
+    except IndexError as e:
+        if not self.fitted: raise # it comes from the training, and not from what looks at its losses
+        raise ValueError(f"The search for a rate ended after {len(self.recorder.losses)} of {num_it} steps, too soon to tell: "
+            "`stop_div=False` goes on where a loss "
+            "that begins near 0 rises, and a smaller `end_lr` where embeddings are no longer finite.") from e
     if self.trained:
         warnings.warn("The body of this learner is trained already, and a rate that is found in this way can be ten times too high for it: "
             f"leave the rate out, as in `learn.fit_one_cycle(10)`. The default here is {getattr(self.lr, 'stop', self.lr)}.", stacklevel=2)
