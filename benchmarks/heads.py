@@ -93,8 +93,8 @@ def new_head(part, start, seed):
     if start!='random': part.begin(head, start)
     return head
 
-def train(part, start, loss, lr, seed, n_epoch=epochs, rank_weight=0, begin=None, bs=bs, **batches):
-    "A head, as `fit_head` trains it; it may `begin` with the states of a head and a loss"
+def train(part, start, loss, lr, seed, n_epoch=epochs, rank_weight=0, begin=None, bs=bs, memory=None, **batches):
+    "A head, as `fit_head` trains it; it may `begin` with the states of a head and a loss, and have a `BatchMemory`"
     head = new_head(part, start, seed)
     loss.setup(int(part.y.max())+1, emb_sz).train()
     if begin: head.load_state_dict(begin[0]); loss.load_state_dict(begin[1])
@@ -111,7 +111,12 @@ def train(part, start, loss, lr, seed, n_epoch=epochs, rank_weight=0, begin=None
             now,mom = one_cycle(step/total, lr/25, lr, lr/1e5),one_cycle(step/total, .95, .85, .95)
             for g in opt.param_groups: g['lr'],g['betas'] = now*g['mult'],(mom,.99)
             x = part.X[idx]
-            out = loss(F.normalize(head(x)), part.y[idx])
+            z,others = F.normalize(head(x)),()
+            if memory: # which its callback does between these
+                if memory.steps>=memory.start and memory.embs is not None: others = memory.embs,memory.labels
+                memory.steps += 1
+            out = loss(z, part.y[idx], *others)
+            if memory: memory.remember(z.detach(), part.y[idx])
             if rank_weight:
                 pick = torch.randperm(bs, generator=rng)[:20]
                 out = out + rank_weight*rank(head(torch.cat([x[pick,None], part.views[idx[pick]].float()], 1)))
@@ -217,12 +222,32 @@ def table(rows, defaults=False):
 names = 'data','body','partition','start','loss'
 def key(o): return tuple(o[k] for k in names)
 
-def plan():
-    "All rows, the ones that answer the question first"
+def work(todo, out, names, make):
+    "Make the rows of some keys that are not in `out`, each by one of the processes that share the work"
+    def _done(): return {tuple(r[k] for k in names) for r in rows(out)}
+    for o in todo:
+        lock = filelock.FileLock(out.with_name(f".{out.stem}-{'-'.join(map(str, o)).replace(' ', '')}.lock"), timeout=0)
+        if o in _done(): continue
+        try: lock.acquire()
+        except filelock.Timeout: continue # another process makes this row
+        try:
+            if o in _done(): continue
+            row = dict(zip(names, o), **make(*o))
+            with filelock.FileLock(f'{out}.lock'), out.open('a') as f: f.write(json.dumps(row)+'\n')
+            print({k:row[k] for k in (*names,'seconds')}, flush=True)
+        finally:
+            lock.release()
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+def viewed(body, loss): return loss!=ranking or body==list(bodies)[0] # views are kept for the small network alone
+
+def plan(defaults=False):
+    "All rows, the ones that answer the question first; a search begins from LDA or from a random head"
     others = [o for o in register_loss if o not in first and not o.startswith('DR')]
     for losses in (first,others):
-        for body,p,start in product(bodies, range(n_partitions), starts):
-            for name,loss in product(sets, losses): yield name,body,p,start,loss
+        for body,p,start in product(bodies, range(n_partitions), starts if defaults else starts[::2]):
+            for name,loss in product(sets, losses):
+                if viewed(body, loss): yield name,body,p,start,loss
 
 def by_kind(only):
     "Names in groups of what they name"
@@ -269,27 +294,16 @@ def main():
     args = p.parse_args()
     args.out = args.out or Path(__file__).with_name(f"heads{'_defaults'*args.defaults}.jsonl")
     if args.check: return check(args.folder, args.weights, args.cache)
-    todo = [o for o in plan() if o[2]<args.partitions and all(any(k in o for k in group) for group in by_kind(args.only))]
+    todo = [o for o in plan(args.defaults) if o[2]<args.partitions and all(any(k in o for k in group) for group in by_kind(args.only))]
     if args.plan: return print_plan(todo, rows(args.out), args.defaults)
     if args.table: return print(table(rows(args.out), args.defaults))
     torch.set_num_threads(1)
-    held,at = {},None
-    for o in todo:
-        lock = filelock.FileLock(args.out.with_name(f".{args.out.stem}-{'-'.join(map(str, o)).replace(' ', '')}.lock"), timeout=0)
-        if o in {key(r) for r in rows(args.out)}: continue
-        try: lock.acquire()
-        except filelock.Timeout: continue # another process makes this row
-        try:
-            if o in {key(r) for r in rows(args.out)}: continue
-            name,body,partition,start,loss = o
-            if (name,body,partition) not in held:
-                if len(held)>=len(sets): held.clear()
-                held[name,body,partition] = parts_of(features(args.folder, args.weights, args.cache, name, body, body==list(bodies)[0]), partition)
-            row = dict(zip(names, o), **measure(held[name,body,partition], start, loss, not args.defaults))
-            with filelock.FileLock(f'{args.out}.lock'), args.out.open('a') as f: f.write(json.dumps(row)+'\n')
-            print({k:row[k] for k in (*names,'seconds')}, flush=True)
-        finally:
-            lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
+    held = {}
+    def _made(name, body, partition, start, loss):
+        if (name,body,partition) not in held:
+            if len(held)>=len(sets): held.clear()
+            held[name,body,partition] = parts_of(features(args.folder, args.weights, args.cache, name, body, viewed(body, ranking)), partition)
+        return measure(held[name,body,partition], start, loss, not args.defaults)
+    work(todo, args.out, names, _made)
 
 if __name__=='__main__': main()

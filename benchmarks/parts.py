@@ -6,8 +6,9 @@
 Everything has the defaults of the library: a head of 128 numbers that starts by LDA, rate 1e-4, five epochs of batches of 64. Nothing is chosen. A row
 is a part, a data set, a body, a partition and one of three seeds (of what has no seed there is one), with a score with the part and without it.
 Rows that are there are not made again."""
-import argparse, json, time
+import argparse, json, tempfile, time
 from heads import *
+from whole import dataset
 from dmlfast.retrieval.indexes import Index
 from dmlfast.retrieval.verify import pair_scores
 from dmlfast.losses.base import CombinedLoss
@@ -45,6 +46,13 @@ def batches(whole, folds, seed):
             a,s = timed(head_of, whole, register_loss[name](), seed)
             b,t = timed(head_of, whole, register_loss[name](), seed, lr, bs=size)
             yield f'{name}, batches of up to 512 instead of 64, rate {lr:g}',whole.score(a)[0],whole.score(b)[0],(s,t)
+
+def memory(whole, folds, seed):
+    "Embeddings of the last steps as further negatives, after half of the steps"
+    a,s = timed(head_of, whole, MultiSimilarityLoss(), seed)
+    n = epochs*len(BalancedSampler(whole.y.numpy(), bs, per_class, 0))
+    b,t = timed(head_of, whole, MultiSimilarityLoss(), seed, memory=BatchMemory(2048, start=n//2))
+    yield 'a memory of 2,048 embeddings',whole.score(a)[0],whole.score(b)[0],(s,t)
 
 def hard(whole, folds, seed):
     "Classes that look alike in one batch"
@@ -87,8 +95,20 @@ def indexes(whole, folds, seed):
         near = torch.where(i[:,0]==torch.arange(len(z)), i[:,1], i[:,0])
         yield f'index {kind}',base,float((whole.t[near]==whole.t).float().mean()),None
 
-parts = dict(start=(start,1), training=(training,3), matryoshka=(matryoshka,3), batches=(batches,3), hard=(hard,3), terms=(terms,3),
-    reranked=(reranked,1), thresholds=(thresholds,3), indexes=(indexes,1))
+def int8(whole, folds, seed):
+    "The network in 8 bits; recall@1 of images of classes that were not trained on"
+    folder,weights,name,body,partition = whole.origin
+    ds = dataset(folder, name, partition, sets)
+    learn = metric_learner(ds.dataloaders(num_workers=0, seed=0), body, ContrastiveLoss(), emb_sz=emb_sz, weights=weights and weights/f'{body}.safetensors',
+        model_kwargs=bodies[body])
+    with learn.no_bar(), learn.no_logging(), tempfile.TemporaryDirectory() as tmp:
+        learn.start_head()
+        learn.export_embedder(f'{tmp}/model')
+        facts = load_embedder(f'{tmp}/model').save_onnx(f'{tmp}/onnx', int8=True, data=ds, split='test').facts['int8']
+    yield 'network in 8 bits',facts['recall_float32'],facts['recall_int8'],None
+
+parts = dict(start=(start,1), training=(training,3), matryoshka=(matryoshka,3), batches=(batches,3), memory=(memory,3), hard=(hard,3), terms=(terms,3),
+    reranked=(reranked,1), thresholds=(thresholds,3), indexes=(indexes,1), int8=(int8,1))
 
 def table(rows):
     "Means over seeds, then over partitions with a 95 % interval, in points; p is corrected for the number of lines"
@@ -120,6 +140,7 @@ def main():
         todo = [(o,name,body,partition,seed) for o in args.only for seed in range(parts[o][1])]
         if done.issuperset(todo): continue
         whole,folds = parts_of(features(args.folder, args.weights, args.cache, name, body), partition)
+        whole.origin = args.folder,args.weights,name,body,partition
         for o in todo:
             if o in done: continue
             made = [dict(zip(cols, o), what=w, base=round(a, 5), value=round(b, 5), seconds=s and [round(v, 2) for v in s])

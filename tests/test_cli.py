@@ -299,6 +299,7 @@ def test_evaluation(trained, folder, tmp_path, monkeypatch):
     finally: register_metric.remove('first')
     assert got['first']==got['recall@1'] and 0<=got['fnmr@fmr=1e-2']['mean']<=1
     assert 'classes or queries' in no(run, '--ci', 'images')
+    assert 'numbers are shortened to 1 to' in no(run, '--dims', 4096)
     with monkeypatch.context() as m:
         m.chdir(tmp_path)
         # as the other commands have a folder
@@ -324,6 +325,26 @@ def test_evaluation_beside_the_features(table, tmp_path):
     page = (tmp_path/'scores'/'report'/'index.html').read_text(encoding='utf-8')
     assert 'id="gain"' in page and f"<td>{want['features']['map@r']:.4f}</td>" in page
     assert str(tmp_path) not in re.sub(r'<h2 id="repeat">.*', '', page, flags=re.S)
+
+def test_lengths_that_a_run_was_trained_with(table, tmp_path):
+    "Measured without a word, each as the first numbers of the embeddings are; others by name"
+    from dmlfast.cli import dmlfast_eval, dmlfast_train
+    from dmlfast.deploy import load_embedder
+    from dmlfast.data.datasets import MetricDataset
+    run = tmp_path/'run'
+    status,_,err = do(dmlfast_train, '--data', table, *small, '--dims', 16, 4, '--epochs', 1, '--out', run)
+    assert status==0, err
+    args = '--split','val','--workers',0,'--metrics','recall@1','map@r'
+    status,text,err = do(dmlfast_eval, run, *args, '--json')
+    assert status==0, err
+    got,emb = json.loads(text),load_embedder(run/'embedder').embedded(MetricDataset.from_csv(table), 'val')
+    assert list(got['lengths'])==['16','4'] and got['lengths']['16']['metrics']==got['scores']['metrics']
+    import torch
+    from dmlfast.retrieval.metrics import evaluate_retrieval
+    want = evaluate_retrieval(torch.nn.functional.normalize(emb.embs[:,:4]), emb.labels, metrics=['recall@1','map@r'])
+    for k in ('recall@1','map@r'): assert got['lengths']['4']['metrics'][k]['mean']==pytest.approx(want[k], abs=1e-6)
+    text = do(dmlfast_eval, run, *args, '--dims', 8, '--n-boot', 10)[1]
+    assert re.search(r'^8 +[01]\.', text, re.M) and not re.search(r'^4 +[01]\.', text, re.M)
 
 def test_refused_before_any_work(folder, tmp_path):
     from dmlfast.cli import dmlfast_bench, dmlfast_train, dmlfast_tune

@@ -50,6 +50,11 @@ def _check_eval_folder(out, overwrite):
     if (out/'settings.toml').is_file(): raise ValueError(f"{str(out)!r} is the folder of a run: write the scores to another one.")
     if (out/'results.json').is_file() and not overwrite: raise ValueError(f"{str(out)!r} holds scores: --overwrite replaces them.")
 
+def trained_lengths(file):
+    "Lengths that the embeddings of a run can be cut to, by its settings"
+    from dmlfast.study.checks import load_settings
+    return load_settings(file).get('loss', {}).get('dims', []) if file else []
+
 # %% ../../nbs/api/cli/03_measuring.ipynb #05b315ef
 def _pictures(interp, out, queries):
     "Draw neighbours, worst queries and curves"
@@ -86,6 +91,8 @@ def dmlfast_eval(
     # train, val, test, a part of it, or all; test for the run's own data set and those by name, otherwise all if not given
     split:str=None,
     metrics:Annotated[str, dict(nargs='*', action='extend')]=None, # Such as recall@1 map@r nmi; all if not given
+    # Also measure the first numbers alone, so many, such as 64 32; as many as a run was trained with --dims if not given
+    dims:Annotated[int, dict(nargs='*', action='extend')]=None,
     rerank:str=None, # Also re-rank the results by qe, dba, dba+qe or k-reciprocal, and compare; only the plain search if not given
     ci:str='classes', # Resample classes or queries for the intervals
     n_boot:int=1000, # Number of samples for the intervals
@@ -102,6 +109,7 @@ def dmlfast_eval(
     "Measure an embedding: all retrieval metrics with intervals, pictures, a report"
     with stdout_for(Json):
         from dmlfast.deploy import load_embedder
+        from dmlfast.retrieval.embedded import check_lengths
         from dmlfast.retrieval.metrics import metric_names
         from dmlfast.retrieval.rerank import register_reranker
         from dmlfast.look.interpret import RetrievalInterpretation
@@ -120,12 +128,14 @@ def dmlfast_eval(
                 return o.embedded(ds, split, bs=bs, num_workers=workers,
                     progress=progress_bar if sys.stdout.isatty() else iter)
             embedder = load_embedder(folder, as_device(device))
+            if lengths := dims or trained_lengths(file): check_lengths(lengths, getattr(embedder.model, 'emb_sz', max(lengths)))
             emb = _embedded(embedder)
             res = emb.evaluate(metrics or 'all', rerank=rerank, ci=ci, n_boot=n_boot, seed=seed)
             rates = emb.verify(n_boot=n_boot, seed=seed)
+            cut = emb.evaluate(metrics or ['recall@1','map@r'], lengths, ci=ci, n_boot=n_boot, seed=seed) if lengths else None
         gain = file and _run_gain(file, embedder, getattr(res, 'plain', res), _embedded)
         found = dict(run=str(run), split=split, scores=res.to_dict(), verification=rates.to_dict(),
-            **(dict(gain=gain.to_dict()) if gain else {}), **about_run(ds))
+            **(dict(lengths=cut.to_dict()) if cut else {}), **(dict(gain=gain.to_dict()) if gain else {}), **about_run(ds))
         if out:
             with clear_up(out, _eval_files):
                 if overwrite: remove_files(out, _eval_files)
@@ -136,7 +146,7 @@ def dmlfast_eval(
                 write_whole(out/'results.json', json.dumps(found, indent=1, ensure_ascii=False))
     if Json: print(json.dumps(found))
     else:
-        print(f'{ds.name}, {split}\n\n{res}\n\n{rates}')
+        print('\n\n'.join([f'{ds.name}, {split}',f'{res}',f'{rates}',*[f'{cut}']*bool(cut)]))
         if gain: print(f'\n{features_row(gain.to_dict())}\n{gain.sentence}')
         if out: print(f"\nScores and pictures are in {str(out)!r}.")
     return found
