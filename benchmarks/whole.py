@@ -10,6 +10,7 @@ body, partition of its classes (as in heads.py), source of the settings, loss, a
 - `found`: what the searches of heads.py chose on the training classes of that partition, for the loss alone and for it with the method. The rate is
   the default of whole networks, and so is the weight of ranking, which acts on the body here and not on the embeddings as there. The settings are
   those found for the small network, for the larger one too.
+- `default`: the library's defaults, γ=0.3 with the method.
 - `recipe`: the settings of the two reproductions by the names of the library's recipes, batches and rates included, with this body in place of
   theirs, from LDA.
 
@@ -46,13 +47,14 @@ def settings_of(weights, name, body, partition, source, loss, arm, seed):
     if weights: res['model']['weights'] = str(weights/f'{body}.safetensors')
     if source=='recipe': return dict(res, recipe=recipe_of[loss][arms.index(arm)], fit=dict(n_epoch=n_epoch, patience=0))
     res['fit']['sched'] = 'one_cycle'
-    res['loss'] = dict(name=loss.split(' ')[0], **found(name, partition, loss, arm))
+    res['loss'] = dict(name=loss.split(' ')[0], **(found(name, partition, loss, arm) if source=='found' else {}))
+    if source=='default' and arm=='method' and loss!=ranking: res['loss']['gamma'] = .3
     if loss==ranking and arm=='method': res['ssr'] = dict(m=10)
     return res
 
 def measure(ds, weights, name, body, partition, source, loss, arm, seed):
     "What a row holds beside its key"
-    s = settings_of(weights, name, body, partition, source if source!='start' else 'found', 'TripletLoss' if source=='start' else loss, arm, seed)
+    s = settings_of(weights, name, body, partition, source if source!='start' else 'default', 'TripletLoss' if source=='start' else loss, arm, seed)
     if source=='start': s['fit']['n_epoch'] = 0
     began = time.process_time()
     embs,labels,_ = train_run(s, ds, 'test')
@@ -61,13 +63,21 @@ def measure(ds, weights, name, body, partition, source, loss, arm, seed):
     return dict(scores=[round(res[k], 5) for k in metrics], seconds=seconds)
 
 def plan(n_seeds=5, n_partitions=2):
-    "All rows: a seed of everything before the next; the larger network has two seeds, and recipes have one partition and two seeds"
+    "All rows, the ones that answer the question first: three seeds, then what is special, then the other seeds"
     small,larger = list(bodies)[:2]
-    for p,name in product(range(n_partitions), sets): yield name,small,p,'start','','plain',0
-    for seed,p,name,loss,arm in product(range(n_seeds), range(n_partitions), sets, first, arms): yield name,small,p,'found',loss,arm,seed
-    for p in range(n_partitions): yield 'cars',larger,p,'start','','plain',0
-    for seed,p,loss,arm in product(range(2), range(n_partitions), first, arms): yield 'cars',larger,p,'found',loss,arm,seed
-    for seed,name,loss,arm in product(range(2), sets, first, arms): yield name,small,0,'recipe',loss,arm,seed
+    def _runs(names, body, partitions, source, seeds, losses=first):
+        for seed,p,name,loss,arm in product(seeds, partitions, names, losses, arms): yield name,body,p,source,loss,arm,seed
+    both = range(n_partitions)
+    for p,name in product(both, sets): yield name,small,p,'start','','plain',0
+    for p in both: yield 'cars',larger,p,'start','','plain',0
+    yield from _runs(sets, small, both, 'found', range(min(1, n_seeds)))
+    yield from _runs(sets, small, both, 'default', range(min(3, n_seeds)), first[:1])
+    yield from _runs(sets, small, both, 'found', range(1, min(3, n_seeds)))
+    yield from _runs(sets, small, [0], 'recipe', [0])
+    yield from _runs(['cars'], larger, both, 'found', [0])
+    yield from _runs(sets, small, both, 'found', range(3, n_seeds))
+    yield from _runs(sets, small, both, 'default', range(n_seeds)) # those of the triplet loss are there
+    yield from _runs(['cars'], larger, both, 'found', [1])
 
 def paired(rows, settings='found'):
     "Rows as `heads.differences` takes them: the scores of the seeds that both arms have"
@@ -80,16 +90,18 @@ def paired(rows, settings='found'):
             **{a:both[a].tolist() for a in arms}))
     return res
 
-def table(rows, settings='found', metric='recall@1'):
-    "The start, both arms in per cent, and their difference in points, whose interval is over runs: partitions and seeds"
+def table(rows, settings='found', metric='recall@1', keep=False):
+    "The start and both arms in per cent, and their difference in points: of each partition, and with an interval over runs; `p` is Holm's of all lines"
     at,res = metrics.index(metric),[]
     for (data,body,loss),o in pd.DataFrame(paired(rows, settings)).groupby(['data','body','loss'], sort=False):
-        a,b = (100*np.concatenate([np.array(x)[:,at] for x in o[k]]) for k in arms)
-        mean,low,high,p = interval(b-a)
-        res.append(dict(data=data, body=body, loss=loss, start=100*np.mean([x[0][at] for x in o.start_scores]), plain=a.mean(), method=b.mean(),
-            difference=mean, low=low, high=high, p=p, runs=len(a)))
+        a,b = ([100*np.array(x)[:,at] for x in o[k]] for k in arms)
+        d = np.concatenate(b)-np.concatenate(a)
+        mean,low,high,p = interval(d)
+        res.append(dict(data=data, body=body, loss=loss, start=100*np.mean([x[0][at] for x in o.start_scores]), plain=np.concatenate(a).mean(),
+            method=np.concatenate(b).mean(), difference=mean, low=low, high=high, p=p, d=list(d), runs=len(d),
+            **{f'partition {i}':(y-x).mean() for i,x,y in zip(o.partition, a, b)}))
     res = pd.DataFrame(res)
-    return res.assign(holm=holm(res.p.fillna(1))).drop(columns='p')
+    return res.assign(holm=holm(res.p.fillna(1))).drop(columns=['p'] if keep else ['p','d'])
 
 def main():
     p = argparse.ArgumentParser()
@@ -100,8 +112,8 @@ def main():
     p.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.jsonl'))
     for o in ('plan','table'): p.add_argument(f'--{o}', action='store_true')
     args = p.parse_args()
-    if args.table: return print('\n\n'.join(table(rows(args.out), o).round(2).to_string(index=False) for o in ('found','recipe')))
-    todo = [o for o in plan(args.seeds) if all(k in o for k in args.only)]
+    if args.table: return print('\n\n'.join(table(rows(args.out), o).round(2).to_string(index=False) for o in ('found','default','recipe') if any(r['settings']==o for r in rows(args.out))))
+    todo = [o for o in dict.fromkeys(plan(args.seeds)) if all(k in o for k in args.only)]
     if args.plan:
         have = rows(args.out)
         left,each = [o for o in todo if o not in {tuple(r[k] for k in cols) for r in have}],np.mean([o['seconds'] for o in have] or [50])
