@@ -27,6 +27,13 @@ def start(whole, folds, seed):
     base = whole.score(None)[0]
     for o in starts: yield f'a head that starts by {o}' if o!='random' else 'a head that starts at random',base,whole.score(new_head(whole, o, seed))[0],None
 
+def sizes(whole, folds, seed):
+    "Recall@1 of a head of more or fewer numbers than 128, before any training"
+    for d in (64,256,512):
+        head = nn.Linear(whole.X.shape[1], d)
+        start_head(head, whole.X, whole.y, 'lda')
+        yield f'LDA head of {d} numbers instead of 128',whole.score(new_head(whole, 'lda', 0))[0],whole.score(head)[0],None
+
 def training(whole, folds, seed):
     "Five epochs of the default loss at the default rate, beside the start"
     head,s = timed(head_of, whole, DRTripletLoss(), seed)
@@ -99,7 +106,7 @@ def int8(whole, folds, seed):
     "The network in 8 bits; recall@1 of images of classes that were not trained on"
     folder,weights,name,body,partition = whole.origin
     ds = dataset(folder, name, partition, sets)
-    learn = metric_learner(ds.dataloaders(num_workers=0, seed=0), body, ContrastiveLoss(), emb_sz=emb_sz, weights=weights and weights/f'{body}.safetensors',
+    learn = metric_learner(ds.dataloaders(valid=None, num_workers=0, seed=0), body, ContrastiveLoss(), emb_sz=emb_sz, weights=weights and weights/f'{body}.safetensors',
         model_kwargs=bodies[body])
     with learn.no_bar(), learn.no_logging(), tempfile.TemporaryDirectory() as tmp:
         learn.start_head()
@@ -107,7 +114,7 @@ def int8(whole, folds, seed):
         facts = load_embedder(f'{tmp}/model').save_onnx(f'{tmp}/onnx', int8=True, data=ds, split='test').facts['int8']
     yield 'network in 8 bits',facts['recall_float32'],facts['recall_int8'],None
 
-parts = dict(start=(start,1), training=(training,3), matryoshka=(matryoshka,3), batches=(batches,3), memory=(memory,3), hard=(hard,3), terms=(terms,3),
+parts = dict(start=(start,1), sizes=(sizes,1), training=(training,3), matryoshka=(matryoshka,3), batches=(batches,3), memory=(memory,3), hard=(hard,3), terms=(terms,3),
     reranked=(reranked,1), thresholds=(thresholds,3), indexes=(indexes,1), int8=(int8,1))
 
 def table(rows):

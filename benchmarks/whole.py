@@ -107,7 +107,7 @@ def main():
     p = argparse.ArgumentParser()
     p.add_argument('folder', type=Path, nargs='?')
     p.add_argument('--weights', type=Path, help="folder with a .safetensors file for each body; timm's weights if not given")
-    p.add_argument('--only', nargs='*', default=[], help='names that a row has: of data, bodies, settings or losses')
+    p.add_argument('--only', nargs='*', default=[], help='names that a row has: of data, bodies, settings, losses, or numbers of partitions and seeds', type=lambda o: int(o) if o.isdigit() else o)
     p.add_argument('--seeds', type=int, default=5)
     p.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.jsonl'))
     for o in ('plan','table'): p.add_argument(f'--{o}', action='store_true')

@@ -336,3 +336,15 @@ def test_int8_says_what_it_costs(tmp_path):
         other = e.save_onnx(tmp_path/'f', int8=True, data=images, labels=labels).facts['int8']
     assert other['how']!=told['how'] and other['recall_int8']<=told['recall_int8']
     with pytest.raises(ValueError, match='no labels'): e.save_onnx(tmp_path/'g', int8=True, data=images)
+
+@pytest.mark.parametrize('arch', ['mobilenetv2_035','test_resnet'])
+def test_int8_rounds_what_activations_leave(arch, tmp_path):
+    "A sum before ReLU or ReLU6 would be rounded in steps of its own range, of which they cut off most"
+    rng = np.random.RandomState(0)
+    images = [noise(rng, 32, 32) for _ in range(8)]
+    e = spread(ImageEmbedder(made(arch=arch), Preprocess([('fit', (32,32), 2)], [.5]*3, [.25]*3), dict(network=arch)), images)
+    e.save_onnx(tmp_path/'e', int8=True, data=images, labels=[i//2 for i in range(8)], tol=1)
+    nodes = onnx.load(str(tmp_path/'e'/'model.onnx')).graph.node
+    maker = {k:o.op_type for o in nodes for k in o.output}
+    assert 'DequantizeLinear' in maker.values() and 'Conv' in maker.values()
+    assert [o.name for o in nodes if o.op_type in ('Relu','Clip') and maker.get(o.input[0])=='DequantizeLinear']==[]

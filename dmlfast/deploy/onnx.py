@@ -153,7 +153,7 @@ def _quantise(file, how, batches):
             def __init__(self): self.left = iter(batches)
             def get_next(self): return next(({'images':o} for o in self.left), None)
         q.quantize_static(str(ready), str(res), _Reader(), quant_format=q.QuantFormat.QDQ, activation_type=q.QuantType.QInt8,
-            op_types_to_quantize=['Conv','MatMul','Gemm'], **common)
+            op_types_to_quantize=['Conv','MatMul','Gemm','Relu','Clip'], **common) # with the last two, ranges are those after an activation
     ready.unlink()
     return res
 
