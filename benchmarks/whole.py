@@ -75,6 +75,7 @@ def plan(n_seeds=5, n_partitions=2):
     yield from _runs(sets, small, both, 'found', range(1, min(3, n_seeds)))
     yield from _runs(sets, small, [0], 'recipe', [0])
     yield from _runs(['cars'], larger, both, 'found', [0])
+    yield from _runs(['cars'], larger, both, 'default', range(min(3, n_seeds)), first[:1])
     yield from _runs(sets, small, both, 'found', range(3, n_seeds))
     yield from _runs(sets, small, both, 'default', range(n_seeds)) # those of the triplet loss are there
     yield from _runs(['cars'], larger, both, 'found', [1])
