@@ -249,19 +249,17 @@ def plan(defaults=False):
             for name,loss in product(sets, losses):
                 if viewed(body, loss): yield name,body,p,start,loss
 
-def by_kind(only):
-    "Names in groups of what they name"
-    kinds = list(sets),list(bodies),list(starts),[ranking,*register_loss]
-    return [o for o in ([k for k in only if k in kind] for kind in kinds) if o]
+def wanted(todo, only, *kinds):
+    "The keys that have, of each kind of names that `only` has some of, one of these"
+    groups = [o for o in ([k for k in only if k in kind] for kind in kinds) if o]
+    return [o for o in todo if all(any(k in o for k in group) for group in groups)]
 
-def print_plan(todo, rows, defaults=False):
+def print_plan(todo, have, names, guess, what='rows'):
     "How many rows are left, and how long they take as those did that are there"
-    done = {key(o) for o in rows}
-    left = [o for o in todo if o not in done]
-    each = np.mean([o['seconds'] for o in rows]) if rows else 5 if defaults else 75
-    fits = 2*n_seeds if defaults else 2*n_trials+5*n_seeds
-    print(f'{len(todo)} rows of about {fits} fits each, {len(left)} of them left: {len(left)*each/3600:.1f} hours of one core, at {each:.0f} seconds a row'
-        f"{' (a guess)'*(not rows)}")
+    done = {tuple(o[k] for k in names) for o in have}
+    left,each = [o for o in todo if o not in done],np.mean([o['seconds'] for o in have] or [guess])
+    print(f'{len(todo)} {what}, {len(left)} of them left: {len(left)*each/3600:.1f} hours of one core, at {each:.0f} seconds a row'
+        f"{' (a guess)'*(not have)}")
 
 def check(folder, weights, cache):
     "Largest difference between embeddings of this loop and of `fit_head`, for a few losses"
@@ -294,8 +292,9 @@ def main():
     args = p.parse_args()
     args.out = args.out or Path(__file__).with_name(f"heads{'_defaults'*args.defaults}.jsonl")
     if args.check: return check(args.folder, args.weights, args.cache)
-    todo = [o for o in plan(args.defaults) if o[2]<args.partitions and all(any(k in o for k in group) for group in by_kind(args.only))]
-    if args.plan: return print_plan(todo, rows(args.out), args.defaults)
+    todo = wanted([o for o in plan(args.defaults) if o[2]<args.partitions], args.only, sets, bodies, starts, [ranking,*register_loss])
+    fits = 2*n_seeds if args.defaults else 2*n_trials+5*n_seeds
+    if args.plan: return print_plan(todo, rows(args.out), names, 5 if args.defaults else 75, f'rows of about {fits} fits each')
     if args.table: return print(table(rows(args.out), args.defaults))
     torch.set_num_threads(1)
     held = {}

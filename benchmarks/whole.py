@@ -19,10 +19,10 @@ import argparse, time
 from heads import *
 from dmlfast.study.plans import train_run
 
-sizes = dict(cars=dict(size=96), cub100=dict(size=96), emoji=dict(size=96, whole=True))
+sizes = {k:dict(o, size=96) for k,o in sets.items()}
 recipe_of = {'TripletLoss':('triplet','dr_triplet'), 'ProxyNCALoss':('proxynca','dr_proxynca'), 'MultiSimilarityLoss':('ms','dr_ms'),
     ranking:('margin','ssr_margin')}
-arms,n_epoch = ('plain','method'),3
+arms,sources,n_epoch = ('plain','method'),('found','default','recipe'),3
 cols = 'data','body','partition','settings','loss','arm','seed'
 
 def dataset(folder, name, partition, how=sizes):
@@ -42,9 +42,10 @@ def found(name, partition, loss, arm):
 
 def settings_of(weights, name, body, partition, source, loss, arm, seed):
     "Settings of a run, for `train_run`"
-    res = dict(seed=1+seed, model=dict(arch=body, timm=bodies[body], emb_sz=128, init='lda', freeze_bn=True), batch=dict(num_workers=0, size=sizes[name]['size']),
-        fit=dict(n_epoch=n_epoch))
+    res = dict(seed=1+seed, model=dict(arch=body, timm=bodies[body], emb_sz=128, init='lda', freeze_bn=True),
+        batch=dict(num_workers=0, size=sizes[name]['size']), fit=dict(n_epoch=n_epoch))
     if weights: res['model']['weights'] = str(weights/f'{body}.safetensors')
+    if source=='start': return dict(res, fit=dict(n_epoch=0))
     if source=='recipe': return dict(res, recipe=recipe_of[loss][arms.index(arm)], fit=dict(n_epoch=n_epoch, patience=0))
     res['fit']['sched'] = 'one_cycle'
     res['loss'] = dict(name=loss.split(' ')[0], **(found(name, partition, loss, arm) if source=='found' else {}))
@@ -52,12 +53,10 @@ def settings_of(weights, name, body, partition, source, loss, arm, seed):
     if loss==ranking and arm=='method': res['ssr'] = dict(m=10)
     return res
 
-def measure(ds, weights, name, body, partition, source, loss, arm, seed):
+def measure(ds, *run):
     "What a row holds beside its key"
-    s = settings_of(weights, name, body, partition, source if source!='start' else 'default', 'TripletLoss' if source=='start' else loss, arm, seed)
-    if source=='start': s['fit']['n_epoch'] = 0
     began = time.process_time()
-    embs,labels,_ = train_run(s, ds, 'test')
+    embs,labels,_ = train_run(settings_of(*run), ds, 'test')
     seconds = round(time.process_time()-began)
     res = evaluate_retrieval(embs, labels, metrics=metrics, n_boot=1)
     return dict(scores=[round(res[k], 5) for k in metrics], seconds=seconds)
@@ -80,45 +79,35 @@ def plan(n_seeds=5, n_partitions=2):
     yield from _runs(sets, small, both, 'default', range(n_seeds)) # those of the triplet loss are there
     yield from _runs(['cars'], larger, both, 'found', [1])
 
-def paired(rows, settings='found'):
-    "Rows as `heads.differences` takes them: the scores of the seeds that both arms have"
-    df = pd.DataFrame(rows)
-    starts = {(o.data,o.body,o.partition):o.scores for o in df[df.settings=='start'].itertuples()}
-    res = []
-    for k,o in df[df.settings==settings].groupby(['data','body','partition','loss'], sort=False):
-        both = o.pivot(index='seed', columns='arm', values='scores').reindex(columns=list(arms)).dropna()
-        if len(both): res.append(dict(zip(('data','body','partition','loss'), k), start='lda', start_scores=[starts[k[:3]]],
-            **{a:both[a].tolist() for a in arms}))
-    return res
-
 def table(rows, settings='found', metric='recall@1', keep=False):
-    "The start and both arms in per cent, and their difference in points: of each partition, and with an interval over runs; `p` is Holm's of all lines"
-    at,res = metrics.index(metric),[]
-    for (data,body,loss),o in pd.DataFrame(paired(rows, settings)).groupby(['data','body','loss'], sort=False):
-        a,b = ([100*np.array(x)[:,at] for x in o[k]] for k in arms)
-        d = np.concatenate(b)-np.concatenate(a)
-        mean,low,high,p = interval(d)
-        res.append(dict(data=data, body=body, loss=loss, start=100*np.mean([x[0][at] for x in o.start_scores]), plain=np.concatenate(a).mean(),
-            method=np.concatenate(b).mean(), difference=mean, low=low, high=high, p=p, d=list(d), runs=len(d),
-            **{f'partition {i}':(y-x).mean() for i,x,y in zip(o.partition, a, b)}))
-    res = pd.DataFrame(res)
+    "The start and both arms in per cent, and their difference in points: of each partition, and with an interval over runs; `holm` is p for all lines"
+    df,by,res = pd.DataFrame(rows),['data','body','loss'],[]
+    df['score'] = [100*o[metrics.index(metric)] for o in df.scores]
+    starts = df[df.settings=='start'].set_index(['data','body','partition']).score
+    runs = df[df.settings==settings].pivot_table(index=[*by,'partition','seed'], columns='arm', values='score', aggfunc='first', sort=False)
+    runs = runs.dropna().assign(d=lambda o: o.method-o.plain) # the seeds that both arms have
+    for k,o in runs.groupby(by, sort=False):
+        parts = o.groupby('partition').d.mean()
+        mean,low,high,p = interval(o.d)
+        res.append(dict(zip(by, k), start=np.mean([starts[(*k[:2],i)] for i in parts.index]), plain=o.plain.mean(), method=o.method.mean(),
+            difference=mean, low=low, high=high, p=p, d=o.d.tolist(), runs=len(o), **{f'partition {i}':v for i,v in parts.items()}))
+    res = pd.DataFrame(res).sort_values('body', kind='stable', ignore_index=True)
     return res.assign(holm=holm(res.p.fillna(1))).drop(columns=['p'] if keep else ['p','d'])
 
 def main():
     p = argparse.ArgumentParser()
     p.add_argument('folder', type=Path, nargs='?')
     p.add_argument('--weights', type=Path, help="folder with a .safetensors file for each body; timm's weights if not given")
-    p.add_argument('--only', nargs='*', default=[], help='names that a row has: of data, bodies, settings, losses, or numbers of partitions and seeds', type=lambda o: int(o) if o.isdigit() else o)
+    p.add_argument('--only', nargs='*', default=[], help='names that a row has: of data, bodies, settings or losses')
     p.add_argument('--seeds', type=int, default=5)
     p.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.jsonl'))
     for o in ('plan','table'): p.add_argument(f'--{o}', action='store_true')
     args = p.parse_args()
-    if args.table: return print('\n\n'.join(table(rows(args.out), o).round(2).to_string(index=False) for o in ('found','default','recipe') if any(r['settings']==o for r in rows(args.out))))
-    todo = [o for o in dict.fromkeys(plan(args.seeds)) if all(k in o for k in args.only)]
-    if args.plan:
-        have = rows(args.out)
-        left,each = [o for o in todo if o not in {tuple(r[k] for k in cols) for r in have}],np.mean([o['seconds'] for o in have] or [50])
-        return print(f'{len(todo)} rows, {len(left)} of them left: {len(left)*each/3600:.1f} hours of one core, at {each:.0f} seconds a row')
+    have = rows(args.out)
+    there = [o for o in sources if any(r['settings']==o for r in have)]
+    if args.table: return print('\n\n'.join(table(have, o).round(2).to_string(index=False) for o in there))
+    todo = wanted(dict.fromkeys(plan(args.seeds)), args.only, sets, bodies, ['start',*sources], first)
+    if args.plan: return print_plan(todo, have, cols, 50)
     torch.set_num_threads(1)
     held = {}
     def _made(*o):
