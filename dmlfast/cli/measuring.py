@@ -146,7 +146,8 @@ def dmlfast_eval(
                 write_whole(out/'results.json', json.dumps(found, indent=1, ensure_ascii=False))
     if Json: print(json.dumps(found))
     else:
-        print('\n\n'.join([f'{ds.name}, {split}',f'{res}',f'{rates}',*[f'{cut}']*bool(cut)]))
+        print(f'{ds.name}, {split}\n\n{res}\n\n{rates}')
+        if cut: print(f'\n{cut}')
         if gain: print(f'\n{features_row(gain.to_dict())}\n{gain.sentence}')
         if out: print(f"\nScores and pictures are in {str(out)!r}.")
     return found
