@@ -111,11 +111,8 @@ def train(part, start, loss, lr, seed, n_epoch=epochs, rank_weight=0, begin=None
             now,mom = one_cycle(step/total, lr/25, lr, lr/1e5),one_cycle(step/total, .95, .85, .95)
             for g in opt.param_groups: g['lr'],g['betas'] = now*g['mult'],(mom,.99)
             x = part.X[idx]
-            z,others = F.normalize(head(x)),()
-            if memory: # which its callback does between these
-                if memory.steps>=memory.start and memory.embs is not None: others = memory.embs,memory.labels
-                memory.steps += 1
-            out = loss(z, part.y[idx], *others)
+            z = F.normalize(head(x))
+            out = loss(z, part.y[idx], *(memory.others() if memory else ()))
             if memory: memory.remember(z.detach(), part.y[idx])
             if rank_weight:
                 pick = torch.randperm(bs, generator=rng)[:20]

@@ -47,18 +47,22 @@ class BatchMemory(Callback):
 
     def after_pred(self):
         self.own = self.yb
-        if self.yb and self.steps>=self.start and self.embs is not None: self.learn.yb = (*self.yb, self.embs, self.labels)
+        if self.yb: self.learn.yb = (*self.yb, *self.others())
 
     def after_loss(self):
         self.learn.yb = self.own
         if self.yb: self.remember(*(o.detach().as_subclass(Tensor) for o in (self.pred, self.yb[0])))
-        self.steps += 1
+
+    def others(self)->tuple: # Embeddings `(m,d)` and their classes `(m,)`, or nothing before `start` steps
+        "What a loss compares the next batch with"
+        return (self.embs,self.labels) if self.embs is not None and self.steps>=self.start else ()
 
     def remember(self,
         embs:Tensor, # Embeddings, `(n,d)` float
         labels:Tensor, # Class of each of them, `(n,)` integer
     ):
-        "Add a batch; it replaces the oldest embeddings if the memory is full"
+        "Add the batch of a step; it replaces the oldest embeddings if the memory is full"
+        self.steps += 1
         embs,labels = embs[-self.size:],labels[-self.size:]
         if self.embs is None: self.embs,self.labels = embs[:0],labels[:0]
         room = self.size-len(self.embs)
