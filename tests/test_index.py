@@ -59,6 +59,22 @@ def test_it_grows(kind):
     assert len(index)==1500 and index.search(x[1450:1460], 1)[1].flatten().tolist()==list(range(1450, 1460))
     if kind in (None,'int8'): assert torch.equal(index.search(x[:9], 5)[1], Index(x, kind).search(x[:9], 5)[1])
 
+@pytest.mark.parametrize('kind', ['int8','bits','ivf','PQ12'])
+def test_what_an_index_learned_from_few_items_it_learns_again(kind):
+    "The first 300 items are alike; the recall of an index that grew from these is about that of one that is made of all"
+    x,few = points(2400),points(300)[:1]+.01*torch.randn(300, 24, generator=torch.Generator().manual_seed(1))
+    index,all_,q = Index(few, kind),torch.cat([few,x]),points(100, seed=1)
+    for o in x.split(100): index.add(o)
+    want = neighbours(q, all_, 10)[1].tolist()
+    def share(o): return np.mean([len({*a}&{*b})/10 for a,b in zip(o.search(q, 10)[1].tolist(), want)])
+    assert share(index)>share(Index(all_, kind))-.05, (share(index),share(Index(all_, kind)))
+
+def test_bits_of_numbers_that_are_all_positive():
+    "As pooled features are: signs alone would say nothing"
+    x = points(1500).sigmoid()
+    want = neighbours(x[:100], x, 10)[1].tolist()
+    assert np.mean([len({*a}&{*b})/10 for a,b in zip(Index(x, 'bits').search(x[:100], 10)[1].tolist(), want)])>.6
+
 def test_auto_by_size(monkeypatch):
     monkeypatch.setattr(room, '_exact_below', 100)
     assert Index(points(99), 'auto').kind is None and Index(points(100), 'auto').kind=='hnsw'

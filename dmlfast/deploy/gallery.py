@@ -83,7 +83,7 @@ def apply(self:MemoryGallery,
 def _add(g, embs, labels, items, facts):
     ready = g.is_ready
     g.embs = embs if g.embs is None else torch.cat([g.embs, embs])
-    if ready and g.index_kind and g._ready[1].indexed.kind==index_kind(g.index_kind, len(g.embs)): # what took long to make grows
+    if ready and g.index_kind and g._ready[1].indexed.kind==index_kind(g.index_kind, *g.embs.shape): # what took long to make grows
         g._ready = g.embs,g._ready[1].grown(g.embs)
     g.append(labels, items, facts)
 
@@ -153,9 +153,10 @@ def index(self:MemoryGallery,
     kind:str='auto', # As `Index` takes it
 ):
     "Search by an index; raises `ValueError` for a kind that faiss does not know"
-    index_kind(kind, len(self))
+    if not len(self): index_kind(kind, 0)
+    made = Index(self.embs, kind) if kind and len(self) else None # which may be refused, before anything changes
     self.apply('index', kind=kind)
-    if len(self): self.searched()
+    if made is not None: self.searched(made)
     if self.journal: self.journal(self, 'index', self.index_change())
 
 @patch

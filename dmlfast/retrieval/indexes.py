@@ -48,6 +48,7 @@ def _set(index, how):
 def index_kind(
     kind, # As `Index` takes it
     n:int, # Items in the gallery
+    d:int=64, # Numbers in an embedding
 )->str|None: # The kind for `n` items and the installed packages
     "The kind of index to build; raises `ValueError` for a string that faiss does not know"
     if kind is not None and not isinstance(kind, str):
@@ -60,10 +61,10 @@ def index_kind(
     if name in ('exact','int8','bits','auto'):
         raise ValueError(f"An index {name!r} has no parameters, as 'hnsw' and 'ivf' have; got {kind!r}.")
     if not faiss: return _said(kind)
-    try: made = faiss.index_factory(64, _factory.get(name, name), faiss.METRIC_INNER_PRODUCT)
+    try: made = faiss.index_factory(d, _factory.get(name, name), faiss.METRIC_INNER_PRODUCT)
     except RuntimeError:
-        raise ValueError(f"An index is 'hnsw', 'ivf', 'int8', 'bits', 'auto', None, or a string that faiss's index_factory takes; got "
-            f"{kind!r}.") from None
+        raise ValueError(f"An index is 'hnsw', 'ivf', 'int8', 'bits', 'auto', None, or a string that faiss's index_factory takes for "
+            f"{d} numbers; got {kind!r}.") from None
     if ':' in kind: _set(made, how)
     return kind
 
@@ -75,9 +76,12 @@ class Index:
         ready=None, # Index of faiss, from the file of `save`; built from `embs` if not given
     ):
         self.embs = as_embeddings(embs)
-        self.kind = index_kind(kind, len(self.embs))
+        self.kind = index_kind(kind, *self.embs.shape)
         self.fetch = 1 if _parts(self.kind)[0] in (None,*_float_kinds) else 4 # as many times more are scored again
-        self.core = _cores.get(self.kind, _Faiss)(unit_(self.embs.clone()), self.kind, ready)
+        self._build(ready)
+
+    def _build(self, ready=None):
+        self.core,self.built = _cores.get(self.kind, _Faiss)(unit_(self.embs.clone()), self.kind, ready),len(self)
 
     def __len__(self): return len(self.embs)
     def __repr__(self): return f'Index({len(self):,} items of {self.embs.shape[1]} numbers, {self.kind or "exact"})'
@@ -103,20 +107,23 @@ class Index:
     def add(self,
         embs, # More embeddings, `(n,d)` float
     ):
-        "Append rows to the index"
+        "Append rows to the index; whatever it learned from its rows is learned again each time that these have doubled"
         x = as_embeddings(embs)
         self.embs = torch.cat([self.embs,x])
-        self.core.add(unit_(x.clone()))
+        if self.core.learns and len(self)>=2*self.built: self._build()
+        else: self.core.add(unit_(x.clone()))
         return self
 
 # %% ../../nbs/api/retrieval/06_indexes.ipynb #9b5ded38
 class _Exact:
+    learns = False
     def __init__(self, x, kind, ready): self.gallery = Gallery(x)
     def add(self, x): self.gallery = Gallery(torch.cat([self.gallery.all(),x]))
     def nbytes(self): return self.gallery.all().nbytes
 
 # %% ../../nbs/api/retrieval/06_indexes.ipynb #fb0bb7d7
 class _Bytes:
+    learns = True # the range of each number
     def __init__(self, x, kind, ready):
         self.low = x.amin(0)
         self.span = (x.amax(0)-self.low).clamp_(min=1e-12)
@@ -135,18 +142,16 @@ class _Bytes:
         return best[1]
 
 # %% ../../nbs/api/retrieval/06_indexes.ipynb #700c1074
-def _bits(x): return np.packbits((x>0).numpy(), axis=1)
-
 class _Bits:
+    learns = True # the median of each number
     def __init__(self, x, kind, ready):
-        self.codes = _bits(x)
-        self.index = faiss_or_none().IndexBinaryFlat(8*self.codes.shape[1])
-        self.index.add(self.codes)
-    def add(self, x):
-        self.codes = None
-        self.index.add(_bits(x))
+        self.middle = x.median(0).values
+        self.index = faiss_or_none().IndexBinaryFlat(8*math.ceil(x.shape[1]/8))
+        self.add(x)
+    def coded(self, x): return np.packbits((x>self.middle).numpy(), axis=1)
+    def add(self, x): self.index.add(self.coded(x))
     def nbytes(self): return self.index.ntotal*self.index.code_size
-    def search(self, q, k): return torch.from_numpy(self.index.search(_bits(q), k)[1].astype(np.int64))
+    def search(self, q, k): return torch.from_numpy(self.index.search(self.coded(q), k)[1].astype(np.int64))
 
 class _Faiss:
     def __init__(self, x, kind, ready):
@@ -158,6 +163,7 @@ class _Faiss:
         if name=='hnsw': self.index.hnsw.efConstruction,self.index.hnsw.efSearch = 200,64
         if name=='ivf': self.index.nprobe = min(max(32, self.index.nlist//32), self.index.nlist)
         if how: _set(self.index, how)
+        self.learns = not isinstance(self.index, (faiss.IndexFlat,faiss.IndexHNSWFlat)) and (ready is None or is_own_kind(kind))
         if ready is not None: return
         try: self.index.train(x.numpy())
         except RuntimeError as e:
@@ -216,7 +222,7 @@ def read_index(
 )->Index:
     "Read an index; raises `ValueError` if it does not fit the embeddings"
     x,faiss = as_embeddings(embs),faiss_or_none()
-    if faiss is None or index_kind(kind, len(x)) is None: return Index(x, kind)
+    if faiss is None or index_kind(kind, *x.shape) is None: return Index(x, kind)
     name = 'the index' if isinstance(file, Tensor) else repr(file.name)
     try: ready = faiss.deserialize_index(file.numpy()) if isinstance(file, Tensor) else faiss.read_index(str(file))
     except (RuntimeError,MemoryError) as e: raise ValueError(f"{name} cannot be read: it must be an index of faiss.") from e
