@@ -143,12 +143,16 @@ def test_what_an_image_may_be(embedder, photos, tmp_path):
     want = embedder.embed(fn)
     assert want.shape==(8,)
     for o in (str(fn), im, np.array(im), embedder.preprocess(im)): assert torch.equal(embedder.embed(o), want)
-    for o in ([fn,im], np.array([im,im]), torch.stack([embedder.preprocess(fn)]*2)):
+    for o in ([fn,im], np.array([im,im]), np.array([str(fn)]*2), np.array([fn,str(fn)]), torch.stack([embedder.preprocess(fn)]*2)):
         assert torch.allclose(embedder.embed(o), want.expand(2, -1), atol=1e-6)
     assert torch.allclose(embedder.embed([fn]*5, bs=2), want.expand(5, -1), atol=1e-6)
     data,x = fn.read_bytes(),embedder.preprocess(im)
     for o in (bytearray(data), memoryview(data), x.double()): assert torch.equal(embedder.embed(o), want)
     for o in (x.half(), x.bfloat16(), torch.stack([x.half()]*2), [x.half(),fn]): assert torch.allclose(embedder.embed(o), want, atol=.02)
+    with pytest.raises(ValueError, match=r'they have one size, and not \(3, 8, 8\) and \(3, 9, 8\)'):
+        embedder.embed([torch.zeros(3,8,8),torch.zeros(3,9,8)])
+    for a,b in (([fn],fn),(fn,[fn])):
+        with pytest.raises(ValueError, match='`same` compares two images'): embedder.same(a, b, min_score=.5)
     for bs in (0,-1,1.5,'2'):
         with pytest.raises(ValueError, match='`bs` is a number of images, 1 or more'): embedder.embed([fn], bs=bs)
     for bad,says in (({'a':fn}, 'got a dict'), ({fn}, 'got a set'), (None, 'got a NoneType'), (np.zeros((4,4,2)), r'got \(4, 4, 2\)'),
@@ -179,6 +183,12 @@ def test_gallery(embedder, photos, tmp_path):
     with pytest.raises(ValueError, match='embeddings of 8 numbers, and not of 3'): e.add_embs(torch.zeros(1,3), ['x'], [''])
     assert ImageEmbedder(embedder.model, embedder.preprocess).add(L(files[:2]), L('x','y')).labels==['x','y']
     assert ImageEmbedder(embedder.model, embedder.preprocess).add(files[:2], np.int64(7)).labels==['7','7']
+    assert ImageEmbedder(embedder.model, embedder.preprocess).add(files[:2], (o for o in 'xy')).labels==['x','y']
+    less = ImageEmbedder(embedder.model, embedder.preprocess).add(files[:2], 'x').add_embs(np.ones((1,8)), [3], ['y'])
+    assert less.embs[2].tolist()==[1]*8 and less.remove(item=files[0]).items==[str(files[1]),'y']
+    for k in (0,-1,2.5,'2'):
+        with pytest.raises(ValueError, match='`k` is a number of items, 1 or more'): e.search(files[0], k=k)
+        with pytest.raises(ValueError, match='`k` is a number of neighbours, 1 or more'): e.classify(files[0], k=k)
     for o in (torch.tensor([7,7]), list(torch.tensor([7,7])), np.array([7,7]), torch.tensor(7)):
         assert ImageEmbedder(embedder.model, embedder.preprocess).add(files[:2], o).labels==['7','7']
     less = ImageEmbedder(embedder.model, embedder.preprocess).add(files, ['x']*len(files))

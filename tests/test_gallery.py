@@ -506,6 +506,27 @@ def test_an_index_follows_the_changes(folder, kind):
     rows['1'],rows['3'] = rows['1'],rows.pop('7')
     change(lambda e: e.remove(item=['3','5']).rename('7', '3', 'item'))
 
+def test_an_index_that_faiss_refuses_changes_nothing(folder):
+    pytest.importorskip('faiss')
+    xs = [*np.random.RandomState(0).randn(300, d).astype('float32')]
+    e = stub(load_embedder(folder, write=True)).add(xs[:9], 'a', [f'{i}' for i in range(9)])
+    for kind,says in (('PQ2','9 items are too few for'),('IDMap,Flat','cannot be added to'),('PQ3','takes for 4 numbers')):
+        with pytest.raises(ValueError, match=says): e.index(kind)
+        assert e.index_kind is None and len(stub(load_embedder(folder)).add(xs[9:10], 'b'))==10
+    e.remove(item=lambda o: True).index('PQ2')
+    for n in (2,3):
+        with pytest.warns(UserWarning, match='too few for an index .* the search is exact'): e.add(xs[n-2:n], 'a', ['x','y']).search(xs[0])
+        assert e.search(xs[0], 1)[0].item=='x' and len(load_embedder(folder))==len(e)==2*n-2
+    e.add(xs, 'b', ['']*300)
+    assert e.search(xs[5], 1)[0].score>.99 and e.gallery.searched().indexed.kind=='PQ2'
+
+def test_what_is_not_finite_stays_outside(folder):
+    e = stub(load_embedder(folder, write=True)).add([np.ones(d)], 'a', 'x')
+    for bad in (np.full(d, np.nan),np.full(d, np.inf)):
+        with pytest.raises(ValueError, match='1 of 1 rows of embs are not finite'): e.add([bad], 'b')
+        with pytest.raises(ValueError, match='1 of 1 rows of embs are not finite'): e.replace('x', bad)
+    assert len(e)==len(load_embedder(folder))==1
+
 @pytest.mark.parametrize('kind', ['int8','SQ8','hnsw'])
 def test_the_change_of_all_has_its_index(folder, kind):
     "What took long to make is kept, also where the file of all changes takes the place of the folder's own; what is stale is made again"

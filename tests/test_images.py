@@ -321,6 +321,12 @@ def test_which_files_are_images_depends_on_no_system_table(tmp_path, monkeypatch
     with pytest.raises(ValueError, match=r"There are no images in .*Some files in .* are left out: 1 .heic\."):
         MetricDataset.from_folder(tmp_path/'none')
 
+def test_a_link_to_where_it_is_leads_nowhere(tmp_path):
+    "And a link to a folder elsewhere is a folder"
+    _tree(tmp_path, 'in/a/1.png', 'in/b/2.png', 'out/3.png')
+    for name,to in (('a/up','..'),('b/here','.'),('b/out','../../out')): (tmp_path/'in'/name).symlink_to(to)
+    assert [o.name for o in images.image_files(tmp_path/'in')]==['1.png','2.png','3.png']
+
 def test_folders_of_the_same_name_are_said_to_be_one_class(tmp_path):
     _tree(tmp_path, 'cats/persian/1.png', 'cats/siamese/1.png', 'cats/siamese/2.png', 'dogs/persian/1.png', 'dogs/boxer/1.png',
         'dogs/boxer/2.png')

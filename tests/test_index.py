@@ -69,6 +69,19 @@ def test_what_an_index_learned_from_few_items_it_learns_again(kind):
     def share(o): return np.mean([len({*a}&{*b})/10 for a,b in zip(o.search(q, 10)[1].tolist(), want)])
     assert share(index)>share(Index(all_, kind))-.05, (share(index),share(Index(all_, kind)))
 
+def test_bytes_of_a_class_elsewhere():
+    "Fewer than there are, and outside the range of these"
+    g = torch.Generator().manual_seed(0)
+    c,e = torch.randn(2, 24, generator=g)*3,torch.randn(290, 24, generator=g)*.3
+    x = torch.cat([c[0]+e[:150],c[1]+e[150:]])
+    assert Index(x[:150], 'int8').add(x[150:]).report(290).loc['int8','recall@10']>.98
+
+def test_k_is_a_whole_number():
+    index = Index(points(50), 'int8')
+    assert index.search(points(2), np.int64(3))[1].shape==(2,3)
+    for k in (0,-1,2.5):
+        with pytest.raises(ValueError, match='k must be a whole number from 1'): index.search(points(2), k)
+
 def test_bits_of_numbers_that_are_all_positive():
     "As pooled features are: signs alone would say nothing"
     x = points(1500).sigmoid()

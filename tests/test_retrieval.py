@@ -741,7 +741,24 @@ def test_neighbours_of_queries_however_they_are_given():
     emb = Embedded(torch.tensor([[1.,0],[.9,.1],[0,1.],[.1,.9]]))
     fixed = np.array([0,2])
     fixed.flags.writeable = False
-    for o in ([0,2], torch.tensor([0,2]), fixed): assert emb.neighbours(1, o)[1].tolist()==[[1],[3]]
+    mask = np.array([True,False,True,False])
+    for o in ([0,2], torch.tensor([0,2]), fixed, mask, mask.tolist(), torch.tensor(mask), [-4,2]):
+        assert emb.neighbours(1, o)[1].tolist()==[[1],[3]]
+    assert emb.sides(mask).own.tolist()==[0,2]
+    for o in ([.7,2.], mask[:3], [4], 'a', 2):
+        with pytest.raises(ValueError, match='`queries` are indices of the 4 items, or true or false for each'): emb.neighbours(1, o)
+
+def test_tables_are_embeddings_and_their_columns_labels(tmp_path):
+    "Whatever rows they begin with; and what NumPy counts is written as what Python counts"
+    import pandas as pd
+    from dmlfast.retrieval.embedded import Embedded
+    x,df = rand(12),pd.DataFrame(dict(label=np.arange(12)//3))
+    e = Embedded(pd.DataFrame(x[4:]), df[4:].label, ks=np.array([1,2]), random_gallery=np.int64(3), facts=dict(a=np.float32(.5)))
+    assert e.labels.tolist()==[1,1,2,2,2,3,3,3] and np.allclose(e.embs, x[4:])
+    e = Embedded.load(e.save(tmp_path/'e.safetensors'))
+    assert (e.ks,e.random_gallery,e.facts)==((1,2),3,dict(a=.5))
+    with pytest.raises(ValueError, match='Facts in a file are .* a set'): Embedded(x, facts=dict(a={1})).save(tmp_path/'e.safetensors')
+    with pytest.raises(ValueError, match='vocab names 2 classes, and there is a label 5'): Embedded(x[:2], [0,5], vocab=['a','b'])
 
 def test_labels_in_order():
     from dmlfast.retrieval.embedded import in_order, numbered

@@ -302,6 +302,15 @@ def test_calibration():
     assert finder().calibrate(Embedded(x[:40], y[:40]), .1, min_classes=5).calibration['interval'] is None
     with pytest.raises(ValueError, match='10,000 pairs of two classes'): finder().calibrate(Embedded(x[:80], y[:80]), 1e-4, min_classes=5)
 
+def test_a_threshold_among_equal_scores_says_its_rate():
+    "One image stands in 40 classes of 200: its 780 pairs of 79,600 all have the similarity 1, which nothing exceeds"
+    x = np.random.default_rng(0).normal(size=(400,64))
+    x[::10] = x[0]
+    with (pytest.warns(UserWarning, match='rate of 0.0098, 100.0% of the pairs of one class are missed'),
+        pytest.warns(UserWarning, match='the same similarity, 1.000, so the false-match rate of this threshold is 0.0098 and not 0.001')):
+        f = finder().calibrate(Embedded(x, np.arange(400)//2), 1e-3)
+    assert f.calibration['fmr']==pytest.approx(780/79600) and f.calibration['interval'][1]<=1
+
 def test_a_threshold_that_misses_most_is_said():
     "Of noise in three dimensions nearly all pairs of a class are missed, of tight classes few; both are said"
     x,y = torch.randn(200, 3, generator=torch.manual_seed(0)),torch.arange(200)%25

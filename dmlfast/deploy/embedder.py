@@ -79,10 +79,14 @@ class ImageEmbedder(Finder):
 # %% ../../nbs/api/deploy/02_embedder.ipynb #1d5ff145
 def _is_input(o): return isinstance(o, Tensor) and o.ndim==3 and o.is_floating_point()
 
+def _stacked(inputs):
+    if len(sizes := {tuple(o.shape) for o in inputs})==1: return torch.stack(inputs)
+    raise ValueError(f"Tensors of floats go to the network as they are, so they have one size, and not {' and '.join(map(str, sorted(sizes)))}.")
+
 def _opened(images, bs, num_workers, prepare, progress):
     "Batches of inputs of the network; threads open the next batch during the current one"
     if not num_workers:
-        for i in progress(range(0, len(images), bs)): yield torch.stack([prepare(o) for o in images[i:i+bs]])
+        for i in progress(range(0, len(images), bs)): yield _stacked([prepare(o) for o in images[i:i+bs]])
         return
     pool = ThreadPoolExecutor(num_workers)
     def _begin(i): return [pool.submit(prepare, o) for o in images[i:i+bs]]
@@ -90,7 +94,7 @@ def _opened(images, bs, num_workers, prepare, progress):
         ahead = _begin(0)
         for i in progress(range(0, len(images), bs)):
             now,ahead = ahead,_begin(i+bs)
-            yield torch.stack([o.result() for o in now])
+            yield _stacked([o.result() for o in now])
     finally: pool.shutdown(cancel_futures=True)
 
 @patch
@@ -176,11 +180,16 @@ def calibrate(self:ImageEmbedder,
     if len(pairs.impostor)*fmr<1:
         raise ValueError(f"A false-match rate of {fmr:g} needs {round(1/fmr):,} pairs of two classes or more, and there are "
             f"{len(pairs.impostor):,}.")
-    self.calibration = dict(threshold=pairs.threshold(fmr), fmr=pairs.rates[0], interval=pairs.interval(f'threshold@{name}'),
+    t,rate = pairs.threshold(fmr),pairs.rates[0]
+    if (real := float(pairs.fmr_at(t)))>2*rate+2/len(pairs.impostor): # equal scores are all on one side
+        warnings.warn(f"Many pairs of two classes have the same similarity, {t:.3f}, so the false-match rate of this threshold is {real:.2g} "
+            f"and not {rate:g}: `embedded.duplicates()` shows equal images.", stacklevel=2)
+        rate = real
+    self.calibration = dict(threshold=t, fmr=rate, interval=pairs.interval(f'threshold@{name}'),
         fnmr=pairs.fnmr(fmr), fnmr_interval=pairs.interval(f'fnmr@{name}'), classes=n, genuine=len(pairs.genuine),
         impostor=len(pairs.impostor), measured_on=embedded.facts.get('measured_on'), **facts)
     if (missed := self.calibration['fnmr'])>.5:
-        warnings.warn(f"At a false-match rate of {pairs.rates[0]:g}, {missed:.1%} of the pairs of one class are missed, since they are "
+        warnings.warn(f"At a false-match rate of {rate:.2g}, {missed:.1%} of the pairs of one class are missed, since they are "
             f"less similar than the threshold, {self.threshold:.3f}: a larger `fmr`, or training, helps.", stacklevel=2)
     return self
 

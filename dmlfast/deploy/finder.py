@@ -33,7 +33,10 @@ def is_one(
 )->bool:
     "Is it one image, and not several?"
     if isinstance(images, (str,Path,bytes,bytearray,memoryview,Image.Image)) or hasattr(images, 'read'): return True
-    return (isinstance(images, np.ndarray) or hasattr(images, 'detach')) and images.ndim<4
+    return hasattr(images, 'detach') and images.ndim<4 or isinstance(images, np.ndarray) and images.ndim<4 and images.dtype.kind not in 'OU'
+
+def _check_count(name, n, of):
+    if not isinstance(n, numbers.Integral) or n<1: raise ValueError(f"`{name}` is a number of {of}, 1 or more; got {n!r}.")
 
 def check_images(
     images, # Several images
@@ -43,7 +46,7 @@ def check_images(
     if isinstance(images, dict) or not (hasattr(images, '__len__') and hasattr(images, '__getitem__')):
         raise ValueError("An image is a path, bytes, a file, a PIL image, an array or a tensor. Several images are a list of these; got a "
             f"{type(images).__name__}.")
-    if not isinstance(bs, numbers.Integral) or bs<1: raise ValueError(f"`bs` is a number of images, 1 or more; got {bs!r}.")
+    _check_count('bs', bs, 'images')
     if not len(images): raise ValueError("There are no images to embed.")
 
 def vote(
@@ -117,10 +120,10 @@ class Finder:
         embs = self.embed(images)
         if embs.ndim==1: embs,images = embs[None],[images]
         if isinstance(items, (str,Path)): items = [items]
-        one = isinstance(labels, str) or not hasattr(labels, '__len__') or getattr(labels, 'shape', None)==()
+        one = isinstance(labels, str) or not hasattr(labels, '__iter__') or getattr(labels, 'shape', None)==()
         items = as_texts(item_names(images) if items is None else items)
         again = self.gallery.known(items)
-        self.add_embs(embs, [labels]*len(embs) if one else labels, items, facts)
+        self.add_embs(embs, [labels]*len(embs) if one else list(labels), items, facts)
         if n := sum(o in again for o in items):
             warnings.warn(f"{n:,} of these {len(items):,} items have names that are in the gallery already, and are now there again: "
                 "`replace` changes the image of an item, and `remove(item=)` takes items out.", stacklevel=2)
@@ -146,6 +149,7 @@ class Finder:
     )->list: # `Hit`s of an image, nearest first; a list of these for several
         "The nearest items of the gallery; raises `ValueError` if it is empty, or if `unknown` has no threshold"
         least = self.least(unknown, min_score)
+        _check_count('k', k, 'items')
         if rerank is not None and least>-math.inf:
             raise ValueError("A threshold is a cosine similarity, and a re-ranker has other scores: use one of the two.")
         self.check_gallery()
@@ -163,6 +167,7 @@ class Finder:
         "The class of an image, from its nearest items; raises `ValueError` if the gallery is empty, or if there is no threshold"
         if how not in ('vote','prototype','nearest'): raise ValueError(f"`how` is 'vote', 'prototype' or 'nearest'; got {how!r}.")
         least,one = self.least(unknown, min_score),is_one(images)
+        _check_count('k', k, 'neighbours')
         self.check_gallery()
         embs = self.embed([images] if one else images)
         found = self.hits(embs, k if how=='vote' else 1)
@@ -176,6 +181,7 @@ class Finder:
         min_score:float=None, # Least similarity of two images of one class; the calibrated threshold if not given
     )->Same: # True where they are
         "Are two images of one class? Raises `ValueError` if there is no threshold"
+        if not (is_one(a) and is_one(b)): raise ValueError("`same` compares two images: give one and another, and no lists of them.")
         least,(x,y) = self.least(True, min_score),(np.asarray(self.embed(o), dtype=np.float64) for o in (a,b))
         score = float(np.clip(x@y/max(np.linalg.norm(x)*np.linalg.norm(y), 1e-12), -1, 1))
         return Same(score>=least, score, least)
@@ -226,8 +232,8 @@ def as_filter(
         raise ValueError(f"There is no column {bad[0]!r}: the gallery has {', '.join(['label','item',*columns])}.")
     def _listed(k, v):
         if callable(v): return v
-        v = [_fact(o) for o in ([v] if isinstance(v, str) or not hasattr(v, '__iter__') else v)]
-        return [str(o) for o in v] if k in ('label','item') else v
+        v = [v] if isinstance(v, str) or not hasattr(v, '__iter__') else v
+        return as_texts(v) if k in ('label','item') else [_fact(o) for o in v]
     return {k:_listed(k, v) for k,v in res.items()}
 
 def fulfilled(

@@ -174,9 +174,10 @@ def write(self:ImageEmbedder,
         facts = {'facts':self.gallery.facts} if self.gallery.facts else {}
         (folder/'gallery.json').write_text(json.dumps(dict(labels=self.labels, items=self.items, **facts), ensure_ascii=False),
             encoding='utf-8', errors='surrogateescape')
-    if self.index_kind and (_has_rows(self) or is_own_kind(self.index_kind)):
+    made = self.gallery.searched().indexed if self.index_kind and _has_rows(self) else None
+    if made is not None or self.index_kind and is_own_kind(self.index_kind):
         (folder/'index.json').write_text(json.dumps(dict(kind=self.index_kind)), encoding='utf-8')
-        if _has_rows(self): self.gallery.searched().indexed.save(folder/'index.faiss')
+        if made is not None: made.save(folder/'index.faiss')
     if for_timm: (folder/'config.json').write_text(json.dumps(_timm_config(model, about), indent=1), encoding='utf-8')
     about['sha256'] = {o.name:hash_of(o) for o in sorted(folder.iterdir()) if o.name!='config.json'} # it is for timm
     (folder/'embedder.json').write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding='utf-8')

@@ -8,10 +8,11 @@ Docs: https://dmlfast.github.io/dmlfast/api/deploy/gallery.html.md"""
 __all__ = ['MemoryGallery']
 
 # %% ../../nbs/api/deploy/01_gallery.ipynb #a9db50c7
-import math, torch, torch.nn.functional as F
+import math, warnings, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from .finder import *
 from ..retrieval.embedded import *
+from ..retrieval.search import as_embeddings
 from ..retrieval.indexes import *
 
 # %% ../../nbs/api/deploy/01_gallery.ipynb #bf5508d5
@@ -59,7 +60,9 @@ def searched(self:MemoryGallery,
     if not self.is_ready or index is not None:
         self._ready = self.embs,Embedded(self.embs)
         if index is not None: self._ready[1].indexed = index
-        elif self.index_kind: self._ready[1].index(self.index_kind)
+        elif self.index_kind:
+            try: self._ready[1].index(self.index_kind)
+            except ValueError as e: warnings.warn(f"{e} Until there are more, the search is exact.", stacklevel=2)
     return self._ready[1]
 
 # %% ../../nbs/api/deploy/01_gallery.ipynb #3bf4ac92
@@ -81,9 +84,9 @@ def apply(self:MemoryGallery,
     _changes[op](self, **how)
 
 def _add(g, embs, labels, items, facts):
-    ready = g.is_ready
+    index = g._ready[1].indexed if g.is_ready else None
     g.embs = embs if g.embs is None else torch.cat([g.embs, embs])
-    if ready and g.index_kind and g._ready[1].indexed.kind==index_kind(g.index_kind, *g.embs.shape): # what took long to make grows
+    if index is not None and g.index_kind and index.kind==index_kind(g.index_kind, *g.embs.shape): # what took long to make grows
         g._ready = g.embs,g._ready[1].grown(g.embs)
     g.append(labels, items, facts)
 
@@ -117,9 +120,10 @@ def add(self:MemoryGallery,
     items, # A name for each
     facts=None, # Columns of facts, as `as_facts` takes them
 ):
-    "Add items; raises `ValueError` if the numbers of embeddings, labels and names differ"
+    "Add items; raises `ValueError` if the numbers of embeddings, labels and names differ, or an embedding is not finite"
+    embs = as_embeddings(embs)
     check_rows(embs, labels, items, None if self.embs is None else self.embs.shape[1])
-    self.change('add', embs=embs.float(), labels=as_texts(labels), items=as_texts(items), facts=as_facts(facts, len(embs), self.kinds))
+    self.change('add', embs=embs, labels=as_texts(labels), items=as_texts(items), facts=as_facts(facts, len(embs), self.kinds))
 
 @patch
 def remove(self:MemoryGallery,
@@ -145,7 +149,7 @@ def replace(self:MemoryGallery,
     "Replace the embedding of an item; raises `ValueError` unless exactly one item has the name"
     rows = self.found(dict(item=item))
     check_one(item, len(rows))
-    self.change('replace', rows=rows, embs=emb.float())
+    self.change('replace', rows=rows, embs=as_embeddings(emb))
 
 # %% ../../nbs/api/deploy/01_gallery.ipynb #gal2index01
 @patch

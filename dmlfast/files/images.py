@@ -149,6 +149,10 @@ def image_suffixes(
 # %% ../../nbs/api/files/02_images.ipynb #c589e32c
 _clutter = '.ds_store','thumbs.db','desktop.ini' # what systems leave in folders
 
+def _leads_back(folder):
+    "Is it a link to a folder that it is in?"
+    return os.path.islink(folder) and Path(os.path.realpath(os.path.dirname(folder))).is_relative_to(os.path.realpath(folder))
+
 def image_files(
     path, # Folder, with folders in it
     holds:str='', # What the folder should hold, for the error message
@@ -156,7 +160,8 @@ def image_files(
 )->list: # Of `Path`, sorted
     "Images below a folder; warns of other files, and raises `ValueError` if there are none"
     suffixes,fns,left = image_suffixes(),[],Counter()
-    for folder,_,names in os.walk(path, followlinks=True):
+    for folder,below,names in os.walk(path, followlinks=True):
+        below[:] = [o for o in below if not _leads_back(os.path.join(folder, o))]
         parts = Path(folder).relative_to(path).parts
         hidden = any(o.startswith('.') for o in parts)
         for o in names:

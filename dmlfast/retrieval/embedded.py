@@ -67,6 +67,8 @@ class Embedded:
         self.role,self.ignore = None if role is None else np.asarray(role),None if ignore is None else as_labels(ignore, n, 'ignore', 'cpu')
         query_gallery(self.role, n)
         self.items,self.vocab = (None if o is None else [str(a) for a in o] for o in (items,vocab))
+        if vocab is not None and self.labels is not None and (most := int(self.labels.max()))>=len(self.vocab):
+            raise ValueError(f"vocab names {len(self.vocab)} classes, and there is a label {most}: it has a name for each number from 0.")
         self.draw = image
         self.random_gallery,self.ks,self.facts = random_gallery,tuple(ks),dict(facts or {})
         self._found,self._once,self.indexed = None,{},None
@@ -145,13 +147,20 @@ def n_others(self:Embedded,
 Sides = namedtuple('Sides', 'query gallery own ignore items')
 Sides.__doc__ = "Embeddings that search and that are searched; where these each query is; ids of both, to ignore; items of the gallery"
 
+def _rows(queries, n):
+    "Indices of items, or a mask of them, as indices"
+    i = np.asarray(queries)
+    if i.dtype==bool and i.shape==(n,): i = i.nonzero()[0]
+    if i.ndim==1 and i.dtype.kind in 'iu' and (not len(i) or -n<=i.min() and i.max()<n): return torch.tensor(i, dtype=torch.int64)
+    raise ValueError(f"`queries` are indices of the {n:,} items, or true or false for each of them; got {queries!r:.100}.")
+
 @patch
 def sides(self:Embedded,
-    queries=None, # Indices of items, `(q,)`; all that search if not given; other embeddings, `(q,d)` float, search among all items
+    queries=None, # Indices of items, `(q,)`, or a mask, `(n,)` bool; all that search if not given; other embeddings, `(q,d)` float, search among all items
 )->Sides:
     "Embeddings that search and that are searched"
     if isinstance(queries, Tensor) and queries.is_floating_point(): return Sides(queries, self.embs, None, None, torch.arange(len(self)))
-    q,(_,g,own) = self.queries if queries is None else torch.tensor(np.asarray(queries), dtype=torch.int64),self.search
+    q,(_,g,own) = self.queries if queries is None else _rows(queries, len(self)),self.search
     ids = None if self.ignore is None else (self.ignore[q],self.ignore[g])
     return Sides(self.embs[q], self.embs if len(g)==len(self) else self.embs[g], own[q], ids, g)
 
@@ -183,12 +192,12 @@ def _search(self, queries, k, rerank, **kwargs):
 @patch
 def neighbours(self:Embedded,
     k:int=1, # Number of neighbours; fewer if there are fewer
-    queries=None, # Indices of items, `(q,)`; all that search if not given
+    queries=None, # Indices of items, `(q,)`, or a mask, `(n,)` bool; all that search if not given
     rerank=None, # Name of a re-ranker, or a function that re-ranks the results; none if not given
     **kwargs # Passed to the function `neighbours`: `metric`, `backend`, `block`
 )->tuple: # Scores, `(q,k)` float32, $-\infty$ if there are fewer; indices of items, `(q,k)` int64
     "The nearest items to some items, nearest first"
-    q = self.queries if queries is None else torch.tensor(np.asarray(queries), dtype=torch.int64)
+    q = self.queries if queries is None else _rows(queries, len(self))
     return _search(self, q, k, rerank, **kwargs)
 
 @patch
@@ -348,6 +357,11 @@ def shorten(self:Embedded,
 # %% ../../nbs/api/retrieval/07_embedded.ipynb #a8579378
 _fields = 'items','vocab','random_gallery','ks','facts'
 
+def _plain(o):
+    "A number or an array of another library as JSON has it"
+    if hasattr(o, 'tolist'): return o.tolist()
+    raise ValueError(f"Facts in a file are text, numbers, lists and dictionaries; got {o!r:.100}, a {type(o).__name__}.")
+
 @patch
 def save(self:Embedded,
     file, # Where to write; the ending `.safetensors` is usual
@@ -357,7 +371,7 @@ def save(self:Embedded,
     for k in ('labels','ignore'):
         if getattr(self, k) is not None: numbers[k] = getattr(self, k).contiguous()
     about = {k:getattr(self, k) for k in _fields}|dict(role=None if self.role is None else self.role.tolist(), format=1)
-    with whole_file(file) as tmp: save_file(numbers, tmp, metadata=dict(embedded=json.dumps(about)))
+    with whole_file(file) as tmp: save_file(numbers, tmp, metadata=dict(embedded=json.dumps(about, default=_plain)))
     return file
 
 def _read(file):

@@ -11,6 +11,7 @@ __all__ = ['index_kinds', 'is_own_kind', 'index_kind', 'Index', 'read_index']
 import math, re, time, warnings, numpy as np, torch
 from fastcore.basics import patch
 from functools import cache
+from numbers import Integral
 from torch import Tensor
 from .search import *
 from .search import as_embeddings, faiss_or_none, unit_
@@ -93,7 +94,8 @@ class Index:
         "The nearest rows that the index finds, nearest first; equal ones in their order"
         q = as_embeddings(query, 'query')
         if q.shape[1]!=self.embs.shape[1]: raise ValueError(f'query has {q.shape[1]} columns, gallery has {self.embs.shape[1]}')
-        k = min(k, len(self))
+        if not isinstance(k, Integral) or k<1: raise ValueError(f'k must be a whole number from 1, not {k!r}')
+        k = min(int(k), len(self))
         if self.kind is None: return neighbours(q, self.core.gallery, k)
         q,s,i = unit_(q.clone()),[],[]
         for rows in q.split(max(1, 2**22//(k*self.fetch*q.shape[1]))):
@@ -107,28 +109,33 @@ class Index:
     def add(self,
         embs, # More embeddings, `(n,d)` float
     ):
-        "Append rows to the index; whatever it learned from its rows is learned again each time that these have doubled"
+        "Append rows to the index; what it learned from its rows is learned again when these have doubled, or new ones do not fit"
         x = as_embeddings(embs)
         self.embs = torch.cat([self.embs,x])
-        if self.core.learns and len(self)>=2*self.built: self._build()
-        else: self.core.add(unit_(x.clone()))
+        new = unit_(x.clone())
+        if self.core.learns and len(self)>=2*self.built or not self.core.fits(new): self._build()
+        else: self.core.add(new)
         return self
 
 # %% ../../nbs/api/retrieval/06_indexes.ipynb #9b5ded38
-class _Exact:
-    learns = False
+class _Core:
+    learns = False # from its rows?
+    def fits(self, x): return True # with what was learned
+
+class _Exact(_Core):
     def __init__(self, x, kind, ready): self.gallery = Gallery(x)
     def add(self, x): self.gallery = Gallery(torch.cat([self.gallery.all(),x]))
     def nbytes(self): return self.gallery.all().nbytes
 
 # %% ../../nbs/api/retrieval/06_indexes.ipynb #fb0bb7d7
-class _Bytes:
+class _Bytes(_Core):
     learns = True # the range of each number
     def __init__(self, x, kind, ready):
         self.low = x.amin(0)
         self.span = (x.amax(0)-self.low).clamp_(min=1e-12)
         self.codes = self.coded(x)
     def coded(self, x): return ((x-self.low)/self.span*255).round_().clamp_(0, 255).sub_(128).to(torch.int8)
+    def fits(self, x): return ((x<self.low)|(x>self.low+self.span)).float().mean()<=.01
     def add(self, x): self.codes = torch.cat([self.codes,self.coded(x)])
     def nbytes(self): return self.codes.nbytes
     def search(self, q, k):
@@ -142,7 +149,7 @@ class _Bytes:
         return best[1]
 
 # %% ../../nbs/api/retrieval/06_indexes.ipynb #700c1074
-class _Bits:
+class _Bits(_Core):
     learns = True # the median of each number
     def __init__(self, x, kind, ready):
         self.middle = x.median(0).values
@@ -153,7 +160,7 @@ class _Bits:
     def nbytes(self): return self.index.ntotal*self.index.code_size
     def search(self, q, k): return torch.from_numpy(self.index.search(self.coded(q), k)[1].astype(np.int64))
 
-class _Faiss:
+class _Faiss(_Core):
     def __init__(self, x, kind, ready):
         faiss,n = faiss_or_none(),len(x)
         cells = 2**max(0, round(math.log2(max(1, min(4*n**.5, n/39))))) # faiss asks for 39 items a cell, to find its centre
@@ -165,10 +172,11 @@ class _Faiss:
         if how: _set(self.index, how)
         self.learns = not isinstance(self.index, (faiss.IndexFlat,faiss.IndexHNSWFlat)) and (ready is None or is_own_kind(kind))
         if ready is not None: return
-        try: self.index.train(x.numpy())
-        except RuntimeError as e:
-            raise ValueError(f"{n:,} items are too few for an index {kind!r}: {str(e).strip().splitlines()[-1][-200:]}") from None
-        self.add(x)
+        for does,says in ((self.index.train, 'are too few for'),(self.index.add, 'cannot be added to')):
+            try: does(x.numpy())
+            except RuntimeError as e:
+                why = re.sub(r'.*(\.cpp:\d+: (Error: .* failed: )?)', '', str(e).strip().splitlines()[-1])
+                raise ValueError(f"{n:,} items {says} an index {kind!r}: {why[-200:].rstrip('.')}.") from None
     def add(self, x): self.index.add(x.numpy())
     def search(self, q, k): return torch.from_numpy(self.index.search(q.numpy(), k)[1])
     def nbytes(self): return len(faiss_or_none().serialize_index(self.index))

@@ -286,6 +286,9 @@ def boots(self:PairScores,
     once,own = self.scores(np.ones((1,len(self.classes))), names),self.scores(names=names)
     bs = [self.scores(w, names) for w in draws]
     bs = {k:np.concatenate([b[k] for b in bs])+(own[k]-once[k]) for k in names} # less what lies between edges and curve
+    top = max(self.impostor.values[-1], self.genuine.values[-1])
+    for k in names:
+        if k.startswith('threshold'): bs[k] = np.minimum(bs[k], top) # the last edge lies above all scores
     return {k:np.where(np.isfinite(b), b, own[k]) for k,b in bs.items()} # a sample may have no genuine pair
 
 @patch
