@@ -305,6 +305,50 @@ def test_features_are_kept_whatever_transforms_drew(quiet, few):
     learn.dls.one_batch(), learn.dls.valid.one_batch()
     assert [items_key(o) for o in dls]==was and None not in was and was[0]!=was[1]
 
+def _by(k):
+    def _darker(o:PILImage, j=1): return PILImage.create(np.array(o)//k//j)
+    return _darker
+
+class Holds(Transform):
+    def __init__(self, what): self.what = what
+    def encodes(self, o:PILImage): return o
+
+def _edited(code):
+    "A class as a cell of a notebook defines it"
+    names = dict(Transform=Transform, PILImage=PILImage, __name__='__main__')
+    exec(f'class Own(Transform):\n    def encodes(self, o:PILImage): return {code}', names)
+    return names['Own']()
+
+@pytest.mark.parametrize('make,args', [(lambda o: Transform(_by(o)),(1,2)), (lambda o: Holds(partial(_by(1), j=o)),(1,2)),
+    (Holds,([0,0,9,9],[0,0,9,8])), (lambda o: Holds(dict(a=o)),(1,2)), (lambda o: Holds(np.arange(o)),(8,9)),
+    (lambda o: Holds(torch.arange(2000)*o),(1,2)), (lambda o: Holds(_by(o)),(1,2)), (lambda o: Holds(pd.Series([o])),(1,2)),
+    (_edited,('o','o.copy()'))], ids=range(9))
+def test_a_transform_is_named_by_all_that_it_holds(few, make, args):
+    "Lists, arrays, captured values and code; equal ones have one name"
+    def _key(o): return items_key(few.dataloaders(bs=32, per_class=4, num_workers=0, item_tfms=[make(o)]).valid)
+    a,b = args
+    assert _key(a)==_key(a) and _key(a)!=_key(b) and None not in (_key(a),_key(b))
+
+def test_what_opens_images_is_part_of_the_key(few):
+    "Two folders with the same ids in a `DataBlock`"
+    fns = sorted((few.path).rglob('*.png'))[:8]
+    def _key(at):
+        return items_key(DataBlock((ImageBlock,CategoryBlock), get_items=lambda o: [*'0123'], get_x=lambda o: at[int(o)], get_y=lambda o: o in '01',
+            splitter=IndexSplitter([1,3])).dataloaders(few.path, bs=2, num_workers=0).valid)
+    assert _key(fns[:4])==_key(fns[:4])!=_key(fns[4:])
+
+def test_what_cannot_be_named_is_not_kept(few, tmp_path):
+    with open(tmp_path/'a', 'w') as f:
+        dls = few.dataloaders(bs=32, per_class=4, num_workers=0, item_tfms=[Holds(f)])
+        assert items_key(dls.valid) is None
+
+def test_training_augmentation_of_a_file_of_features(quiet, few, tmp_path):
+    "With another range of angles, augmented views are others; what is measured is not"
+    def _dls(o): return few.dataloaders(bs=32, per_class=4, num_workers=0, batch_tfms=[Rotate(o), Hue(.1)])
+    assert items_key(_dls(5).train)==items_key(_dls(5).train)!=items_key(_dls(90).train)
+    hue = few.dataloaders(bs=32, per_class=4, num_workers=0, batch_tfms=[Hue(.2)]).valid
+    assert items_key(hue)==items_key(few.dataloaders(bs=32, per_class=4, num_workers=0, batch_tfms=[Hue(.1)]).valid)
+
 def test_a_head_on_features_learns_as_under_a_frozen_body(quiet, few):
     "Step for step, where images are not augmented"
     def _dls(): return few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0, item_tfms=[])
