@@ -286,6 +286,7 @@ def test_neighbours_are_those_of_the_finder(shown, few):
     assert [n for n,_ in itself]==[n for n,_ in i.near(q, 7) if n!=7][:6]
     label = i.label(20)
     assert {i.label(n) for n,_ in i.near(q, 4, label)}=={label} and i.near(q, 4, 'no such class')==[]
+    assert i.like(label)==[label] and i.like('no such class')==[] and i.like(evil[5:12].upper())==[evil]
     assert [n for n,_ in i.near(q, 5, None, 'qe')]==[n for s,n in i.gallery.find_rows(q.emb[None], 6, None, 'qe')[0]][:5]
 
 def test_what_is_unknown_is_said(folder):
@@ -356,6 +357,32 @@ def test_labels_are_decided_one_by_one(own, few):
     assert review.other=={c.x.items.name(n):'a, "b"'}
     assert c.post('/change/decide', json=dict(decision='undo')).json()==dict(done=0) and int(_asked()[1])==n
     assert c.post('/change/decide', json=dict(n=n, decision='wrong')).status_code==200 and c.x.review().wrong==[c.x.items.name(n)]
+
+def test_labels_of_a_gallery_that_changes(own, few):
+    "A photo that is added is asked about and can be decided on; a decision has the label of its time, also after a renaming"
+    paths = [few.path/o for o in few.df.path[:3]]
+    own.remove(label=lambda o: True)
+    own.add([paths[0]]*3+paths[1:], [*'aaabb'], [*'vwxyz'])
+    c = client(own)
+    def _asked(): return int(re.search(r'data-item="(\d+)"', c.get('/labels?now=1').text)[1])
+    def _decide(n): return c.post('/change/decide', json=dict(n=n, decision='skip')).status_code
+    _asked()
+    n = c.post('/change/add?label=new', content=paths[0].read_bytes()).json()['n']
+    assert _asked()==n and _decide(n)==200 and _asked()!=n
+    assert c.post('/change/rename', json=dict(old='a', new='renamed')).status_code==200 and _decide(0)==200
+    assert [(o.item[:7],o.label) for o in c.x.review().log]==[('photos/','new'),('v','renamed')]
+
+def test_items_without_names_are_not_asked_about(own, few):
+    "A decision names its item; the page says how many cannot be decided on"
+    x = Image.open(few.path/few.df.path[0])
+    own.remove(label=lambda o: True)
+    own.add([x,x], ['a','b'])
+    html = client(own).get('/labels?now=1').text
+    assert 'data-item' not in html and '1 more cannot be decided on' in html and 'No label is suspicious' not in html
+    own.remove(label=lambda o: True)
+    own.add([x]*3, ['c','a','b'], ['named','',''])
+    html = client(own).get('/labels?now=1').text
+    assert 'data-item="0"' in html and '0 of 1 decided' in html and '1 more cannot be decided on' in html
 
 def test_what_is_in_two_splits_is_a_leak(own, few):
     "Where the items say which split they are of, as those of a data set do"
@@ -430,6 +457,60 @@ def test_what_the_server_does(api, few):
     assert {'/search','/classify'}<={o.split()[-1] for o in page.words if o.startswith('POST ')} and all(a['href'].startswith('/') for t,
         a in page.tags
         if t in ('a','link'))
+
+def test_all_that_are_asked_for_vote(api, few):
+    "Three of the nearest five are of one class, and all the others of another"
+    data,own = (few.path/few.df.path[5]).read_bytes(),api.server.items.finder
+    own.remove(label=lambda o: True)
+    q = torch.nn.functional.normalize(own.embed(data), dim=0)
+    def _at(c):
+        r = torch.randn(len(q), generator=torch.Generator().manual_seed(len(str(c))))
+        return c*q+(1-c*c)**.5*torch.nn.functional.normalize(r-r@q*q, dim=0)
+    own.add_embs(torch.stack([_at(.95)]*3+[_at(.949)]*2+[_at(.94)]*20), ['owl']*3+['cat']*22, ['']*25)
+    for k,label in ((1,'owl'),(5,'owl'),(25,'cat')):
+        got = api.post(f'/classify?k={k}&unknown=0', content=data).json()['results'][0]
+        assert (got['label'],own.classify(data, k=k).label)==(label,label)
+    assert api.post('/classify?unknown=0', content=data).json()['results'][0]['label']=='owl'
+    c = client(own)
+    key = c.post('/look', content=data).json()['q']
+    own.calibration = None
+    assert '<h2>owl</h2>' in c.get(f'/?q={key}&k=25').text # five vote there
+
+def test_a_class_is_searched_by_its_whole_name(api):
+    "By the server; who types a part into the explorer finds the classes with it"
+    own = api.server.items.finder
+    own.add([png('red')], 'snowy owl').add([png('red')], 'snowy owlet')
+    def _found(label): return api.post('/search?unknown=0', params=dict(label=label), content=png('red'))
+    assert [o['label'] for o in _found('snowy owl').json()['results'][0]]==['snowy owl']
+    assert _found('').json()['results']!=[[]] and _found('owl').status_code==400
+    assert _found('snowy owll').json()['error']=="Nothing in the gallery has label 'snowy owll'. Did you mean 'snowy owl'?"
+    c = client(own)
+    key = c.post('/look', content=png('red')).json()['q']
+    for q in ('',f'&q={key}'):
+        assert [c.get(f'/?label={o}{q}').text.count('<figure') for o in ('OWL','snowy owl','owlx')]==[2,1,0]
+
+def test_one_item_is_found_by_every_re_ranker(api):
+    own = api.server.items.finder
+    own.add([png('red')], 'alone')
+    for o in ('qe','dba','dba+qe','k-reciprocal'):
+        found = api.post('/search', params=dict(label='alone', rerank=o), content=png('blue')).json()['results'][0]
+        assert [h['label'] for h in found]==['alone']
+
+@pytest.mark.parametrize('bad', ['ü', ' ', ';', '"', ',', '\\', '\n'])
+def test_a_token_that_clients_cannot_send_is_refused(folder, bad):
+    with pytest.raises(ValueError, match=re.escape(f'A token cannot hold {bad!r}')): serve(load_embedder(folder), token=f'a{bad}b')
+    with pytest.raises(ValueError, match='A token cannot hold'): load_embedder(folder).explore(browser=False, token=f'a{bad}b')
+
+def test_a_token_of_other_signs_is_sent_in_every_way(folder):
+    token = ''.join(o for o in map(chr, range(33, 127)) if o not in '",;\\')
+    with load_embedder(folder).explore(browser=False, token=token) as s:
+        def _get(path, **headers):
+            h = http.client.HTTPConnection('127.0.0.1', s.port, timeout=20)
+            h.request('GET', path, headers=headers)
+            return h.getresponse()
+        res = _get(s.url[s.url.index('/?'):])
+        assert res.status==200 and _get('/gallery', authorization=f'Bearer {token}').status==200
+        assert _get('/gallery', cookie=res.headers['set-cookie'].partition('; ')[0]).status==200 and _get('/gallery').status==401
 
 @pytest.mark.parametrize('kwargs', [dict(content=b''), dict(content=b'x'), dict(json=[]), dict(json=dict(images='a')),
     dict(json=dict(images=['%%%'])),

@@ -89,7 +89,8 @@ def loop_reciprocal(s, k1, k2, lam, query=None):
     if query is None: return np.stack([mixed(W[i], s[i]) for i in range(n)])
     base = {j for j in order(query)[:k1] if query[j]>=s[j,nearest(j, k1)[-1]]}
     own = vector(query, widened(base), 1)
-    return mixed((own+V[order(query)[:k2-1]].sum(0))/k2, query)
+    near = V[order(query)[:k2-1]]
+    return mixed((own+near.sum(0))/(len(near)+1), query)
 
 @pytest.mark.parametrize('k1,k2,lam', [(20,6,.3),(5,1,0.),(7,3,.5),(4,9,.3)])
 def test_reciprocal_neighbours_of_items(k1, k2, lam):
@@ -114,6 +115,21 @@ def test_reciprocal_neighbours_of_others():
         short = order(sims)[:30]
         np.testing.assert_allclose(got[r], sorted(want[short], reverse=True)[:10], atol=2e-6)
         np.testing.assert_allclose(got[r], want[found[r]], atol=2e-6)
+
+@pytest.mark.parametrize('n', [1, 2, 5, 8])
+def test_a_gallery_of_few_items(n):
+    "All of them are near, by each of the re-rankers; an item that is searched for by itself is the nearest"
+    x,_ = clusters(n, 2)
+    q = np.concatenate([clusters(4, 2, seed=2)[0], x[:1]])
+    s,e = np.float64(x)@np.float64(x).T,Embedded(x)
+    got,found = e.find(q, 10, KReciprocal())
+    for r,sims in enumerate(np.float64(q)@np.float64(x).T):
+        if r<4: np.testing.assert_allclose(got[r], loop_reciprocal(s, 20, 6, .3, sims)[found[r]], atol=2e-6)
+        for o in register_reranker: assert sorted(e.find(q[r:r+1], 10, o)[1][0].tolist())==[*range(n)]
+    assert found[4,0]==0
+    if n>1:
+        got,found = e.neighbours(10, rerank=KReciprocal())
+        np.testing.assert_allclose(got, np.take_along_axis(loop_reciprocal(s, 20, 6, .3), found.numpy(), 1), atol=2e-6)
 
 def test_a_query_is_ranked_the_same_alone():
     x,y = clusters(90, 6)

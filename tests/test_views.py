@@ -233,6 +233,16 @@ def test_what_cannot_be_decided(tmp_path):
         with pytest.raises(ValueError, match=says): a.decide(*args)
     assert not (tmp_path/'r.csv').exists()
 
+def test_labels_may_change_after_decisions(tmp_path):
+    "Each line has the label of its time; the items of now can be decided on, and no others"
+    a = review(tmp_path/'r.csv')
+    a.decide('0.jpg', 'right')
+    a.follow([*items[1:],'new.jpg'], ['kitten']*2+['dog']*3+['cow'])
+    for o in ('1.jpg','new.jpg'): a.decide(o, 'wrong')
+    assert [(o.item,o.label) for o in a.log]==[('0.jpg','cat'),('1.jpg','kitten'),('new.jpg','cow')]
+    with pytest.raises(ValueError, match='no item'): a.decide('0.jpg', 'right')
+    assert len(review(tmp_path/'r.csv', [*items[1:],'new.jpg'], ['kitten']*2+['dog']*3+['cow']))==3
+
 def table(**kwargs):
     df = pd.DataFrame(dict(path=[f'{i}.png' for i in range(12)], label=[i//3 for i in range(12)], split=['train']*6+['test']*6)|kwargs)
     return MetricDataset(df, 'photos', check_files=False)

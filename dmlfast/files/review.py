@@ -26,10 +26,18 @@ class LabelReview:
         items=None, # Names of the items of the data set, `(n,)` str; nothing is checked and nothing can be decided if not given
         labels=None, # Label of each, `(n,)`
     ):
-        self.file,self.labels,self.log,self._end = Path(file),{},[],0
-        if items is not None: self.labels = {str(i):str(y) for i,y in zip(items, labels)}
-        self.data,rows = _fingerprint(self.labels),self.read()
+        self.file,self.log,self._end = Path(file),[],0
+        self.follow(*((),()) if items is None else (items,labels))
+        rows = self.read()
         if items is not None: self.check(rows)
+
+    def follow(self,
+        items, # Names of the items of the data set, `(n,)` str
+        labels, # Label of each, `(n,)`
+    ):
+        "Decide from now on by these items and labels; what was decided stays"
+        self.labels = {str(i):str(y) for i,y in zip(items, labels)}
+        self.data = _fingerprint(self.labels)
 
     @property
     def decisions(self)->dict: # Item -> `Decision`

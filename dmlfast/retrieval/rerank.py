@@ -123,15 +123,15 @@ class _Neighbourhoods:
     def __init__(self, gallery, k1, k2):
         from scipy.sparse import csr_array, vstack
         self.x,n = unit_(gallery.clone()),len(gallery)
-        self.k1,self.me = min(k1, n-1),torch.arange(n)
-        self.half,self.k2 = min(round(k1/2), n-1),min(k2, n)
-        s,i = neighbours(gallery, k=max(self.k1, self.k2-1)) if n>1 else (torch.ones(1,1),self.me[:,None])
-        self.last,lists = s[:,self.k1-1],torch.cat([self.me[:,None], i], 1) # an item is the nearest to itself
-        self.halves = self._reciprocal(lists[:,:self.half+1])
-        base = self._reciprocal(lists[:,:self.k1+1])
+        self.k1,self.k2,self.me = k1,k2,torch.arange(n) # where there are fewer, lists are shorter
+        s,i = neighbours(gallery, k=min(max(k1, k2-1), n-1)) if n>1 else (torch.ones(1,1),self.me[None,:0])
+        self.last,lists = s[:,:k1][:,-1],torch.cat([self.me[:,None], i], 1) # an item is the nearest to itself
+        self.halves = self._reciprocal(lists[:,:round(k1/2)+1])
+        base = self._reciprocal(lists[:,:k1+1])
         self.raw = self._normalised(vstack([_weights(self.x[o], self.x, self._widened(base[o])) for o in self.me.split(256)], 'csr'))
-        near,ends = lists[:,:self.k2].flatten().numpy().astype(np.int32),np.arange(0, n*self.k2+1, self.k2)
-        mean = csr_array((np.full(n*self.k2, 1/self.k2, np.float32), near, ends), shape=(n,n))
+        near = lists[:,:k2]
+        m,k = near.numel(),near.shape[1]
+        mean = csr_array((np.full(m, 1/k, np.float32), near.flatten().numpy().astype(np.int32), np.arange(0, m+1, k)), shape=(n,n))
         self.vectors = (mean@self.raw).tocsr()
         self.width = max(1, self.vectors.nnz//n)
 

@@ -9,7 +9,7 @@ __all__ = ['csp', 'safe_headers', 'Refused', 'Guard', 'needs_explore', 'Sent', '
            'package_files', 'Files', 'as_jpeg', 'no_picture', 'as_small', 'Pictures']
 
 # %% ../../nbs/api/web/00_app.ipynb #9631ac1b
-import hmac, io, json, secrets, socket, threading, time, traceback, webbrowser
+import hmac, io, json, re, secrets, socket, threading, time, traceback, webbrowser
 from collections import OrderedDict
 from hashlib import sha256
 from http.cookies import SimpleCookie
@@ -197,6 +197,9 @@ class Serving:
         needs_explore()
         import uvicorn
         self.token = secrets.token_urlsafe(24) if token is None else token
+        if bad := re.search(r'[^!-~]|[",;\\]', self.token): # clients write it in several ways, or a cookie cannot hold it
+            raise ValueError(f"A token cannot hold {bad[0]!r}: take letters, digits and signs of ASCII, but no space and none of "
+                "`\",;\\`.")
         if not 0<=port<2**16: raise ValueError(f"A port is a number from 0 to 65,535; got {port}.")
         family = socket.AF_INET6 if ':' in host else socket.AF_INET
         try: self.sock = socket.create_server((host,port), backlog=2048, family=family)

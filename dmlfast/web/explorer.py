@@ -41,7 +41,7 @@ class Explorer:
         review=None, # File of decisions on labels, `.csv`; `review.csv` if not given, in the gallery's folder or else in the current one
     ):
         self.items,self.name,self.read_only,self.files = items,name,read_only,Files()
-        self.review_file,self._review = Path(review) if review else _folder_of(items.finder)/'review.csv',None
+        self.review_file,self._review = Path(review) if review else _folder_of(items.finder)/'review.csv',(None,None,None)
 
     def routes(self):
         "The function of each address"
@@ -196,10 +196,14 @@ def _near(self:Explorer, req, body):
 
 @patch
 def review(self:Explorer):
-    "Decisions on labels; raises `ValueError` if the file cannot be used"
-    if self._review is None: self._review = LabelReview(self.review_file, self.items.gallery.items, self.items.gallery.labels)
-    self._review.read()
-    return self._review
+    "Decisions on the labels that the gallery has now; raises `ValueError` if the file cannot be used"
+    with self.items.lock:
+        (res,items,labels),g = self._review,self.items.gallery
+        if res is None: res = LabelReview(self.review_file, g.items, g.labels)
+        elif items is not g.items or labels is not g.labels: res.follow(g.items, g.labels)
+        self._review = res,g.items,g.labels
+        res.read()
+    return res
 
 @patch
 def suspects(self:Explorer):
@@ -225,8 +229,9 @@ def _labels(self:Explorer, req, body):
 @patch
 def _decide(self:Explorer, req, body):
     "Store a decision, or undo the last one"
-    o,review = json_object(body),self.review()
+    o = json_object(body)
     with self.items.lock:
+        review = self.review()
         if o.get('decision')=='undo': review.undo()
         else: review.decide(self.items.name(o.get('n')), str(o.get('decision')), str(o.get('other') or '').strip())
     return dict(done=len(review))

@@ -119,6 +119,12 @@ class Items:
             self._classes = labels,dict(sorted(res.items()))
         return self._classes[1]
 
+    def like(self,
+        text:str, # A name, or a part of names
+    )->list: # Labels
+        "The class of this name, or else those with this in their names"
+        return [text] if text in self.classes else [o for o in self.classes if text.lower() in o.lower()]
+
     def some(self,
         k:int=24, # How many
         seed:int=0, # Seed of the draw
@@ -223,25 +229,23 @@ def query(self:Items,
 def near(self:Items,
     q:Query, # Query, from `query`
     k:int=12, # How many
-    label:str=None, # Only of this class, or of the classes with this in their names
+    filter=None, # Only these, as `as_filter` takes it
     rerank:str=None, # Name of a re-ranker
 )->list: # Numbers and scores, nearest first
     "The nearest items"
     if rerank is not None and rerank not in register_reranker: raise ValueError(f"There is no re-ranker {rerank!r}.")
     with self.lock:
-        if not len(self): return []
-        want = None
-        if label: want = [label] if label in self.classes else lambda o: label.lower() in o.lower()
-        found = self.gallery.find_rows(q.emb[None], k+1, want, rerank)[0]
+        if not len(self.sync()): return []
+        found = self.gallery.find_rows(q.emb[None], k+1, filter, rerank)[0]
         return [(n,s) for s,i in found if (n := self.numbers[i])!=q.number][:k]
 
 @patch
 def verdict(self:Items,
-    found:list, # Result of `near`, of the plain search
+    found:list, # Those that vote: a result of `near`, of the plain search
     least:float=None, # Least score of a known image; the calibrated threshold if not given, minus infinity without one
 )->Label: # The label is None for an unknown image
     "The class from the found items, None if no item is near enough"
-    hits = [Hit(self.label(n), '', s) for n,s in found[:5] if n in self.row_of]
+    hits = [Hit(self.label(n), '', s) for n,s in found if n in self.row_of]
     if not hits: return Label(None, None)
     if least is None: least = self.finder.least(self.finder.threshold is not None)
     return vote(hits) if hits[0].score>=least else Label(None, hits[0].score)

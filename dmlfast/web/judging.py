@@ -104,16 +104,19 @@ def labels_page(
     if found is None: return P(why, cls='empty'),
     done = review.decisions if review else {}
     there = [o for o in found if o['n'] in items.row_of and o['beside'] in items.row_of]
-    left = [o for o in there if items.name(o['n']) not in done]
-    n = len(there)-len(left)
+    named = [o for o in there if items.name(o['n'])] # by which a decision is kept
+    left = [o for o in named if items.name(o['n']) not in done]
+    n,nameless = len(named)-len(left),len(there)-len(named)
     can = review is not None and not read_only
     kept = (' · kept in ',Code(str(review.file), title=f'{review.file.absolute()}. {_takes}')) if can else ()
-    said = f"{n:,} of {len(there):,} decided{' · this gallery is read-only' if read_only else ''}"
+    said = f"{n:,} of {len(named):,} decided{' · this gallery is read-only' if read_only else ''}"
     head = Div(Div(H2('Suspicious labels'), P(said, *kept, cls='because')),
-        ft('progress', value=str(n), max=str(max(1, len(there))), aria_label='Decided'),
+        ft('progress', value=str(n), max=str(max(1, len(named))), aria_label='Decided'),
         _button('undo', 'Undo', not review.log) if can else None, cls='verdict')
-    if not left: return head,_all_decided(review, there)
-    return head,_case_of(items, left[0], can),P(why, cls='because') if why else None
+    lacking = f"{nameless:,} more cannot be decided on: the photos have no names to keep a decision by."
+    more = P(lacking, cls='because') if nameless else None
+    if not left: return head,_all_decided(review, named) if named or not there else None,more
+    return head,_case_of(items, left[0], can),more,P(why, cls='because') if why else None
 
 def _button(kind, text, off=False, cls='quiet'):
     return Button(text, ft('kbd', _keys[kind]), type='button', data_decide=kind, disabled=off, cls=cls, title=f'Key {_keys[kind]}')

@@ -171,8 +171,9 @@ def _found(items, q, key, given, seed):
     "The found items, or some items to begin with"
     if q is None: return _begin(items, given, seed)
     t = time.perf_counter()
-    plain = items.near(q, given['k'], given['label'])
-    again = items.near(q, given['k'], given['label'], given['rerank']) if given['rerank'] else None
+    want = items.like(given['label']) if given['label'] else None
+    plain = items.near(q, given['k'], want)
+    again = items.near(q, given['k'], want, given['rerank']) if given['rerank'] else None
     ms = (time.perf_counter()-t)*1e3
     if not plain:
         why = f"No class has “{given['label']}” in its name." if given['label'] else 'The gallery is empty.'
@@ -188,8 +189,8 @@ def _found(items, q, key, given, seed):
 
 def _begin(items, given, seed):
     "Items to click"
-    like = given['label'].lower()
-    numbers = [n for o,v in items.classes.items() if like in o.lower() for n in v][:48] if like else items.some(24, seed)
+    like = items.like(given['label']) if given['label'] else None
+    numbers = items.some(24, seed) if like is None else [n for o,v in items.classes.items() if o in like for n in v][:48]
     if not len(items): return P('The gallery is empty. ', A('Add photos', href='/gallery'), ' first.', cls='empty'),
     if not numbers: return P(f"No class has “{given['label']}” in its name.", cls='empty'),
     others = A('Others', href=link('/', **{**given, 'seed':seed+1}), data_swap='#main', cls='quiet')
@@ -198,7 +199,7 @@ def _begin(items, given, seed):
 
 def _verdict(items, q, plain):
     "What it is, or that it is unknown"
-    t,res = items.finder.threshold,items.verdict(plain)
+    t,res = items.finder.threshold,items.verdict(plain[:5])
     def _p(*o): return P(*o, cls='because')
     nearest = Span(number(plain[0][1]), title=_score_says)
     line = None if t is None else Span(number(t), title='The calibrated threshold: see “What the numbers mean”')

@@ -233,8 +233,9 @@ class Server:
         if len(self.items)==0: raise ValueError("The gallery is empty: add images first.")
         k = _whole(args.get('k', default), 'k', 1, 1000)
         label,rerank = (_text(args[o], o) if args.get(o) is not None else None for o in ('label','rerank'))
+        if label: self.items.gallery.found(label) # one that is not there is refused
         embs = self.embedded(images)
-        return [self.items.near(Query(e, None, None, None, None), k, label, rerank) for e in embs]
+        return [self.items.near(Query(e, None, None, None, None), k, label or None, rerank) for e in embs]
 
     def embedded(self,
         images, # List of bytes
