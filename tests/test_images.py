@@ -335,6 +335,12 @@ def test_folders_of_the_same_name_are_said_to_be_one_class(tmp_path):
         ds = MetricDataset.from_folder(tmp_path)
     assert ds.df.label.tolist().count('persian')==2 and len(w)==1
 
+def test_images_in_no_folder_of_a_class_are_said(tmp_path):
+    _tree(tmp_path/'birds', '1.png', '2.png', 'a/1.png', 'a/2.png', 'b/1.png', 'b/2.png')
+    with pytest.warns(UserWarning, match="2 images are in '.*birds' itself and not in a folder of a class: they are a class 'birds'"):
+        ds = MetricDataset.from_folder(tmp_path/'birds')
+    assert sorted(ds.df.label)==['a','a','b','b','birds','birds']
+
 @pytest.mark.parametrize('kw', [dict(test_pct=20), dict(val_pct=20), dict(test_pct=-.1), dict(val_pct=1), dict(val_pct=-3),
     dict(test_pct=float('nan')), dict(test_pct=1.), dict(test_pct='.2'), dict(val_pct=None)])
 def test_shares_that_are_none(kw):

@@ -479,6 +479,54 @@ def test_validate_is_no_epoch_to_keep(make_learner, tmp_path):
     learn.validate()
     assert (tmp_path/'models'/'best.pth').read_bytes()==stored and learn.save_model.best==-1
 
+@pytest.mark.parametrize('tracker', [SaveModelCallback,EarlyStoppingCallback,ReduceLROnPlateau])
+def test_predictions_are_no_epoch_to_keep(make_learner, tracker):
+    learn = make_learner(cbs=tracker('map@r'))
+    learn.fit(1)
+    embs = learn.embed(bar=False)[0]
+    for _ in range(2): assert torch.allclose(learn.get_preds()[0].as_subclass(torch.Tensor), embs, atol=1e-5) and learn.tta()[0].shape==embs.shape
+    assert any(isinstance(o, tracker) for o in learn.cbs)
+
+def test_predictions_that_fail_at_once_leave_the_learner_usable(make_learner):
+    "fastai holds its lock, and the callbacks, where an error comes before the first batch"
+    class Bad(Callback):
+        def before_fit(self): raise KeyError('bad')
+    learn = make_learner()
+    cbs,logger = list(learn.cbs),learn.logger
+    with pytest.raises(KeyError): learn.get_preds(cbs=Bad())
+    assert not learn.lock.locked() and list(learn.cbs)==cbs and learn.logger is logger
+    assert len(learn.get_preds()[0])==len(learn.dls.valid_ds)
+
+def test_training_images_have_no_retrieval_scores(make_learner):
+    learn = make_learner(metrics=['recall@1', lambda embs,y: embs.std()])
+    learn.recorder.train_metrics = True
+    learn.fit(2, 1e-6)
+    names = learn.recorder.metric_names[1:-1]
+    for row in learn.recorder.values:
+        at = dict(zip(names, row))
+        assert np.isnan(at['train_recall@1']) and at['valid_recall@1']==pytest.approx(learn.evaluate()['recall@1'], abs=.1) and len(row)==6
+
+def test_a_loss_of_other_classes_is_said(make_learner, few):
+    "Of as many or fewer, whose numbers are those of others"
+    learn = make_learner(ProxyNCALoss())
+    learn.fit(1)
+    df = few.df.assign(label=few.df.label.where(few.df.split!='train', few.df.label+'x'))
+    learn.dls = MetricDataset(df, few.path, 'few', size=None, flip=False).dataloaders(bs=32, per_class=4, num_workers=0)
+    n = few.df.label[few.df.split=='train'].nunique()
+    with pytest.warns(UserWarning, match=rf'ProxyNCALoss has weights for {n} classes, .* have {n} others, .*: `learn.loss_func = ProxyNCALoss'):
+        learn.fit(1)
+    learn.loss_func = ProxyNCALoss()
+    learn.fit(1) # and no warning
+
+def test_the_width_of_a_module_is_measured_where_a_loss_needs_it(few):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 24))
+    learn = metric_learner(few.dataloaders(bs=32, per_class=4, num_workers=0), net, ArcFaceLoss())
+    assert learn.loss_func.proxies.shape[1]==24
+
+def test_nothing_to_validate_on_is_said(few):
+    learn = metric_learner(few.dataloaders(valid=None, bs=32, per_class=4, num_workers=0), 'test_resnet', pretrained=False)
+    with pytest.raises(ValueError, match='There are no items to validate on'): learn.validate()
+
 def test_scores_that_are_not_of_every_epoch(make_learner):
     learn = make_learner(cbs=RetrievalMetrics(['recall@1'], every=2))
     learn.fit(4, 1e-3)

@@ -41,6 +41,58 @@ def quiet(few, body, tmp_path):
 
 def map_r(z, y): return evaluate_retrieval(F.normalize(z.float()), y, metrics=['map@r'], n_boot=1)['map@r']
 
+# when the head starts
+
+@pytest.mark.filterwarnings('ignore:.*a rate that is found in this way')
+def test_a_head_is_saved_after_it_started(quiet):
+    "`save('init')` before anything else, as is usual with fastai, and `load` after `lr_find` or into another learner"
+    learn = quiet()
+    want = quiet().embed(bar=False)[0]
+    learn.save('init')
+    learn.lr_find(num_it=3, show_plot=False)
+    assert torch.allclose(learn.load('init').embed(bar=False)[0], want, atol=1e-5)
+    assert torch.allclose(quiet().load('init').embed(bar=False)[0], want, atol=1e-5)
+
+def test_other_validation_images_have_rows_of_their_own(quiet, few):
+    learn = quiet()
+    learn.fit(1, 1e-7)
+    was = learn.head_start.rows
+    other = MetricDataset(few.df.assign(split=few.df.split.replace(dict(val='test', test='val'))), few.path, 'few', size=None, flip=False)
+    learn.dls = other.dataloaders(bs=32, per_class=4, seed=0, num_workers=0)
+    learn.fit(1, 1e-7)
+    rows = learn.head_start.rows
+    assert rows['features']['scores']['map@r']==pytest.approx(learn.baseline()['map@r']) and rows['features']['scores']!=was['features']['scores']
+    assert 'start' not in rows # the head has moved on
+    learn.fit_head(1)
+    assert learn.head_start.rows is rows
+
+def test_a_loss_that_takes_the_place_of_another_starts_from_the_data(quiet):
+    "From the embeddings that there are, as the first would; and not where its weights were loaded"
+    want,learn = quiet(ArcFaceLoss()),quiet()
+    for o in (want,learn): o.start_head()
+    learn.loss_func = ArcFaceLoss()
+    learn.start_head()
+    assert torch.allclose(learn.loss_func.proxies, want.loss_func.proxies, atol=1e-5)
+    state = {k:v+1 if 'proxies' in k else v for k,v in learn.model.state_dict().items()}
+    learn.loss_func = ArcFaceLoss()
+    learn.model.load_state_dict(state)
+    learn.start_head()
+    assert torch.allclose(learn.loss_func.proxies, want.loss_func.proxies+1, atol=1e-5)
+
+def test_a_copy_knows_its_features_and_an_export_does_not(quiet, tmp_path):
+    learn = quiet()
+    copy = deepcopy(learn)
+    copy.fit(1, 1e-7)
+    assert {*copy.head_start.rows}=={'features','start'} and copy.gain().b['map@r']==pytest.approx(learn.baseline()['map@r'])
+    copy.export('a.pkl')
+    assert copy.head_start.origin is not None and copy.head_start.rows
+    again = load_learner(copy.path/'a.pkl')
+    assert again.head_start.origin is None and not again.head_start.rows
+
+def test_a_head_that_no_closed_form_can_fill_is_refused(quiet):
+    with pytest.raises(ValueError, match=r"`init='lda'` fills a linear layer at the end of the head, and this head ends in ReLU\(\)"):
+        quiet(head=lambda i,o: nn.Sequential(nn.Linear(i, o), nn.ReLU()), init='lda')
+
 # heads
 
 def test_lda_is_what_its_definition_says():

@@ -247,6 +247,7 @@ def _load_from_state_dict(self:Embedder, state_dict, prefix, *args):
     for k in [k for k in state_dict if k.startswith(prefix)]:
         if (name := prefix+own.get(_plain(k[len(prefix):]), k[len(prefix):]))!=k: state_dict[name] = state_dict.pop(k)
     if any(k.startswith(f'{prefix}head.') for k in state_dict): self.pending = None
+    if any(k.startswith(f'{prefix}loss_func.') for k in state_dict): self.loss_waits = False
     if not hasattr(self, 'ranking_head'):
         for k in [k for k in state_dict if k.startswith(f'{prefix}ranking_head.')]: del state_dict[k]
     super(Embedder, self)._load_from_state_dict(state_dict, prefix, *args)

@@ -115,8 +115,16 @@ class HeadStart(Callback):
     ):
         store_attr()
         self.rows,self.said,self.origin,self.kind,self.new,self.head_hash = {},'',None,None,False,''
+        self.measured = None # the validation set that the rows are of; None if they are of a resumed run, which has the same
 
-    def __getstate__(self): return {**self.__dict__, 'origin':None} # an export need not hold the body twice
+    @contextmanager
+    def left_out(self):
+        "A context without the original body and what was measured with it, so that an export does not hold the body twice"
+        kept = {o:getattr(self, o) for o in ('origin','rows','measured')}
+        self.origin,self.rows,self.measured = None,{},None
+        try: yield
+        finally:
+            for k,v in kept.items(): setattr(self, k, v)
 
     @property
     def head_is_start(self):
@@ -146,16 +154,26 @@ class HeadStart(Callback):
 @patch
 def start(self:HeadStart):
     "Fill the head, if this is still to be done and there are training images"
-    if getattr(self.model, 'pending', None) is None or not len(self.learn.dls.train_ds): return
+    if not len(self.learn.dls.train_ds): return
+    if getattr(self.model, 'pending', None) is None: return self.start_loss()
     init,self.model.pending = self.model.pending,None # now, so that to embed is not to start again
     self.learn.model.to(self.learn.dls.device)
     dl = measured_dl(self.learn.dls, self.n_images)
     X,y = body_features(self.model, dl, talks(self.learn) and hasattr(self.learn, 'progress'))
     self.said = start_head(self.model.head, X, y, init, getattr(dl.dataset, 'items', None))
-    loss = getattr(self.model, 'loss_func', None)
-    if hasattr(loss, 'start') and len(X)==len(self.learn.dls.train_ds): loss.start(head_embs(self.model, X), y)
+    self.start_loss(X, y)
     self.head_hash = weights_hash(self.model.head.state_dict())
     if talks(self.learn): print(self.said)
+
+@patch
+def start_loss(self:HeadStart, X=None, y=None):
+    "Let a loss start from the embeddings of all training images: with the head, or later one that took the place of another"
+    loss,new = getattr(self.model, 'loss_func', None),X is None
+    if not hasattr(loss, 'start') or new and not (self.said and getattr(self.model, 'loss_waits', False)): return
+    self.model.loss_waits = False
+    n = len(self.learn.dls.train_ds)
+    if new and n<=self.n_images: X,y = body_features(self.model, measured_dl(self.learn.dls, self.n_images))
+    if X is not None and len(X)==n: loss.start(head_embs(self.model, X), y)
 
 @torch.no_grad()
 def head_embs(
@@ -212,12 +230,15 @@ def _columns(learn):
 
 @patch
 def measure(self:HeadStart):
-    "Score the features, and the start if the body is unchanged; once, before the first fit"
+    "Score the features, and the start if the body is unchanged; once for a validation set, before a fit"
     learn,columns = self.learn,_columns(self.learn)
     dl = learn.dls.valid if len(learn.dls.loaders)>1 and len(learn.dls.valid.dataset) else None
-    if self.rows or self.origin is None or columns is None or dl is None: return
+    if self.origin is None or columns is None or dl is None or hasattr(dl, 'features'): return
+    if self.rows and self.measured in (None,dl.dataset): return
+    as_begun = not self.rows or self.head_is_start
+    self.rows,self.measured = {},dl.dataset
     self._add('features', dl, columns, lambda X: X)
-    if self.rows and not (has_moved(self.model, self.origin) or isinstance(self.model.head, torch.nn.Identity)):
+    if self.rows and as_begun and not (has_moved(self.model, self.origin) or isinstance(self.model.head, torch.nn.Identity)):
         self._add('start', dl, columns, lambda X: head_embs(self.model, X))
     self.new = True
 

@@ -58,8 +58,8 @@ class RetrievalMetrics(Callback):
     def value(self,
         name:str, # A column, such as `'recall@1'`
     )->float: # nan if nothing was measured
-        "Value of a column in the last validation"
-        return self.scores.get(name, float('nan'))
+        "Value of a column in the last validation; nan for training images, which are not scored"
+        return float('nan') if self.training else self.scores.get(name, float('nan'))
     def state_dict(self): return self.scores
     def load_state_dict(self, d): self.scores = d
     def check_fit(self,

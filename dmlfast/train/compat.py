@@ -139,8 +139,16 @@ class TensorEmbedding(TensorCategory):
 @patch
 @delegates(Learner.get_preds)
 def get_preds(self:BridgedLearner, ds_idx=1, dl=None, with_input=False, with_decoded=False, **kwargs):
-    "As in fastai, but predictions are `TensorEmbedding`s"
-    res = list(super(BridgedLearner, self).get_preds(ds_idx, dl, with_input, with_decoded, **kwargs))
+    "As in fastai, but predictions are `TensorEmbedding`s, trackers do not count it as an epoch, and an error leaves the learner as it was"
+    held,cbs,logger = self.lock.locked(),list(self.cbs),self.logger
+    try:
+        with self.removed_cbs(self.cbs.filter(risinstance(TrackerCallback))):
+            res = list(super(BridgedLearner, self).get_preds(ds_idx, dl, with_input, with_decoded, **kwargs))
+    except BaseException: # before the first batch, fastai undoes nothing
+        self.remove_cbs([o for o in self.cbs if o not in cbs])
+        self.logger = logger
+        if self.lock.locked() and not held: self.lock.release()
+        raise
     at = int(with_input)
     for i in (at,at+2)[:1+with_decoded]:
         if res[at] is not None: res[i] = TensorEmbedding(res[i])

@@ -206,7 +206,8 @@ def save(self:MetricLearner,
     file, # Name, `.pth` is added, in `learn.path/learn.model_dir`; or a path
     **kwargs
 )->Path: # The file
-    "As for any learner; among several processes only the first writes, but in `lr_find` each writes its own file"
+    "As for any learner, after the head has started; of several processes the first writes, and in `lr_find` each writes its own file"
+    self.start_head()
     with alone(as_first=True) if hasattr(self, 'lr_finder') else nullcontext(): return super(MetricLearner, self).save(file, **kwargs)
 
 @patch

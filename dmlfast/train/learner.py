@@ -23,6 +23,7 @@ from ..retrieval.metrics import less_is_better
 from ..losses import *
 from ..models.bodies import *
 from ..models.embedder import *
+from ..models.heads import *
 from ..data.batches import *
 from ..data.batches import check_target
 from .compat import *
@@ -37,6 +38,7 @@ class MetricLearner(GroupedLearner):
     "A `Learner` whose model makes embeddings and holds the weights of its loss"
     between = None # What `Interpolate` saw and kept in the last fit
     norm = None # How the first loaders normalise images
+    loss_vocab = None # Names of the classes that the loss was set up for
     @delegates(Learner.__init__)
     def __init__(self,
         dls:DataLoaders, # Training loader, and a loader of unseen classes
@@ -84,6 +86,7 @@ class MetricLearner(GroupedLearner):
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
         cbs = as_callbacks(cbs)
         self.admit_all(self.dls)
+        self.check_vocab()
         self.check_cbs(L(self.cbs) + cbs)
         self.start_head(bool(n_epoch) and not any(isinstance(o, LRFinder) for o in cbs))
         self.between = None
@@ -121,7 +124,8 @@ class MetricLearner(GroupedLearner):
         if not is_first(): return
         dls,opt = self.dls,self.opt
         try:
-            with whole_file(self.path/fname) as tmp: super().export(tmp.absolute(), **kwargs)
+            with whole_file(self.path/fname) as tmp, ContextManagers([o.left_out() for o in self.cbs if isinstance(o, HeadStart)]):
+                super().export(tmp.absolute(), **kwargs)
         except BaseException:
             self.dls,self.opt = dls,opt
             raise
@@ -349,9 +353,11 @@ def _check_other(loss):
         "with each other.")
 
 # %% ../../nbs/api/train/11_learner.ipynb #f40118e1
+def _n_known(dls): return getattr(dls, 'n_train_classes', None)
+
 def _n_classes(dls):
     "Number of training classes"
-    if (n := getattr(dls, 'n_train_classes', None)) is not None: return n
+    if (n := _n_known(dls)) is not None: return n
     if (vocab := getattr(dls, 'vocab', None)) and len(dls.loaders)>1 and len(dls.valid):
         warnings.warn("These data loaders do not say which classes are for training only: where validation images are of classes that are "
             "trained on, what is measured is not retrieval of unseen classes. `ClassBlock` with `ClassSplitter` divides by class.")
@@ -367,6 +373,14 @@ def _begin(given, r, trained, dls):
     few = 0<(getattr(dls.train, 'n', None) or 0)<512 # of so few images 128 directions lose much of what features know: see `heads`
     if few and init in ('lda','pca') and said.get('emb_sz') is None and r.emb_sz is None: res['emb_sz'] = 'all'
     return res
+
+@torch.no_grad()
+def _width(model, first):
+    "How many numbers a module gives for an image"
+    was = model.training
+    with no_random():
+        try: return model.eval()(first()[:2].to(next(model.parameters()).device)).shape[-1]
+        finally: model.train(was)
 
 def _first_rate(model, trained):
     "Default rate and share of the body; lower for a head that starts from the data"
@@ -404,6 +418,19 @@ def _copy(loss):
 def _with_weights(loss): return [o for o in loss.modules() if any(True for _ in o.parameters(recurse=False))]
 
 # %% ../../nbs/api/train/11_learner.ipynb #e94a1b60
+def _train_vocab(dls):
+    "Names of the training classes, by their numbers; None if they have none"
+    return None if (vocab := getattr(dls, 'vocab', None)) is None else list(vocab)[:_n_known(dls)]
+
+@patch
+def check_vocab(self:MetricLearner):
+    "Warn if the loss was set up for other training classes than there are"
+    have,names = self.loss_vocab,_train_vocab(self.dls)
+    if not self.loss_func.seen_only or None in (have,names) or have==names: return
+    loss = type(self.loss_func).__name__
+    warnings.warn(f"{loss} has weights for {len(have):,} classes, {have[0]!r} the first, and these data loaders have {len(names):,} others, "
+        f"{names[0]!r} the first: `learn.loss_func = {loss}(...)` sets up new ones.")
+
 @patch
 def take_loss(self:MetricLearner,
     loss:MetricLoss, # Loss that was not set up yet
@@ -418,6 +445,7 @@ def take_loss(self:MetricLearner,
     n,emb_sz = _n_classes(self.dls),getattr(model, 'emb_sz', self.out_sz)
     loss.check_sizes(n, emb_sz)
     model.loss_func = self.__dict__['loss_func'] = loss.setup(n, emb_sz or 128)
+    model.loss_waits,self.loss_vocab = old is not None,_train_vocab(self.dls)
     _used.update(_with_weights(loss))
     if old and getattr(model, 'normalize', None)==old.normalize_embs: model.normalize = loss.normalize_embs
     if getattr(self, 'opt', None) and (_with_weights(old) or _with_weights(loss)):
@@ -434,7 +462,7 @@ def metric_learner(
     emb_sz:int=None, # Numbers in an embedding, or `'all'`: as many as features; 128 if not given, all if a head starts from < 512 images
     pretrained:bool=True, # Begin with timm's pretrained weights?
     weights=None, # File of the body's weights, instead of timm's
-    metrics=None, # Names, see `RetrievalMetrics`, or fastai metrics; recall at the data set's `ks`, else 1,2,4,8, and map@r if not given
+    metrics=None, # Names, see `RetrievalMetrics`, and fastai metrics; recall at the data set's `ks`, else 1,2,4,8, and map@r if not given
     normalize:bool=True, # Normalise images with the statistics of `arch`, if `dls` does not normalise?
     splitter=None, # Function from the model to parameter groups, such as `stage_splitter`; body and everything else if not given
     cbs=None, # Callbacks
@@ -464,9 +492,12 @@ def metric_learner(
         check_arch(arch, weights)
         given,model_kwargs = _begin(given, r, trained, dls),_sized(dls, arch, model_kwargs or {}, first)
     model = _model(arch, weights, pretrained, loss_func.normalize_embs, r, given, model_kwargs)
+    if getattr(model, 'pending', None) and last_linear(model.head) is None:
+        raise ValueError(f"`init={model.pending!r}` fills a linear layer at the end of the head, and this head ends in "
+            f"{list(model.head.modules())[-1]}: give init='random', or another head.")
     if normalize and hasattr(model, 'cfg'): _normalize(dls, model.cfg, first, pretrained or weights is not None)
-    names,mets = L(metrics).map(str) if metrics and all(isinstance(o, str) for o in L(metrics)) else None,L(metrics)
-    if names is None: mets.map(_check_metric)
+    names,mets = L(metrics).filter(risinstance(str)),L(metrics).filter(risinstance(str), negate=True)
+    mets.map(_check_metric)
     cbs = as_callbacks(cbs)
     if not any(isinstance(o, SetEpoch) for o in cbs): cbs = cbs + SetEpoch()
     cbs = cbs + [o for o in (make() for make in r.cbs) if not any(isinstance(c, type(o)) for c in cbs)]
@@ -474,12 +505,14 @@ def metric_learner(
     if mine and names:
         raise ValueError(f"Names of metrics are given twice, as `metrics` and in `RetrievalMetrics`: {', '.join(names)} belong to the "
             "latter.")
-    if not mine: cbs = cbs + RetrievalMetrics(names, getattr(getattr(dls, 'source', None), 'ks', (1,2,4,8)))
+    if not mine: cbs = cbs + RetrievalMetrics(names or None, getattr(getattr(dls, 'source', None), 'ks', (1,2,4,8)))
     if (trained or getattr(model, 'pending', None)) and not any(isinstance(o, HeadStart) for o in cbs): cbs = cbs + HeadStart()
+    emb_sz = emb_sz or r.emb_sz
+    if emb_sz is None and loss_func.seen_only and not hasattr(unwrapped(model), 'emb_sz'): emb_sz = _width(model, first)
     lr,share = _first_rate(model, trained)
     if lr is not None and not ({'lr'} & {*kwargs, *r.learner}): kwargs['lr'] = lr
     if splitter is None: splitter = embedder_splitter if hasattr(model, 'body') else trainable_params
-    learn = MetricLearner(dls, model, loss_func, metrics=None if names else mets, splitter=splitter, cbs=cbs, emb_sz=emb_sz or r.emb_sz,
+    learn = MetricLearner(dls, model, loss_func, metrics=mets, splitter=splitter, cbs=cbs, emb_sz=emb_sz,
         **{**r.learner, **kwargs})
     learn.recipe,learn.body_share,learn.trained = r,ifnone(r.body_share, share),trained
     return learn
