@@ -484,7 +484,8 @@ def test_predictions_are_no_epoch_to_keep(make_learner, tracker):
     learn = make_learner(cbs=tracker('map@r'))
     learn.fit(1)
     embs = learn.embed(bar=False)[0]
-    for _ in range(2): assert torch.allclose(learn.get_preds()[0].as_subclass(torch.Tensor), embs, atol=1e-5) and learn.tta()[0].shape==embs.shape
+    for _ in range(2):
+        assert torch.allclose(learn.get_preds()[0].as_subclass(torch.Tensor), embs, atol=1e-5) and learn.tta()[0].shape==embs.shape
     assert any(isinstance(o, tracker) for o in learn.cbs)
 
 def test_predictions_that_fail_at_once_leave_the_learner_usable(make_learner):
@@ -513,7 +514,7 @@ def test_a_loss_of_other_classes_is_said(make_learner, few):
     df = few.df.assign(label=few.df.label.where(few.df.split!='train', few.df.label+'x'))
     learn.dls = MetricDataset(df, few.path, 'few', size=None, flip=False).dataloaders(bs=32, per_class=4, num_workers=0)
     n = few.df.label[few.df.split=='train'].nunique()
-    with pytest.warns(UserWarning, match=rf'ProxyNCALoss has weights for {n} classes, .* have {n} others, .*: `learn.loss_func = ProxyNCALoss'):
+    with pytest.warns(UserWarning, match=rf'ProxyNCALoss has weights for {n} classes, .* have {n} others, .*: `learn.loss_func = Proxy'):
         learn.fit(1)
     learn.loss_func = ProxyNCALoss()
     learn.fit(1) # and no warning

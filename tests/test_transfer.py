@@ -61,7 +61,8 @@ def test_other_validation_images_have_rows_of_their_own(quiet, few):
     learn.dls = other.dataloaders(bs=32, per_class=4, seed=0, num_workers=0)
     learn.fit(1, 1e-7)
     rows = learn.head_start.rows
-    assert rows['features']['scores']['map@r']==pytest.approx(learn.baseline()['map@r']) and rows['features']['scores']!=was['features']['scores']
+    assert rows['features']['scores']['map@r']==pytest.approx(learn.baseline()['map@r'])
+    assert rows['features']['scores']!=was['features']['scores']
     assert 'start' not in rows # the head has moved on
     learn.fit_head(1)
     assert learn.head_start.rows is rows
@@ -385,8 +386,8 @@ def test_what_opens_images_is_part_of_the_key(few):
     "Two folders with the same ids in a `DataBlock`"
     fns = sorted((few.path).rglob('*.png'))[:8]
     def _key(at):
-        return items_key(DataBlock((ImageBlock,CategoryBlock), get_items=lambda o: [*'0123'], get_x=lambda o: at[int(o)], get_y=lambda o: o in '01',
-            splitter=IndexSplitter([1,3])).dataloaders(few.path, bs=2, num_workers=0).valid)
+        return items_key(DataBlock((ImageBlock,CategoryBlock), get_items=lambda o: [*'0123'], get_x=lambda o: at[int(o)],
+            get_y=lambda o: o in '01', splitter=IndexSplitter([1,3])).dataloaders(few.path, bs=2, num_workers=0).valid)
     assert _key(fns[:4])==_key(fns[:4])!=_key(fns[4:])
 
 def test_what_cannot_be_named_is_not_kept(few, tmp_path):

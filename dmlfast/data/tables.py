@@ -223,8 +223,8 @@ def from_folder(cls:MetricDataset,
         raise ValueError(f"All {len(fns)} images in {str(path)!r} are of one class ({some_of(classes)}): it should hold a folder for each "
             "class, two at least.")
     if 0<(n := sum(o.parent==path for o in fns))<len(fns):
-        warnings.warn(f"{n:,} images are in {str(path)!r} itself and not in a folder of a class: they are a class {path.absolute().name!r}. "
-            "Move them into the folder of their class, or out of this one.", stacklevel=2)
+        warnings.warn(f"{n:,} images are in {str(path)!r} itself and not in a folder of a class: they are a class "
+            f"{path.absolute().name!r}. Move them into the folder of their class, or out of this one.", stacklevel=2)
     if merged := _merged(path, fns):
         warnings.warn(f"{len(merged)} of {len(classes)} classes are merged from several folders: "
             f"{', '.join(merged[:3])}{' and others' if len(merged)>3 else ''}. "

@@ -81,7 +81,8 @@ def _is_input(o): return isinstance(o, Tensor) and o.ndim==3 and o.is_floating_p
 
 def _stacked(inputs):
     if len(sizes := {tuple(o.shape) for o in inputs})==1: return torch.stack(inputs)
-    raise ValueError(f"Tensors of floats go to the network as they are, so they have one size, and not {' and '.join(map(str, sorted(sizes)))}.")
+    raise ValueError(f"Tensors of floats go to the network as they are, so they have one size, and not "
+        f"{' and '.join(map(str, sorted(sizes)))}.")
 
 def _opened(images, bs, num_workers, prepare, progress):
     "Batches of inputs of the network; threads open the next batch during the current one"
@@ -182,8 +183,8 @@ def calibrate(self:ImageEmbedder,
             f"{len(pairs.impostor):,}.")
     t,rate = pairs.threshold(fmr),pairs.rates[0]
     if (real := float(pairs.fmr_at(t)))>2*rate+2/len(pairs.impostor): # equal scores are all on one side
-        warnings.warn(f"Many pairs of two classes have the same similarity, {t:.3f}, so the false-match rate of this threshold is {real:.2g} "
-            f"and not {rate:g}: `embedded.duplicates()` shows equal images.", stacklevel=2)
+        warnings.warn(f"Many pairs of two classes have the same similarity, {t:.3f}, so the false-match rate of this threshold is "
+            f"{real:.2g} and not {rate:g}: `embedded.duplicates()` shows equal images.", stacklevel=2)
         rate = real
     self.calibration = dict(threshold=t, fmr=rate, interval=pairs.interval(f'threshold@{name}'),
         fnmr=pairs.fnmr(fmr), fnmr_interval=pairs.interval(f'fnmr@{name}'), classes=n, genuine=len(pairs.genuine),

@@ -156,7 +156,7 @@ def _rows(queries, n):
 
 @patch
 def sides(self:Embedded,
-    queries=None, # Indices of items, `(q,)`, or a mask, `(n,)` bool; all that search if not given; other embeddings, `(q,d)` float, search among all items
+    queries=None, # Indices of items, `(q,)`, or a mask, `(n,)` bool; all that search if not given; or other embeddings, `(q,d)` float
 )->Sides:
     "Embeddings that search and that are searched"
     if isinstance(queries, Tensor) and queries.is_floating_point(): return Sides(queries, self.embs, None, None, torch.arange(len(self)))

@@ -166,7 +166,10 @@ def start(self:HeadStart):
     if talks(self.learn): print(self.said)
 
 @patch
-def start_loss(self:HeadStart, X=None, y=None):
+def start_loss(self:HeadStart,
+    X=None, # Features of the training images, `(n,d)` float; computed for a new loss if not given
+    y=None, # Class of each, `(n,)` integer
+):
     "Let a loss start from the embeddings of all training images: with the head, or later one that took the place of another"
     loss,new = getattr(self.model, 'loss_func', None),X is None
     if not hasattr(loss, 'start') or new and not (self.said and getattr(self.model, 'loss_waits', False)): return

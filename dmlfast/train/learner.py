@@ -67,7 +67,7 @@ class MetricLearner(GroupedLearner):
         return self.__dict__.get('loss_func')
     @loss_func.setter
     def loss_func(self, loss):
-        if loss is None or loss is not self.loss_func: self.take_loss(_metric_loss(loss))
+        if loss is None or loss is not self.loss_func: self.take_loss(as_loss(loss))
 
     def add_cb(self, cb):
         cb, = as_callbacks(cb)
@@ -297,61 +297,6 @@ def _model(arch, weights, pretrained, normalize, recipe, given, model_kwargs):
             "is.")
     return _Whole(arch) if isinstance(arch, nn.Sequential) else arch
 
-# %% ../../nbs/api/train/11_learner.ipynb #8409cd65
-def _metric_loss(loss):
-    "`loss` as a `MetricLoss`: one of them, several, or a callable from elsewhere"
-    if loss is None: return DRTripletLoss()
-    if isinstance(loss, type): raise ValueError(f"`loss_func` is a loss, such as {loss.__name__}(), and not its class.")
-    if isinstance(loss, (list,tuple)): loss = CombinedLoss(loss)
-    if not callable(loss): raise ValueError(f"`loss_func` is a loss, such as DRTripletLoss(); got {loss!r}.")
-    loss = loss if isinstance(loss, MetricLoss) else OtherLoss(loss)
-    for o in loss.modules():
-        if not isinstance(o, OtherLoss): continue
-        _check_miner(o.loss)
-        _check_other(o.loss)
-        _check_call(o.loss)
-    return loss
-
-def _made_in(f):
-    "The module that the code of a function or of an object is from"
-    return getattr(f if inspect.isroutine(f) else getattr(type(f), 'forward', f), '__module__', None) or ''
-
-def _check_miner(loss):
-    "Raise `ValueError` for a miner, which chooses pairs and is no loss"
-    if isinstance(loss, Miner) or _made_in(loss).startswith('pytorch_metric_learning.miners'):
-        raise ValueError(f"{type(loss).__name__} is a miner and no loss. A miner belongs to its loss, such as "
-            f"`TripletLoss(miner={type(loss).__name__}())`.")
-
-def _check_call(loss):
-    "Raise `ValueError` for a loss that does not take embeddings and labels"
-    try: inspect.signature(getattr(loss, 'forward', loss)).bind(None, None)
-    except TypeError as e:
-        raise ValueError(f"A loss is called with embeddings and labels, and {getattr(loss, '__name__', type(loss).__name__)} is not made "
-            f"for these two ({e}).") from None
-    except ValueError: pass # a function of C does not say
-
-def _outcome(f, *args):
-    "The result of a function, or the message of its error"
-    try: return f(*args).tolist()
-    except Exception as e: return repr(e)
-
-def _wrapped(loss):
-    "The loss that a module only wraps, or the loss itself"
-    parts = list(loss.children()) if isinstance(loss, nn.Module) else []
-    if len(parts)!=1 or any(True for _ in loss.parameters()) or (mine := _copy(loss)) is None: return loss
-    xy = torch.linspace(-1, 1, 24).view(4,6).pow(3),tensor([0,0,1,1])
-    return _wrapped(parts[0]) if _outcome(mine, *xy)==_outcome(parts[0], *xy) else loss
-
-def _check_other(loss):
-    "Raise `ValueError` for a loss of scores or values, which would misread embeddings as scores"
-    loss = _wrapped(loss)
-    f = getattr(loss, 'func', loss) # what fastai's `BaseLoss` or a `partial` calls
-    if not _made_in(f).startswith(('torch.nn.','fastai.losses','timm.loss')): return
-    raise ValueError(f"{getattr(f, '__name__', type(f).__name__)} is no loss of embeddings: it compares a score for each class, or "
-        "values, with a target. "
-        "`ProxyNCALoss()` is the cross entropy of embeddings, with a learned proxy for each class, and `DRTripletLoss()` compares them "
-        "with each other.")
-
 # %% ../../nbs/api/train/11_learner.ipynb #f40118e1
 def _n_known(dls): return getattr(dls, 'n_train_classes', None)
 
@@ -410,11 +355,6 @@ def _check_names(given):
 # %% ../../nbs/api/train/11_learner.ipynb #6d416b4e
 _used = weakref.WeakSet() # modules with the weights of losses, of learners that there are
 
-def _copy(loss):
-    "A copy of the given loss, for trial learners; None if it cannot be copied"
-    try: return deepcopy(loss)
-    except Exception: return None # a loss from elsewhere may hold what cannot
-
 def _with_weights(loss): return [o for o in loss.modules() if any(True for _ in o.parameters(recurse=False))]
 
 # %% ../../nbs/api/train/11_learner.ipynb #e94a1b60
@@ -428,8 +368,8 @@ def check_vocab(self:MetricLearner):
     have,names = self.loss_vocab,_train_vocab(self.dls)
     if not self.loss_func.seen_only or None in (have,names) or have==names: return
     loss = type(self.loss_func).__name__
-    warnings.warn(f"{loss} has weights for {len(have):,} classes, {have[0]!r} the first, and these data loaders have {len(names):,} others, "
-        f"{names[0]!r} the first: `learn.loss_func = {loss}(...)` sets up new ones.")
+    warnings.warn(f"{loss} has weights for {len(have):,} classes, {have[0]!r} the first, and these data loaders have {len(names):,} "
+        f"others, {names[0]!r} the first: `learn.loss_func = {loss}(...)` sets up new ones.")
 
 @patch
 def take_loss(self:MetricLearner,
@@ -441,7 +381,7 @@ def take_loss(self:MetricLearner,
     if used := [o for o in _with_weights(loss) if o in _used]:
         warnings.warn(f"This {type(used[0]).__name__} was given to another learner: it begins with the weights that it has, and both "
             "train them. Make a new one for each.")
-    self.loss_as_given = _copy(loss)
+    self.loss_as_given = loss_copy(loss)
     n,emb_sz = _n_classes(self.dls),getattr(model, 'emb_sz', self.out_sz)
     loss.check_sizes(n, emb_sz)
     model.loss_func = self.__dict__['loss_func'] = loss.setup(n, emb_sz or 128)
@@ -482,7 +422,7 @@ def metric_learner(
         raise ValueError(f"A learner takes data loaders, such as `ds.dataloaders()`; got a {type(dls).__name__}.")
     check_target(dls.train.dataset)
     r = recipe if isinstance(recipe, Recipe) else recipes[recipe] if recipe else Recipe()
-    loss_func = _metric_loss(r.loss() if loss_func is None else loss_func)
+    loss_func = as_loss(r.loss() if loss_func is None else loss_func)
     given = dict(emb_sz=emb_sz, pool=pool, head=head, init=init, freeze_bn=freeze_bn, frozen_stages=frozen_stages, normalize=normalize_embs)
     arch = ifnone(arch, r.arch)
     if inspect.isfunction(arch): arch = arch.__name__

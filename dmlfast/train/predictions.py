@@ -194,8 +194,8 @@ def validate(self:MetricLearner,
     self.start_head()
     res = super(MetricLearner, self).validate(ds_idx, dl, cbs)
     if not len(dl):
-        raise ValueError("There are no items to validate on: these data loaders have none for validation. Pass the name of a split, such as "
-            "'test', or `dls.test_dl(items, with_labels=True)`.")
+        raise ValueError("There are no items to validate on: these data loaders have none for validation. Pass the name of a split, "
+            "such as 'test', or `dls.test_dl(items, with_labels=True)`.")
     if res and res[0] is None:
         raise ValueError("There are no labels to measure with: pass `dls.test_dl(items, with_labels=True)`, or the name of a split, such "
             "as 'test'.")
