@@ -10,6 +10,7 @@ from unittest.mock import Mock
 from dmlfast.deploy import ImageEmbedder, Journal, LanceGallery, MemoryGallery, Preprocess, load_embedder
 from dmlfast.deploy.folder import _read_gallery
 from dmlfast.deploy.journal import hash_of
+from dmlfast.files.writing import whole_folder
 from dmlfast.models.embedder import Embedder
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*have names that are in the gallery already') # drawn at random, some are
@@ -298,6 +299,59 @@ def test_a_folder_is_never_missing_while_another_takes_its_place(folder):
     for die in range(1, 5): # before and after each of the renamings that there would be without an exchange
         killed(lambda: e.save(folder, overwrite=True), die, names=('rename',))
         assert len(load_embedder(folder))==4
+
+def beside(folder): return sorted(o.name for o in folder.parent.iterdir())
+
+def mine(folder):
+    "Files that are not the library's, in its folder, and what is in them"
+    (folder/'photos'/'none').mkdir(parents=True)
+    (folder/'photos'/'1.jpg').write_bytes(b'a photo')
+    (folder/'review.csv').write_text('mine')
+    (folder/'config.json').write_text('mine too')
+    (folder/'best.jpg').symlink_to('photos/1.jpg')
+    return lambda: ((folder/'photos'/'none').is_dir(), (folder/'photos'/'1.jpg').read_bytes(), (folder/'review.csv').read_text(),
+        (folder/'config.json').read_text(), os.readlink(folder/'best.jpg'))
+
+def test_other_files_stay_when_an_embedder_is_replaced(folder, monkeypatch):
+    "All of them or none; not what changes left behind, also where no file can have two names, or the old list cannot be read"
+    e,kept = stub(load_embedder(folder, write=True)),mine(folder)
+    e.add([*np.eye(d)], list('abcd'), list('1234')).remove('a')
+    want,others = kept(),{'photos','review.csv','config.json','best.jpg'}
+    for o in ('.123.gallery-000007.safetensors','.tmpAb12Cd','gallery-000009.safetensors'): (folder/o).write_text('left')
+    for step in range(3):
+        e.save(folder, overwrite=True)
+        assert {o.name for o in folder.iterdir()}=={'embedder.json','weights.safetensors','gallery.json','gallery.safetensors',
+            '.writing',*others}
+        assert kept()==want and beside(folder)==['e'] and load_embedder(folder).labels==list('bcd')
+        if step==0: monkeypatch.setattr(os, 'link', Mock(side_effect=OSError('no second names here')))
+        (folder/'embedder.json').write_text('{}')
+    e.save(folder, overwrite=True)
+    before = {o:o.read_bytes() for o in folder.rglob('*') if o.is_file()}
+    monkeypatch.setattr(shutil, 'copy2', Mock(side_effect=PermissionError('not yours')))
+    with pytest.raises(OSError, match='not yours'): e.save(folder, overwrite=True)
+    assert {o:o.read_bytes() for o in folder.rglob('*') if o.is_file()}==before and beside(folder)==['e']
+
+def test_the_body_for_timm_goes_with_its_embedder(folder):
+    e,others = load_embedder(folder),folder.parent/'timm'
+    e.save(others, for_timm=True)
+    (others/'README.md').write_text('a card')
+    e.save(others, overwrite=True)
+    assert {o.name for o in others.iterdir()}=={'embedder.json','weights.safetensors','README.md'}
+
+def test_what_a_kill_left_beside_a_folder_is_removed(folder):
+    "By the next that writes there; not what another one is writing, nor folders with similar names"
+    e,kept,left = stub(load_embedder(folder)).add([*np.eye(d)], list('abcd'), list('1234')),mine(folder),0
+    want,like = kept(),folder.parent/'.e-settings'
+    like.mkdir()
+    for die in range(1, 11):
+        assert killed(lambda: e.save(folder, overwrite=True), die, names=('link','mkdir','rename'))
+        left += len(beside(folder))>2
+        assert kept()==want
+    assert left and len(beside(folder))<=3
+    with whole_folder(folder) as first:
+        e.save(folder, overwrite=True)
+        assert beside(folder)==sorted(['.e-settings','e',first.name]) and kept()==want
+    assert beside(folder)==['.e-settings','e'] and kept()==want
 
 # ---- folders ----
 def test_a_folder_that_changed(folder):
