@@ -501,6 +501,38 @@ def test_a_table_in_an_object_store_and_one_that_is_open(folder, tmp_path):
     db.create_table('others', [dict(x=1)])
     with pytest.raises(ValueError, match='is no gallery: a gallery has the columns'): load_embedder(folder, gallery=db.open_table('others'))
 
+def test_a_table_takes_the_place_of_a_gallery_alone(folder, tmp_path):
+    "At the end, so that a kill leaves the old one or the new one; a stranger's folder, file or table is not touched"
+    lancedb = pytest.importorskip('lancedb')
+    e,at = stub(load_embedder(folder)).add([*np.eye(d)], list('aabb'), list('1234')),tmp_path/'g.lance'
+    for o in ('mine.lance','theirs.lance','empty.lance'): (tmp_path/o).mkdir()
+    (tmp_path/'mine.lance'/'thesis.txt').write_text('all of it')
+    (tmp_path/'file.lance').write_text('mine')
+    lancedb.connect(tmp_path).create_table('theirs', [dict(x=1)], mode='overwrite')
+    for o in ('mine','theirs','file'):
+        for over in (False,True):
+            with pytest.raises(FileExistsError, match=f"{o}.lance' exists already and holds no gallery"):
+                e.to_lancedb(tmp_path/f'{o}.lance', overwrite=over)
+    with pytest.raises(FileExistsError, match="'theirs' exists already and is no gallery"):
+        e.to_lancedb('theirs', overwrite=True, db=lancedb.connect(tmp_path))
+    assert (tmp_path/'mine.lance'/'thesis.txt').read_text()=='all of it' and (tmp_path/'file.lance').read_text()=='mine'
+    assert lancedb.connect(tmp_path).open_table('theirs').to_arrow().to_pylist()==[dict(x=1)]
+    assert len(load_embedder(folder, gallery=e.to_lancedb(tmp_path/'empty.lance').gallery.table))==4
+    e.to_lancedb(at)
+    (at/'notes.txt').write_text('mine')
+    def again():
+        new = stub(load_embedder(folder, gallery=at))
+        new.add([np.ones(d)], 'c', str(len(new)+1))
+        stub(load_embedder(folder, gallery=at)).to_lancedb(at, overwrite=True)
+    n = 4
+    for die in range(1, 7): # beside the table, and as it takes its place
+        killed(again, die, names=('replace','rename','rmtree','mkdir','scandir'))
+        got = load_embedder(folder, gallery=at)
+        assert len(got)>=n and (at/'notes.txt').read_text()=='mine'
+        n = len(got)
+    e.to_lancedb(at, overwrite=True)
+    assert load_embedder(folder, gallery=at).items==list('1234') and not [o for o in tmp_path.iterdir() if o.name.startswith('.')]
+
 @pytest.mark.parametrize('part', ['data','_indices','_versions'])
 def test_a_table_that_was_tampered_with(folder, tmp_path, part):
     e,x = stub(load_embedder(folder)),torch.randn(300, d, generator=torch.Generator().manual_seed(0))

@@ -8,13 +8,14 @@ Docs: https://dmlfast.github.io/dmlfast/api/deploy/lance.html.md"""
 __all__ = ['ranges_of', 'LanceGallery', 'open_lance']
 
 # %% ../../nbs/api/deploy/03_lance.ipynb #743a8699
-import datetime, json, math, numpy as np, os, shutil, tempfile, torch
+import datetime, json, math, numpy as np, os, torch
 from fastcore.basics import patch
 from pathlib import Path
 from torch.nn.functional import normalize
 from .finder import *
 from .gallery import *
 from .embedder import *
+from ..files.writing import check_folder, whole_folder
 from ..models.embedder import unwrapped
 from ..models.lora import weights_hash
 
@@ -280,36 +281,37 @@ def _made_by(model): return weights_hash(unwrapped(model).state_dict())
 @patch
 def to_lancedb(self:ImageEmbedder,
     path, # Folder of the table, or an address in an object store, `.lance`; its name where `db` is given
-    overwrite:bool=False, # Replace what is there?
+    overwrite:bool=False, # Replace another gallery? Other files in its folder are kept
     db=None, # Connection of `lancedb.connect`, such as a service; the folder or object store of `path` if not given
 )->ImageEmbedder: # Itself; its gallery is now the table
     "Move the gallery, which may be empty, to a table of LanceDB; raises `FileExistsError` if the table exists"
     local,old = db is None and _is_local(path),self.gallery
     where,name = _table_at(path) if db is None else (None,path)
     there = FileExistsError(f"{str(path)!r} exists already: `overwrite=True` replaces it.")
-    if local and Path(path).exists() and not overwrite: raise there
+    if db is None and not local: db = _connect(where)
+    has,ours = _found(lambda: _open_table(path) if local else db.open_table(name))
+    if local: has = check_folder(path, ours, 'gallery')
+    elif has and not ours: raise FileExistsError(f"{str(path)!r} exists already and is no gallery: it is not overwritten.")
+    if has and not overwrite: raise there
     d = old.embs.shape[1] if len(old) else getattr(unwrapped(self.model), 'emb_sz', None)
     if d is None: raise ValueError("The embedding size is not known yet: `add` images first.")
-    if local: self.gallery = _in_place(old, where, name, d, _made_by(self.model))
-    else:
-        db = _connect(where) if db is None else db
-        if (has := _has(db, name)) and not overwrite: raise there
-        self.gallery = _written(old, db, name, d, _made_by(self.model), 'overwrite' if has else 'create')
+    if local: self.gallery = _in_place(old, path, name, d, _made_by(self.model))
+    else: self.gallery = _written(old, db, name, d, _made_by(self.model), 'overwrite' if has else 'create')
     return self
 
-def _has(db, name):
-    try: db.open_table(name)
-    except (ValueError,RuntimeError): return False
-    return True
+def _found(open_table):
+    "Is a table there, and is it a gallery of an embedder?"
+    try: return True,_facts_of(open_table()) is not None
+    except (ValueError,RuntimeError,OSError): return False,False
 
-def _in_place(old, where, name, d, made_by):
-    "Write a table to a temporary folder, which replaces the old one when it is complete"
-    path = Path(where)/f'{name}.lance'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=where, prefix=f'.{name}-') as tmp:
+def _facts_of(table): return (table.schema.metadata or {}).get(b'dmlfast')
+
+def _in_place(old, path, name, d, made_by):
+    "Write a table to a new folder, which takes the place of an old one when it is complete"
+    with whole_folder(path, lambda o: o.name.startswith('_') or o.name in ('data','tree')) as tmp: # as Lance names its parts
         _written(old, _connect(tmp), name, d, made_by)
-        if path.exists(): shutil.rmtree(path)
-        os.replace(Path(tmp)/path.name, path)
+        for o in [*(tmp/f'{name}.lance').iterdir()]: o.rename(tmp/o.name)
+        (tmp/f'{name}.lance').rmdir()
     return LanceGallery(path)
 
 def _written(old, db, name, d, made_by, mode='create'):
@@ -330,7 +332,7 @@ def open_lance(
 )->LanceGallery:
     "Open a gallery in a table of LanceDB; raises `ValueError` if another network made its embeddings"
     res = LanceGallery(path)
-    about = (res.table.schema.metadata or {}).get(b'dmlfast')
+    about = _facts_of(res.table)
     if about is None or json.loads(about).get('made_by')!=_made_by(model):
         raise ValueError(f"The embeddings in {str(path)!r} were made by another network: write a table of this embedder with "
             "`to_lancedb`.")
