@@ -49,7 +49,8 @@ known = st.fixed_dictionaries({}, optional=dict(price=st.sampled_from([1,2.5,-3,
     sold=st.booleans()))
 conditions = st.one_of(labels.map(lambda v: dict(label=v)), st.lists(labels, max_size=2).map(lambda v: dict(label=v)),
     names.map(lambda v: dict(item=v)), st.sampled_from([dict(label=lambda v: v>'a'), dict(price=lambda p: p>1), dict(price=[None,1]),
-    dict(camera='A'), dict(camera=lambda o: o in 'B`', label=['a','b']), dict(sold=True), dict(price=lambda p: p in (-3,2.5))]))
+    dict(camera='A'), dict(camera=lambda o: o in 'B`', label=['a','b']), dict(sold=True), dict(price=lambda p: p in (-3,2.5)),
+    dict(sold=[1,2]), dict(sold='True'), dict(price=['1',True]), dict(camera=[1,'B`'])]))
 
 def passes(row, where):
     def ok(v, want):
@@ -500,6 +501,36 @@ def test_a_table_in_an_object_store_and_one_that_is_open(folder, tmp_path):
     assert (open_.labels, open_.items, open_.gallery.facts)==(['a','b','b','d'], ['1','3','4','5'], dict(price=[1,3,None,None]))
     db.create_table('others', [dict(x=1)])
     with pytest.raises(ValueError, match='is no gallery: a gallery has the columns'): load_embedder(folder, gallery=db.open_table('others'))
+
+def test_a_table_finds_what_memory_finds(folder, tmp_path):
+    "By values of another type, which may equal those of the column or not, and of any size"
+    pytest.importorskip('lancedb')
+    facts = dict(b=[True,False,True,None], i=[1,2**53,None,2**60], s=['1','True',None,"c's"])
+    e = stub(load_embedder(folder)).add([*np.eye(d)], list('aabb'), list('1234'), facts)
+    wants = dict(b=[1,0.,2,'True',[False,1,None],lambda v: v,lambda v: True], s=[1,True,['1',1],'caf\udce9',lambda v: v>'1'],
+        i=['1',True,2**53,2**53+1,2**60,2**60+1,10**400,-10**400,float('inf'),float('nan'),[None,'1',1.],lambda v: v>1], label=['caf\udce9',1])
+    def answers(): return [sorted(o.item for o in e.search(np.ones(d), 4, filter={k:v})) for k,o in wants.items() for v in o]
+    want = answers()
+    assert want[:4]==[['1','3'],['2'],[],[]] and want[12:18]==[[],['1'],['2'],[],['4'],[]]
+    e.to_lancedb(tmp_path/'g.lance')
+    assert answers()==want and e.gallery.facts['i']==[1,2**53,None,2**60]
+    assert len(e.remove(i=2**60).remove(b=0))==2
+
+def test_what_a_table_cannot_hold_is_refused_before_anything_is_written(folder, tmp_path):
+    lancedb = pytest.importorskip('lancedb')
+    def memory(label='a', **facts): return stub(load_embedder(folder)).add([np.ones(d)], label, 'x', facts)
+    for kwargs,why in ((dict(label='caf\udce9'),"hold 'caf.udce9' in the column 'label', since text is UTF-8 there: rename it"),
+        (dict(where='caf\udce9'),"in the column 'where'"), (dict(n=2**53+1),"hold 9007199254740993 in the column 'n', .* as text"),
+        (dict(n=10**400),"hold 1000.* in the column 'n'")):
+        for how in (dict(path=tmp_path/'g.lance'), dict(path='g', db=lancedb.connect(tmp_path))):
+            with pytest.raises(ValueError, match=why): memory(**kwargs).to_lancedb(**how)
+            assert beside(folder)==['e']
+    e = memory(n=1).to_lancedb(tmp_path/'g.lance')
+    for f in (lambda: e.add([np.ones(d)], 'caf\udce9'), lambda: e.add([np.ones(d)], 'a', 'y', dict(n=2**53+1, more=1)),
+        lambda: e.rename('a', 'caf\udce9')):
+        with pytest.raises(ValueError, match='A table of LanceDB cannot hold'): f()
+    with pytest.raises(ValueError, match='Nothing in the gallery has label'): e.rename('caf\udce9', 'a')
+    assert e.labels==['a'] and e.gallery.facts==dict(n=[1])
 
 def test_a_table_takes_the_place_of_a_gallery_alone(folder, tmp_path):
     "At the end, so that a kill leaves the old one or the new one; a stranger's folder, file or table is not touched"

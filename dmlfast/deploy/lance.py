@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 from .finder import *
 from .gallery import *
 from .embedder import *
+from ..files.registry import printable
 from ..files.writing import check_folder, whole_folder
 from ..models.embedder import unwrapped
 from ..models.lora import weights_hash
@@ -51,6 +52,23 @@ def _open_table(path):
         raise ValueError(f"{str(path)!r} is no table of LanceDB: {str(e).splitlines()[0]:.200}") from e
 
 # %% ../../nbs/api/deploy/03_lance.ipynb #bec8a174
+def _held(v, kind):
+    "The value that equals `v` in a column of a kind; None if there can be none"
+    if kind is str or isinstance(v, str): return v if kind is str and isinstance(v, str) and printable(v)==v else None
+    try: res = kind(v)
+    except OverflowError: return
+    return res if res==v else None
+
+def _as_columns(columns, kinds):
+    "Columns as a table holds them; raises `ValueError` for a value that would come back as another"
+    for k,col in columns.items():
+        res = [None if v is None else _held(v, kinds[k]) for v in col]
+        if bad := [v for v,o in zip(col, res) if v is not None and o is None]:
+            why = 'numbers are float64 there: keep such numbers as text' if kinds[k] is float else 'text is UTF-8 there: rename it'
+            raise ValueError(f"A table of LanceDB cannot hold {bad[0]!r:.100} in the column {k!r}, since {why}.")
+        columns = columns|{k:res}
+    return columns
+
 def _literal(v):
     if isinstance(v, bool): return str(v)
     if isinstance(v, str): return "'{}'".format(v.replace("'", "''"))
@@ -71,13 +89,13 @@ def ranges_of(
 
 def _any_of(parts): return f"({' OR '.join(parts)})" if parts else 'false'
 
-def _condition(col, want, values):
-    "SQL of a condition; `values` returns the values of the column"
+def _condition(col, want, values, kind=str):
+    "SQL of a condition; `values` returns the values of the column, which are of a kind"
     if callable(want):
         vals = sorted(values())
         got = ranges_of(vals, fulfilled(vals, want))
         return _any_of([f'`{col}` = {_literal(a)}' if a==b else f'`{col}` BETWEEN {_literal(a)} AND {_literal(b)}' for a,b in got])
-    some = ', '.join(_literal(o) for o in want if o is not None)
+    some = ', '.join(_literal(o) for o in (_held(v, kind) for v in want if v is not None) if o is not None)
     return _any_of([f'`{col}` IN ({some})']*bool(some) + [f'`{col}` IS NULL']*(None in want))
 
 # %% ../../nbs/api/deploy/03_lance.ipynb #b3b90c02
@@ -150,7 +168,7 @@ def sql(self:LanceGallery,
 )->str: # None for no filter
     "A filter as SQL"
     where = as_filter(filter, self.kinds)
-    return ' AND '.join(_condition(k, v, lambda: self._values(k)) for k,v in where.items()) or None
+    return ' AND '.join(_condition(k, v, lambda: self._values(k), self.kinds.get(k, str)) for k,v in where.items()) or None
 
 @patch
 def find(self:LanceGallery,
@@ -193,10 +211,12 @@ def add(self:LanceGallery,
     if not embs.isfinite().all(): raise ValueError("The embeddings of a gallery must be finite, and these have nan or infinite numbers.")
     facts,types = as_facts(facts, len(embs), self.kinds),{str:'string', bool:'boolean'}
     new = {k:next((kind_of(o) for o in v if o is not None), float) for k,v in facts.items() if k not in self.kinds}
+    texts = dict(label=as_texts(labels), item=as_texts(items))
+    cols = _as_columns(texts|facts, dict.fromkeys(texts, str)|self.kinds|new)
     if new: self.table.add_columns({k:f"cast(NULL as {types.get(t, 'double')})" for k,t in new.items()})
     if self._next is None: self._next = 1+max((o.column('seq').to_numpy().max() for o in self.batches('seq')), default=-1)
     seq,schema = np.arange(self._next, self._next+len(embs)),self.table.schema
-    cols = dict(seq=seq, label=as_texts(labels), item=as_texts(items), **{k:facts.get(k, [None]*len(embs)) for k in self.kinds})
+    cols = dict.fromkeys(self.kinds, [None]*len(embs))|cols|dict(seq=seq)
     cols = {k:pa.array(v, schema.field(k).type) for k,v in cols.items()}
     cols['vector'] = pa.FixedSizeListArray.from_arrays(pa.array(embs.float().contiguous().numpy().ravel()), self.width)
     self.table.add(pa.table({o.name:cols[o.name] for o in schema}))
@@ -227,7 +247,8 @@ def rename(self:LanceGallery,
     new:str, # Its new name
 ):
     "Rename a class or an item; the new name may exist already. Raises `ValueError` if the old one does not"
-    self.table.update(where=self.found({column:old})[0], values={column:str(new)})
+    sql,_ = self.found({column:old})
+    self.table.update(where=sql, values={column:_as_columns({column:[str(new)]}, {column:str})[column][0]})
     self._tidy()
 
 @patch
@@ -317,10 +338,12 @@ def _in_place(old, path, name, d, made_by):
 def _written(old, db, name, d, made_by, mode='create'):
     "Write the rows of a gallery to a table, in batches"
     import pyarrow as pa
+    if len(old): # what cannot be held is refused before a table is there
+        embs,labels,items,facts = old.embs,old.labels,old.items,old.facts
+        _as_columns(dict(label=labels, item=items, **facts), dict(label=str, item=str, **old.kinds))
     schema = pa.schema([('seq',pa.int64()), ('vector',pa.list_(pa.float32(), d)), ('label',pa.string()), ('item',pa.string())],
         metadata={'dmlfast':json.dumps(dict(made_by=made_by))})
     res = LanceGallery(db.create_table(name, schema=schema, mode=mode))
-    if len(old): embs,labels,items,facts = old.embs,old.labels,old.items,old.facts
     for i in range(0, len(old), 2**16):
         s = slice(i, i+2**16)
         res.add(embs[s], labels[s], items[s], {k:v[s] for k,v in facts.items()})

@@ -112,7 +112,7 @@ def save_onnx(self:ImageEmbedder,
 
 def _write_rest(self, folder, notes, facts):
     "Gallery, description and hashes"
-    if isinstance(self.gallery, MemoryGallery) and len(self):
+    if len(self):
         np.save(folder/'gallery.npy', self.embs.numpy())
         names = dict(labels=self.labels, items=self.items, facts=self.gallery.facts)
         (folder/'gallery.json').write_text(json.dumps(names, ensure_ascii=False), encoding='utf-8', errors='surrogateescape')
