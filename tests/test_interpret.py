@@ -119,6 +119,27 @@ def test_map_has_every_item_once_and_says_what_it_leaves_out(method):
     assert 1<=len(ax.artists)<=18
     assert len(r.plot_map(method, n_classes=4, max_n=18, thumbs=False).artists)==0
 
+def test_classes_of_one_item_have_no_curves(tmp_path):
+    "A plot of these says so, and a page does without"
+    r = RetrievalInterpretation(angles(0,10,40,90), [0,1,2,3], image=grey)
+    for f in (r.plot_pr, r.plot_recall, r.plot_top_losses, r.top_losses):
+        with pytest.raises(ValueError, match='no class has two items'): f()
+    assert not plt.get_fignums()
+    page = r.report(tmp_path, code='').read_text(encoding='utf-8')
+    assert 'No class has two items, so that there is nothing to find' in page
+    assert all((f'id="fig-{k}"' in page)==there for k,there in dict(curves_retrieval=False, worst=False, neighbours=True).items())
+
+def test_names_that_are_no_text_are_escaped(tmp_path):
+    "As those of folders with odd bytes; a lone half of a pair has no bytes"
+    r = RetrievalInterpretation(angles(0,10,40,12,45,180,181), [0,0,0,1,1,2,2], vocab=['caf\udce9','é','\ud83d'], image=grey)
+    want = ['caf\\xe9','é','\ufffd']
+    assert [r.name(c) for c in range(3)]==want and r.vocab[0]=='caf\udce9'
+    assert [o.get_text() for o in r.plot_map(thumbs=False, method='pca').get_legend().get_texts()]==want
+    assert r.top_losses(7).label.isin(want).all()
+    for f in (r.plot_top_losses, r.plot_neighbours, r.plot_most_confused): f().savefig(tmp_path/'x.png')
+    page = r.report(tmp_path, code='', title='caf\udce9').read_text(encoding='utf-8')
+    assert '<h1>caf\\xe9</h1>' in page and '<td class="l">caf\\xe9</td>' in page
+
 def test_long_names_on_a_map_are_cut_and_leave_room():
     "The legend takes its room before images are placed, which do not cover one another"
     g = np.random.default_rng(0)

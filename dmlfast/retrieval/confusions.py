@@ -16,14 +16,19 @@ from .embedded import *
 
 # %% ../../nbs/api/retrieval/08_confusions.ipynb #4bd7225e
 @patch
+def n_used(self:Embedded)->int:
+    "Number of queries that have something to find; raises `ValueError` where none has"
+    if n := int((~np.isnan(self.values('map'))).sum()): return n
+    raise ValueError('no class has two items, so that there is nothing to find for any query')
+
+@patch
 def top_losses(self:Embedded,
     n:int=10, # How many
 ): # `pandas.DataFrame`, one row a query, indexed as the items are
     "The queries with the least average precision, worst first; raises `ValueError` where no class has two items"
     import pandas as pd
     ap = self.values('map')
-    order = np.argsort(ap, kind='stable')[:min(n, int((~np.isnan(ap)).sum()))]
-    if not len(order): raise ValueError('no class has two items, so that there is nothing to find for any query')
+    order = np.argsort(ap, kind='stable')[:min(n, self.n_used())]
     idx = self.queries.numpy()[order]
     found = self.neighbours(1, idx, block=self.block)[1][:,0]
     return pd.DataFrame(dict(label=[self.label(i) for i in idx], average_precision=ap[order], nearest=[self.label(i) for i in found],
