@@ -172,6 +172,35 @@ def test_a_pair_is_listed_once_whoever_finds_it(fan):
     fig = fan.plot_pairs(df)
     assert [o.get_title() for o in fig.axes if o.axison]==['x','✗ y']*2
 
+@pytest.mark.parametrize('block', [None,3])
+def test_near_pairs_are_those_of_a_loop(block):
+    "However many near ones an item has, the `n` nearest, equal ones by row; bursts of equal rows, rows that must not see each other"
+    rng = np.random.default_rng(0)
+    for t in range(12):
+        x = rng.normal(size=(40,3))[rng.integers(0, 40 if t%2 else 4, 40)]
+        ignore = rng.integers(0, 30, 40) if t%3==0 else None
+        r = RetrievalInterpretation(x, rng.integers(0, 3, 40), ignore=ignore, block=block)
+        s = np.corrcoef(np.c_[x,-x]) # of rows whose mean is 0 this is the cosine
+        every = [(a,b) for b in range(40) for a in range(b) if s[a,b]>=.8 and (ignore is None or ignore[a]!=ignore[b])]
+        for same,f,of in ((True,r.duplicates,None), (False,r.label_noise,None), (False,r.label_noise,[3,7])):
+            want = {o for o in every if (r.labels[o[0]]==r.labels[o[1]])==same and (of is None or {*o}&{*of})}
+            kwargs = dict(min_sim=.8)|({} if of is None else dict(of=of))
+            df = f(n=2000, **kwargs)
+            assert {*zip(df.a, df.b)}==want and len(df)==len(want) and np.allclose(df.similarity, s[df.a,df.b], atol=1e-6)
+            rows = [*zip(-df.similarity, df.a, df.b)]
+            assert rows==sorted(rows)
+            for n in (0,1,7): assert f(n=n, **kwargs).values.tolist()==df[:n].values.tolist()
+
+def test_bursts_under_two_labels_are_found():
+    "Ten nearly equal images under each of two labels, whose nearest are all of their own label"
+    rng = np.random.default_rng(0)
+    v = rng.normal(size=64)
+    w = v+.3*rng.normal(size=64)
+    r = RetrievalInterpretation(np.concatenate([o+.02*rng.normal(size=(10,64)) for o in (v,w)]), np.repeat([0,1], 10))
+    df = r.label_noise(min_sim=.9, n=1000)
+    assert {(a,b) for a,b in zip(df.a, df.b)}=={(a,b) for a in range(10) for b in range(10, 20)}
+    assert (df.agree_a==1).all() and len(RetrievalInterpretation(np.ones((20,4)), [0]*20).duplicates(n=1000))==190
+
 def test_triplets_by_hand():
     "Anchor 0, positive 3 to the east, negative 4 to the north: a right angle, and c = 0"
     x,y = torch.tensor([[0.,0],[3,0],[0,4],[9,9]]),torch.tensor([0,0,1,2])
