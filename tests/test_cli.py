@@ -280,6 +280,14 @@ def test_evaluation(trained, folder, tmp_path, monkeypatch):
     for o in ('measured on own, all','DRTripletLoss(','<th scope="row">trained on</th><td>few</td>',
         '<th scope="row">fit.n_epoch</th><td>1</td>','hash of the splits'):
         assert o in page, o
+    for i,f in enumerate(sorted(folder.rglob('*.png'))[:5]): # classes of one image each
+        (tmp_path/'singles'/str(i)).mkdir(parents=True)
+        (tmp_path/'singles'/str(i)/'1.png').write_bytes(f.read_bytes())
+    with pytest.warns(UserWarning, match='have one image only'):
+        status,text,err = do(dmlfast_eval, run/'embedder', '--data', tmp_path/'singles', '--workers', 0, '--out', tmp_path/'s', '--report')
+    assert status==0 and 'No class has two items' in text, err
+    assert sorted(o.name for o in (tmp_path/'s').iterdir())==['neighbours.png','report','results.json']
+    assert 'nothing to find, and neither curves nor worst queries' in (tmp_path/'s'/'report'/'index.html').read_text(encoding='utf-8')
     assert 'optimiser' not in page and 'No fit is known' not in page
     def no(*args): return said(dmlfast_eval, *args)
     assert 'holds scores' in no(run, '--out', tmp_path/'scores')

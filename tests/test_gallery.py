@@ -10,6 +10,7 @@ from unittest.mock import Mock
 from dmlfast.deploy import ImageEmbedder, Journal, LanceGallery, MemoryGallery, Preprocess, load_embedder
 from dmlfast.deploy.folder import _read_gallery
 from dmlfast.deploy.journal import hash_of
+from dmlfast.files.writing import whole_folder
 from dmlfast.models.embedder import Embedder
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*have names that are in the gallery already') # drawn at random, some are
@@ -48,7 +49,8 @@ known = st.fixed_dictionaries({}, optional=dict(price=st.sampled_from([1,2.5,-3,
     sold=st.booleans()))
 conditions = st.one_of(labels.map(lambda v: dict(label=v)), st.lists(labels, max_size=2).map(lambda v: dict(label=v)),
     names.map(lambda v: dict(item=v)), st.sampled_from([dict(label=lambda v: v>'a'), dict(price=lambda p: p>1), dict(price=[None,1]),
-    dict(camera='A'), dict(camera=lambda o: o in 'B`', label=['a','b']), dict(sold=True), dict(price=lambda p: p in (-3,2.5))]))
+    dict(camera='A'), dict(camera=lambda o: o in 'B`', label=['a','b']), dict(sold=True), dict(price=lambda p: p in (-3,2.5)),
+    dict(sold=[1,2]), dict(sold='True'), dict(price=['1',True]), dict(camera=[1,'B`'])]))
 
 def passes(row, where):
     def ok(v, want):
@@ -299,6 +301,59 @@ def test_a_folder_is_never_missing_while_another_takes_its_place(folder):
         killed(lambda: e.save(folder, overwrite=True), die, names=('rename',))
         assert len(load_embedder(folder))==4
 
+def beside(folder): return sorted(o.name for o in folder.parent.iterdir())
+
+def mine(folder):
+    "Files that are not the library's, in its folder, and what is in them"
+    (folder/'photos'/'none').mkdir(parents=True)
+    (folder/'photos'/'1.jpg').write_bytes(b'a photo')
+    (folder/'review.csv').write_text('mine')
+    (folder/'config.json').write_text('mine too')
+    (folder/'best.jpg').symlink_to('photos/1.jpg')
+    return lambda: ((folder/'photos'/'none').is_dir(), (folder/'photos'/'1.jpg').read_bytes(), (folder/'review.csv').read_text(),
+        (folder/'config.json').read_text(), os.readlink(folder/'best.jpg'))
+
+def test_other_files_stay_when_an_embedder_is_replaced(folder, monkeypatch):
+    "All of them or none; not what changes left behind, also where no file can have two names, or the old list cannot be read"
+    e,kept = stub(load_embedder(folder, write=True)),mine(folder)
+    e.add([*np.eye(d)], list('abcd'), list('1234')).remove('a')
+    want,others = kept(),{'photos','review.csv','config.json','best.jpg'}
+    for o in ('.123.gallery-000007.safetensors','.tmpAb12Cd','gallery-000009.safetensors'): (folder/o).write_text('left')
+    for step in range(3):
+        e.save(folder, overwrite=True)
+        assert {o.name for o in folder.iterdir()}=={'embedder.json','weights.safetensors','gallery.json','gallery.safetensors',
+            '.writing',*others}
+        assert kept()==want and beside(folder)==['e'] and load_embedder(folder).labels==list('bcd')
+        if step==0: monkeypatch.setattr(os, 'link', Mock(side_effect=OSError('no second names here')))
+        (folder/'embedder.json').write_text('{}')
+    e.save(folder, overwrite=True)
+    before = {o:o.read_bytes() for o in folder.rglob('*') if o.is_file()}
+    monkeypatch.setattr(shutil, 'copy2', Mock(side_effect=PermissionError('not yours')))
+    with pytest.raises(OSError, match='not yours'): e.save(folder, overwrite=True)
+    assert {o:o.read_bytes() for o in folder.rglob('*') if o.is_file()}==before and beside(folder)==['e']
+
+def test_the_body_for_timm_goes_with_its_embedder(folder):
+    e,others = load_embedder(folder),folder.parent/'timm'
+    e.save(others, for_timm=True)
+    (others/'README.md').write_text('a card')
+    e.save(others, overwrite=True)
+    assert {o.name for o in others.iterdir()}=={'embedder.json','weights.safetensors','README.md'}
+
+def test_what_a_kill_left_beside_a_folder_is_removed(folder):
+    "By the next that writes there; not what another one is writing, nor folders with similar names"
+    e,kept,left = stub(load_embedder(folder)).add([*np.eye(d)], list('abcd'), list('1234')),mine(folder),0
+    want,like = kept(),folder.parent/'.e-settings'
+    like.mkdir()
+    for die in range(1, 11):
+        assert killed(lambda: e.save(folder, overwrite=True), die, names=('link','mkdir','rename'))
+        left += len(beside(folder))>2
+        assert kept()==want
+    assert left and len(beside(folder))<=3
+    with whole_folder(folder) as first:
+        e.save(folder, overwrite=True)
+        assert beside(folder)==sorted(['.e-settings','e',first.name]) and kept()==want
+    assert beside(folder)==['.e-settings','e'] and kept()==want
+
 # ---- folders ----
 def test_a_folder_that_changed(folder):
     about = json.loads((folder/'embedder.json').read_text())
@@ -446,6 +501,68 @@ def test_a_table_in_an_object_store_and_one_that_is_open(folder, tmp_path):
     assert (open_.labels, open_.items, open_.gallery.facts)==(['a','b','b','d'], ['1','3','4','5'], dict(price=[1,3,None,None]))
     db.create_table('others', [dict(x=1)])
     with pytest.raises(ValueError, match='is no gallery: a gallery has the columns'): load_embedder(folder, gallery=db.open_table('others'))
+
+def test_a_table_finds_what_memory_finds(folder, tmp_path):
+    "By values of another type, which may equal those of the column or not, and of any size"
+    pytest.importorskip('lancedb')
+    facts = dict(b=[True,False,True,None], i=[1,2**53,None,2**60], s=['1','True',None,"c's"])
+    e = stub(load_embedder(folder)).add([*np.eye(d)], list('aabb'), list('1234'), facts)
+    wants = dict(b=[1,0.,2,'True',[False,1,None],lambda v: v,lambda v: True], s=[1,True,['1',1],'caf\udce9',lambda v: v>'1'],
+        i=['1',True,2**53,2**53+1,2**60,2**60+1,10**400,-10**400,float('inf'),float('nan'),[None,'1',1.],lambda v: v>1], label=['caf\udce9',1])
+    def answers(): return [sorted(o.item for o in e.search(np.ones(d), 4, filter={k:v})) for k,o in wants.items() for v in o]
+    want = answers()
+    assert want[:4]==[['1','3'],['2'],[],[]] and want[12:18]==[[],['1'],['2'],[],['4'],[]]
+    e.to_lancedb(tmp_path/'g.lance')
+    assert answers()==want and e.gallery.facts['i']==[1,2**53,None,2**60]
+    assert len(e.remove(i=2**60).remove(b=0))==2
+
+def test_what_a_table_cannot_hold_is_refused_before_anything_is_written(folder, tmp_path):
+    lancedb = pytest.importorskip('lancedb')
+    def memory(label='a', **facts): return stub(load_embedder(folder)).add([np.ones(d)], label, 'x', facts)
+    for kwargs,why in ((dict(label='caf\udce9'),"hold 'caf.udce9' in the column 'label', since text is UTF-8 there: rename it"),
+        (dict(where='caf\udce9'),"in the column 'where'"), (dict(n=2**53+1),"hold 9007199254740993 in the column 'n', .* as text"),
+        (dict(n=10**400),"hold 1000.* in the column 'n'")):
+        for how in (dict(path=tmp_path/'g.lance'), dict(path='g', db=lancedb.connect(tmp_path))):
+            with pytest.raises(ValueError, match=why): memory(**kwargs).to_lancedb(**how)
+            assert beside(folder)==['e']
+    e = memory(n=1).to_lancedb(tmp_path/'g.lance')
+    for f in (lambda: e.add([np.ones(d)], 'caf\udce9'), lambda: e.add([np.ones(d)], 'a', 'y', dict(n=2**53+1, more=1)),
+        lambda: e.rename('a', 'caf\udce9')):
+        with pytest.raises(ValueError, match='A table of LanceDB cannot hold'): f()
+    with pytest.raises(ValueError, match='Nothing in the gallery has label'): e.rename('caf\udce9', 'a')
+    assert e.labels==['a'] and e.gallery.facts==dict(n=[1])
+
+def test_a_table_takes_the_place_of_a_gallery_alone(folder, tmp_path):
+    "At the end, so that a kill leaves the old one or the new one; a stranger's folder, file or table is not touched"
+    lancedb = pytest.importorskip('lancedb')
+    e,at = stub(load_embedder(folder)).add([*np.eye(d)], list('aabb'), list('1234')),tmp_path/'g.lance'
+    for o in ('mine.lance','theirs.lance','empty.lance'): (tmp_path/o).mkdir()
+    (tmp_path/'mine.lance'/'thesis.txt').write_text('all of it')
+    (tmp_path/'file.lance').write_text('mine')
+    lancedb.connect(tmp_path).create_table('theirs', [dict(x=1)], mode='overwrite')
+    for o in ('mine','theirs','file'):
+        for over in (False,True):
+            with pytest.raises(FileExistsError, match=f"{o}.lance' exists already and holds no gallery"):
+                e.to_lancedb(tmp_path/f'{o}.lance', overwrite=over)
+    with pytest.raises(FileExistsError, match="'theirs' exists already and is no gallery"):
+        e.to_lancedb('theirs', overwrite=True, db=lancedb.connect(tmp_path))
+    assert (tmp_path/'mine.lance'/'thesis.txt').read_text()=='all of it' and (tmp_path/'file.lance').read_text()=='mine'
+    assert lancedb.connect(tmp_path).open_table('theirs').to_arrow().to_pylist()==[dict(x=1)]
+    assert len(load_embedder(folder, gallery=e.to_lancedb(tmp_path/'empty.lance').gallery.table))==4
+    e.to_lancedb(at)
+    (at/'notes.txt').write_text('mine')
+    def again():
+        new = stub(load_embedder(folder, gallery=at))
+        new.add([np.ones(d)], 'c', str(len(new)+1))
+        stub(load_embedder(folder, gallery=at)).to_lancedb(at, overwrite=True)
+    n = 4
+    for die in range(1, 7): # beside the table, and as it takes its place
+        killed(again, die, names=('replace','rename','rmtree','mkdir','scandir'))
+        got = load_embedder(folder, gallery=at)
+        assert len(got)>=n and (at/'notes.txt').read_text()=='mine'
+        n = len(got)
+    e.to_lancedb(at, overwrite=True)
+    assert load_embedder(folder, gallery=at).items==list('1234') and not [o for o in tmp_path.iterdir() if o.name.startswith('.')]
 
 @pytest.mark.parametrize('part', ['data','_indices','_versions'])
 def test_a_table_that_was_tampered_with(folder, tmp_path, part):

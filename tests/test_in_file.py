@@ -1,8 +1,8 @@
 "A gallery in a file is searched and scored in blocks, as it is in memory"
 import json, pytest, subprocess, sys, torch
-import numpy as np
+import numpy as np, pandas as pd
 from safetensors import safe_open
-from dmlfast.retrieval import Embedded, evaluate_retrieval, neighbours, products
+from dmlfast.retrieval import Embedded, evaluate_retrieval, neighbours, pair_scores, products
 from dmlfast.retrieval.search import Rows
 
 EVERY = ['recall','precision@1','r_precision','map@r','map','mrr','pr_curve']
@@ -76,6 +76,33 @@ def test_no_row_is_alone(backend, tmp_path):
     q = g[:40]+.5*g[5]
     a,b = (neighbours(q, o, 9, backend=backend) for o in (tmp_path/'g.npy',g))
     assert torch.equal(a[1], b[1]) and torch.equal(a[0], b[0])
+
+PAIRS = ['eer','auc','fnmr@fmr=1e-2']
+
+@pytest.mark.parametrize('block', [64,1000])
+@pytest.mark.parametrize('metric', ['cosine','dot'])
+@pytest.mark.parametrize('kind', ['random','uneven'])
+def test_pairs_are_those_in_memory(kind, metric, block, tmp_path, monkeypatch):
+    "Kept and counted in bins, with intervals; a query sees neither itself nor what it must not see, in whatever block that is"
+    x,y,g,gy = data(kind)
+    in_blocks(monkeypatch, block)
+    file,q = in_file(g, tmp_path/'g.npy'),np.arange(0, 331, 5)
+    own = np.where(q%20, q, -1)
+    for a,c,kw in ((x,y,{}), (g[q],gy[q],dict(self_exclude=own)), (g[q],gy[q],dict(self_exclude=own, ignore=(q//3,np.arange(331)//3)))):
+        for most in (10**6,50):
+            got,want = (pair_scores(a, c, o, gy, metric, most=most, block=500, **kw) for o in (file,g))
+            assert (len(got.genuine),len(got.impostor))==(len(want.genuine),len(want.impostor))
+            pd.testing.assert_frame_equal(got.to_frame(), want.to_frame(), atol=1e-3 if most==50 else 1e-5)
+        a,b = (evaluate_retrieval(a, c, o, gy, PAIRS+['recall@1'], metric=metric, **kw) for o in (file,g))
+        assert a.keys()==b.keys() and np.allclose([a[k] for k in PAIRS], [b[k] for k in PAIRS], atol=1e-5)
+
+def test_pairs_of_float64_and_of_a_path(tmp_path):
+    x,y,g,gy = data('random')
+    np.save(tmp_path/'g.npy', g.astype(np.float64))
+    want = pair_scores(x, y, g, gy)
+    for o in (tmp_path/'g.npy', str(tmp_path/'g.npy'), g): # this one is float32, and the queries are not
+        assert evaluate_retrieval(x.astype(np.float64), y, o, gy, ['auc'])['auc']==pytest.approx(want.auc, abs=1e-6)
+    with pytest.raises(ValueError, match="by 'cosine' or 'dot', not by 'l2'"): pair_scores(x, y, tmp_path/'g.npy', gy, 'l2')
 
 def test_nothing_is_relevant(tmp_path):
     x,y,g,gy = data('random')

@@ -119,6 +119,27 @@ def test_map_has_every_item_once_and_says_what_it_leaves_out(method):
     assert 1<=len(ax.artists)<=18
     assert len(r.plot_map(method, n_classes=4, max_n=18, thumbs=False).artists)==0
 
+def test_classes_of_one_item_have_no_curves(tmp_path):
+    "A plot of these says so, and a page does without"
+    r = RetrievalInterpretation(angles(0,10,40,90), [0,1,2,3], image=grey)
+    for f in (r.plot_pr, r.plot_recall, r.plot_top_losses, r.top_losses):
+        with pytest.raises(ValueError, match='no class has two items'): f()
+    assert not plt.get_fignums()
+    page = r.report(tmp_path, code='').read_text(encoding='utf-8')
+    assert 'No class has two items, so that there is nothing to find' in page
+    assert all((f'id="fig-{k}"' in page)==there for k,there in dict(curves_retrieval=False, worst=False, neighbours=True).items())
+
+def test_names_that_are_no_text_are_escaped(tmp_path):
+    "As those of folders with odd bytes; a lone half of a pair has no bytes"
+    r = RetrievalInterpretation(angles(0,10,40,12,45,180,181), [0,0,0,1,1,2,2], vocab=['caf\udce9','é','\ud83d'], image=grey)
+    want = ['caf\\xe9','é','\ufffd']
+    assert [r.name(c) for c in range(3)]==want and r.vocab[0]=='caf\udce9'
+    assert [o.get_text() for o in r.plot_map(thumbs=False, method='pca').get_legend().get_texts()]==want
+    assert r.top_losses(7).label.isin(want).all()
+    for f in (r.plot_top_losses, r.plot_neighbours, r.plot_most_confused): f().savefig(tmp_path/'x.png')
+    page = r.report(tmp_path, code='', title='caf\udce9').read_text(encoding='utf-8')
+    assert '<h1>caf\\xe9</h1>' in page and '<td class="l">caf\\xe9</td>' in page
+
 def test_long_names_on_a_map_are_cut_and_leave_room():
     "The legend takes its room before images are placed, which do not cover one another"
     g = np.random.default_rng(0)
@@ -150,6 +171,35 @@ def test_a_pair_is_listed_once_whoever_finds_it(fan):
     assert df.similarity.tolist()==pytest.approx(np.cos(np.radians([2,5])), abs=1e-5)
     fig = fan.plot_pairs(df)
     assert [o.get_title() for o in fig.axes if o.axison]==['x','✗ y']*2
+
+@pytest.mark.parametrize('block', [None,3])
+def test_near_pairs_are_those_of_a_loop(block):
+    "However many near ones an item has, the `n` nearest, equal ones by row; bursts of equal rows, rows that must not see each other"
+    rng = np.random.default_rng(0)
+    for t in range(12):
+        x = rng.normal(size=(40,3))[rng.integers(0, 40 if t%2 else 4, 40)]
+        ignore = rng.integers(0, 30, 40) if t%3==0 else None
+        r = RetrievalInterpretation(x, rng.integers(0, 3, 40), ignore=ignore, block=block)
+        s = np.corrcoef(np.c_[x,-x]) # of rows whose mean is 0 this is the cosine
+        every = [(a,b) for b in range(40) for a in range(b) if s[a,b]>=.8 and (ignore is None or ignore[a]!=ignore[b])]
+        for same,f,of in ((True,r.duplicates,None), (False,r.label_noise,None), (False,r.label_noise,[3,7])):
+            want = {o for o in every if (r.labels[o[0]]==r.labels[o[1]])==same and (of is None or {*o}&{*of})}
+            kwargs = dict(min_sim=.8)|({} if of is None else dict(of=of))
+            df = f(n=2000, **kwargs)
+            assert {*zip(df.a, df.b)}==want and len(df)==len(want) and np.allclose(df.similarity, s[df.a,df.b], atol=1e-6)
+            rows = [*zip(-df.similarity, df.a, df.b)]
+            assert rows==sorted(rows)
+            for n in (0,1,7): assert f(n=n, **kwargs).values.tolist()==df[:n].values.tolist()
+
+def test_bursts_under_two_labels_are_found():
+    "Ten nearly equal images under each of two labels, whose nearest are all of their own label"
+    rng = np.random.default_rng(0)
+    v = rng.normal(size=64)
+    w = v+.3*rng.normal(size=64)
+    r = RetrievalInterpretation(np.concatenate([o+.02*rng.normal(size=(10,64)) for o in (v,w)]), np.repeat([0,1], 10))
+    df = r.label_noise(min_sim=.9, n=1000)
+    assert {(a,b) for a,b in zip(df.a, df.b)}=={(a,b) for a in range(10) for b in range(10, 20)}
+    assert (df.agree_a==1).all() and len(RetrievalInterpretation(np.ones((20,4)), [0]*20).duplicates(n=1000))==190
 
 def test_triplets_by_hand():
     "Anchor 0, positive 3 to the east, negative 4 to the north: a right angle, and c = 0"

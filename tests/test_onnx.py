@@ -291,6 +291,18 @@ def test_networks_of_strangers(folder, change, tmp_path, monkeypatch):
     def own_operation(net): net.graph.node[0].domain,net.graph.node[0].op_type = 'evil','Run'
     with pytest.raises(ValueError, match='is no network that onnxruntime can run'): load_onnx(change(write(own_operation)))
 
+def test_a_table_is_written_as_a_gallery(finder, folder, photos, tmp_path):
+    "And other files in the folder that is replaced are kept"
+    pytest.importorskip('lancedb')
+    e = ImageEmbedder(finder.model, finder.preprocess, finder.facts, finder.calibration)
+    e.add_embs(finder.embs, finder.labels, finder.items, finder.gallery.facts)
+    there = Path(shutil.copytree(folder, tmp_path/'noise'))
+    (there/'notes.txt').write_text('mine')
+    got = e.to_lancedb(tmp_path/'g.lance').save_onnx(there, overwrite=True)
+    want = load_onnx(folder)
+    assert len(got)==9 and got.gallery.facts==want.gallery.facts and got.search(photos[0], 9)==want.search(photos[0], 9)
+    assert {o.name for o in there.iterdir()}=={o.name for o in folder.iterdir()}|{'notes.txt'}
+
 def test_what_cannot_be_written(finder, folder, tmp_path):
     with pytest.raises(FileExistsError, match='overwrite=True'): finder.save_onnx(folder)
     with pytest.raises(ValueError, match="has a function: `to_onnx` writes"):

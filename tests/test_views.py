@@ -335,7 +335,10 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path):
     (tmp_path/'mine').mkdir()
     (tmp_path/'mine'/'a.txt').write_text('mine')
     with pytest.raises(FileExistsError, match='holds no map'): static_page(photos(2), tmp_path/'mine', overwrite=True)
+    (tmp_path/'map'/'large-007.webp').write_text('of a larger map')
+    (tmp_path/'map'/'CNAME').write_text('birds.example.org')
     static_page(photos(3), tmp_path/'map', overwrite=True, most=30)
+    assert (tmp_path/'map'/'CNAME').read_text()=='birds.example.org' and not (tmp_path/'map'/'large-007.webp').exists()
     assert len(read(old)['x'])==30 and '30 of 60 photos' in old.read_text()
 
 def test_items_without_photos_are_dots(tmp_path):

@@ -22,7 +22,7 @@ from fastai.vision.core import PILImage
 from fastai.vision.augment import CropPad, FlipItem, RandomResizedCrop, Resize
 from fastai.vision.data import ImageBlock
 from ..files.images import *
-from ..files.registry import nearest
+from ..files.registry import nearest, printable
 from .batches import *
 from .batches import some_of, distinct_labels
 
@@ -59,9 +59,7 @@ def _readable(fn):
 # %% ../../nbs/api/data/01_tables.ipynb #fedd1c7c
 _splits,_needed = ('train','val','test'),('path','label','split')
 
-def _printable(s):
-    "`s` with bytes that are not UTF-8 escaped, because figures and tables cannot show them"
-    return s.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace') if isinstance(s, str) and not s.isascii() else s
+def _label(o): return printable(o) if isinstance(o, str) else o
 
 # %% ../../nbs/api/data/01_tables.ipynb #8de5fcc9
 class MetricDataset:
@@ -100,7 +98,7 @@ def check(self:MetricDataset,
     df = self.df
     distinct_labels(df.label) # raises for labels that cannot be told apart
     # not `map`: it would make strings of pyarrow if there is one, which take no names that are not UTF-8
-    for c,f in (('path',os.path.normpath), ('label',_printable)): df[c] = pd.Series([f(o) for o in df[c]], df.index, dtype=object)
+    for c,f in (('path',os.path.normpath), ('label',_label)): df[c] = pd.Series([f(o) for o in df[c]], df.index, dtype=object)
     if unknown := distinct_labels(set(df.split)-set(_splits)):
         raise ValueError(f"Unknown split {some_of(unknown)}; the splits are {some_of(_splits)}.")
     if len(twice := df.path[df.path.duplicated()]): raise ValueError(f"{len(twice)} images are in the table twice: {some_of(twice)}.")

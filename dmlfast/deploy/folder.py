@@ -132,7 +132,7 @@ def _check_whole(embedder, preprocess):
 @patch
 def save(self:ImageEmbedder,
     folder, # Folder to write; must not exist
-    overwrite:bool=False, # Replace an existing one?
+    overwrite:bool=False, # Replace an existing one? Other files in its folder are kept
     for_timm:bool=False, # Write the body so that timm reads it too, by `'local-dir:folder'`?
 )->Path:
     "Write the embedder; raises `FileExistsError` if `folder` exists, and `ValueError` for a model that cannot be built again"
@@ -145,12 +145,18 @@ def save(self:ImageEmbedder,
     about = _description(self, spec, for_timm)
     _check_about(about, folder, ('sha256','calibration'))
     _check_whole(self, about['preprocess'])
-    with whole_folder(folder) as tmp:
+    with whole_folder(folder, _own(folder)) as tmp:
         try: self.write(tmp, about)
         except (OSError,SafetensorError) as e: raise OSError(f"The embedder cannot be written to {str(folder)!r}: {_last_line(e)}") from e
         _prove(tmp, folder)
     if self.gallery.journal and self.gallery.journal.folder==folder: self.gallery.journal = Journal(folder)
     return folder
+
+def _own(folder):
+    "Function of a path in an embedder's folder: did the library write it?"
+    listed = listed_files(folder, 'embedder.json')
+    known = {*listed,*_weights.values()}|({'config.json'} if _weights['body.'] in listed else set())
+    return lambda o: not o.is_dir() and (o.name in known or of_gallery(o.name))
 
 def _prove(tmp, folder):
     "Raise `ValueError` if the files in `tmp` cannot be read, before they replace `folder`"

@@ -8,13 +8,15 @@ Docs: https://dmlfast.github.io/dmlfast/api/deploy/lance.html.md"""
 __all__ = ['ranges_of', 'LanceGallery', 'open_lance']
 
 # %% ../../nbs/api/deploy/03_lance.ipynb #743a8699
-import datetime, json, math, numpy as np, os, shutil, tempfile, torch
+import datetime, json, math, numpy as np, os, torch
 from fastcore.basics import patch
 from pathlib import Path
 from torch.nn.functional import normalize
 from .finder import *
 from .gallery import *
 from .embedder import *
+from ..files.registry import printable
+from ..files.writing import check_folder, whole_folder
 from ..models.embedder import unwrapped
 from ..models.lora import weights_hash
 
@@ -50,6 +52,23 @@ def _open_table(path):
         raise ValueError(f"{str(path)!r} is no table of LanceDB: {str(e).splitlines()[0]:.200}") from e
 
 # %% ../../nbs/api/deploy/03_lance.ipynb #bec8a174
+def _held(v, kind):
+    "The value that equals `v` in a column of a kind; None if there can be none"
+    if kind is str or isinstance(v, str): return v if kind is str and isinstance(v, str) and printable(v)==v else None
+    try: res = kind(v)
+    except OverflowError: return
+    return res if res==v else None
+
+def _as_columns(columns, kinds):
+    "Columns as a table holds them; raises `ValueError` for a value that would come back as another"
+    for k,col in columns.items():
+        res = [None if v is None else _held(v, kinds[k]) for v in col]
+        if bad := [v for v,o in zip(col, res) if v is not None and o is None]:
+            why = 'numbers are float64 there: keep such numbers as text' if kinds[k] is float else 'text is UTF-8 there: rename it'
+            raise ValueError(f"A table of LanceDB cannot hold {bad[0]!r:.100} in the column {k!r}, since {why}.")
+        columns = columns|{k:res}
+    return columns
+
 def _literal(v):
     if isinstance(v, bool): return str(v)
     if isinstance(v, str): return "'{}'".format(v.replace("'", "''"))
@@ -70,13 +89,13 @@ def ranges_of(
 
 def _any_of(parts): return f"({' OR '.join(parts)})" if parts else 'false'
 
-def _condition(col, want, values):
-    "SQL of a condition; `values` returns the values of the column"
+def _condition(col, want, values, kind=str):
+    "SQL of a condition; `values` returns the values of the column, which are of a kind"
     if callable(want):
         vals = sorted(values())
         got = ranges_of(vals, fulfilled(vals, want))
         return _any_of([f'`{col}` = {_literal(a)}' if a==b else f'`{col}` BETWEEN {_literal(a)} AND {_literal(b)}' for a,b in got])
-    some = ', '.join(_literal(o) for o in want if o is not None)
+    some = ', '.join(_literal(o) for o in (_held(v, kind) for v in want if v is not None) if o is not None)
     return _any_of([f'`{col}` IN ({some})']*bool(some) + [f'`{col}` IS NULL']*(None in want))
 
 # %% ../../nbs/api/deploy/03_lance.ipynb #b3b90c02
@@ -149,7 +168,7 @@ def sql(self:LanceGallery,
 )->str: # None for no filter
     "A filter as SQL"
     where = as_filter(filter, self.kinds)
-    return ' AND '.join(_condition(k, v, lambda: self._values(k)) for k,v in where.items()) or None
+    return ' AND '.join(_condition(k, v, lambda: self._values(k), self.kinds.get(k, str)) for k,v in where.items()) or None
 
 @patch
 def find(self:LanceGallery,
@@ -192,10 +211,12 @@ def add(self:LanceGallery,
     if not embs.isfinite().all(): raise ValueError("The embeddings of a gallery must be finite, and these have nan or infinite numbers.")
     facts,types = as_facts(facts, len(embs), self.kinds),{str:'string', bool:'boolean'}
     new = {k:next((kind_of(o) for o in v if o is not None), float) for k,v in facts.items() if k not in self.kinds}
+    texts = dict(label=as_texts(labels), item=as_texts(items))
+    cols = _as_columns(texts|facts, dict.fromkeys(texts, str)|self.kinds|new)
     if new: self.table.add_columns({k:f"cast(NULL as {types.get(t, 'double')})" for k,t in new.items()})
     if self._next is None: self._next = 1+max((o.column('seq').to_numpy().max() for o in self.batches('seq')), default=-1)
     seq,schema = np.arange(self._next, self._next+len(embs)),self.table.schema
-    cols = dict(seq=seq, label=as_texts(labels), item=as_texts(items), **{k:facts.get(k, [None]*len(embs)) for k in self.kinds})
+    cols = dict.fromkeys(self.kinds, [None]*len(embs))|cols|dict(seq=seq)
     cols = {k:pa.array(v, schema.field(k).type) for k,v in cols.items()}
     cols['vector'] = pa.FixedSizeListArray.from_arrays(pa.array(embs.float().contiguous().numpy().ravel()), self.width)
     self.table.add(pa.table({o.name:cols[o.name] for o in schema}))
@@ -226,7 +247,8 @@ def rename(self:LanceGallery,
     new:str, # Its new name
 ):
     "Rename a class or an item; the new name may exist already. Raises `ValueError` if the old one does not"
-    self.table.update(where=self.found({column:old})[0], values={column:str(new)})
+    sql,_ = self.found({column:old})
+    self.table.update(where=sql, values={column:_as_columns({column:[str(new)]}, {column:str})[column][0]})
     self._tidy()
 
 @patch
@@ -280,45 +302,48 @@ def _made_by(model): return weights_hash(unwrapped(model).state_dict())
 @patch
 def to_lancedb(self:ImageEmbedder,
     path, # Folder of the table, or an address in an object store, `.lance`; its name where `db` is given
-    overwrite:bool=False, # Replace what is there?
+    overwrite:bool=False, # Replace another gallery? Other files in its folder are kept
     db=None, # Connection of `lancedb.connect`, such as a service; the folder or object store of `path` if not given
 )->ImageEmbedder: # Itself; its gallery is now the table
     "Move the gallery, which may be empty, to a table of LanceDB; raises `FileExistsError` if the table exists"
     local,old = db is None and _is_local(path),self.gallery
     where,name = _table_at(path) if db is None else (None,path)
     there = FileExistsError(f"{str(path)!r} exists already: `overwrite=True` replaces it.")
-    if local and Path(path).exists() and not overwrite: raise there
+    if db is None and not local: db = _connect(where)
+    has,ours = _found(lambda: _open_table(path) if local else db.open_table(name))
+    if local: has = check_folder(path, ours, 'gallery')
+    elif has and not ours: raise FileExistsError(f"{str(path)!r} exists already and is no gallery: it is not overwritten.")
+    if has and not overwrite: raise there
     d = old.embs.shape[1] if len(old) else getattr(unwrapped(self.model), 'emb_sz', None)
     if d is None: raise ValueError("The embedding size is not known yet: `add` images first.")
-    if local: self.gallery = _in_place(old, where, name, d, _made_by(self.model))
-    else:
-        db = _connect(where) if db is None else db
-        if (has := _has(db, name)) and not overwrite: raise there
-        self.gallery = _written(old, db, name, d, _made_by(self.model), 'overwrite' if has else 'create')
+    if local: self.gallery = _in_place(old, path, name, d, _made_by(self.model))
+    else: self.gallery = _written(old, db, name, d, _made_by(self.model), 'overwrite' if has else 'create')
     return self
 
-def _has(db, name):
-    try: db.open_table(name)
-    except (ValueError,RuntimeError): return False
-    return True
+def _found(open_table):
+    "Is a table there, and is it a gallery of an embedder?"
+    try: return True,_facts_of(open_table()) is not None
+    except (ValueError,RuntimeError,OSError): return False,False
 
-def _in_place(old, where, name, d, made_by):
-    "Write a table to a temporary folder, which replaces the old one when it is complete"
-    path = Path(where)/f'{name}.lance'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=where, prefix=f'.{name}-') as tmp:
+def _facts_of(table): return (table.schema.metadata or {}).get(b'dmlfast')
+
+def _in_place(old, path, name, d, made_by):
+    "Write a table to a new folder, which takes the place of an old one when it is complete"
+    with whole_folder(path, lambda o: o.name.startswith('_') or o.name in ('data','tree')) as tmp: # as Lance names its parts
         _written(old, _connect(tmp), name, d, made_by)
-        if path.exists(): shutil.rmtree(path)
-        os.replace(Path(tmp)/path.name, path)
+        for o in [*(tmp/f'{name}.lance').iterdir()]: o.rename(tmp/o.name)
+        (tmp/f'{name}.lance').rmdir()
     return LanceGallery(path)
 
 def _written(old, db, name, d, made_by, mode='create'):
     "Write the rows of a gallery to a table, in batches"
     import pyarrow as pa
+    if len(old): # what cannot be held is refused before a table is there
+        embs,labels,items,facts = old.embs,old.labels,old.items,old.facts
+        _as_columns(dict(label=labels, item=items, **facts), dict(label=str, item=str, **old.kinds))
     schema = pa.schema([('seq',pa.int64()), ('vector',pa.list_(pa.float32(), d)), ('label',pa.string()), ('item',pa.string())],
         metadata={'dmlfast':json.dumps(dict(made_by=made_by))})
     res = LanceGallery(db.create_table(name, schema=schema, mode=mode))
-    if len(old): embs,labels,items,facts = old.embs,old.labels,old.items,old.facts
     for i in range(0, len(old), 2**16):
         s = slice(i, i+2**16)
         res.add(embs[s], labels[s], items[s], {k:v[s] for k,v in facts.items()})
@@ -330,7 +355,7 @@ def open_lance(
 )->LanceGallery:
     "Open a gallery in a table of LanceDB; raises `ValueError` if another network made its embeddings"
     res = LanceGallery(path)
-    about = (res.table.schema.metadata or {}).get(b'dmlfast')
+    about = _facts_of(res.table)
     if about is None or json.loads(about).get('made_by')!=_made_by(model):
         raise ValueError(f"The embeddings in {str(path)!r} were made by another network: write a table of this embedder with "
             "`to_lancedb`.")

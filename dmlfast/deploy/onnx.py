@@ -84,7 +84,7 @@ def to_onnx(self:ImageEmbedder,
 @patch
 def save_onnx(self:ImageEmbedder,
     folder, # Folder to write; must not exist
-    overwrite:bool=False, # Replace an existing one?
+    overwrite:bool=False, # Replace an existing one? Other files in its folder are kept
     int8:bool=False, # Weights and sums in 8 bits? This needs `data`, to measure the loss of recall
     data=None, # A data set, or images, of classes that were not trained on, to measure the loss of recall
     split:str=None, # Split of the data set; all of it if not given
@@ -101,7 +101,8 @@ def save_onnx(self:ImageEmbedder,
         raise ValueError(f"A folder needs a `Preprocess`, and this embedder has a {type(self.preprocess).__name__}: `to_onnx` writes the "
             "network alone.")
     judge = _Judge(self, data, split, labels) if int8 else None
-    with whole_folder(folder) as tmp:
+    own = listed_files(folder, 'onnx.json')|{'gallery.npy','gallery.json'}
+    with whole_folder(folder, lambda o: not o.is_dir() and o.name in own) as tmp:
         notes = _export(self, tmp/'model.onnx', size, tol, folder)
         facts = self.facts
         if int8: facts = {**facts, 'int8':_to_int8(self, tmp/'model.onnx', judge, n_calibrate)}
@@ -111,7 +112,7 @@ def save_onnx(self:ImageEmbedder,
 
 def _write_rest(self, folder, notes, facts):
     "Gallery, description and hashes"
-    if isinstance(self.gallery, MemoryGallery) and len(self):
+    if len(self):
         np.save(folder/'gallery.npy', self.embs.numpy())
         names = dict(labels=self.labels, items=self.items, facts=self.gallery.facts)
         (folder/'gallery.json').write_text(json.dumps(names, ensure_ascii=False), encoding='utf-8', errors='surrogateescape')

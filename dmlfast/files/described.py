@@ -6,7 +6,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/files/described.html.md"""
 
 # %% auto #0
 __all__ = ['an_object', 'described', 'optional', 'is_plain', 'is_whole', 'is_number', 'refuse', 'check_described', 'read_json',
-           'read_described', 'hash_of', 'check_hash']
+           'read_described', 'listed_files', 'hash_of', 'check_hash']
 
 # %% ../../nbs/api/files/06_described.ipynb #2eb59f9b
 import hashlib, json, re, reprlib
@@ -129,6 +129,14 @@ def read_described(
     about = read_json(folder, name)
     check_described(about, rules, folder, name, newest)
     return about
+
+def listed_files(
+    folder, # Where it is
+    name:str, # Name of a description
+)->set: # None of a description that cannot be read
+    "Names of a description and of the files that it lists"
+    try: return {name,*read_json(folder, name)['sha256']}
+    except (OSError,ValueError,KeyError,TypeError): return {name}
 
 # %% ../../nbs/api/files/06_described.ipynb #cfac0afd
 def hash_of(

@@ -9,8 +9,10 @@ __all__ = ['whole_file', 'write_whole', 'check_folder', 'remove_files', 'clear_u
 
 # %% ../../nbs/api/files/01_writing.ipynb #cbeb98f0
 import ctypes, errno, os, re, shutil, tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+try: import fcntl
+except ImportError: fcntl = None # as on Windows
 
 # %% ../../nbs/api/files/01_writing.ipynb #dc39fe71
 @contextmanager
@@ -88,18 +90,59 @@ def clear_up(
 # %% ../../nbs/api/files/01_writing.ipynb #2f6c79a7
 @contextmanager
 def whole_folder(
-    folder, # Where to; what is there is replaced
+    folder, # Where to
+    ours=lambda o: False, # Function of a path in it: is this replaced? Everything else there is kept, beside what is written
 ):
     "A new folder to write to, which takes the place of `folder` at the end; after an error nothing is left of it, and the old one stays"
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     with clear_up(folder.parent, ()):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}-'))
-        try:
+        with _beside(folder) as tmp:
             yield tmp
+            _carry_over(folder, tmp, ours)
             tmp.chmod(0o755)
             _take_place(tmp, folder)
-        finally: shutil.rmtree(tmp, ignore_errors=True)
+
+@contextmanager
+def _beside(folder):
+    "A new folder beside `folder`, locked while it is written to; those without a lock, which killed processes left, are removed"
+    with suppress(PermissionError):
+        for o in folder.parent.iterdir():
+            if re.fullmatch(rf'\.{re.escape(folder.name)}-\w{{8}}\.part', o.name): _remove_left(o)
+    while True:
+        tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}-', suffix='.part'))
+        lock = _locked(tmp, wait=True)
+        if tmp.is_dir(): break # otherwise it was taken for a left one before it was locked
+    try: yield tmp
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+        if lock is not None: os.close(lock)
+
+def _locked(folder, wait=False):
+    "Lock a folder until the number is closed, or the process ends; None where another one has it, or the system cannot lock folders"
+    if fcntl is None: return
+    try: fd = os.open(folder, os.O_RDONLY|os.O_DIRECTORY|os.O_NOFOLLOW)
+    except OSError: return
+    try: fcntl.flock(fd, fcntl.LOCK_EX|(0 if wait else fcntl.LOCK_NB))
+    except OSError: return os.close(fd)
+    return fd
+
+def _remove_left(folder):
+    if (lock := _locked(folder)) is None: return
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+
+def _carry_over(old, new, ours):
+    "Put what is kept into the new folder too"
+    for o in old.iterdir() if old.is_dir() else ():
+        if ours(o) or os.path.lexists(new/o.name): continue
+        if o.is_dir() and not o.is_symlink(): shutil.copytree(o, new/o.name, symlinks=True, copy_function=_link)
+        else: _link(o, new/o.name)
+
+def _link(a, b):
+    "Give a file a second name, or copy it where the system cannot"
+    try: os.link(a, b, follow_symlinks=False)
+    except (OSError,NotImplementedError): shutil.copy2(a, b, follow_symlinks=False)
 
 def _exchange(a, b):
     "Let two folders change places, so that neither is ever missing; False where the system cannot, as Linux can"

@@ -17,6 +17,7 @@ from PIL import Image
 from jinja2 import Environment, StrictUndefined
 from fastcore.basics import patch
 import dmlfast
+from ..files.registry import printable
 from ..files.writing import *
 from ..retrieval.embedded import *
 from ..retrieval.metrics import metric_meanings
@@ -225,11 +226,13 @@ def _drawable(interp):
 
 def _figures(interp, n, images, confused, pairs):
     "Figures of the results, by name"
-    fig,axs = plt.subplots(1, 3, figsize=(10,3.4), layout='constrained')
-    interp.plot_recall(axs[0]), interp.plot_pr(axs[1]), interp.plot_similarities(axs[2])
-    yield 'curves_retrieval',fig,('Left: the share of queries with their class among their k nearest. Middle: of the items that are '
-        'listed until a share of the right ones is found (recall), how many are right (precision). '
-        'Right: the similarities of pairs of one class and of two; the less they overlap, the better.')
+    found = interp.result.used.any()
+    if found:
+        fig,axs = plt.subplots(1, 3, figsize=(10,3.4), layout='constrained')
+        interp.plot_recall(axs[0]), interp.plot_pr(axs[1]), interp.plot_similarities(axs[2])
+        yield 'curves_retrieval',fig,('Left: the share of queries with their class among their k nearest. Middle: of the items that are '
+            'listed until a share of the right ones is found (recall), how many are right (precision). '
+            'Right: the similarities of pairs of one class and of two; the less they overlap, the better.')
     if len(pairs.genuine) and len(pairs.impostor):
         fig,axs = plt.subplots(1, 2, figsize=(8,3.4), layout='constrained')
         interp.plot_roc(axs[0], pairs), interp.plot_scores(pairs.rates[0], axs[1], pairs)
@@ -238,7 +241,7 @@ def _figures(interp, n, images, confused, pairs):
     if images:
         yield ('neighbours',interp.plot_neighbours(max_n=n),'Queries drawn at random and their nearest neighbours, nearest first. A tick '
             'and a green frame: right; a cross and a red frame: wrong. Below, the cosine similarity.')
-        if interp.result.used.any():
+        if found:
             yield 'worst',interp.plot_top_losses(max_n=n),'The queries with the least average precision (AP), worst first.'
         if len(confused):
             yield ('confused',interp.plot_most_confused(),'The classes that are confused most often, and the most confident of these '
@@ -255,6 +258,7 @@ def _metrics(r):
     n,reps = len(r.labels),r.settings.get('repeats', 1)
     notes = [f'{n//reps:,} queries'+(f', each in {reps} galleries' if reps>1 else '')+(f'; {r.n_left_out:,} are left out, for nothing is '
         'relevant to them' if r.n_left_out else '')+'.']
+    if not r.used.any(): notes += ['No class has two items, so that there is nothing to find, and neither curves nor worst queries.']
     if any(map(r.interval, r.keys())):
         notes += [f'2.5 % and 97.5 % are the ends of a 95 % interval, from {r.n_boot:,} samples of the {r.ci}.']
     return ['metric','mean of queries','mean of classes',*table.columns[2:]],_cells(table),notes+[o[0].upper()+o[1:]+'.'
@@ -313,7 +317,7 @@ def write_page(
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(_template).render(
         _context(interp, {**_unknown, **known}, code, n_queries, began))
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, page)
+    write_whole(file, printable(page))
     return file
 
 def _sections(o):

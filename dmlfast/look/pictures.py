@@ -120,7 +120,7 @@ def plot_pr(self:RetrievalInterpretation,
     "Draw the precision at each recall, the mean over the queries"
     r = self.result
     ax = light_axes(ax, xlabel='recall', ylabel='precision', xlim=(0,1), ylim=(0,1.02),
-        title=f'Precision and recall\nmap {r["map"]:.3f}, {_n_used(self):,} queries')
+        title=f'Precision and recall\nmap {r["map"]:.3f}, {self.n_used():,} queries')
     ax.plot(*r.curve, color=blue, lw=2, label='this embedding')
     n,relevant,count = _searched(self)
     ax.axhline(np.average(relevant/n, weights=count), color=grey, ls='--', label='chance')
@@ -135,7 +135,7 @@ def plot_recall(self:RetrievalInterpretation,
     r,ks = self.result,[k for k in self.ks if k<=self.most] or [self.ks[0]]
     vals,ends = [r[f'recall@{k}'] for k in ks],[r.interval(f'recall@{k}') for k in ks]
     ax = light_axes(ax, xlabel='neighbours looked at, k', ylabel='recall@k', ylim=(0,1.02),
-        title=f'Queries that find their class\nrecall@{ks[0]} {vals[0]:.3f}, {_n_used(self):,} queries')
+        title=f'Queries that find their class\nrecall@{ks[0]} {vals[0]:.3f}, {self.n_used():,} queries')
     if min(b/a for a,b in zip(ks, [*ks[1:],np.inf]))>1.5: ax.set_xscale('log', base=2) # else the ticks would touch
     ax.set_xticks(ks, map(str, ks))
     if all(ends): ax.fill_between(ks, *zip(*ends), color=blue, alpha=.2, lw=0, label='95 % interval')
@@ -143,8 +143,6 @@ def plot_recall(self:RetrievalInterpretation,
     ax.plot(ks, [_chance(self, k) for k in ks], color=grey, ls='--', label='chance')
     ax.legend(frameon=False, loc='best')
     return ax
-
-def _n_used(self): return int((~np.isnan(self.values('map'))).sum())
 
 def _searched(self):
     "Distinct pairs (items searched, relevant items) of the queries, `(2,m)`, and the number of queries of each"

@@ -11,10 +11,18 @@ __all__ = ['leak_order', 'pairs_across']
 import torch, numpy as np
 from fastcore.basics import patch
 from .metrics import *
+from .products import full_precision
 from .search import *
+from .search import Scores, as_embeddings, ignored
 from .embedded import *
 
 # %% ../../nbs/api/retrieval/08_confusions.ipynb #4bd7225e
+@patch
+def n_used(self:Embedded)->int:
+    "Number of queries that have something to find; raises `ValueError` where none has"
+    if n := int((~np.isnan(self.values('map'))).sum()): return n
+    raise ValueError('no class has two items, so that there is nothing to find for any query')
+
 @patch
 def top_losses(self:Embedded,
     n:int=10, # How many
@@ -22,8 +30,7 @@ def top_losses(self:Embedded,
     "The queries with the least average precision, worst first; raises `ValueError` where no class has two items"
     import pandas as pd
     ap = self.values('map')
-    order = np.argsort(ap, kind='stable')[:min(n, int((~np.isnan(ap)).sum()))]
-    if not len(order): raise ValueError('no class has two items, so that there is nothing to find for any query')
+    order = np.argsort(ap, kind='stable')[:min(n, self.n_used())]
     idx = self.queries.numpy()[order]
     found = self.neighbours(1, idx, block=self.block)[1][:,0]
     return pd.DataFrame(dict(label=[self.label(i) for i in idx], average_precision=ap[order], nearest=[self.label(i) for i in found],
@@ -65,19 +72,38 @@ def duplicates(self:Embedded,
 def _near_pairs(self, min_sim, same, n, of=None):
     "Table of the pairs of near neighbours under one label or under two, nearest first"
     import pandas as pd
-    s,i = self.among_all
-    a = torch.arange(len(self))[:,None].expand_as(i)
-    own = self.labels[i]==self.labels[:,None]
-    keep = (s>=min_sim)&(own if same else ~own)
-    if of is not None: keep &= torch.isin(a, torch.as_tensor(of))|torch.isin(i, torch.as_tensor(of))
-    df = pd.DataFrame({k:o[keep].numpy() for k,o in dict(a=torch.minimum(a, i), b=torch.maximum(a, i), similarity=s).items()})
-    df = df.drop_duplicates(['a','b'], keep='last').sort_values(['similarity','a','b'], ascending=[False,True,True])[:n]
+    with full_precision(self.embs.device): sim,u,v = _top_pairs(self, min_sim, same, n, of)
     def agree(u, v):
-        other = (i[u]!=v[:,None])&(s[u]>-torch.inf)
-        return ((own[u]&other).sum(1)/other.sum(1).clamp(min=1)).numpy()
-    u,v = torch.from_numpy(df[['a','b']].to_numpy(copy=True).T)
+        "Share of the eight nearest others of `u`, without `v`, that have its label"
+        if not len(u): return np.zeros(0, dtype=np.float32)
+        s,i = (o[u] for o in self.among_all)
+        other = (i!=v[:,None])&(s>-torch.inf)
+        return (((self.labels[i]==self.labels[u,None])&other).sum(1)/other.sum(1).clamp(min=1)).numpy()
     names = {f'{k}_{o}':[f(x) for x in j.tolist()] for k,f in dict(label=self.label, item=self.item).items() for o,j in zip('ab', (u,v))}
-    return df.assign(agree_a=agree(u, v), agree_b=agree(v, u), **names).reset_index(drop=True)
+    return pd.DataFrame(dict(a=u.numpy(), b=v.numpy(), similarity=sim.numpy(), agree_a=agree(u, v), agree_b=agree(v, u), **names))
+
+def _top_pairs(self, min_sim, same, n, of):
+    "Similarities and rows `a<b` of the nearest pairs, equal ones by row: those of one label are searched within it, others among all"
+    y,last,least = self.labels,len(self),torch.tensor(min_sim, dtype=torch.float32)
+    best = torch.zeros(0),torch.zeros(0, dtype=torch.int64),torch.zeros(0, dtype=torch.int64)
+    among = None if of is None else torch.zeros(len(self), dtype=torch.bool).index_fill_(0, torch.as_tensor(of, dtype=torch.int64), True)
+    for at in y.argsort(stable=True).split(y.unique(return_counts=True)[1].tolist()) if same else [torch.arange(len(self))]:
+        if len(at)<2: continue
+        x = as_embeddings(self.embs[at]).clone()
+        scores = Scores(x, x, 'cosine', ignore=ignored(None if self.ignore is None else self.ignore[at], x, x, True), block=self.block)
+        few = max(1, 2**20//len(at)) # whose pairs may all be near ones
+        for rows in scores.blocks(len(at)):
+            for s,a in zip(scores(rows).clamp_(max=1).split(few), at[rows].split(few)):
+                # what is as near as the last one of `n` comes before it only in an earlier row
+                keep = (s>torch.where(a<last, least.nextafter(least-1), least)[:,None])&(at>a[:,None])
+                if not same: keep &= y[at]!=y[a,None]
+                if among is not None: keep &= among[at]|among[a,None]
+                if not keep.any(): continue
+                i,j = keep.nonzero().T
+                s,u,v = (torch.cat(o) for o in zip(best, (s[i,j],a[i],at[j])))
+                best = s,u,v = tuple(o[np.lexsort((v, u, -s))[:n]] for o in (s,u,v))
+                if len(s)==n>0: least,last = s[-1],u[-1]
+    return best
 
 # %% ../../nbs/api/retrieval/08_confusions.ipynb #62678321
 leak_order = 'train','val','test query','test','test gallery','query','gallery'

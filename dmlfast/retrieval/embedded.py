@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from ..files.registry import printable
 from ..files.writing import *
 from .results import *
 from .verify import *
@@ -89,7 +90,7 @@ class Embedded:
         c:int, # Class id
     )->str:
         "Name of a class"
-        return str(int(c) if self.vocab is None else self.vocab[int(c)])
+        return str(int(c)) if self.vocab is None else printable(self.vocab[int(c)])
 
     def item(self,
         i:int, # Index of an item

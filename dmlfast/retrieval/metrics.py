@@ -242,7 +242,7 @@ def _even(x, m): return torch.nn.functional.pad(x, (0,0,0,-len(x)%m))
 class _InFile:
     "Counts of a gallery that is read in blocks, as `_ranking_blocks` gives them"
     def __init__(self, q, rows, rel, metric, own, ids, k, backend):
-        if metric not in ('cosine','dot'): raise ValueError(f"Rows in a file are compared by 'cosine' or 'dot', not by {metric!r}.")
+        rows.check_metric(metric)
         self.unit,self.rows,self.k,self.rel,o = metric=='cosine',rows,k,rel,rel.queries
         self.q = _even((unit_(q.clone()) if self.unit else q)[o], 16)
         self.own,self.ids = None if own is None else own[o],None if ids is None else (ids[0][o],ids[1])

@@ -286,6 +286,13 @@ class Rows:
         "Is it rows in a file?"
         return isinstance(x, (np.memmap,str,Path)) or hasattr(x, 'get_shape')
 
+    @staticmethod
+    def check_metric(
+        metric:str, # Similarity
+    ):
+        "Raise `ValueError` for one by which rows in a file are not compared"
+        if metric not in ('cosine','dot'): raise ValueError(f"Rows in a file are compared by 'cosine' or 'dot', not by {metric!r}.")
+
     def __len__(self): return self.shape[0]
     def __getitem__(self, rows):
         "Some rows, `(r,d)` float32, which are checked"

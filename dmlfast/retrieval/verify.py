@@ -15,7 +15,7 @@ from .results import *
 from .results import as_html, as_text, class_draws, ends_of, percentiles, plain_number, too_few
 from .search import *
 from .products import full_precision
-from .search import as_labels, as_scores, ignored, matched, prepare_
+from .search import Rows, as_labels, as_scores, ignored, matched, prepare_, unit_
 
 # %% ../../nbs/api/retrieval/03_verify.ipynb #de65c1b8
 class ScoreSample:
@@ -79,35 +79,50 @@ class _Tally:
 
 # %% ../../nbs/api/retrieval/03_verify.ipynb #a8606f22
 class _Pairs:
-    "Scores of queries with a gallery, a block at a time"
+    "Scores of queries with a gallery, in memory or in a file, a block at a time"
     def __init__(self, q, g, c, gc, own, ids, metric, block):
         self.c,self.gc,self.own,self.ids,self.metric,self.block = c,gc,own,ids,metric,block
-        self.once = g is q and own is not None
+        self.once,self.in_file = g is q and own is not None,isinstance(g, Rows)
         with full_precision(q.device):
             self.q = q.clone()
-            self.g = self.q if g is q else g.clone()
-            self.bias,self.scale = prepare_(self.q, self.g, metric)
-        a,b = (o.norm(dim=1).max().item()*self.scale for o in (self.q,self.g))
+            self.g = self.q if g is q else g if self.in_file else g.clone()
+            self.bias,self.scale = self.ready_(self.q, self.g)
+        a,b = (max(o.norm(dim=1).max().item() for o in some)*self.scale for some in ([self.q],(o for _,o in self.parts())))
         self.range = dict(cosine=(-1.,1.), dot=(-a*b/self.scale,a*b/self.scale), l2=(-a-b,0.))[metric]
+
+    def ready_(self, q, g):
+        "What `prepare_` does; rows of a file are scaled as they are read, and there is no bias"
+        if not self.in_file: return prepare_(q, g, self.metric)
+        g.check_metric(self.metric)
+        if self.metric=='cosine': unit_(q)
+        return None,1.
+
+    def parts(self):
+        "Where rows of the gallery begin, and these rows: all of them, or those of each block of a file"
+        if not self.in_file: yield 0,self.g
+        else:
+            for o in self.g.blocks(): yield o.start,unit_(self.g[o]) if self.metric=='cosine' else self.g[o]
 
     def __iter__(self):
         "Scores, `(r,m)`; masks of genuine and impostor pairs; classes of the rows and of the columns"
-        n,i = len(self.g),0
-        while i<len(self.q):
-            cols = slice(i if self.once else 0, n)
-            rows = slice(i, i+max(1, self.block//(n-cols.start)))
-            with full_precision(self.q.device): yield self.scored(rows, cols)
-            i = rows.stop
+        for start,g in self.parts():
+            i = 0
+            while i<len(self.q):
+                skip = i if self.once else 0
+                rows = slice(i, i+max(1, self.block//(len(g)-skip)))
+                with full_precision(self.q.device): yield self.scored(rows, slice(start+skip, start+len(g)), g[skip:])
+                i = rows.stop
 
-    def scored(self, rows, cols):
+    def scored(self, rows, cols, g):
         q,c,gc = self.q[rows],self.c[rows],self.gc[cols]
-        s = q@self.g[cols].T if self.bias is None else torch.addmm(self.bias[cols], q, self.g[cols].T)
+        s = q@g.T if self.bias is None else torch.addmm(self.bias[cols], q, g.T)
         s = as_scores(self.metric, q, s, self.scale)
         there = torch.ones_like(s, dtype=torch.bool)
         if self.once: there = there.triu_(1)
         elif self.own is not None:
-            has = (self.own[rows]>=0).nonzero()[:,0]
-            there[has,self.own[rows][has]] = False
+            own = self.own[rows]
+            has = ((own>=cols.start)&(own<cols.stop)).nonzero()[:,0]
+            there[has,own[has]-cols.start] = False
         if self.ids is not None: there &= self.ids[0][rows,None]!=self.ids[1][cols]
         same = c[:,None]==gc
         return s,same&there,there&~same,c,gc
@@ -339,9 +354,9 @@ def to_dict(self:PairScores)->dict:
 
 # %% ../../nbs/api/retrieval/03_verify.ipynb #9d2aac3f
 def pair_scores(
-    embs, # Embeddings of the queries, (q,d) float; of float64 they are compared in float64
+    embs, # Embeddings of the queries, (q,d) float; all of float64, and in memory, they are compared in float64
     labels, # Their classes, (q,) int
-    gallery=None, # Embeddings to compare with, (n,d) float; the queries themselves if not given, each pair once
+    gallery=None, # Embeddings to compare with, (n,d) float, or rows in a file; the queries themselves if not given, each pair once
     gallery_labels=None, # Their classes, (n,) int
     metric:str='cosine', # `'cosine'`, `'l2'` or `'dot'`
     ignore=None, # Ids, (n,) int: a query is not compared with what has its id. With a gallery a pair of such, (q,) and (n,)
@@ -356,7 +371,8 @@ def pair_scores(
     if (gallery is None)!=(gallery_labels is None): raise ValueError('gallery and gallery_labels come together')
     gy = y if gallery is None else as_labels(gallery_labels, len(g), 'gallery_labels', q.device)
     classes,c = torch.cat([y,gy]).unique(return_inverse=True)
-    q,g = (_fine(embs, q),)*2 if gallery is None else (_fine(embs, q),_fine(gallery, g))
+    if gallery is None: q = g = _fine(embs, q)
+    elif not isinstance(g, Rows) and (a := _fine(embs, q)).dtype==(b := _fine(gallery, g)).dtype: q,g = a,b
     source = _Pairs(q, g, c[:len(q)], c[len(q):], own, ignored(ignore, q, g, gallery is None), metric, block)
     impostor,genuine = (_Tally(*source.range, most) for _ in range(2))
     for s,same,other,*_ in source:

@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/web/static.html.md"""
 __all__ = ['static_page', 'nearest_rows', 'as_script']
 
 # %% ../../nbs/api/web/03_static.ipynb #da0daaa5
-import json, numpy as np
+import json, numpy as np, re
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
@@ -52,7 +52,7 @@ def static_page(
     title:str=None, # Heading; the folder's name if not given
     k:int=12, # Neighbours of each item
     most:int=5000, # Most items; a random sample of more
-    overwrite:bool=False, # Replace an existing page?
+    overwrite:bool=False, # Replace an existing page? Other files in its folder are kept
     seed:int=0, # Seed of the sample and of the map
 )->Path: # The page, `index.html`
     "Write a map with neighbours as plain files; raises `FileExistsError` if the folder exists, `ValueError` without items"
@@ -63,7 +63,7 @@ def static_page(
     some,rows = some_items(of, most, seed)
     data = map_data(some, map_positions(some, seed=seed))|dict(near=nearest_rows(some, k))
     data['item'] = short_names(data['item'])
-    with whole_folder(folder) as tmp:
+    with whole_folder(folder, lambda o: re.fullmatch(r'(large|small)-\d{3,}\.webp', o.name)) as tmp:
         data |= _write_sheets(tmp, data['slot'], lambda i: photo(int(rows[i])))
         for o in ('map.js','map.css','icon.svg'): (tmp/o).write_bytes(package_files()[o])
         (tmp/'data.js').write_text(f'window.dmlData = {as_script(data)}\n{_start}', encoding='utf-8')
