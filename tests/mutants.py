@@ -42,7 +42,7 @@ mutants = [ # room, what its code says, what it says instead, tests
     # pairs of an item with itself
     ('retrieval.verify', "there = there.triu_(1)", "there = there.triu_(0)", 'test_verify.py -k "brute or scikit or draw"'),
     # a score at an edge is below it
-    ('retrieval.verify', "np.searchsorted(self.values, t)", "np.searchsorted(self.values, t, side='right')", 'test_verify.py -k scikit'),
+    ('retrieval.results', "np.searchsorted(self.values, t)", "np.searchsorted(self.values, t, side='right')", 'test_verify.py -k scikit'),
     # a pair counts as if both of its classes were drawn independently of its weight
     ('retrieval.verify', "n = (w@above-above.sum(0)/2)[:,1:]", "n = (w@above)[:,1:]", 'test_verify.py -k draw'),
     # what is unknown gets a label

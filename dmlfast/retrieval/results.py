@@ -297,6 +297,33 @@ def to_json(self:RetrievalResult,
     "`to_dict` as JSON"
     return json.dumps(self.to_dict(), allow_nan=False, **kwargs)
 
+# %% ../../nbs/api/retrieval/01_results.ipynb #de65c1b8
+class ScoreSample:
+    "Scores with counts"
+    def __init__(self,
+        values, # The scores, `(m,)` float64, ascending
+        counts, # How often each occurs, `(m,)` int64, 1 or more
+        width:float=0., # Width of the bins whose middles these are; 0: the scores themselves
+    ):
+        self.values,self.counts,self.width = values,counts,width
+        self.upto = np.concatenate([[0],np.cumsum(counts)])
+    def __len__(self): return int(self.upto[-1])
+
+    def below(self,
+        t, # A score, or several
+    ): # nan if there are no scores
+        "Share of scores below `t`"
+        return self.upto[np.searchsorted(self.values, t)]/len(self) if len(self) else np.full(np.shape(t), np.nan)
+
+    def quantile(self,
+        p:float, # A share, 0 to 1
+    )->float: # nan if there are no scores
+        "The score with a share `p` below it, interpolated linearly"
+        if not len(self): return float('nan')
+        at = p*(len(self)-1)
+        low,high = (self.values[np.searchsorted(self.upto[1:], o, side='right')] for o in (np.floor(at),np.ceil(at)))
+        return float(low+(at-np.floor(at))*(high-low))
+
 # %% ../../nbs/api/retrieval/01_results.ipynb #3be57abb
 class RetrievalDifference:
     "The difference of two results on the same queries"

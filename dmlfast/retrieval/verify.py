@@ -12,37 +12,10 @@ import json, numpy as np, torch
 from fastcore.basics import patch
 from numbers import Real
 from .results import *
-from .results import as_html, as_text, class_draws, ends_of, percentiles, plain_number, too_few
+from .results import ScoreSample, as_html, as_text, class_draws, ends_of, percentiles, plain_number, too_few
 from .search import *
 from .products import full_precision
 from .search import Rows, as_labels, as_scores, ignored, matched, prepare_, unit_
-
-# %% ../../nbs/api/retrieval/03_verify.ipynb #de65c1b8
-class ScoreSample:
-    "Scores with counts"
-    def __init__(self,
-        values, # The scores, `(m,)` float64, ascending
-        counts, # How often each occurs, `(m,)` int64, 1 or more
-        width:float=0., # Width of the bins whose middles these are; 0: the scores themselves
-    ):
-        self.values,self.counts,self.width = values,counts,width
-        self.upto = np.concatenate([[0],np.cumsum(counts)])
-    def __len__(self): return int(self.upto[-1])
-
-    def below(self,
-        t, # A score, or several
-    ): # nan if there are no scores
-        "Share of scores below `t`"
-        return self.upto[np.searchsorted(self.values, t)]/len(self) if len(self) else np.full(np.shape(t), np.nan)
-
-    def quantile(self,
-        p:float, # A share, 0 to 1
-    )->float: # nan if there are no scores
-        "The score with a share `p` below it, interpolated linearly"
-        if not len(self): return float('nan')
-        at = p*(len(self)-1)
-        low,high = (self.values[np.searchsorted(self.upto[1:], o, side='right')] for o in (np.floor(at),np.ceil(at)))
-        return float(low+(at-np.floor(at))*(high-low))
 
 # %% ../../nbs/api/retrieval/03_verify.ipynb #efb71a0e
 def _bins(s, lo, hi, n):

@@ -9,7 +9,6 @@ __all__ = ['MetricLearner', 'metric_learner']
 
 # %% ../../nbs/api/train/11_learner.ipynb #80c3888e
 import inspect, math, torch, warnings, weakref
-from copy import deepcopy
 from functools import cache
 from torch import nn
 from fastcore.all import *
