@@ -508,7 +508,8 @@ def test_a_table_finds_what_memory_finds(folder, tmp_path):
     facts = dict(b=[True,False,True,None], i=[1,2**53,None,2**60], s=['1','True',None,"c's"])
     e = stub(load_embedder(folder)).add([*np.eye(d)], list('aabb'), list('1234'), facts)
     wants = dict(b=[1,0.,2,'True',[False,1,None],lambda v: v,lambda v: True], s=[1,True,['1',1],'caf\udce9',lambda v: v>'1'],
-        i=['1',True,2**53,2**53+1,2**60,2**60+1,10**400,-10**400,float('inf'),float('nan'),[None,'1',1.],lambda v: v>1], label=['caf\udce9',1])
+        i=['1',True,2**53,2**53+1,2**60,2**60+1,10**400,-10**400,float('inf'),float('nan'),[None,'1',1.],lambda v: v>1],
+        label=['caf\udce9',1])
     def answers(): return [sorted(o.item for o in e.search(np.ones(d), 4, filter={k:v})) for k,o in wants.items() for v in o]
     want = answers()
     assert want[:4]==[['1','3'],['2'],[],[]] and want[12:18]==[[],['1'],['2'],[],['4'],[]]
