@@ -15,7 +15,7 @@ from .results import *
 from .results import ScoreSample, as_html, as_text, class_draws, ends_of, percentiles, plain_number, too_few
 from .search import *
 from .products import full_precision
-from .search import Rows, as_labels, as_scores, ignored, matched, prepare_, unit_
+from .search import Rows, as_labels, as_scores, ignored, in_parts, matched
 
 # %% ../../nbs/api/retrieval/03_verify.ipynb #efb71a0e
 def _bins(s, lo, hi, n):
@@ -55,26 +55,11 @@ class _Pairs:
     "Scores of queries with a gallery, in memory or in a file, a block at a time"
     def __init__(self, q, g, c, gc, own, ids, metric, block):
         self.c,self.gc,self.own,self.ids,self.metric,self.block = c,gc,own,ids,metric,block
-        self.once,self.in_file = g is q and own is not None,isinstance(g, Rows)
-        with full_precision(q.device):
-            self.q = q.clone()
-            self.g = self.q if g is q else g if self.in_file else g.clone()
-            self.bias,self.scale = self.ready_(self.q, self.g)
-        a,b = (max(o.norm(dim=1).max().item() for o in some)*self.scale for some in ([self.q],(o for _,o in self.parts())))
-        self.range = dict(cosine=(-1.,1.), dot=(-a*b/self.scale,a*b/self.scale), l2=(-a-b,0.))[metric]
-
-    def ready_(self, q, g):
-        "What `prepare_` does; rows of a file are scaled as they are read, and there is no bias"
-        if not self.in_file: return prepare_(q, g, self.metric)
-        g.check_metric(self.metric)
-        if self.metric=='cosine': unit_(q)
-        return None,1.
-
-    def parts(self):
-        "Where rows of the gallery begin, and these rows: all of them, or those of each block of a file"
-        if not self.in_file: yield 0,self.g
-        else:
-            for o in self.g.blocks(): yield o.start,unit_(self.g[o]) if self.metric=='cosine' else self.g[o]
+        self.once,self.range = g is q and own is not None,(-1.,1.)
+        with full_precision(q.device): self.q,self.parts,self.bias,self.scale = in_parts(q, g, metric)
+        if metric!='cosine':
+            a,b = (max(o.norm(dim=1).max().item() for _,o in parts)*self.scale for parts in ([(0,self.q)],self.parts()))
+            self.range = dict(dot=(-a*b/self.scale,a*b/self.scale), l2=(-a-b,0.))[metric]
 
     def __iter__(self):
         "Scores, `(r,m)`; masks of genuine and impostor pairs; classes of the rows and of the columns"
