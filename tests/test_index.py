@@ -69,6 +69,14 @@ def test_what_an_index_learned_from_few_items_it_learns_again(kind):
     def share(o): return np.mean([len({*a}&{*b})/10 for a,b in zip(o.search(q, 10)[1].tolist(), want)])
     assert share(index)>share(Index(all_, kind))-.05, (share(index),share(Index(all_, kind)))
 
+def test_cells_that_were_read_are_learned_again_too():
+    "Where a gallery grows by less than double each time that it is read"
+    x = points(4000)
+    index = Index(x[:700], 'ivf')
+    few = index.core.index.nlist
+    for i in range(700, 4000, 550): index = room.read_index(index.embs, 'ivf', index.packed()).add(x[i:i+550])
+    assert index.core.index.nlist>=2*few
+
 def test_bytes_of_a_class_elsewhere():
     "Fewer than there are, and outside the range of these"
     g = torch.Generator().manual_seed(0)

@@ -1,6 +1,9 @@
 "Heads that start from the data, features and what they were worth, and the way from them: what reads badly in the notebooks"
-import json, shutil
+import json, logging, shutil
+from abc import ABC
 from copy import deepcopy
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
 import numpy as np, pandas as pd, pytest, timm, torch
 import torch.nn.functional as F
 from fastai.vision.all import *
@@ -14,7 +17,7 @@ from dmlfast.train.export import preprocess_of
 from dmlfast.train.transfer import halves
 from dmlfast.study.checks import with_settings
 from dmlfast.train.baseline import _halves
-from dmlfast.train.features import _kept, body_key, body_state, collect, items_key, weights_hash
+from dmlfast.train.features import _kept, body_key, body_state, collect, items_key, said_of, weights_hash
 
 @pytest.fixture(scope='module')
 def body(few, tmp_path_factory):
@@ -66,6 +69,14 @@ def test_other_validation_images_have_rows_of_their_own(quiet, few):
     assert 'start' not in rows # the head has moved on
     learn.fit_head(1)
     assert learn.head_start.rows is rows
+
+def test_new_loaders_of_the_same_images_keep_the_rows(quiet, few):
+    learn = quiet()
+    learn.fit(1, 1e-7)
+    rows = learn.head_start.rows
+    learn.dls = few.dataloaders(bs=16, per_class=4, seed=3, num_workers=0)
+    learn.fit(1, 1e-7)
+    assert learn.head_start.rows is rows and {*rows}=={'features','start'}
 
 def test_a_loss_that_takes_the_place_of_another_starts_from_the_data(quiet):
     "From the embeddings that there are, as the first would; and not where its weights were loaded"
@@ -366,6 +377,15 @@ class Holds(Transform):
     def __init__(self, what): self.what = what
     def encodes(self, o:PILImage): return o
 
+class Colour(Transform):
+    "Its settings have names that fastai's transforms give to what they draw"
+    def __init__(self, coeffs): self.coeffs,self.do,self.log = coeffs,coeffs>.5,logging.getLogger('colour')
+    def encodes(self, o:PILImage): return o
+
+@dataclass
+class Plain(ABC):
+    gain:int
+
 def _edited(code):
     "A class as a cell of a notebook defines it"
     names = dict(Transform=Transform, PILImage=PILImage, __name__='__main__')
@@ -375,12 +395,43 @@ def _edited(code):
 @pytest.mark.parametrize('make,args', [(lambda o: Transform(_by(o)),(1,2)), (lambda o: Holds(partial(_by(1), j=o)),(1,2)),
     (Holds,([0,0,9,9],[0,0,9,8])), (lambda o: Holds(dict(a=o)),(1,2)), (lambda o: Holds(np.arange(o)),(8,9)),
     (lambda o: Holds(torch.arange(2000)*o),(1,2)), (lambda o: Holds(_by(o)),(1,2)), (lambda o: Holds(pd.Series([o])),(1,2)),
-    (_edited,('o','o.copy()'))], ids=range(9))
+    (_edited,('o','o.copy()')), (Colour,(1.,.1)), (lambda o: Holds(Plain(o)),(1,2)), (lambda o: Holds(SimpleNamespace(idx=o)),(0,1))],
+    ids=range(12))
 def test_a_transform_is_named_by_all_that_it_holds(few, make, args):
     "Lists, arrays, captured values and code; equal ones have one name"
     def _key(o): return items_key(few.dataloaders(bs=32, per_class=4, num_workers=0, item_tfms=[make(o)]).valid)
     a,b = args
     assert _key(a)==_key(a) and _key(a)!=_key(b) and None not in (_key(a),_key(b))
+
+def test_functions_that_call_each_other_are_said_once():
+    "Sixty functions, each of which calls all later ones: along every path there would be 2^58 of them"
+    names = dict(__name__='__main__')
+    for i in range(60): exec(f"def f{i}(x): return x{''.join(f'+f{j}(x)' for j in range(i+1, 60))}", names)
+    text = said_of(names['f0'])
+    exec('def f59(x): return 2*x', names)
+    assert len(text)<10**6 and said_of(names['f0'])!=text
+
+def test_ones_own_modules_are_read(monkeypatch):
+    "A constant in them, and a function that another one calls"
+    tools = ModuleType('my_tools')
+    exec('SIZE = 8\ndef shrink(x): return x[:SIZE]', tools.__dict__)
+    names = dict(my_tools=tools, __name__='__main__')
+    exec('def f(x): return my_tools.shrink(x)', names)
+    monkeypatch.setitem(sys.modules, 'my_tools', tools)
+    was = said_of(names['f'])
+    assert said_of(names['f'])==was
+    tools.SIZE = 16
+    assert said_of(names['f'])!=was
+
+def test_augmented_views_that_cannot_be_named_are_computed_again(quiet, few, tmp_path):
+    class Gain(Transform):
+        split_idx = 0
+        def __init__(self, by, file): self.by,self.file = by,file
+        def encodes(self, o:TensorImage): return o*self.by
+    with open(tmp_path/'a', 'w') as f:
+        a,b = (train_features(quiet().model, few.dataloaders(bs=32, per_class=4, num_workers=0, seed=0, batch_tfms=[Gain(o, f)]), views=2,
+            memory=0, folder=tmp_path).X for o in (1.,.1))
+    assert np.array_equal(a[0], b[0]) and np.abs(a[1]-b[1]).max()>1e-3
 
 def test_what_opens_images_is_part_of_the_key(few):
     "Two folders with the same ids in a `DataBlock`"

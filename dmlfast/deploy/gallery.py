@@ -121,7 +121,7 @@ def add(self:MemoryGallery,
     facts=None, # Columns of facts, as `as_facts` takes them
 ):
     "Add items; raises `ValueError` if the numbers of embeddings, labels and names differ, or an embedding is not finite"
-    embs = as_embeddings(embs)
+    if not len(embs)==len(labels)==len(items)==0: embs = as_embeddings(embs)
     check_rows(embs, labels, items, None if self.embs is None else self.embs.shape[1])
     self.change('add', embs=embs, labels=as_texts(labels), items=as_texts(items), facts=as_facts(facts, len(embs), self.kinds))
 

@@ -327,9 +327,11 @@ def _found(open_table):
 
 def _facts_of(table): return (table.schema.metadata or {}).get(b'dmlfast')
 
+_lance_parts = '_versions','_transactions','_deletions','_indices','_refs','_latest.manifest','data','tree' # folders of a table
+
 def _in_place(old, path, name, d, made_by):
     "Write a table to a new folder, which takes the place of an old one when it is complete"
-    with whole_folder(path, lambda o: o.name.startswith('_') or o.name in ('data','tree')) as tmp: # as Lance names its parts
+    with whole_folder(path, lambda o: o.name in _lance_parts) as tmp:
         _written(old, _connect(tmp), name, d, made_by)
         for o in [*(tmp/f'{name}.lance').iterdir()]: o.rename(tmp/o.name)
         (tmp/f'{name}.lance').rmdir()

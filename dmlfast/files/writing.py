@@ -100,7 +100,7 @@ def whole_folder(
         with _beside(folder) as tmp:
             yield tmp
             _carry_over(folder, tmp, ours)
-            tmp.chmod(0o755)
+            tmp.chmod(folder.stat().st_mode&0o7777 if folder.is_dir() else 0o755)
             _take_place(tmp, folder)
 
 @contextmanager

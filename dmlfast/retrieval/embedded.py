@@ -151,6 +151,7 @@ Sides.__doc__ = "Embeddings that search and that are searched; where these each 
 def _rows(queries, n):
     "Indices of items, or a mask of them, as indices"
     i = np.asarray(queries)
+    if i.shape==(0,): i = i.astype(np.int64) # of an empty list
     if i.dtype==bool and i.shape==(n,): i = i.nonzero()[0]
     if i.ndim==1 and i.dtype.kind in 'iu' and (not len(i) or -n<=i.min() and i.max()<n): return torch.tensor(i, dtype=torch.int64)
     raise ValueError(f"`queries` are indices of the {n:,} items, or true or false for each of them; got {queries!r:.100}.")

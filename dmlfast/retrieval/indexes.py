@@ -82,7 +82,8 @@ class Index:
         self._build(ready)
 
     def _build(self, ready=None):
-        self.core,self.built = _cores.get(self.kind, _Faiss)(unit_(self.embs.clone()), self.kind, ready),len(self)
+        self.core = _cores.get(self.kind, _Faiss)(unit_(self.embs.clone()), self.kind, ready)
+        self.built = len(self) if ready is None else self.core.made_for(len(self))
 
     def __len__(self): return len(self.embs)
     def __repr__(self): return f'Index({len(self):,} items of {self.embs.shape[1]} numbers, {self.kind or "exact"})'
@@ -121,6 +122,7 @@ class Index:
 class _Core:
     learns = False # from its rows?
     def fits(self, x): return True # with what was learned
+    def made_for(self, n): return n # items, of which there are `n` now
 
 class _Exact(_Core):
     def __init__(self, x, kind, ready): self.gallery = Gallery(x)
@@ -177,6 +179,9 @@ class _Faiss(_Core):
             except RuntimeError as e:
                 why = re.sub(r'.*(\.cpp:\d+: (Error: .* failed: )?)', '', str(e).strip().splitlines()[-1])
                 raise ValueError(f"{n:,} items {says} an index {kind!r}: {why[-200:].rstrip('.')}.") from None
+    def made_for(self, n):
+        cells = getattr(self.index, 'nlist', 0)
+        return min(n, max(39*cells, cells**2//16)) if self.learns and cells else n
     def add(self, x): self.index.add(x.numpy())
     def search(self, q, k): return torch.from_numpy(self.index.search(q.numpy(), k)[1])
     def nbytes(self): return len(faiss_or_none().serialize_index(self.index))

@@ -115,7 +115,7 @@ class HeadStart(Callback):
     ):
         store_attr()
         self.rows,self.said,self.origin,self.kind,self.new,self.head_hash = {},'',None,None,False,''
-        self.measured = None # the validation set that the rows are of; None if they are of a resumed run, which has the same
+        self.measured = None # the validation set that the rows are of, and its key; None if of a resumed run, which has the same
 
     @contextmanager
     def left_out(self):
@@ -237,9 +237,12 @@ def measure(self:HeadStart):
     learn,columns = self.learn,_columns(self.learn)
     dl = learn.dls.valid if len(learn.dls.loaders)>1 and len(learn.dls.valid.dataset) else None
     if self.origin is None or columns is None or dl is None or hasattr(dl, 'features'): return
-    if self.rows and self.measured in (None,dl.dataset): return
+    if self.rows and (self.measured is None or self.measured[0] is dl.dataset): return
+    key,was = items_key(dl),self.measured
+    self.measured = dl.dataset,key
+    if self.rows and key is not None and key==was[1]: return # new loaders of the same images
     as_begun = not self.rows or self.head_is_start
-    self.rows,self.measured = {},dl.dataset
+    self.rows = {}
     self._add('features', dl, columns, lambda X: X)
     if self.rows and as_begun and not (has_moved(self.model, self.origin) or isinstance(self.model.head, torch.nn.Identity)):
         self._add('start', dl, columns, lambda X: head_embs(self.model, X))

@@ -9,12 +9,13 @@ __all__ = ['collect', 'balanced_part', 'as_measured', 'measured_dl', 'body_state
            'body_features', 'Features', 'cache_folder', 'train_features', 'FeatureSet', 'FeatureDL', 'feature_loaders']
 
 # %% ../../nbs/api/train/09_features.ipynb #9b4f0bd6
-import hashlib, os, pickle, sys, numpy as np, pandas as pd, torch
+import hashlib, logging, os, pickle, sys, numpy as np, pandas as pd, torch
 from collections import OrderedDict
 from io import IOBase
 from pathlib import PurePath
-from types import BuiltinFunctionType, CodeType, FunctionType, GetSetDescriptorType, MethodDescriptorType, MethodType, ModuleType
-from types import WrapperDescriptorType
+from functools import cached_property
+from types import BuiltinFunctionType, CodeType, FunctionType, GetSetDescriptorType, MappingProxyType, MethodDescriptorType, MethodType
+from types import ModuleType, WrapperDescriptorType
 from fastcore.all import *
 from fastcore.xdg import xdg_cache_home
 from fastai.data.all import *
@@ -110,15 +111,15 @@ def body_key(
     return weights_hash(body_state(model))+hashlib.blake2b(built.encode(), digest_size=16).hexdigest()
 
 _drawn = {'do','idx','mat','orig_sz','final_size','cp_size','tl','pcts','change','coeffs','orig_pts','targ_pts', # of the item before, in
-    'split_idx','__signature__'} # fastai's transforms; and what is the same for all
+    'split_idx','__signature__'} # fastai's transforms; and which split they are for, which `items_key` knows
 _one_of = type(None),bool,int,float,complex,str,bytes,PurePath,np.generic,torch.dtype,torch.device
 
-_of_all = '__dict__','__weakref__','__module__','__signature__','__doc__' # members of every class
+_of_all = '__dict__','__weakref__','__module__','__signature__','__doc__','_abc_impl','__dataclass_fields__' # what Python adds to classes
 
 def _hash(b): return hashlib.blake2b(b, digest_size=16).hexdigest()
 def _is_known(o):
     "Is it of a package that is installed? Its code is not read"
-    top = (getattr(o, '__module__', None) or '').split('.')[0]
+    top = (getattr(o, '__module__', None) or (o.__name__ if isinstance(o, ModuleType) else '')).split('.')[0]
     file = getattr(sys.modules.get(top), '__file__', None) or ''
     return top in sys.stdlib_module_names or top==__name__.split('.')[0] or '-packages' in file
 
@@ -127,25 +128,31 @@ def _code_parts(f, seen):
     def _all(code): return [code,*(o for c in code.co_consts if isinstance(c, CodeType) for o in _all(c))]
     codes = _all(f.__code__)
     consts = [[c for c in o.co_consts if not isinstance(c, CodeType)] for o in codes]
-    names = {n:f.__globals__[n] for o in codes for n in o.co_names if n in f.__globals__}
+    used = {n for o in codes for n in o.co_names}
+    names = {n:f.__globals__[n] for n in sorted(used) if n in f.__globals__}
+    own = [(n,o) for n,o in names.items() if isinstance(o, ModuleType) and not _is_known(o)] # one's own modules, too
+    names |= {f'{n}.{k}':getattr(o, k) for n,o in own for k in sorted(used) if hasattr(o, k)}
     return [o.co_code for o in codes],consts,[o.co_names for o in codes],names
 
 def said_of(
     o, # A transform, a function, or anything that one has
-    seen:tuple=(), # Objects that it is part of
+    seen:dict=None, # Objects that were said already, each with its number; they are not said again
 )->str:
     "Settings, code and captured values of an object, as text; raises an error for what has none"
     if isinstance(o, _one_of): return f'{type(o).__qualname__} {o!r}'
-    if id(o) in seen: return '...'
-    seen = *seen,id(o)
+    seen = {} if seen is None else seen
+    if id(o) in seen: return f'the {seen[id(o)][0]}th'
+    seen[id(o)] = len(seen),o # kept, so that no other gets its `id`
     def _all(*os): return ', '.join(said_of(v, seen) for v in os)
     name = f"{getattr(o, '__module__', '')}.{getattr(o, '__qualname__', type(o).__qualname__)}"
     if isinstance(o, Tensor): return f'{o.dtype}{weights_hash({"":o})}'
     if isinstance(o, np.ndarray) and o.dtype!=object: return f'{o.dtype}{o.shape}{_hash(np.ascontiguousarray(o).tobytes())}'
-    if isinstance(o, dict): return f'{{{", ".join(sorted(f"{said_of(k, seen)}: {said_of(v, seen)}" for k,v in o.items()))}}}'
+    if isinstance(o, (dict,MappingProxyType)):
+        return f'{{{", ".join(sorted(f"{said_of(k, seen)}: {said_of(v, seen)}" for k,v in o.items()))}}}'
     if isinstance(o, (list,tuple,L)): return f'{type(o).__qualname__}[{_all(*o)}]'
     if isinstance(o, (set,frozenset)): return f'{{{", ".join(sorted(said_of(v, seen) for v in o))}}}'
     if isinstance(o, ModuleType): return o.__name__
+    if isinstance(o, logging.Logger): return o.name
     if isinstance(o, partial): return f'partial({_all(o.func, o.args, o.keywords)})'
     if isinstance(o, MethodType): return f'method({_all(o.__func__, o.__self__)})'
     if isinstance(o, FunctionType):
@@ -157,11 +164,13 @@ def said_of(
         if _is_known(o): return f'{name}{_all(getattr(o, "background", None))}'
         return f'{name}({_all({k:v for k,v in vars(o).items() if k not in _of_all}, o.__bases__)})'
     if isinstance(o, (staticmethod,classmethod)): return _all(o.__func__)
-    if isinstance(o, property): return _all(o.fget)
+    if isinstance(o, (property,cached_property)): return _all(getattr(o, 'fget', None) or o.func)
     if isinstance(o, (BuiltinFunctionType,WrapperDescriptorType,MethodDescriptorType,GetSetDescriptorType,np.ufunc)):
         return f'{name}{_all(o.__name__, getattr(o, "__self__", None))}'
     if hasattr(o, '__dict__') and not hasattr(o, 'iloc') and not isinstance(o, IOBase):
-        return f'{said_of(type(o), seen)}{said_of({k:v for k,v in vars(o).items() if k not in _drawn}, seen)}'
+        # others keep what they drew: then they have another key, which costs time and nothing else
+        skip = _drawn if type(o).__module__.startswith(('fastai.','dmlfast.')) else ('split_idx','__signature__')
+        return f'{said_of(type(o), seen)}{said_of({k:v for k,v in vars(o).items() if k not in skip}, seen)}'
     return f'{name}{_hash(pickle.dumps(o))}'
 
 def _stat(o):
@@ -295,11 +304,10 @@ def train_features(
         first = body_features(model, _view_dl(dls, 0), bar)[0]
         X = torch.stack([first] + [_augmented(model, dls, v, bar) for v in range(1, views)])
         return Features(X, labels)
-    key = items_key(_view_dl(dls, 0))
-    name = hashlib.blake2b(f'{body_key(model)}{key or id(dls)}{views}{"" if views<2 else items_key(_view_dl(dls, 1))}'.encode(),
-        digest_size=16).hexdigest()
+    keys = [items_key(_view_dl(dls, v)) for v in range(min(views, 2))]
+    name = _hash(f'{body_key(model)}{id(dls) if None in keys else keys}{views}'.encode())
     file = Path(folder or cache_folder()/'features')/f'{name}.npy'
-    X = _open_file(file, (views,n,d)) if key else None
+    X = None if None in keys else _open_file(file, (views,n,d))
     if X is None:
         was = model.training
         model.eval()

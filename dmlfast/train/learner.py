@@ -323,7 +323,7 @@ def _width(model, first):
     "How many numbers a module gives for an image"
     was = model.training
     with no_random():
-        try: return model.eval()(first()[:2].to(next(model.parameters()).device)).shape[-1]
+        try: return model.eval()(first()[:2].to(next((p.device for p in model.parameters()), 'cpu'))).shape[-1]
         finally: model.train(was)
 
 def _first_rate(model, trained):
@@ -366,9 +366,10 @@ def check_vocab(self:MetricLearner):
     "Warn if the loss was set up for other training classes than there are"
     have,names = self.loss_vocab,_train_vocab(self.dls)
     if not self.loss_func.seen_only or None in (have,names) or have==names: return
-    loss = type(self.loss_func).__name__
-    warnings.warn(f"{loss} has weights for {len(have):,} classes, {have[0]!r} the first, and these data loaders have {len(names):,} "
-        f"others, {names[0]!r} the first: `learn.loss_func = {loss}(...)` sets up new ones.")
+    loss,n = type(self.loss_func).__name__,next((i for i,(a,b) in enumerate(zip(have, names)) if a!=b), min(len(have), len(names)))
+    was,now = (repr(o[n]) if n<len(o) else 'none' for o in (have,names))
+    warnings.warn(f"{loss} has weights for {len(have):,} classes, and these data loaders have {len(names):,}. They differ from number {n} "
+        f"on, which was {was} and is {now}: `learn.loss_func = {loss}(...)` sets up new ones.")
 
 @patch
 def take_loss(self:MetricLearner,
