@@ -628,7 +628,8 @@ def test_an_index_that_faiss_refuses_changes_nothing(folder):
     pytest.importorskip('faiss')
     xs = [*np.random.RandomState(0).randn(300, d).astype('float32')]
     e = stub(load_embedder(folder, write=True)).add(xs[:9], 'a', [f'{i}' for i in range(9)])
-    for kind,says in (('PQ2','9 items are too few for'),('IDMap,Flat','cannot be added to'),('PQ3','takes for 4 numbers')):
+    for kind,says in (('',"takes for 4 numbers; got ''"),
+        ('PQ2','9 items are too few for'),('IDMap,Flat','cannot be added to'),('PQ3','takes for 4 numbers')):
         with pytest.raises(ValueError, match=says): e.index(kind)
         assert e.index_kind is None and len(stub(load_embedder(folder)).add(xs[9:10], 'b'))==10
     e.remove(item=lambda o: True).index('PQ2')

@@ -58,12 +58,9 @@ def trained_lengths(file):
 # %% ../../nbs/api/cli/03_measuring.ipynb #05b315ef
 def _pictures(interp, out, queries):
     "Draw neighbours, worst queries and curves"
-    import matplotlib.pyplot as plt
     figs = dict(neighbours=interp.plot_neighbours(max_n=queries))
     if interp.result.used.any():
-        fig,axs = plt.subplots(1, 3, figsize=(10,3.4), layout='constrained')
-        interp.plot_recall(axs[0]), interp.plot_pr(axs[1]), interp.plot_similarities(axs[2])
-        figs |= dict(curves=fig, worst=interp.plot_top_losses(max_n=queries))
+        figs |= dict(curves=interp.plot_curves(), worst=interp.plot_top_losses(max_n=queries))
     else: print("No class has two items, so that there is nothing to find, and neither curves nor worst queries are drawn.\n")
     for k,o in figs.items(): save_figure(o, out/f'{k}.png')
 

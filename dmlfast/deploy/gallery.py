@@ -121,7 +121,7 @@ def add(self:MemoryGallery,
     facts=None, # Columns of facts, as `as_facts` takes them
 ):
     "Add items; raises `ValueError` if the numbers of embeddings, labels and names differ, or an embedding is not finite"
-    if not len(embs)==len(labels)==len(items)==0: embs = as_embeddings(embs)
+    if len(embs): embs = as_embeddings(embs)
     check_rows(embs, labels, items, None if self.embs is None else self.embs.shape[1])
     self.change('add', embs=embs, labels=as_texts(labels), items=as_texts(items), facts=as_facts(facts, len(embs), self.kinds))
 
@@ -158,7 +158,7 @@ def index(self:MemoryGallery,
 ):
     "Search by an index; raises `ValueError` for a kind that faiss does not know"
     if not len(self): index_kind(kind, 0)
-    made = Index(self.embs, kind) if kind and len(self) else None # which may be refused, before anything changes
+    made = Index(self.embs, kind) if kind is not None and len(self) else None # which may be refused, before anything changes
     self.apply('index', kind=kind)
     if made is not None: self.searched(made)
     if self.journal: self.journal(self, 'index', self.index_change())

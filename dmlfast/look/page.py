@@ -228,10 +228,8 @@ def _figures(interp, n, images, confused, pairs):
     "Figures of the results, by name"
     found = interp.result.used.any()
     if found:
-        fig,axs = plt.subplots(1, 3, figsize=(10,3.4), layout='constrained')
-        interp.plot_recall(axs[0]), interp.plot_pr(axs[1]), interp.plot_similarities(axs[2])
-        yield 'curves_retrieval',fig,('Left: the share of queries with their class among their k nearest. Middle: of the items that are '
-            'listed until a share of the right ones is found (recall), how many are right (precision). '
+        yield 'curves_retrieval',interp.plot_curves(),('Left: the share of queries with their class among their k nearest. Middle: of the '
+            'items that are listed until a share of the right ones is found (recall), how many are right (precision). '
             'Right: the similarities of pairs of one class and of two; the less they overlap, the better.')
     if len(pairs.genuine) and len(pairs.impostor):
         fig,axs = plt.subplots(1, 2, figsize=(8,3.4), layout='constrained')

@@ -183,6 +183,13 @@ def plot_similarities(self:RetrievalInterpretation,
     ax.legend(frameon=False)
     return ax
 
+@patch
+def plot_curves(self:RetrievalInterpretation)->plt.Figure:
+    "Draw recall, precision and similarities beside each other; raises `ValueError` where no class has two items"
+    fig,axs = plt.subplots(1, 3, figsize=(10,3.4), layout='constrained')
+    self.plot_recall(axs[0]), self.plot_pr(axs[1]), self.plot_similarities(axs[2])
+    return fig
+
 # %% ../../nbs/api/look/01_pictures.ipynb #d2eef0a9
 @patch
 def plot_roc(self:Embedded,

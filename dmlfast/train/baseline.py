@@ -115,7 +115,7 @@ class HeadStart(Callback):
     ):
         store_attr()
         self.rows,self.said,self.origin,self.kind,self.new,self.head_hash = {},'',None,None,False,''
-        self.measured = None # the validation set that the rows are of, and its key; None if of a resumed run, which has the same
+        self.measured = None # the loader that the rows are of; None if they are of a resumed run, which has the same images
 
     @contextmanager
     def left_out(self):
@@ -231,18 +231,17 @@ def _columns(learn):
     "The callback that scores the validation classes"
     return next((o for o in learn.cbs if isinstance(o, RetrievalMetrics)), None)
 
+def _same_images(a, b): return a.dataset is b.dataset or (key := items_key(a)) is not None and key==items_key(b)
+
 @patch
 def measure(self:HeadStart):
     "Score the features, and the start if the body is unchanged; once for a validation set, before a fit"
     learn,columns = self.learn,_columns(self.learn)
     dl = learn.dls.valid if len(learn.dls.loaders)>1 and len(learn.dls.valid.dataset) else None
     if self.origin is None or columns is None or dl is None or hasattr(dl, 'features'): return
-    if self.rows and (self.measured is None or self.measured[0] is dl.dataset): return
-    key,was = items_key(dl),self.measured
-    self.measured = dl.dataset,key
-    if self.rows and key is not None and key==was[1]: return # new loaders of the same images
+    if self.rows and (self.measured is None or _same_images(self.measured, dl)): return
     as_begun = not self.rows or self.head_is_start
-    self.rows = {}
+    self.rows,self.measured = {},dl
     self._add('features', dl, columns, lambda X: X)
     if self.rows and as_begun and not (has_moved(self.model, self.origin) or isinstance(self.model.head, torch.nn.Identity)):
         self._add('start', dl, columns, lambda X: head_embs(self.model, X))

@@ -102,13 +102,15 @@ def body_state(
     "The weights that features depend on: body and pooling"
     return {k:v for k,v in model.state_dict().items() if k.startswith(('body.','pool.'))}
 
+def _hash(b): return hashlib.blake2b(b, digest_size=16).hexdigest()
+
 def body_key(
     model:nn.Module, # An `Embedder`
 )->str: # Hexadecimal digits
     "Key of a body: equal for bodies with the same weights, construction, paddings and pooling"
     built = f'{model.body}{model.pool}{getattr(model, "own_pool", None)}{getattr(model, "named", {}).get("model_kwargs")}'
     built += str(getattr(model, 'lora', '')) # what multiplies its difference is no weight
-    return weights_hash(body_state(model))+hashlib.blake2b(built.encode(), digest_size=16).hexdigest()
+    return weights_hash(body_state(model))+_hash(built.encode())
 
 _drawn = {'do','idx','mat','orig_sz','final_size','cp_size','tl','pcts','change','coeffs','orig_pts','targ_pts', # of the item before, in
     'split_idx','__signature__'} # fastai's transforms; and which split they are for, which `items_key` knows
@@ -116,14 +118,13 @@ _one_of = type(None),bool,int,float,complex,str,bytes,PurePath,np.generic,torch.
 
 _of_all = '__dict__','__weakref__','__module__','__signature__','__doc__','_abc_impl','__dataclass_fields__' # what Python adds to classes
 
-def _hash(b): return hashlib.blake2b(b, digest_size=16).hexdigest()
 def _is_known(o):
     "Is it of a package that is installed? Its code is not read"
     top = (getattr(o, '__module__', None) or (o.__name__ if isinstance(o, ModuleType) else '')).split('.')[0]
     file = getattr(sys.modules.get(top), '__file__', None) or ''
     return top in sys.stdlib_module_names or top==__name__.split('.')[0] or '-packages' in file
 
-def _code_parts(f, seen):
+def _code_parts(f):
     "The code of a function, and the values that it takes from outside"
     def _all(code): return [code,*(o for c in code.co_consts if isinstance(c, CodeType) for o in _all(c))]
     codes = _all(f.__code__)
@@ -157,7 +158,7 @@ def said_of(
     if isinstance(o, MethodType): return f'method({_all(o.__func__, o.__self__)})'
     if isinstance(o, FunctionType):
         inside = [c.cell_contents for c in o.__closure__ or ()],o.__defaults__,o.__kwdefaults__
-        return f'{name}({_all(*inside, *(() if _is_known(o) else _code_parts(o, seen)))})'
+        return f'{name}({_all(*inside, *(() if _is_known(o) else _code_parts(o)))})'
     if hasattr(o, 'methods') and hasattr(o, 'dispatch'): # of plum: a function with several implementations
         return f'{name}({_all(*(m.implementation for m in o.methods))})'
     if isinstance(o, type):

@@ -297,11 +297,9 @@ def _model(arch, weights, pretrained, normalize, recipe, given, model_kwargs):
     return _Whole(arch) if isinstance(arch, nn.Sequential) else arch
 
 # %% ../../nbs/api/train/11_learner.ipynb #f40118e1
-def _n_known(dls): return getattr(dls, 'n_train_classes', None)
-
 def _n_classes(dls):
     "Number of training classes"
-    if (n := _n_known(dls)) is not None: return n
+    if (n := getattr(dls, 'n_train_classes', None)) is not None: return n
     if (vocab := getattr(dls, 'vocab', None)) and len(dls.loaders)>1 and len(dls.valid):
         warnings.warn("These data loaders do not say which classes are for training only: where validation images are of classes that are "
             "trained on, what is measured is not retrieval of unseen classes. `ClassBlock` with `ClassSplitter` divides by class.")
@@ -359,7 +357,7 @@ def _with_weights(loss): return [o for o in loss.modules() if any(True for _ in 
 # %% ../../nbs/api/train/11_learner.ipynb #e94a1b60
 def _train_vocab(dls):
     "Names of the training classes, by their numbers; None if they have none"
-    return None if (vocab := getattr(dls, 'vocab', None)) is None else list(vocab)[:_n_known(dls)]
+    return None if (vocab := getattr(dls, 'vocab', None)) is None else list(vocab)[:getattr(dls, 'n_train_classes', None)]
 
 @patch
 def check_vocab(self:MetricLearner):

@@ -191,11 +191,11 @@ def validate(self:MetricLearner,
 ):
     "As in fastai; `ds_idx` or `dl` may be the name of a split"
     dl = self._one_of(ds_idx, dl) # each item once: copies would find each other
-    self.start_head()
-    res = super(MetricLearner, self).validate(ds_idx, dl, cbs)
     if not len(dl):
         raise ValueError("There are no items to validate on: these data loaders have none for validation. Pass the name of a split, "
             "such as 'test', or `dls.test_dl(items, with_labels=True)`.")
+    self.start_head()
+    res = super(MetricLearner, self).validate(ds_idx, dl, cbs)
     if res and res[0] is None:
         raise ValueError("There are no labels to measure with: pass `dls.test_dl(items, with_labels=True)`, or the name of a split, such "
             "as 'test'.")
