@@ -182,7 +182,8 @@ def test_near_pairs_are_those_of_a_loop(block):
         r = RetrievalInterpretation(x, rng.integers(0, 3, 40), ignore=ignore, block=block)
         s = np.corrcoef(np.c_[x,-x]) # of rows whose mean is 0 this is the cosine
         every = [(a,b) for b in range(40) for a in range(b) if s[a,b]>=.8 and (ignore is None or ignore[a]!=ignore[b])]
-        for same,f,of in ((True,r.duplicates,None), (False,r.label_noise,None), (False,r.label_noise,[3,7])):
+        for same,f,of in ((True,r.duplicates,None), (False,r.label_noise,None), (False,r.label_noise,[3,7]), (False,r.label_noise,[]),
+            (False,r.label_noise,range(0, 40, 3))):
             want = {o for o in every if (r.labels[o[0]]==r.labels[o[1]])==same and (of is None or {*o}&{*of})}
             kwargs = dict(min_sim=.8)|({} if of is None else dict(of=of))
             df = f(n=2000, **kwargs)

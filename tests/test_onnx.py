@@ -303,11 +303,13 @@ def test_a_table_is_written_as_a_gallery(finder, folder, photos, tmp_path):
     assert len(got)==9 and got.gallery.facts==want.gallery.facts and got.search(photos[0], 9)==want.search(photos[0], 9)
     assert {o.name for o in there.iterdir()}=={o.name for o in folder.iterdir()}|{'notes.txt'}
 
-def test_what_cannot_be_written(finder, folder, tmp_path):
+def test_what_cannot_be_written(finder, folder, photos, tmp_path):
     with pytest.raises(FileExistsError, match='overwrite=True'): finder.save_onnx(folder)
     with pytest.raises(ValueError, match="has a function: `to_onnx` writes"):
         ImageEmbedder(finder.model, lambda o: o).save_onnx(tmp_path/"x")
     with pytest.raises(ValueError, match='pass `data`'): finder.save_onnx(tmp_path/'x', int8=True)
+    with pytest.raises(ValueError, match='no class of `data` has two'):
+        finder.save_onnx(tmp_path/'x', int8=True, data=photos[:2], labels=[0,1])
     (tmp_path/'mine').mkdir()
     (tmp_path/'mine'/'thesis.txt').write_text('all of it')
     with pytest.raises(FileExistsError, match='is not overwritten'): finder.save_onnx(tmp_path/'mine', overwrite=True)

@@ -133,6 +133,7 @@ class _Judge:
         self.float = embedder.embedded(data, split, labels)
         self.float.check_labels()
         self.on,self.before = self.float.facts.get('measured_on'),self.score(self.float.embs)
+        if not self.before.used.any(): raise ValueError("8 bits can lose recall, and no class of `data` has two images to measure it on.")
 
     def score(self, embs): return evaluate_protocol(embs, self.float.labels, metrics=['recall@1'], **self.float.protocol())
 

@@ -86,21 +86,24 @@ def _top_pairs(self, min_sim, same, n, of):
     "Similarities and rows `a<b` of the nearest pairs, equal ones by row: those of one label are searched within it, others among all"
     y,last,least = self.labels,len(self),torch.tensor(min_sim, dtype=torch.float32)
     best = torch.zeros(0),torch.zeros(0, dtype=torch.int64),torch.zeros(0, dtype=torch.int64)
-    among = None if of is None else torch.zeros(len(self), dtype=torch.bool).index_fill_(0, torch.as_tensor(of, dtype=torch.int64), True)
+    if of is not None: among = torch.zeros(len(self), dtype=torch.bool).index_fill_(0, torch.as_tensor(of, dtype=torch.int64), True)
+    asked = None if of is None else among.nonzero()[:,0]
     for at in y.argsort(stable=True).split(y.unique(return_counts=True)[1].tolist()) if same else [torch.arange(len(self))]:
-        if len(at)<2: continue
+        if len(at)<2 or (of is not None and not len(asked)): continue
         x = as_embeddings(self.embs[at]).clone()
-        scores = Scores(x, x, 'cosine', ignore=ignored(None if self.ignore is None else self.ignore[at], x, x, True), block=self.block)
+        q,who = (x,at) if of is None else (x[asked],asked)
+        ids = None if self.ignore is None else (self.ignore[who],self.ignore[at])
+        scores = Scores(q, x, 'cosine', ignore=ignored(ids, q, x, False), block=self.block)
         few = max(1, 2**20//len(at)) # whose pairs may all be near ones
-        for rows in scores.blocks(len(at)):
-            for s,a in zip(scores(rows).clamp_(max=1).split(few), at[rows].split(few)):
+        for rows in scores.blocks(len(who)):
+            for s,a in zip(scores(rows).clamp_(max=1).split(few), who[rows].split(few)):
                 # what is as near as the last one of `n` comes before it only in an earlier row
-                keep = (s>torch.where(a<last, least.nextafter(least-1), least)[:,None])&(at>a[:,None])
+                keep = (s>torch.where((a<last)|(of is not None), least.nextafter(least-1), least)[:,None])&(at!=a[:,None])
+                keep &= (at>a[:,None]) if of is None else (at>a[:,None])|~among[at] # a pair of two that are asked for comes once
                 if not same: keep &= y[at]!=y[a,None]
-                if among is not None: keep &= among[at]|among[a,None]
                 if not keep.any(): continue
                 i,j = keep.nonzero().T
-                s,u,v = (torch.cat(o) for o in zip(best, (s[i,j],a[i],at[j])))
+                s,u,v = (torch.cat(o) for o in zip(best, (s[i,j],torch.minimum(a[i], at[j]),torch.maximum(a[i], at[j]))))
                 best = s,u,v = tuple(o[np.lexsort((v, u, -s))[:n]] for o in (s,u,v))
                 if len(s)==n>0: least,last = s[-1],u[-1]
     return best
