@@ -479,6 +479,22 @@ def test_validate_is_no_epoch_to_keep(make_learner, tmp_path):
     learn.validate()
     assert (tmp_path/'models'/'best.pth').read_bytes()==stored and learn.save_model.best==-1
 
+def test_what_is_no_epoch_leaves_logs_and_counts(make_learner, tmp_path):
+    "The file of the fits, the rows of the recorder, the number of epochs on an embedder's card; and a learner with a log is exported"
+    learn = make_learner(cbs=CSVLogger(tmp_path/'log.csv'))
+    learn.lr_find(num_it=8, show_plot=False)
+    assert not (tmp_path/'log.csv').exists() and 'epochs' not in learn.about_training()
+    learn.fit(2, 1e-3)
+    was,rows,losses = (tmp_path/'log.csv').read_text(),list(learn.recorder.values),list(learn.recorder.losses)
+    learn.validate()
+    assert learn.recorder.values==rows and learn.recorder.losses==losses and len(rows)==2
+    learn.lr_find(num_it=8, show_plot=False)
+    assert (tmp_path/'log.csv').read_text()==was and was.count('\n')==3 and learn.about_training()['epochs']==2
+    learn.export(tmp_path/'x.pkl')
+    assert any(isinstance(o, CSVLogger) for o in learn.cbs)
+    learn.fit(1, 1e-3)
+    assert learn.about_training()['epochs']==3 and load_learner(tmp_path/'x.pkl').about_training()['epochs']==2
+
 @pytest.mark.parametrize('tracker', [SaveModelCallback,EarlyStoppingCallback,ReduceLROnPlateau])
 def test_predictions_are_no_epoch_to_keep(make_learner, tracker):
     learn = make_learner(cbs=tracker('map@r'))

@@ -356,6 +356,16 @@ def test_a_seed_repeats_a_run(make_learner):
         runs.append((learn.recorder.values, learn.self_supervised_ranking.ssr_losses[0]))
     assert runs[0]==runs[1] and runs[0][0]!=runs[2][0]
 
+def test_a_search_for_a_rate_leaves_coin_and_views(make_learner):
+    runs = []
+    for find in (False,True):
+        learn = make_learner(cbs=SelfSupervisedRanking(m=4, p=.5))
+        if find: learn.lr_find(num_it=8, show_plot=False)
+        set_seed(1)
+        learn.fit(1, 1e-3)
+        runs.append((learn.recorder.values, learn.self_supervised_ranking.ssr_losses))
+    np.testing.assert_equal(*runs)
+
 def test_running_statistics_are_those_of_the_images(make_learner):
     "Views go through batch norm in training mode and leave no trace in its statistics; frozen batch norm stays frozen"
     def buffers(learn): return torch.cat([b.flatten().float() for b in learn.model.buffers()])

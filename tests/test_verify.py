@@ -302,14 +302,27 @@ def test_calibration():
     assert finder().calibrate(Embedded(x[:40], y[:40]), .1, min_classes=5).calibration['interval'] is None
     with pytest.raises(ValueError, match='10,000 pairs of two classes'): finder().calibrate(Embedded(x[:80], y[:80]), 1e-4, min_classes=5)
 
-def test_a_threshold_among_equal_scores_says_its_rate():
-    "One image stands in 40 classes of 200: its 780 pairs of 79,600 all have the similarity 1, which nothing exceeds"
+def test_a_threshold_among_equal_scores_lies_above_them():
+    "One image stands in 40 classes of 200: its 780 pairs of 79,600 all have the similarity 1, which a rate of 1e-3 cannot let through"
     x = np.random.default_rng(0).normal(size=(400,64))
     x[::10] = x[0]
-    with (pytest.warns(UserWarning, match='rate of 0.0098, 100.0% of the pairs of one class are missed'),
-        pytest.warns(UserWarning, match='the same similarity, 1.000, so the false-match rate of this threshold is 0.0098 and not 0.001')):
+    with (pytest.warns(UserWarning, match='rate of 0.001, 100.0% of the pairs of one class are missed'),
+        pytest.warns(UserWarning, match='a threshold above it, 1.000001, has a false-match rate of 0 and not 0.001')):
         f = finder().calibrate(Embedded(x, np.arange(400)//2), 1e-3)
-    assert f.calibration['fmr']==pytest.approx(780/79600) and f.calibration['interval'][1]<=1
+    assert f.calibration['fmr']==1e-3 and f.calibration['fnmr']==1 and f.calibration['interval'][1]<=f.threshold
+
+def test_rates_are_kept_among_equal_scores():
+    "By a loop over all thresholds: the least one that a share `r` and one more reaches at most; a collapsed embedding matches nothing"
+    rng = np.random.default_rng(0)
+    x,y = np.where(rng.random((60,4))<.5, -1., 1.),np.arange(60)//6
+    p,(gen,imp) = pair_scores(x, y),brute(x, y)
+    for r in (.003,.03,.1,.3,.8):
+        t = min(o for o in [*np.unique(imp),9] if (imp>=o-1e-9).sum()<=r*len(imp)+1)
+        assert p.fmr_at(p.threshold(r))==pytest.approx((imp>=t-1e-9).mean()) and p.fnmr(r)==pytest.approx((gen<t-1e-9).mean())
+    p = pair_scores(np.ones((200,8)), np.arange(200)//10)
+    assert p.fnmr(1e-3)==1 and p.interval('fnmr@fmr=0.001')==pytest.approx((1,1), abs=.01)
+    o = open_set(np.ones((400,8)), np.arange(400)%40)
+    assert o.far_at(o.threshold(.01))==0 and o.dir(.01)==0
 
 def test_a_threshold_that_misses_most_is_said():
     "Of noise in three dimensions nearly all pairs of a class are missed, of tight classes few; both are said"

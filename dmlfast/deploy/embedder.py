@@ -182,10 +182,9 @@ def calibrate(self:ImageEmbedder,
         raise ValueError(f"A false-match rate of {fmr:g} needs {round(1/fmr):,} pairs of two classes or more, and there are "
             f"{len(pairs.impostor):,}.")
     t,rate = pairs.threshold(fmr),pairs.rates[0]
-    if (real := float(pairs.fmr_at(t)))>2*rate+2/len(pairs.impostor): # equal scores are all on one side
-        warnings.warn(f"Many pairs of two classes have the same similarity, {t:.3f}, so the false-match rate of this threshold is "
-            f"{real:.2g} and not {rate:g}: `embedded.duplicates()` shows equal images.", stacklevel=2)
-        rate = real
+    if (real := float(pairs.fmr_at(t)))<rate/2-2/len(pairs.impostor): # equal scores are all on one side
+        warnings.warn(f"Many pairs of two classes have the same similarity, so that a threshold above it, {t:.6f}, has a false-match rate "
+            f"of {real:.2g} and not {rate:g}: `embedded.label_noise()` shows equal images.", stacklevel=2)
     self.calibration = dict(threshold=t, fmr=rate, interval=pairs.interval(f'threshold@{name}'),
         fnmr=pairs.fnmr(fmr), fnmr_interval=pairs.interval(f'fnmr@{name}'), classes=n, genuine=len(pairs.genuine),
         impostor=len(pairs.impostor), measured_on=embedded.facts.get('measured_on'), **facts)

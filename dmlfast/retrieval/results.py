@@ -324,6 +324,17 @@ class ScoreSample:
         low,high = (self.values[np.searchsorted(self.upto[1:], o, side='right')] for o in (np.floor(at),np.ceil(at)))
         return float(low+(at-np.floor(at))*(high-low))
 
+    def threshold(self,
+        share:float, # A share, 0 to 1
+    )->float: # nan if there are no scores
+        "The score that a share `share` reaches: `quantile(1-share)`, or what follows the equal scores there if more would reach it"
+        t,n = self.quantile(1-share),len(self)
+        if not n or n-self.upto[np.searchsorted(self.values, t)]<=share*n+1: return t
+        i = np.searchsorted(self.upto, (1-share)*n)
+        if i<len(self.values): return float(self.values[i])
+        last = float(self.values[-1])
+        return last+max(self.width, 1e-6*max(1., abs(last))) # more than rounding
+
 # %% ../../nbs/api/retrieval/01_results.ipynb #3be57abb
 class RetrievalDifference:
     "The difference of two results on the same queries"

@@ -127,8 +127,8 @@ class PairScores:
     def threshold(self,
         fmr:float, # False-match rate, above 0 and below 1
     )->float:
-        "The threshold for a false-match rate: a share `fmr` of the impostor pairs score this or more"
-        return self.impostor.quantile(1-check_rates(fmr)[0])
+        "The threshold for a false-match rate: a share `fmr` of the impostor pairs score this or more, fewer where many are equal"
+        return self.impostor.threshold(check_rates(fmr)[0])
 
     def fmr_at(self,
         threshold, # A score, or several
@@ -261,7 +261,7 @@ def boots(self:PairScores,
     bs = {k:np.concatenate([b[k] for b in bs])+(own[k]-once[k]) for k in names} # less what lies between edges and curve
     top = max(self.impostor.values[-1], self.genuine.values[-1])
     for k in names:
-        if k.startswith('threshold'): bs[k] = np.minimum(bs[k], top) # the last edge lies above all scores
+        if k.startswith('threshold'): bs[k] = np.minimum(bs[k], max(top, own[k][0])) # the last edge lies above all scores
     return {k:np.where(np.isfinite(b), b, own[k]) for k,b in bs.items()} # a sample may have no genuine pair
 
 @patch
@@ -372,8 +372,8 @@ class OpenSet:
     def threshold(self,
         far:float, # False-alarm rate, above 0 and below 1
     )->float:
-        "The threshold for a false-alarm rate: a share `far` of the unknown queries have a match of this score or more"
-        return self.sample.quantile(1-check_rates(far)[0])
+        "The threshold for a false-alarm rate: a share `far` of the unknown queries score this or more, fewer where many are equal"
+        return self.sample.threshold(check_rates(far)[0])
 
     def dir_at(self,
         threshold:float, # A score

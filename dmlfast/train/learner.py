@@ -118,12 +118,13 @@ class MetricLearner(GroupedLearner):
         fname='export.pkl', # File to write, in the learner's folder
         **kwargs # Passed to `Learner.export`
     ):
-        "As in fastai, after the head has started; written completely or not at all, and a failed write changes nothing"
+        "As in fastai, after the head has started, without loggers; written completely or not at all, and a failed write changes nothing"
         self.start_head()
         if not is_first(): return
         dls,opt = self.dls,self.opt
         try:
-            with whole_file(self.path/fname) as tmp, ContextManagers([o.left_out() for o in self.cbs if isinstance(o, HeadStart)]):
+            out = [o.left_out() for o in self.cbs if isinstance(o, HeadStart)]+[self.removed_cbs(loggers(self.cbs))] # have open files
+            with whole_file(self.path/fname) as tmp, ContextManagers(out):
                 super().export(tmp.absolute(), **kwargs)
         except BaseException:
             self.dls,self.opt = dls,opt

@@ -120,7 +120,8 @@ def lr_find(self:GroupedLearner,
     **kwargs # Passed to `Learner.lr_find`
 ):
     "As in fastai; warns where the body is trained already, and raises `ValueError` if the search ended too soon to suggest a rate"
-    try: res = Learner.lr_find(self, start_lr, end_lr, num_it, **kwargs)
+    try:
+        with self.removed_cbs(loggers(self.cbs)): res = Learner.lr_find(self, start_lr, end_lr, num_it, **kwargs)
     except IndexError as e:
         if not self.fitted: raise # it comes from the training, and not from what looks at its losses
         raise ValueError(f"The search for a rate ended after {len(self.recorder.losses)} of {num_it} steps, too soon to tell: "

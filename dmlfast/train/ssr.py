@@ -127,7 +127,7 @@ def before_fit(self:SelfSupervisedRanking):
         raise ValueError("There are two `SelfSupervisedRanking`s: remove one of them.")
     if hasattr(self.learn, 'gather_preds'): return
     self.attach(self.learn)
-    self.fresh = True
+    self.fresh,self.before = True,self.state_dict() if hasattr(self.learn, 'lr_finder') else None
     self.part()
     self.learn.metrics = L(self.learn.metrics).filter(lambda o: o is not self.column) + self.column
 
@@ -148,7 +148,8 @@ def after_train(self:SelfSupervisedRanking):
 
 @patch
 def after_fit(self:SelfSupervisedRanking):
-    "Take the column away"
+    "Take the column away; a search for a rate leaves coin and views as they were"
+    if self.before: self.load_state_dict(self.before)
     self.learn.metrics = L(self.learn.metrics).filter(lambda o: o is not self.column)
 
 # %% ../../nbs/api/train/05_ssr.ipynb #f1e71cda
