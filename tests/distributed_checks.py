@@ -1,5 +1,5 @@
 "What `test_distributed.py` runs: once in two processes, which this file begins, and once in one, with batches twice as large"
-import os, resource, sys, time, warnings, pandas as pd, torch
+import os, pytest, resource, sys, time, warnings, pandas as pd, torch
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 from pathlib import Path
 from fastcore.all import *
@@ -282,6 +282,8 @@ def check_refusals(few, n, out):
     res = dict(loader=refused(other), accum=refused(lambda: plain(few, TripletLoss(), n, metrics=Count())),
         unused=refused(lambda: plain(few, TripletLoss(), n, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])),
         many=refused(lambda: plain(few, TripletLoss(), n, bs=44)))
+    if n>1:
+        with pytest.raises(RuntimeError, match='within `together'): distributed.gather_rows(torch.zeros(2, 3))
     def first(): raise FileExistsError('there already')
     if n>1: work_together(True)
     try: by_first(first)

@@ -250,6 +250,7 @@ table = pd.DataFrame(dict(path=[f'{c}{i}.jpg' for c in 'abcdef' for i in range(4
 
 @pytest.mark.parametrize('change,said', [
     (dict(path=['./b0.jpg' if o=='a0.jpg' else o for o in table.path]), "1 images are in the table twice: 'b0.jpg'"),
+    (dict(path=[5,*table.path[1:]]), r"names files, and holds 5: `columns=dict"), (dict(path=[5,*table.path[1:]], label=None), 'no label'),
     (dict(label=[None]+list(table.label[1:])), 'have no label; the first is row 0'),
     (dict(split=[*table.split[:-1],'']), 'have no split; the first is row 23'),
     (dict(split=[*table.split[:-1],'val']), "1 classes are in two splits: 'f'"), (dict(split=['valid']*24), "Unknown split 'valid'"),
@@ -258,6 +259,16 @@ table = pd.DataFrame(dict(path=[f'{c}{i}.jpg' for c in 'abcdef' for i in range(4
 def test_faults_of_a_table(change, said):
     with pytest.raises(ValueError, match=said):
         MetricDataset(table.assign(**change), check_files=False, subsets=[o for o in change if o=='part'])
+
+def test_faults_of_a_table_that_is_written_by_hand(tmp_path):
+    "What is missing, without the split that is optional; labels with a blank behind them; a file of another encoding"
+    with pytest.raises(ValueError, match="no column 'path', 'label'; it"):
+        MetricDataset.from_df(table.rename(columns=dict(path='a', label='b')).drop(columns='split'))
+    with pytest.warns(UserWarning, match="differ by blanks alone: 'a'"):
+        MetricDataset.from_df(table.drop(columns='split').assign(label=['a ']*2+[*table.label[2:]]), check_files=False)
+    table.to_csv(tmp_path/'t.csv', index=False, encoding='utf-16')
+    with pytest.raises(ValueError, match="is not in utf-8-sig: try `encoding='utf-16'`"): MetricDataset.from_csv(tmp_path/'t.csv')
+    assert len(MetricDataset.from_csv(tmp_path/'t.csv', encoding='utf-16', check_files=False))==24
 
 def test_subsets_of_a_file(tmp_path):
     "A file is all text, so its true and false are words"

@@ -335,6 +335,24 @@ def test_folders_of_the_same_name_are_said_to_be_one_class(tmp_path):
         ds = MetricDataset.from_folder(tmp_path)
     assert ds.df.label.tolist().count('persian')==2 and len(w)==1
 
+def test_folders_of_splits_are_said_to_be_divided_anew(tmp_path):
+    "As fastai's `GrandparentSplitter` has them"
+    _tree(tmp_path, *(f'{s}/{c}/{i}.png' for s in ('train','valid') for c in 'abc' for i in range(2)))
+    with pytest.warns(UserWarning, match=r"3 of 3 classes are merged from .*'a' \(train/a, valid/a\).* They are divided anew, whole classes"):
+        MetricDataset.from_folder(tmp_path)
+
+def test_a_folder_under_two_names_is_refused(tmp_path):
+    "A link beside it, links to each other, and a table with names from here and from the root"
+    _tree(tmp_path, 'x/a/1.png', 'x/b/2.png', 'y/a/1.png', 'y/b/2.png')
+    (tmp_path/'x'/'z').symlink_to('a')
+    for a,b in (('a','b'),('b','a')): (tmp_path/'y'/a/'more').symlink_to(f'../{b}')
+    for o in 'xy':
+        with pytest.raises(ValueError, match='images are in the table twice'), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            MetricDataset.from_folder(tmp_path/o)
+    df = pd.DataFrame(dict(path=['x/a/1.png',str(tmp_path/'x/a/1.png'),'x/b/2.png'], label=[*'aab'], split='train'))
+    with pytest.raises(ValueError, match=r"1 images are in the table twice: '/.*, perhaps under two names"): MetricDataset(df, tmp_path)
+
 def test_images_in_no_folder_of_a_class_are_said(tmp_path):
     _tree(tmp_path/'birds', '1.png', '2.png', 'a/1.png', 'a/2.png', 'b/1.png', 'b/2.png')
     with pytest.warns(UserWarning, match="2 images are in '.*birds' itself and not in a folder of a class: they are a class 'birds'"):

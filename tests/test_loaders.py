@@ -153,3 +153,23 @@ def test_a_loader_without_transforms(make_learner, few, learn):
         with pytest.raises(ValueError, match='A DataLoader without transforms of batches cannot normalise images.*`normalize=False`'):
             f(bare)
     assert make_learner(normalize=False).embed(bare)[0].shape==(8,16)
+
+def test_loaders_of_pytorch_are_refused_and_its_data_sets_taken():
+    ds = [torch.utils.data.TensorDataset(torch.randn(48, 10), torch.arange(48)//4) for _ in range(2)]
+    def made(*dls): return metric_learner(DataLoaders(*dls), nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 4)), TripletLoss())
+    with pytest.raises(ValueError, match='BalancedDL'): made(*(torch.utils.data.DataLoader(o, batch_size=16) for o in ds))
+    learn = made(BalancedDL(ds[0], bs=16, labels=ds[0].tensors[1], shuffle=True, num_workers=0), TfmdDL(ds[1], bs=16, num_workers=0))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert learn.embed(bar=False)[0].shape==(48,4) and len(learn.validate())==6
+
+def test_a_model_that_gives_more_than_embeddings_is_refused(few):
+    class Two(nn.Linear):
+        def forward(self, x): return super().forward(x.flatten(1)[:,:8]),x
+    learn = metric_learner(few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0), Two(8, 4), TripletLoss())
+    with learn.no_bar(), pytest.raises(ValueError, match='The model gives a tuple, and not embeddings'): learn.fit(1)
+
+def test_labels_are_as_many_as_items():
+    ds = torch.utils.data.TensorDataset(torch.arange(60), torch.arange(60)//5)
+    for y in (torch.arange(48)//5, torch.arange(70)//5):
+        with pytest.raises(ValueError, match=f'There are {len(y)} `labels` for 60 items'): BalancedDL(ds, bs=8, labels=y, shuffle=True)
+    with pytest.raises(ValueError, match=r'not of shape \(60, 1\)'): BalancedSampler((torch.arange(60)//5)[:,None], bs=8)

@@ -1,5 +1,5 @@
 "Losses against their definitions, against other libraries, and on batches that break losses"
-import copy, inspect, math, pickle, pytest, re, torch
+import copy, inspect, math, pickle, pytest, re, torch, warnings
 import numpy as np
 from functools import partial
 from hypothesis import given, settings, strategies as st
@@ -966,3 +966,40 @@ def test_a_loss_of_ones_own_is_found_by_name(registered):
     assert with_settings(old, dict(loss=dict(name='OwnLoss', miner=dict(name='FirstMiner'))))['loss']==dict(name='OwnLoss', scale=2.,
         miner=dict(name='FirstMiner', n=3))
     assert with_settings(old, dict(loss=dict(name='sharp')))['loss']==dict(name='sharp')
+
+# ---- what a loop of one's own may do ----
+@pytest.mark.parametrize('name', 'triplet,dr_triplet,contrastive,ms,margin,supcon,proxy_anchor,dr_proxynca,arcface'.split(','))
+def test_a_second_derivative_is_refused(name):
+    "PyTorch takes the result of an analytic backward for a constant, so that a penalty on the gradient would do nothing"
+    x = normalize(torch.randn(16, 8, generator=torch.manual_seed(0)), dim=1).requires_grad_()
+    loss = package.register_loss[name]().setup(4, 8)
+    g, = torch.autograd.grad(loss(x, torch.arange(16)%4), x) # the first one there is
+    assert g.isfinite().all() and g.any()
+    with pytest.raises(RuntimeError, match='leave out `create_graph=True`'):
+        torch.autograd.grad(loss(x, torch.arange(16)%4), x, create_graph=True)
+
+def test_rows_of_other_lengths_are_said_once():
+    x,y = 3*torch.randn(16, 8, generator=torch.manual_seed(0)),torch.arange(16)%4
+    for loss in (SupConLoss(), CombinedLoss([TripletLoss()])):
+        with pytest.warns(UserWarning, match='for embeddings of length 1') as said: loss(x, y), loss(x, y)
+        assert len(said)==1
+    unit = normalize(x, dim=1)
+    unit[3] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for loss,o in ((SupConLoss(),unit), (SupConLoss(),unit.half()), (NPairLoss(),x), (OtherLoss(pml.SupConLoss()),x)): loss(o, y)
+
+def test_a_miner_beside_each_batch_is_refused():
+    "As PyTorch Metric Learning's losses take it"
+    x,y = normalize(torch.randn(16, 8, generator=torch.manual_seed(0)), dim=1),torch.arange(16)%4
+    with pytest.raises(ValueError, match='by its argument `miner`'): TripletLoss()(x, y, pml_miners.TripletMarginMiner()(x, y))
+    for o in ((x,), (None,y)):
+        with pytest.raises(ValueError, match='come together'): TripletLoss()(x, y, *o)
+
+@pytest.mark.parametrize('dtype', [torch.float32,torch.float16])
+def test_an_embedding_of_zeros_gets_no_gradient_of_arcface(dtype):
+    x = normalize(torch.randn(24, 16, generator=torch.manual_seed(0)), dim=1)
+    x[3] = 0
+    x = x.to(dtype).requires_grad_()
+    ArcFaceLoss(6, 16)(x, torch.arange(6).repeat_interleave(4)).backward()
+    assert x.grad.isfinite().all() and x.grad.norm(dim=1).max()<10

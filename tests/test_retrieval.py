@@ -227,6 +227,18 @@ def test_any_scale(scale):
 
 def test_rows_of_any_length(): check(rand(50)*np.logspace(-18, 18, 50, dtype=np.float32)[:,None], labels(50,5))
 
+def test_equal_distances_are_exactly_equal():
+    "Whole numbers and codes of 0 and 1, wherever their mean is: as by a stable sort of float64"
+    assert neighbours(torch.tensor([[0.]]), torch.tensor([[1.],[-1.],[5.]]), k=2, metric='l2')[1].tolist()==[[0,1]]
+    rng = np.random.default_rng(0)
+    for x in ((rng.random((300,8))<.3), rng.integers(0, 256, (300,4)), 7+rng.integers(0, 3, (300,5))):
+        x = x.astype(np.float64)
+        d = np.sqrt(((x[:,None]-x)**2).sum(2))
+        np.fill_diagonal(d, np.inf)
+        s,i = neighbours(torch.tensor(x), k=20, metric='l2')
+        np.testing.assert_array_equal(i, np.argsort(d, axis=1, kind='stable')[:,:20])
+        np.testing.assert_allclose(-s, np.take_along_axis(d, i.numpy(), 1), rtol=1e-5)
+
 def test_l2_far_from_the_origin():
     "Without centring, float32 has no digits left for these distances"
     x = rand(60)+np.float32(3000)

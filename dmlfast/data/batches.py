@@ -154,6 +154,7 @@ class BalancedSampler:
         store_attr('bs,per_class,seed,share')
         self.check_size()
         labels = np.asarray(labels)
+        if labels.ndim!=1: raise ValueError(f"`labels` are one whole number for each item, `(n,)`, and not of shape {labels.shape}.")
         self.items = np.argsort(labels, kind='stable') # class after class
         names,self.counts = np.unique(labels, return_counts=True)
         self.starts = np.cumsum(self.counts)-self.counts
@@ -314,6 +315,7 @@ class BalancedDL(TfmdDL):
     def sampler(self):
         "The `BalancedSampler` of this loader; raises `ValueError` if its batches cannot be made"
         labels = labels_of(self.dataset) if self.labels is None else self.labels
+        if len(labels)!=self.n: raise ValueError(f"There are {len(labels)} `labels` for {self.n} items: give one for each.")
         return BalancedSampler(labels, self.bs*self.shard[1], self.per_class, self.seed, self.neighbours, self.near_share)
 
     def __len__(self): return len(self.sampler) if self.shuffle and self.n else len(self._run())

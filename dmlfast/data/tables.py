@@ -9,7 +9,7 @@ __all__ = ['NamedImage', 'bad_images', 'MetricDataset', 'data_folder', 'crop_tfm
 
 # %% ../../nbs/api/data/01_tables.ipynb #c1fdf78d
 import csv, inspect, os, random, warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 import numpy as np, pandas as pd
 from copy import copy
 from functools import cached_property
@@ -101,10 +101,14 @@ def check(self:MetricDataset,
     for c,f in (('path',os.path.normpath), ('label',_label)): df[c] = pd.Series([f(o) for o in df[c]], df.index, dtype=object)
     if unknown := distinct_labels(set(df.split)-set(_splits)):
         raise ValueError(f"Unknown split {some_of(unknown)}; the splits are {some_of(_splits)}.")
-    if len(twice := df.path[df.path.duplicated()]): raise ValueError(f"{len(twice)} images are in the table twice: {some_of(twice)}.")
+    if len(twice := df.path[self._files().duplicated()]):
+        raise ValueError(f"{len(twice)} images are in the table twice: {some_of(twice)}, perhaps under two names.")
     n_splits = df.groupby('label', sort=False).split.nunique()
     if len(both := n_splits[n_splits>1].index):
-        raise ValueError(f"{len(both)} classes are in two splits: {some_of(distinct_labels(both))}.")
+        raise ValueError(f"{len(both)} classes are in two splits: {some_of(distinct_labels(both))}. All images of a class belong to one, "
+            "and `from_df` divides the classes if there is no column 'split'.")
+    if len(alike := [k for k,v in Counter(o.strip() for o in map(str, set(df.label))).items() if v>1]):
+        warnings.warn(f"Classes of {self.name} differ by blanks alone: {some_of(alike)}.", stacklevel=4)
     self._check_roles()
     if files and (gone := [o for o in df.path if not os.path.exists(os.path.join(self.path, o))]):
         raise ValueError(f"{self.name}: {len(gone)} of {len(df)} images are not in {str(self.path)!r}: {some_of(gone)}.")
@@ -114,14 +118,24 @@ def check(self:MetricDataset,
 
 # %% ../../nbs/api/data/01_tables.ipynb #a05bb2b1
 @patch
+def _files(self:MetricDataset):
+    "The file of each image: one name for what is reached by links of folders, or from here and from the root"
+    full = [os.path.abspath(os.path.join(self.path, o)) for o in self.df.path]
+    real = {o:os.path.realpath(o) for o in set(map(os.path.dirname, full))}
+    return pd.Series([os.path.join(real[os.path.dirname(o)], os.path.basename(o)) for o in full], self.df.index, dtype=object)
+
+@patch
 def _check_columns(self:MetricDataset):
     "Raise `ValueError` for missing columns or values"
     if missing := [c for c in (*_needed, *self.subsets) if c not in self.df]:
+        if len(missing)>1: missing = [o for o in missing if o!='split'] # which `from_df` makes
         raise ValueError(f"The table of {self.name} has no column {some_of(missing)}; it has {some_of(self.df.columns, 9)}.")
     if len(self)==0: raise ValueError(f"{self.name} has no images.")
     for c in _needed:
         none = self.df[c].isna() | (self.df[c].astype(object)=='')
         if none.any(): raise ValueError(f"{none.sum()} rows of the table of {self.name} have no {c}; the first is row {none.argmax()}.")
+    if bad := [o for o in self.df.path if not isinstance(o, (str,os.PathLike))]:
+        raise ValueError(f"The column 'path' of {self.name} names files, and holds {some_of(bad)}: `columns=dict(path='file')` takes another.")
     for c in self.subsets:
         if not set(self.df[c])<={True,False}:
             raise ValueError(f"The subset {c!r} is a column of true and false; it holds {some_of(distinct_labels(self.df[c]))}.")
@@ -193,6 +207,8 @@ def data_folder(
     if not (path := Path(path)).is_dir(): raise ValueError(f"There is no folder {str(path)!r}.")
     return path
 
+_parts = {'train','training','val','valid','validation','test','testing'} # folders of other libraries' splits
+
 def _merged(path, fns):
     "Classes merged from several folders of the same name, each with its folders"
     folders = defaultdict(dict)
@@ -224,9 +240,10 @@ def from_folder(cls:MetricDataset,
         warnings.warn(f"{n:,} images are in {str(path)!r} itself and not in a folder of a class: they are a class "
             f"{path.absolute().name!r}. Move them into the folder of their class, or out of this one.", stacklevel=2)
     if merged := _merged(path, fns):
+        what = ("They are divided anew, whole classes at a time, since an embedding is measured on classes that it has not seen."
+            if {o.relative_to(path).parts[0].lower() for o in fns}<=_parts else "Rename folders of the same name that show different things.")
         warnings.warn(f"{len(merged)} of {len(classes)} classes are merged from several folders: "
-            f"{', '.join(merged[:3])}{' and others' if len(merged)>3 else ''}. "
-        "Rename folders of the same name that show different things.", stacklevel=2)
+            f"{', '.join(merged[:3])}{' and others' if len(merged)>3 else ''}. {what}", stacklevel=2)
     split_of = _class_splits(classes, test_pct, val_pct, seed)
     df = pd.DataFrame(dict(path=[str(o.relative_to(path)) for o in fns], label=list(labels), split=[split_of[o] for o in labels]),
         dtype=object)
@@ -269,6 +286,7 @@ def _read_csv(fn, sep, encoding):
             lines = csv.reader(f, delimiter=sep, strict=True)
             head,rows = next(lines, None),[]
             if not head: raise ValueError(f"{str(fn)!r} has no line with the names of the columns.")
+            if '\0' in ''.join(head): raise ValueError(f"{str(fn)!r} is not in {encoding}: try `encoding='utf-16'`.")
             for row in lines:
                 if row and len(row)!=len(head):
                     raise ValueError(f"{str(fn)!r}, line {lines.line_num}: {len(row)} fields where the first line has {len(head)} "

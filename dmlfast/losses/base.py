@@ -10,7 +10,7 @@ __all__ = ['register_loss', 'Margin', 'MetricLoss', 'reduce_values', 'reduce_anc
            'lr_mults']
 
 # %% ../../nbs/api/losses/02_base.ipynb #ac1d7e12
-import bisect, copy, inspect, math, torch
+import bisect, copy, inspect, math, torch, warnings
 import torch.nn.functional as F
 from functools import partial
 from typing import NamedTuple
@@ -39,6 +39,7 @@ class MetricLoss(CheckedArgs, nn.Module):
     normalize_embs = True # Does it want unit rows?
     seen_only = False # Does it have weights for each training class, and so no value on others?
     repeatable = True # Can it be computed again without side effects? Not if it remembers batches
+    measured = False # Has it looked at the lengths of a batch?
     short = None # Another name of it in settings and commands, such as `'ms'`
     dr_space = dict(gamma=(0.,.6)) # Where a search looks for the weight of direction regularisation; 0 is the plain loss
     space = {} # Where a search looks for its arguments: `(low, high)`, `(low, high, 'log')` or a list of choices
@@ -58,12 +59,26 @@ class MetricLoss(CheckedArgs, nn.Module):
     )->Tensor: # Scalar, or `(n,)` if `reduction` is `'none'`
         "Check and cast the batch, then `compute`"
         self.check_reduction(self.reduction)
+        if (others is None)!=(other_labels is None):
+            if isinstance(others, (tuple,list)):
+                raise ValueError(f"{type(self).__name__} takes what a miner chose by its argument `miner`, not with each batch.")
+            raise ValueError("`others` and `other_labels` come together.")
         embs,labels = check_batch(embs, labels)
+        if self.normalize_embs and not self.measured: self.check_lengths(embs)
         with full_precision(embs):
             if not len(embs): res = self.of_nothing(embs)
             elif others is None or not len(others): res = self.compute(embs, labels)
             else: res = self.compute(*self.beside(embs, labels, others, other_labels), len(embs))
         return res.to(embs.dtype) if isinstance(res, Tensor) else res # what was computed with float64, as by `sqdist`, comes back
+
+    def check_lengths(self,
+        embs:Tensor, # Embeddings, `(n,d)` float
+    ):
+        "Warn if rows of the first batch are not of length 1; rows of zeros are let pass"
+        lengths,self.measured = torch.linalg.vector_norm(embs.detach(), dim=1),True
+        if not ((lengths>0)&((lengths-1).abs()>.1)).any(): return
+        warnings.warn(f"{type(self).__name__} is defined for embeddings of length 1, and these are of others: "
+            "`F.normalize(embs)`, or a model that does so, such as those of `metric_learner`.", stacklevel=3)
 
     def check_reduction(self,
         reduction:str, # As given
@@ -308,6 +323,9 @@ class OtherLoss(MetricLoss):
         n = bisect.bisect_left(range(n_classes or 0), True, key=_lacks) # classes that it has weights for
         refuse_sizes(type(self.loss).__name__, n, n_classes, size, emb_sz)
 
+    def check_lengths(self, embs):
+        "Losses from elsewhere take what they take"
+
     def check_reduction(self,
         reduction:str, # As given
     ):
@@ -364,6 +382,9 @@ class CombinedLoss(MetricLoss):
     def compares(self): return all(o.compares for o in self.losses)
     @property
     def repeatable(self): return all(o.repeatable for o in self.losses)
+
+    def check_lengths(self, embs):
+        "The parts do"
 
     def active(self, embs, labels):
         "The share of the first part that reports one"

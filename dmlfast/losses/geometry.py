@@ -6,13 +6,13 @@ Docs: https://dmlfast.github.io/dmlfast/api/losses/geometry.html.md"""
 
 # %% auto #0
 __all__ = ['class_index', 'label_masks', 'class_mates', 'mate_blocks', 'wide_dtype', 'gram_sqdist', 'wide_sqdist', 'both_ways',
-           'pad_rows', 'gram_grad', 'sqdist', 'safe_rsqrt', 'safe_sqrt', 'dir_cos', 'pair_sqdist', 'hardest_positive',
-           'cos_parts', 'near_grad', 'cos_grad', 'hard_cos', 'sim_loss', 'full_precision', 'check_batch']
+           'pad_rows', 'gram_grad', 'first_derivative', 'sqdist', 'safe_rsqrt', 'safe_sqrt', 'dir_cos', 'pair_sqdist',
+           'hardest_positive', 'cos_parts', 'near_grad', 'cos_grad', 'hard_cos', 'sim_loss', 'full_precision',
+           'check_batch']
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #d7ec472b
-import math, torch
+import functools, math, torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #04d89914
 def class_index(
@@ -125,6 +125,17 @@ def gram_grad(
     return r
 
 # %% ../../nbs/api/losses/00_geometry.ipynb #60e97b01
+def first_derivative(
+    backward, # `backward` of an `autograd.Function`
+):
+    "The same, with an error where its result is to be differentiated again, which PyTorch would take for a constant"
+    @functools.wraps(backward)
+    def _backward(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise RuntimeError("The losses of dmlfast have first derivatives alone: leave out `create_graph=True`.")
+        return backward(ctx, *grads)
+    return _backward
+
 class _SqDist(torch.autograd.Function):
     "Squared distances from a wide Gram matrix, with an analytic backward"
     @staticmethod
@@ -136,7 +147,7 @@ class _SqDist(torch.autograd.Function):
         return d2
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, g):
         (w,d2),n = ctx.saved_tensors,ctx.n
         if len(g)>n:
@@ -165,7 +176,7 @@ class _SafeRsqrt(torch.autograd.Function):
         return r
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, g):
         r, = ctx.saved_tensors
         return (r*r).mul_(r).mul_(g).mul_(-.5)
@@ -264,7 +275,7 @@ class _HardCos(torch.autograd.Function):
         return c.to(dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, g):
         p,c,r,t = ctx.saved_tensors
         return cos_grad(g.to(c.dtype), p, c, r, t),None,None,None
@@ -307,7 +318,7 @@ class _SimLoss(torch.autograd.Function):
         return values.to(embs.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, g):
         w,by_far,rows,*saved = ctx.saved_tensors # a squared distance is two squared norms less twice a product, so that
         g = g[:,None].to(w.dtype)

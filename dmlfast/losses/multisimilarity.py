@@ -10,7 +10,6 @@ __all__ = ['log1p_sum_exp', 'MultiSimilarityLoss', 'DRMultiSimilarityLoss']
 # %% ../../nbs/api/losses/05_multisimilarity.ipynb #5ed54959
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from .geometry import *
 from .miners import *
 from .base import *
@@ -34,7 +33,7 @@ class _Log1pSumExp(torch.autograd.Function):
         return res
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, g): return ctx.saved_tensors[0]*g.unsqueeze(ctx.dim),None,None
 
 # %% ../../nbs/api/losses/05_multisimilarity.ipynb #f8037b5c

@@ -12,7 +12,6 @@ __all__ = ['ProxyLoss', 'proxy_norms', 'proxy_dots', 'proxy_sims', 'proxy_cos', 
 import math, torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from torch.autograd.function import once_differentiable
 from .geometry import *
 from .base import *
 from .multisimilarity import *
@@ -109,7 +108,7 @@ class _ProxyDots(torch.autograd.Function):
         return s
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, g):
         x,proxies,inv,s = ctx.saved_tensors
         gi = g*inv
@@ -175,7 +174,7 @@ class _ProxyCos(torch.autograd.Function):
         return d2.scatter_(1, y, vv),c
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, by_d2, by_c):
         embs,proxies,inv,sq,y,rows,which,own,long,x,dots,c,rv,rd = ctx.saved_tensors
         k,v = len(rows),x[len(rows):]

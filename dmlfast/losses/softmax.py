@@ -11,7 +11,6 @@ __all__ = ['NormFaceLoss', 'CosFaceLoss', 'small_angle', 'ArcFaceLoss', 'SubCent
 import math, torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from .geometry import *
 from .base import *
 from .proxies import *
@@ -30,7 +29,7 @@ class _OwnCos(torch.autograd.Function):
         return cos.T
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, g):
         f,labels,own,inv,cos = ctx.saved_tensors
         dtype,shape = ctx.sizes
@@ -147,7 +146,7 @@ class _SmallAngle(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y):
         wide = wide_dtype(x)
-        i,j = (1/torch.linalg.vector_norm(o, dim=1, keepdim=True, dtype=wide).clamp_(min=1e-12) for o in (x,y))
+        i,j = (1/F.threshold_(torch.linalg.vector_norm(o, dim=1, keepdim=True, dtype=wide), 1e-12, math.inf) for o in (x,y)) # or 0
         vv = torch.linalg.vector_norm((x*i).sub_(y*j), dim=1).square_()
         vv.mul_(vv>torch.finfo(x.dtype).eps**2)
         cos,sq = 1-vv/2,(1-vv/4).clamp_(min=0).mul_(vv)
@@ -156,7 +155,7 @@ class _SmallAngle(torch.autograd.Function):
         return cos,sq*r
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, by_cos, by_sin):
         x,y,i,j,cos,r = ctx.saved_tensors
         h,cos = (by_cos-by_sin*cos*r)[:,None],cos[:,None]
@@ -271,7 +270,7 @@ class _Apart(torch.autograd.Function):
         return (d2*r).sum()*(ctx.each/2)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, g):
         w,r = ctx.saved_tensors
         return ((torch.diag_embed(r.sum(2))-r)@w).transpose(0, 1)*(g*ctx.each)

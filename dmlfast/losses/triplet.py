@@ -10,7 +10,6 @@ __all__ = ['TripletLoss', 'DRTripletLoss', 'mates_first', 'triplet_terms']
 # %% ../../nbs/api/losses/03_triplet.ipynb #dcb63f05
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from fastcore.basics import patch
 from .geometry import *
 from .miners import *
@@ -147,7 +146,7 @@ class _AllTriplets(torch.autograd.Function):
         return ((total if reduction=='none' else total.sum())/count).to(args['dtype'])
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx, g):
         if ctx.reduction!='none': gd2 = ctx.saved_tensors[0]*g
         else:

@@ -329,7 +329,7 @@ class ScoreSample:
     )->float: # nan if there are no scores
         "The score that a share `share` reaches: `quantile(1-share)`, or what follows the equal scores there if more would reach it"
         t,n = self.quantile(1-share),len(self)
-        if not n or n-self.upto[np.searchsorted(self.values, t)]<=share*n+1: return t
+        if not n or round(n*(1-self.below(t)))<=share*n+1: return t
         i = np.searchsorted(self.upto, (1-share)*n)
         if i<len(self.values): return float(self.values[i])
         last = float(self.values[-1])

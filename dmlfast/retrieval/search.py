@@ -79,6 +79,8 @@ def prepare_(
     big = torch.maximum(big[0], big[-1])
     mean = gallery.div_(big).mean(0, dtype=torch.float64).float()
     if len(xs)==2: query.div_(big)
+    step = max(_power(x-mean) for x in xs)/64
+    mean.div_(step).round_().mul_(step) # of few digits, so that whole numbers and codes stay exact, and so what is equally near
     scale = torch.stack([_power(x.sub_(mean)) for x in xs]).max()
     for x in xs: x.div_(scale)
     return gallery.pow(2).sum(1).div_(-2),big.item()*scale.item()

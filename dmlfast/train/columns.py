@@ -91,7 +91,9 @@ def before_validate(self:RetrievalMetrics):
 
 @patch
 def after_pred(self:RetrievalMetrics):
-    "Raise `Diverged` with the step if embeddings are not finite"
+    "Raise `Diverged` with the step if embeddings are not finite, and `ValueError` if there are none"
+    if not isinstance(self.pred, torch.Tensor):
+        raise ValueError(f"The model gives a {type(self.pred).__name__}, and not embeddings, `(n,d)`: have it give these alone.")
     ok = self.pred.detach().isfinite().all(-1)
     if ok.all(): return
     if hasattr(self.learn, 'lr_finder') and self.train_iter: raise CancelFitException() # what it looks for; it puts the weights back

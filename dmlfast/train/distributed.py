@@ -67,7 +67,8 @@ class _Rows(torch.autograd.Function):
 def gather_rows(
     x:Tensor, # Rows of this process, the same number in each process, `(b,...)`
 )->Tensor: # In the order of the processes, `(processes·b,...)`
-    "The rows of all processes, with the gradient of the whole batch"
+    "The rows of all processes, with the gradient of the whole batch; raises `RuntimeError` outside of `together` and `distrib_ctx`"
+    check_together()
     return _Rows.apply(x.as_subclass(Tensor).contiguous()) if own_part()[1]>1 else x
 
 # %% ../../nbs/api/train/19_distributed.ipynb #801a2519
