@@ -32,6 +32,7 @@ mathjax = Path(find_spec('sphinx-mathjax-offline').origin).parent/'static'/'math
 html_static_path = ['_static', str(mathjax/'tex-svg.js')]
 mathjax_path = 'tex-svg.js'
 html_css_files,html_js_files = ['site.css'],['search.js']
+html_search_scorer = str(Path(__file__).parent/'_static'/'scorer.js')
 card = f'{cfg.doc_host}{cfg.doc_baseurl}/_images/emoji.png'
 myst_html_meta = {'description lang=en':cfg.description, 'property=og:title':cfg.title, 'property=og:description':cfg.description, # the card that chats and mails show
     'property=og:image':card, 'property=og:type':'website', 'name=twitter:card':'summary_large_image'}

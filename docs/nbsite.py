@@ -12,8 +12,8 @@ from nbdev.processors import (FilterDefaults, add_links, clean_magics, filter_st
 
 explanations = { # groups of the navigation, and the pages of `nbs/explanations` in them
     'Decide': 'which_loss which_rate bodies costs',
-    'Look up': 'cheat_sheet faq gallery',
-    'Understand': 'transfer metrics measuring unknown direction_regularization ranking large_batches evidence evidence_details fastai design'}
+    'Look up': 'faq cheat_sheet fastai gallery',
+    'Understand': 'transfer metrics measuring unknown direction_regularization ranking large_batches evidence evidence_details design'}
 wings = ['files','losses','models','retrieval','deploy','web','data','train','look','study','cli'] # folders of `nbs/api`, the lowest first: one imports only from those before it
 project_pages = dict(CONTRIBUTING='contributing', CHANGELOG='changelog')
 

@@ -289,6 +289,16 @@ def test_labels_from_neighbours():
     assert g.classify([colour(0,0,250)], min_score=.5)==[(None,pytest.approx(0, abs=1e-6))]
     with pytest.raises(ValueError, match="'vote', 'prototype' or 'nearest'"): g.classify(near, how='mean')
 
+def test_a_body_is_calibrated_on_its_gallery():
+    "A trained embedder is not: its gallery may have classes that it was trained on"
+    x,y = data(30, 8)
+    f,g = (finder().add_embs(x, y.tolist(), ['']*len(x)) for _ in range(2))
+    f.calibrate(fmr=.1)
+    assert f.threshold==g.calibrate(Embedded(x, y), .1).threshold and f.calibration['measured_on']=='the gallery'
+    g.facts['loss'] = 'TripletLoss()'
+    for o in (g,finder()):
+        with pytest.raises(ValueError, match="such as `finder.embedded"): o.calibrate(fmr=.1)
+
 def test_calibration():
     x,y = data(30, 8)
     e = Embedded(x, y, facts=dict(measured_on='noise, val'))

@@ -240,7 +240,7 @@ def from_folder(cls:MetricDataset,
         warnings.warn(f"{n:,} images are in {str(path)!r} itself and not in a folder of a class: they are a class "
             f"{path.absolute().name!r}. Move them into the folder of their class, or out of this one.", stacklevel=2)
     if merged := _merged(path, fns):
-        what = ("They are divided anew, whole classes at a time, since an embedding is measured on classes that it has not seen."
+        what = ("They are divided again, whole classes at a time, since an embedding is measured on classes that it has not seen."
             if {o.relative_to(path).parts[0].lower() for o in fns}<=_parts else "Rename folders of the same name that show different things.")
         warnings.warn(f"{len(merged)} of {len(classes)} classes are merged from several folders: "
             f"{', '.join(merged[:3])}{' and others' if len(merged)>3 else ''}. {what}", stacklevel=2)

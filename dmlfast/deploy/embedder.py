@@ -163,12 +163,14 @@ def index_report(self:ImageEmbedder,
 # %% ../../nbs/api/deploy/02_embedder.ipynb #4e982f61
 @patch
 def calibrate(self:ImageEmbedder,
-    embedded:Embedded, # Embeddings of this embedder, of items of classes that it was not trained on
+    embedded:Embedded=None, # Embeddings of this embedder, of classes that it was not trained on; without training, the gallery if not given
     fmr:float=1e-3, # False-match rate: share of pairs of two classes that will count as one
     min_classes:int=20, # Fewest classes
     **facts # Further facts to keep, such as the source of the items
 )->ImageEmbedder: # Itself
     "Find the threshold for a false-match rate; raises `ValueError` for too few classes or pairs"
+    if embedded is None and len(self) and 'loss' not in self.facts: # of a body as it came
+        embedded = Embedded(self.embs, items=self.items, facts=dict(self.facts, measured_on='the gallery'), **numbered(self.labels))
     if not hasattr(embedded, 'verify'):
         raise ValueError("A threshold is calibrated on embeddings with labels, such as `finder.embedded(ds, 'val')`; got "
             f"{embedded!r:.80}.")

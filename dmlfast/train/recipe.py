@@ -76,6 +76,7 @@ class _Recipes(dict):
 def _said(o):
     "`o` as code"
     if isinstance(o, partial): return f'{o.func.__name__}({_args(o.keywords)})'
+    if isinstance(o, type): return o.__name__
     return f'slice({o.start}, {o.stop})' if isinstance(o, slice) else repr(o)
 
 def _args(d): return ', '.join(f'{k}={_said(v)}' for k,v in d.items())

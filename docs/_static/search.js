@@ -1,3 +1,9 @@
+/* the navigation shows where one is */
+addEventListener('DOMContentLoaded', () => {
+  const list = document.querySelector('.sidebar-scroll'), here = list?.querySelector('.current-page')
+  if (here) list.scrollTop += here.getBoundingClientRect().top - list.getBoundingClientRect().top - list.clientHeight / 2
+})
+
 /* what the search shows of a page are its sentences, without tables, code and outputs */
 addEventListener('DOMContentLoaded', () => {
   if (typeof Search === 'undefined') return
