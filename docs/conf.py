@@ -31,7 +31,7 @@ html_title = cfg.title
 mathjax = Path(find_spec('sphinx-mathjax-offline').origin).parent/'static'/'mathjax' # one file of it, so that the site works offline
 html_static_path = ['_static', str(mathjax/'tex-svg.js')]
 mathjax_path = 'tex-svg.js'
-html_css_files,html_js_files = ['site.css'],['search.js']
+html_css_files,html_js_files = ['site.css'],['site.js']
 html_search_scorer = str(Path(__file__).parent/'_static'/'scorer.js')
 card = f'{cfg.doc_host}{cfg.doc_baseurl}/_images/emoji.png'
 myst_html_meta = {'description lang=en':cfg.description, 'property=og:title':cfg.title, 'property=og:description':cfg.description, # the card that chats and mails show

@@ -333,6 +333,13 @@ def test_a_head_that_is_too_narrow(make_learner, body):
     wide = from_body(make_learner, body, emb_sz=learn.model.n_features)
     assert 'lower learning rate' in as_if(wide, [.61], .7, .6)['below']
 
+def test_a_start_is_no_training_at_too_high_a_rate(make_learner, body):
+    learn = make_learner(TripletLoss(), weights=body, emb_sz=32)
+    learn.start_head()
+    assert what_to_try(learn).startswith('Nothing is trained beyond the start of the head')
+    learn.fit(1, 1e-3)
+    assert 'lower learning rate' in what_to_try(learn)
+
 def test_without_features_nothing_is_compared(make_learner, body):
     "Random weights; a learner that was not fitted; one that does not measure recall@1"
     learn = make_learner(cbs=TrainingDoctor(every=1))

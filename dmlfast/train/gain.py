@@ -81,6 +81,8 @@ def what_to_try(
     if start is not None and not start.said and not isinstance(model.head, torch.nn.Identity):
         return "Start the head from the data and not at random: `init='lda'`."
     if why := narrow_head(learn, _last_recall(learn)): return why
+    if getattr(start, 'origin', None) is not None and start.head_is_start and not has_moved(model, start.origin):
+        return "Nothing is trained beyond the start of the head: a larger `emb_sz`, or `init='pca'`, keeps more of the features."
     lrs = getattr(learn.recorder, 'lrs', [])
     rate = f' This fit reached {max(lrs):.2g}.' if lrs else ''
     return f"Use a lower learning rate{'' if hasattr(learn, 'transfer') else ', or let `fit_transfer` look for one'}.{rate}"

@@ -4,6 +4,9 @@ addEventListener('DOMContentLoaded', () => {
   if (here) list.scrollTop += here.getBoundingClientRect().top - list.getBoundingClientRect().top - list.clientHeight / 2
 })
 
+/* a picture opens at its full size */
+addEventListener('click', e => { if (e.target.matches('.cell_output img')) location = e.target.src })
+
 /* what the search shows of a page are its sentences, without tables, code and outputs */
 addEventListener('DOMContentLoaded', () => {
   if (typeof Search === 'undefined') return
