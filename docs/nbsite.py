@@ -15,6 +15,7 @@ explanations = { # groups of the navigation, and the pages of `nbs/explanations`
     'Look up': 'faq cheat_sheet fastai gallery',
     'Understand': 'transfer metrics measuring unknown direction_regularization ranking large_batches evidence evidence_details design'}
 wings = ['files','losses','models','retrieval','deploy','web','data','train','look','study','cli'] # folders of `nbs/api`, the lowest first: one imports only from those before it
+folded = 'evidence','evidence_details' # pages whose code draws stored results: it opens with a click
 project_pages = dict(CONTRIBUTING='contributing', CHANGELOG='changelog')
 
 _symbol = r'\[(`[^`]+`)\]\([^()\s]+\)'
@@ -133,6 +134,7 @@ def build_pages(dest):
         if f.stem=='index' and f.parent.name in wings: nb.cells.append(rooms_of(f.parent.name, nbs, root))
         for c in nb.cells:
             c.metadata.pop('execution', None)
+            if f.stem in folded and c.cell_type=='code': c.metadata['tags'] = ['hide-input']
             c.source = mend(c.source) if c.cell_type=='markdown' else re.sub(r'^#\| .*\n?', '', c.source, flags=re.M)
         nb.cells = drop_empty(nb.cells)
         nb.metadata = dict(kernelspec=dict(display_name='python3', language='python', name='python3'), language_info=dict(name='python'))
