@@ -269,7 +269,7 @@ def check_rows(self:Results):
             raise ValueError(f"{str(self.out)!r} holds runs of {k!r} that were not scored by {lack[0]!r}: leave it out of `measures`, or "
                 "give the results another file.")
     for o in self.rows():
-        if o['method'] in self.methods and o.get('plan', self.hash_of(o['method']))!=self.hash_of(o['method']):
+        if o['method'] in self.methods and not self.has(o):
             raise ValueError(f"{str(self.out)!r} holds results of a method {o['method']!r} with other settings than it has in the plan "
                 "now: give it another name, or the results another file.")
 

@@ -6,13 +6,15 @@ Docs: https://dmlfast.github.io/dmlfast/api/study/tuning.html.md"""
 
 # %% auto #0
 __all__ = ['distributions', 'suggest', 'TrialScore', 'make_study', 'tune', 'plot_study', 'importances', 'settings_space',
-           'transfers', 'run_space', 'default_params', 'check_space', 'tune_settings', 'n_folds', 'best_settings']
+           'transfers', 'run_space', 'default_params', 'check_space', 'number_space', 'tune_settings', 'n_folds',
+           'best_settings']
 
 # %% ../../nbs/api/study/03_tuning.ipynb #9f6fbacf
 import json, math, time, warnings
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from pathlib import Path
+from typing import get_args
 from fastcore.all import *
 from fastai.callback.core import Callback
 from fastai.learner import *
@@ -25,7 +27,7 @@ from ..retrieval.metrics import less_is_better, metric_names
 from .runs import *
 from .settings import *
 from .checks import *
-from .checks import plain_settings
+from .checks import movable, plain_settings
 from ..files.drawing import blue as _blue, orange as _orange
 
 # %% ../../nbs/api/study/03_tuning.ipynb #d89bac19
@@ -180,9 +182,10 @@ def make_study(
 # %% ../../nbs/api/study/03_tuning.ipynb #c62e8d6e
 def _same_search(study, about):
     "Raise `ValueError` if a study in a storage was another search"
-    about = json.loads(json.dumps(about, default=str))
+    about = plain_settings(json.loads(json.dumps(about, default=str)))
     old = study.user_attrs.get('search')
     if old is None: return study.set_user_attr('search', about)
+    old = plain_settings(old) # older ones hold None for what is left out now
     for k in {**old, **about}:
         if old.get(k)!=about.get(k):
             raise ValueError(f"The study {study.study_name!r} is another search: its {k} was {old.get(k)} and is {about.get(k)} here. "
@@ -367,17 +370,29 @@ def default_params(
 def check_space(
     settings:dict, # Tables
     space:dict, # Path of a setting to where to look
+    n_epoch:bool=True, # May it hold the number of epochs?
 )->dict: # The space, its paths to files as words
-    "Raise `ValueError` for an unknown path or invalid values"
+    "Raise `ValueError` for a path that is unknown or cannot be searched for, or invalid values"
     distributions(space)
     for k,o in space.items():
+        if k.partition('.')[0]=='data': raise ValueError(f"{k!r} cannot be searched for: the data set is read once for all trials.")
+        if k=='fit.n_epoch' and not n_epoch:
+            raise ValueError("'fit.n_epoch' cannot be searched for: all trials have the number of epochs that is given beside the space.")
         for v in o if isinstance(o, list) else _range(k, o)[:2]: check_settings(with_settings(settings, {k:v}))
-    return plain_space(space)
+    return number_space(settings, plain_space(space))
 
-def _about(settings):
-    "Facts that must be equal for all processes of a search"
-    own = {'data':None, 'model.weights':None, 'batch.num_workers':None, 'batch.device':None}
-    return dict(settings=with_settings(settings, {k:v for k,v in own.items() if get_setting(settings, k) is not None}))
+def number_space(
+    settings:dict, # Tables
+    space:dict, # Path of a setting to where to look
+)->dict: # The same, the ends of numbers that need not be whole as such
+    "A space in which two whole ends mean whole numbers only for a setting that is a whole number"
+    known = {s.path:get_args(s.kind) or (s.kind,) for table in allowed_settings(settings).values() for s in table.values()}
+    def _one(k, o):
+        kinds = known.get(k, ())
+        if isinstance(o, list) or float not in kinds or int in kinds: return o
+        lo,hi,_ = _range(k, o)
+        return {**o, 'low':float(lo), 'high':float(hi)} if isinstance(o, dict) else (float(lo),float(hi),*o[2:])
+    return {k:_one(k, o) for k,o in space.items()}
 
 def tune_settings(
     settings:dict, # Tables; the table `batch` measures on `'val'`
@@ -390,7 +405,7 @@ def tune_settings(
     check_settings(settings)
     settings = with_settings(plain_settings(settings, none=True), {'batch.valid':'val', # and a trial is scored by its last epoch:
         'fit.patience':0, 'fit.monitor':None, 'fit.transfer':None, 'fit.interpolate':None})
-    space = check_space(settings, ifnone(space, run_space(settings)))
+    space = check_space(settings, ifnone(space, run_space(settings)), n_epoch=False)
     ds = read_data(settings.get('data', {})) if ds is None else ds
     if folds is None: folds = n_folds(ds)
     check_metric(metric := kwargs.get('metric', 'map@r'))
@@ -398,7 +413,7 @@ def tune_settings(
     def _build(ds, **params): return make_learner(with_settings(settings, params), ds, cbs=RetrievalMetrics(list(names)))
     def _fit(learn, n_epoch, cbs): fit_settings(learn, learn.settings, n_epoch, cbs) # those of the trial
     first = default_params(settings, space)
-    return tune(_build, ds, space, folds=folds, **{'fit':_fit, 'first':[first] if first else [], 'about':_about(settings), **kwargs})
+    return tune(_build, ds, space, folds=folds, **{'fit':_fit, 'first':[first] if first else [], 'about':dict(settings=movable(settings)), **kwargs})
 
 def n_folds(
     ds:MetricDataset, # Data set
