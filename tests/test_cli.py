@@ -379,6 +379,7 @@ def test_refused_before_any_work(folder, tmp_path):
     assert not (tmp_path/'x').exists()
     assert "no timm model 'resnett'" in said(dmlfast_train, '--data', folder, '--arch', 'resnett', '--bs', 8, '--out', tmp_path/'x')
     assert not (tmp_path/'x').exists()
+    assert "'fit.n_epoch' cannot be searched for" in said(dmlfast_tune, '--space', 'fit.n_epoch=1:5', '--out', tmp_path/'x')
     assert "no setting 'loss.magin'" in said(dmlfast_tune, '--loss', 'triplet', '--space', 'loss.magin=.1:.5', '--out', tmp_path/'x')
     assert 'no file' in said(dmlfast_bench, tmp_path/'no.toml') and not (tmp_path/'x').exists()
 
@@ -572,6 +573,9 @@ def test_a_search_goes_on(table, tmp_path, monkeypatch):
     assert len(res['trials'])==3
     assert res['trials'][0]['params']==json.loads(whole[1])['trials'][0]['params']=={'loss.gamma':.3, 'fit.lr':6e-3}
     assert {'best.toml','results.json','search.json','settings.toml','study.db','study.png'}=={o.name for o in (tmp_path/'cut').iterdir()}
+    own,storage = {o:o.read_bytes() for o in (tmp_path/'cut').iterdir()},tmp_path/'cut'/'study.db'
+    assert 'give the new one another --name' in said(dmlfast_tune, *args, '--out', tmp_path/'cut', '--overwrite', '--storage', storage)
+    assert {o:o.read_bytes() for o in (tmp_path/'cut').iterdir()}==own
     status,_,err = do(dmlfast_train, '--config', tmp_path/'cut'/'best.toml', '--epochs', 1, '--out', tmp_path/'run')
     assert status==0, err
     import tomllib

@@ -119,6 +119,20 @@ def test_transactions_of_sqlite_do_not_overlap(few, tmp_path):
         one.exec_driver_sql('select * from trials')
         with pytest.raises(sqlite3.OperationalError, match='locked'): other.execute('begin immediate')
 
+def test_ctrl_c_while_the_tables_are_made(few, tmp_path, monkeypatch):
+    "Optuna would never make the index again without which a study is there twice; what its database does say is one sentence"
+    from sqlalchemy.schema import Index
+    def _index(*args, **kwargs): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr('sqlalchemy.sql.ddl.SchemaGenerator.visit_index', _index)
+        with pytest.raises(KeyboardInterrupt): _search(few, n=1, storage=tmp_path/'s.db')
+    with sqlite3.connect(tmp_path/'s.db') as db: assert db.execute("select name from sqlite_master where name='studies'").fetchall()
+    for n in (1,2,3): assert len(_search(few, n=n, storage=tmp_path/'s.db').trials)==n
+    def _lose(study, trial):
+        with sqlite3.connect(tmp_path/'s.db') as db: db.execute('drop table trials')
+    with pytest.raises(RuntimeError, match='^The database of the study, .* failed: no such table: trials$'):
+        _search(few, n=9, storage=tmp_path/'s.db', callbacks=[_lose])
+
 def test_first_settings_of_two_processes(few, tmp_path):
     "Both saw that nobody had tried them; they are tried once, and beside them as many others as asked for"
     import dmlfast.study.tuning as tune
@@ -251,7 +265,8 @@ def test_a_search_on_another_machine(few, tmp_path):
     assert len(_go(s).trials)==len(_go(dict(s, data=dict(reader='folder', path='x'))).trials)==1
     study = make_study(tmp_path/'s.db')
     about = study.user_attrs['search']
-    study.set_user_attr('search', {**about, 'settings':{**about['settings'], 'data':None, 'batch':{**about['settings']['batch'], 'device':None}}})
+    old = {**about['settings'], 'data':None, 'batch':{**about['settings']['batch'], 'device':None}}
+    study.set_user_attr('search', {**about, 'settings':old})
     _go(s)
     with pytest.raises(ValueError, match='another search: its settings was'): _go(dict(s, seed=1))
 

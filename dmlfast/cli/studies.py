@@ -110,7 +110,7 @@ def dmlfast_tune(
     "Search for the best settings on held-out training classes; the test classes are not used"
     with stdout_for(Json):
         from dmlfast.study.checks import absolute_paths, read_data, save_settings
-        from dmlfast.study.tuning import best_settings, check_space, n_folds, plot_study, run_space, tune_settings
+        from dmlfast.study.tuning import best_settings, check_space, has_study, n_folds, plot_study, run_space, tune_settings
         given = dict(trials=trials, epochs=epochs, folds=folds, metric=metric, storage=storage, name=name)
         out = Path(out)
         with refusing():
@@ -121,6 +121,9 @@ def dmlfast_tune(
             if search['folds'] is None: search['folds'] = n_folds(read_data(settings.get('data', {})))
             if search['trials']<1 or search['epochs']<1 or search['folds']<1:
                 raise ValueError("--trials, --epochs and --folds are 1 or more.")
+            if overwrite and search['storage'] and has_study(search['storage'], search['name']):
+                raise ValueError(f"--overwrite begins a search anew, and {str(search['storage'])!r}, which others may share, keeps its study "
+                    f"{search['name']!r}: give the new one another --name.")
         def _worth(): return (out/'best.toml').is_file()
         def _search():
             if overwrite: remove_files(out, _tune_files)

@@ -168,7 +168,7 @@ def _check_fit(settings):
     steps = list(fit.get('steps') or [1])
     if steps!=sorted(set(steps)): raise ValueError(f"`fit.steps` are numbers of epochs, each greater than the one before; got {steps}.")
     if fit.get('steps') and (n := n_epochs(settings)) and steps[-1]>=n:
-        raise ValueError(f"`fit.steps` are before the last epoch, and a fit of {n} epoch{'s'*(n>1)} never comes to a step after {steps[-1]}.")
+        raise ValueError(f"`fit.steps` are before the last epoch: a fit of {n} epoch{'s'*(n>1)} never comes to a step after {steps[-1]}.")
 
 # %% ../../nbs/api/study/01_checks.ipynb #a82a7d48
 def n_epochs(
