@@ -28,10 +28,14 @@ def _space(words):
         if not Path(words[0]).is_file(): raise ValueError(f"--space is name=low:high words or a TOML file; there is no file {words[0]!r}.")
         return _flat(read_toml(words[0]))
     def _range(v):
-        if ':' not in v: return [word_value(o) for o in v.split(',')]
+        if ',' in v or ':' not in v: return [word_value(o) for o in v.split(',')]
         lo,hi,*log = v.split(':')
         return (word_value(lo),word_value(hi),*log)
-    return {k:_range(v) for k,_,v in (o.partition('=') for o in words)}
+    res = {}
+    for k,_,v in (o.partition('=') for o in words):
+        if k in res: raise ValueError(f"--space: {k!r} is given twice.")
+        res[k] = _range(v)
+    return res
 
 def _flat(table, prefix=''):
     "Ranges by their path, from tables in tables"

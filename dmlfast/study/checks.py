@@ -9,7 +9,7 @@ __all__ = ['loss_class', 'miner_class', 'read_data', 'make_loss', 'make_ranking'
            'is_trained', 'check_settings', 'load_settings', 'save_settings', 'absolute_paths']
 
 # %% ../../nbs/api/study/01_checks.ipynb #3bf35cf0
-import tomli_w, tomllib, torch
+import inspect, tomli_w, tomllib, torch
 from copy import deepcopy
 from pathlib import Path
 from fastcore.all import *
@@ -59,6 +59,9 @@ def built(
     what:str, # Name for the error message
 ):
     "The result of `f` for some settings; raises `ValueError` if it fails"
+    ps = inspect.signature(f).parameters.values()
+    if lack := [o.name for o in ps if o.default is o.empty and o.kind==o.POSITIONAL_OR_KEYWORD and o.name not in kwargs]:
+        raise ValueError(f"{what} cannot be made without `{lack[0]}`, which is not set.")
     try: return f(**kwargs)
     except (TypeError,AttributeError,ArithmeticError,LookupError) as e: raise ValueError(f"{what} cannot be made of {kwargs}: {e}") from e
 

@@ -238,26 +238,29 @@ def train_settings(
     report:bool=False, # Write a page about it?
     plain:bool=False, # Print a plain table instead of progress bars?
     cbs=None, # Further callbacks
+    fit_cbs=None, # And those of the fit alone: not of the head's before it, nor of what plans a transfer
 )->dict: # What `results.json` holds
     "Train, measure, and write everything into a folder, or nothing if the first epoch fails; raises `FileExistsError` for an old run"
     out = Path(out)
     if is_first(): check_run_folder(out, resume, overwrite)
-    if resume and (out/'results.json').is_file(): return json.loads((out/'results.json').read_text(encoding='utf-8'))
+    # a report that is asked for later is made as if the run had ended before it
+    if resume and (out/'results.json').is_file() and (not report or (out/'report').is_dir()):
+        return json.loads((out/'results.json').read_text(encoding='utf-8'))
     if n_epochs(check_settings(settings)) is None:
         raise ValueError("Nothing says for how many epochs to fit: set `fit.n_epoch`, or a `recipe`.")
     check_nones(settings)
     learn = make_learner(settings, ds, L(cbs)+TrainingDoctor())
     if plain: plain_table(learn)
-    learn.check_cbs(L(learn.cbs)+_trackers(settings))
+    learn.check_cbs(L(learn.cbs)+L(fit_cbs)+_trackers(settings))
     if settings.get('fit', {}).get('fmr'): check_calibration(learn.dls)
     with in_processes(learn), clear_up(out, _run_files, partial(can_resume, out)) if is_first() else nullcontext():
         _begin(learn, settings, out, resume, overwrite)
-        return _run(learn, settings, out, report)
+        return _run(learn, settings, out, report, fit_cbs)
 
-def _run(learn, settings, out, report):
+def _run(learn, settings, out, report, cbs):
     "Fit, measure and write"
     learn.path,learn.model_dir = out,'.'
-    fit_settings(learn, settings, cbs=History(out/'history.csv'), plan=_plan(learn, settings, out), best=(out/'best').absolute())
+    fit_settings(learn, settings, cbs=L(cbs)+History(out/'history.csv'), plan=_plan(learn, settings, out), best=(out/'best').absolute())
     learn.export_embedder(out/'embedder', overwrite=True, fmr=settings.get('fit', {}).get('fmr'))
     res = dict(**_scores(learn), **(dict(transfer=learn.transfer) if hasattr(learn, 'transfer') else dict(between=learn.between)
         if learn.between else {}), epochs=len(learn.recorder.__dict__.get('values', [])), seconds=round(learn.training_doctor.seconds, 1),
