@@ -86,6 +86,15 @@ def test_steps_of_the_rate_in_a_fit(few):
     lrs = np.array(learn.recorder.lrs).reshape(3, -1)
     assert np.allclose(lrs, np.array([[6e-3],[3e-3],[1.5e-3]])*np.ones_like(lrs))
 
+def test_the_best_epoch_is_not_kept_among_the_images(few, tmp_path):
+    "It is in a temporary file, or where one says"
+    from dmlfast.study.runs import fit_settings, make_learner
+    s = _with({'fit.monitor':'map@r', 'fit.n_epoch':1})
+    learn,before = make_learner(s, few),{*few.path.rglob('*')}
+    for best in (None,tmp_path/'best'):
+        with learn.no_bar(), learn.no_logging(): fit_settings(learn, s, best=best)
+    assert {*few.path.rglob('*')}==before and [o.name for o in tmp_path.iterdir()]==['best.pth'] and learn.model_dir=='models'
+
 def test_settings_are_not_changed_by_their_use(few):
     from dmlfast.study.runs import make_learner
     s = _with({'ssr':dict(n=3, views=dict(strength=.1), m=4), 'model.timm':{}, 'batch.valid':'none'})

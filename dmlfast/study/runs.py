@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/study/runs.html.md"""
 __all__ = ['as_device', 'make_learner', 'fit_settings', 'in_processes', 'History', 'about_run', 'train_settings', 'features_of']
 
 # %% ../../nbs/api/study/02_runs.ipynb #465a8370
-import csv, io, json, torch
+import csv, io, json, tempfile, torch
 from contextlib import nullcontext
 from pathlib import Path
 from fastcore.all import *
@@ -16,7 +16,7 @@ from fastai.callback.core import Callback
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import *
 from fastai.callback.schedule import SchedExp
-from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.data.all import *
 from fastai.learner import *
 from fastai.torch_core import num_distrib, set_seed
@@ -110,13 +110,13 @@ def make_learner(
     learn.settings = s
     return learn
 
-def _trackers(settings):
+def _trackers(settings, best='best'):
     "Callbacks that keep the best epoch and stop early, if there is a column to monitor"
     fit = {**recipe_of(settings).fit, **settings.get('fit', {})}
     if not (monitor := fit.get('monitor')): return L()
     comp = np.less if less_is_better(monitor) else None # None: as fastai chooses
     stop = [EarlyStoppingCallback(monitor, comp, patience=fit['patience'])] if fit.get('patience') else []
-    return L(SaveModelCallback(monitor, comp, fname='best')) + stop
+    return L(SaveBest(monitor, comp, fname=str(best))) + stop
 
 def fit_settings(
     learn:MetricLearner, # Learner of `make_learner`
@@ -124,7 +124,7 @@ def fit_settings(
     n_epoch:int=None, # Passes over the training set, instead of the settings'; 0: none
     cbs=None, # Further callbacks
     plan:dict=None, # What `plan_transfer` gave, where the settings ask for `fit_transfer`
-    best=None, # File for the weights of its best epoch
+    best=None, # File for the weights of its best epoch, without its suffix; a temporary one if not given
 )->MetricLearner: # The same
     "Fit with some settings; raises `ValueError` without a number of epochs"
     fit,n_epoch = settings.get('fit', {}),ifnone(n_epoch, n_epochs(settings))
@@ -135,9 +135,10 @@ def fit_settings(
     if not n_epoch:
         if head := ifnone(fit.get('head_epochs'), recipe_of(settings).fit.get('head_epochs')): learn.fit_head(head, fit.get('lr'))
         return learn
-    trackers,lora = _trackers(settings),fit.get('lora')
-    learn.fit_recipe(n_epoch, _lr(fit), _sched(settings, n_epoch), 0 if trackers else fit.get('patience'), L(cbs)+trackers,
-        fit.get('head_epochs'), lora and dict(rank=lora), fit.get('interpolate'))
+    with tempfile.TemporaryDirectory() as tmp:
+        trackers,lora = _trackers(settings, best or Path(tmp)/'best'),fit.get('lora')
+        learn.fit_recipe(n_epoch, _lr(fit), _sched(settings, n_epoch), 0 if trackers else fit.get('patience'), L(cbs)+trackers,
+            fit.get('head_epochs'), lora and dict(rank=lora), fit.get('interpolate'))
     return learn
 
 def _transfer_args(settings):
