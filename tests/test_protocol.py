@@ -499,8 +499,8 @@ def test_tables_and_pictures_without_recall(few, tmp_path):
     exp = _exp(tmp_path, few, {**_plan(tmp_path), 'measures':['map@r','recall@2']})
     for method in ('a','γ'):
         for seed in (0,1):
-            exp.write(dict(kind='run', method=method, seed=seed, scores={'map@r':.1*seed,'recall@2':.9}, seen={}, seconds=1., cpu_seconds=1.,
-                settings=dict(toy=dict(noise=.5))))
+            exp.write(dict(kind='run', method=method, seed=seed, scores={'map@r':.1*seed,'recall@2':.9}, seen={}, seconds=1.,
+                cpu_seconds=1.))
     assert exp.difference('γ').tolist()==[0,0] and list(exp.differences().index)==['γ']
     for o in (exp.plot(),exp.plot_differences()): assert 'map@r' in o.get_xlabel()
     with pytest.raises(ValueError, match="does not measure 'recall@1'"): exp.plot('recall@1')

@@ -126,8 +126,8 @@ def dmlfast_tune(
             if search['trials']<1 or search['epochs']<1 or search['folds']<1:
                 raise ValueError("--trials, --epochs and --folds are 1 or more.")
             if overwrite and search['storage'] and has_study(search['storage'], search['name']):
-                raise ValueError(f"--overwrite begins a search anew, and {str(search['storage'])!r}, which others may share, keeps its study "
-                    f"{search['name']!r}: give the new one another --name.")
+                raise ValueError(f"--overwrite begins a search anew, and {str(search['storage'])!r}, which others may share, keeps its "
+                    f"study {search['name']!r}: give the new one another --name.")
         def _worth(): return (out/'best.toml').is_file()
         def _search():
             if overwrite: remove_files(out, _tune_files)
