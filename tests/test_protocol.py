@@ -312,7 +312,7 @@ def test_networks_that_are_not_there(few, tmp_path):
     (dict(methods=dict(a=dict(data=dict(size=16)))), "Method 'a': `data` would not be looked at, since all methods have one data set"),
     (dict(methods=dict(a=dict(trainer='TOY:train', settings=dict(data=dict(size=16))))), '`data` would not be looked at'),
     (dict(methods=dict(a=dict(loss=dict(name='ms'), space={'data.size':[16,32]}))), "Method 'a': 'data.size' cannot be searched for"),
-    (dict(methods=dict(a=dict(loss=dict(name='ms'), fit=dict(n_epoch=8, sched='step', steps=[5])))), 'a fit of 4 epochs never comes'),
+    (dict(methods=dict(a=dict(loss=dict(name='ms'), fit=dict(n_epoch=8, sched='step', steps=[5])))), 'a trial, which has 4 epochs by `search.n_epoch`, `fit.steps`'),
     (dict(methods=dict(a=dict(trainer='toy.py'))), 'file.py:function'), (dict(methods=dict(a=dict(trainer='no.py:train'))), 'no file'),
     (dict(methods=dict(a=dict(trainer='TOY:nothing'))), 'no function'), (dict(methods=dict(a=False)), 'leaves out a method of a base'),
     (dict(methods=dict(a=dict(lr=2.))), "is 'fit.lr' meant"),

@@ -239,10 +239,16 @@ def check_method(self:Plan,
             for o,why in _theirs.items():
                 if get_setting(self.settings(method), o) is not None: raise ValueError(f"`{o}` would not be looked at: {why}.")
             if n_epochs(s) and not s.get('loss') and not s.get('recipe'): raise ValueError("nothing says with which `loss` to train.")
-            if space: check_space(with_settings(s, {'fit.n_epoch':self.search['n_epoch']}), space) # those of a trial
+            if space: check_space(s, space)
+            if space and 'fit.n_epoch' not in space: _check_trial(s, self.search['n_epoch'])
         elif space: distributions(space)
     except ValueError as e: raise ValueError(f"Method {method!r}: {e}") from None
     if not ours: self.trainer(method)
+
+def _check_trial(settings, n_epoch):
+    "Raise `ValueError` for settings that make no sense with the epochs of a trial"
+    try: check_settings(with_settings(settings, {'fit.n_epoch':n_epoch}))
+    except ValueError as e: raise ValueError(f"in a trial, which has {n_epoch} epochs by `search.n_epoch`, {e}") from None
 
 # %% ../../nbs/api/study/04_plans.ipynb #76cc4d02
 def _check_plan(plan):
