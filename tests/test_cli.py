@@ -213,13 +213,35 @@ def test_training_on_a_table(trained, table, tmp_path):
     before = (out/'history.csv').stat().st_mtime_ns
     status,text,_ = do(dmlfast_train, '--out', out, '--resume', '--json')
     assert status==0 and json.loads(text)==trained and (out/'history.csv').stat().st_mtime_ns==before
+    assert not (out/'report').exists()
+    status,text,err = do(dmlfast_train, '--out', out, '--resume', '--report', '--json') # which was forgotten
+    assert status==0 and json.loads(text)['scores']==trained['scores'] and (out/'report'/'index.html').stat().st_size>50_000, err
     assert '`fit` was' in said(dmlfast_train, '--out', out, '--resume', '--lr', .5)
     assert '--resume goes on' in said(dmlfast_train, '--out', out, '--resume', '--wd', 0) # 0 is said, and not left out
     status,_,err = do(dmlfast_train, '--data', table, *small, '--epochs', 1, '--seed', 2, '--out', out, '--overwrite', '--tensorboard',
         tmp_path/'tb', '--report', '--monitor', 'map@r', '--patience', 3, '--ssr', '--ssr-args', 'm=4,n=2')
     assert status==0 and (out/'report'/'index.html').stat().st_size>50_000, err
-    assert (out/'best.pth').exists() and list((tmp_path/'tb').iterdir())
+    assert (out/'best.pth').exists() and _steps(tmp_path/'tb')
     assert 'ssr_loss' in (out/'history.csv').read_text()
+
+def _steps(folder):
+    "Steps of the curve of the training loss in a folder of TensorBoard"
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    return [o.step for o in EventAccumulator(str(folder)).Reload().Scalars('train_loss')]
+
+def test_the_curves_are_those_of_the_fit(table, tmp_path):
+    "And not also of the head, which is trained before it, at the same steps"
+    from dmlfast.cli import dmlfast_train
+    status,_,err = do(dmlfast_train, '--data', table, *small, '--epochs', 1, '--head-epochs', 2, '--tensorboard', tmp_path/'tb', '--out',
+        tmp_path/'run')
+    assert status==0, err
+    steps = _steps(tmp_path/'tb')
+    assert len(steps)>1 and steps==sorted(steps) and steps.count(1)==1
+
+def test_a_search_space_in_words():
+    from dmlfast.cli.studies import _space
+    assert _space(['model.arch=hf-hub:timm/x,resnet18', 'loss.margin=0:1', 'fit.lr=1e-4:1e-2:log', 'model.emb_sz=64']) == {
+        'model.arch':['hf-hub:timm/x','resnet18'], 'loss.margin':(0,1), 'fit.lr':(1e-4,1e-2,'log'), 'model.emb_sz':[64]}
 
 def test_a_loss_of_ones_own_by_name(table, tmp_path):
     "A script that registers a loss and a miner and then calls the command"
@@ -373,12 +395,18 @@ def test_refused_before_any_work(folder, tmp_path):
     assert 'would choose an epoch' in no('--valid', 'test', '--monitor', 'recall@1')
     assert "There is no file 'c.toml'" in no('--config', 'c.toml')
     assert '`fit.fmr`' in no('--fmr', 1.5)
+    assert no('--set', 'data.reader=folder').endswith("The data set 'folder' cannot be made without `path`, which is not set.")
+    (tmp_path/'file').write_text('')
+    assert "file' is a file" in no('--data', folder, '--tensorboard', tmp_path/'file'/'tb')
+    assert "'fit.lr' is given twice" in said(dmlfast_tune, '--space', 'fit.lr=1e-3', 'fit.lr=1e-4:1e-3', '--out', tmp_path/'x')
     few = '--arch test_resnet --no-pretrained --bs 8 --per-class 4 --size 24 --workers 0 --epochs 1 --fmr .01'.split()
     with pytest.warns(UserWarning, match='All validation images are of one class'):
-        assert 'calibrated on 20 validation classes or more' in no('--data', folder, *few)
+        # which no option changes
+        assert no('--data', folder, *few).endswith('calibrated on 20 validation classes or more, and there are 1.')
     assert not (tmp_path/'x').exists()
     assert "no timm model 'resnett'" in said(dmlfast_train, '--data', folder, '--arch', 'resnett', '--bs', 8, '--out', tmp_path/'x')
     assert not (tmp_path/'x').exists()
+    assert "'fit.n_epoch' cannot be searched for" in said(dmlfast_tune, '--space', 'fit.n_epoch=1:5', '--out', tmp_path/'x')
     assert "no setting 'loss.magin'" in said(dmlfast_tune, '--loss', 'triplet', '--space', 'loss.magin=.1:.5', '--out', tmp_path/'x')
     assert 'no file' in said(dmlfast_bench, tmp_path/'no.toml') and not (tmp_path/'x').exists()
 
@@ -533,12 +561,12 @@ class Press(Callback):
     def after_batch(self):
         if self.training and self.epoch==2: os.kill(os.getpid(), signal.SIGINT)
 defaults.callbacks = [*defaults.callbacks,Press]'''
-    p = shell(dmlfast_train, *args, '--out', tmp_path/'cut', cwd=tmp_path, first=press)
+    p = shell(dmlfast_train, *args, '--report', '--out', tmp_path/'cut', cwd=tmp_path, first=press)
     history = tmp_path/'cut'/'history.csv'
     out,err = p.communicate(timeout=120)
     assert p.returncode==130, (out,err)
     last = err.strip().splitlines()
-    assert len(last)==1 and str(tmp_path/'cut'/'checkpoint'/'checkpoint.pt') in last[0] and '--resume' in last[0]
+    assert len(last)==1 and str(tmp_path/'cut'/'checkpoint'/'checkpoint.pt') in last[0] and '--resume --report`' in last[0]
     assert 'epoch' in out and (tmp_path/'cut'/'checkpoint'/'checkpoint.pt').exists()
     n = len(history.read_text().splitlines())-1
     assert n==2
@@ -572,6 +600,9 @@ def test_a_search_goes_on(table, tmp_path, monkeypatch):
     assert len(res['trials'])==3
     assert res['trials'][0]['params']==json.loads(whole[1])['trials'][0]['params']=={'loss.gamma':.3, 'fit.lr':6e-3}
     assert {'best.toml','results.json','search.json','settings.toml','study.db','study.png'}=={o.name for o in (tmp_path/'cut').iterdir()}
+    own,storage = {o:o.read_bytes() for o in (tmp_path/'cut').iterdir()},tmp_path/'cut'/'study.db'
+    assert 'give the new one another --name' in said(dmlfast_tune, *args, '--out', tmp_path/'cut', '--overwrite', '--storage', storage)
+    assert {o:o.read_bytes() for o in (tmp_path/'cut').iterdir()}==own
     status,_,err = do(dmlfast_train, '--config', tmp_path/'cut'/'best.toml', '--epochs', 1, '--out', tmp_path/'run')
     assert status==0, err
     import tomllib
@@ -589,6 +620,7 @@ def test_an_experiment(table, tmp_path):
         f'"a"\nspace = {{}}\n')
     status,out,err = do(dmlfast_bench, tmp_path/'p.toml', '--out', tmp_path/'r.jsonl', '--dry-run')
     assert status==0 and 'a         0/0  0/6' in out and '12 trials and runs are left' in out and not (tmp_path/'r.jsonl').exists(), err
+    assert "p.toml' is a file" in said(dmlfast_bench, tmp_path/'p.toml', '--out', tmp_path/'p.toml'/'r.jsonl')
     p = shell(dmlfast_bench, tmp_path/'p.toml', '--out', tmp_path/'r.jsonl', '--workers', 2, '--json', cwd=tmp_path)
     out,err = p.communicate(timeout=400)
     assert p.returncode==0, err
@@ -602,6 +634,14 @@ def test_an_experiment(table, tmp_path):
     rows = [json.loads(o) for o in (tmp_path/'r.jsonl').read_text().splitlines()]
     # one worker is a process of its own too, which keeps its memory
     assert status==0 and len(rows)==12 and rows[-1]['seen']['pid']!=os.getpid(), err
+
+def test_what_is_not_measured_in_each_commands_words(few):
+    from dmlfast.cli import dmlfast_train, dmlfast_tune
+    from dmlfast.cli.commands import _as_options
+    from dmlfast.data import MetricDataset
+    with pytest.raises(ValueError, match='or `valid=None` to') as e: MetricDataset(few.df[few.df.split!='val'], few.path).dataloaders(16)
+    assert _as_options(dmlfast_train, str(e.value)).endswith('take another one, or `--valid none` to measure on nothing.')
+    assert _as_options(dmlfast_tune, str(e.value)).endswith('to measure on: take another one.')
 
 def test_what_to_do_without_a_network_in_each_commands_words(monkeypatch, tmp_path, folder):
     from dmlfast.cli import dmlfast_bench, dmlfast_demo, dmlfast_train, run_demo

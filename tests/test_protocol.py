@@ -122,6 +122,33 @@ def test_a_method_that_was_changed(few, tmp_path):
     exp = _exp(tmp_path, few, plan) # lines of a method that is no longer in the plan
     assert exp.hours_left()>=0 or math.isnan(exp.hours_left())
 
+def test_a_plan_on_another_machine(few, tmp_path, body):
+    "What reads images and computes, and where the file of the weights is, change no method; lines with the hash of what is written count"
+    import hashlib
+    from dmlfast.study.experiments import Experiment
+    def _at(weights=body, **batch):
+        return Experiment({**_trained(weights), 'settings':dict(_trained(weights)['settings'], batch=batch)}, tmp_path/'r.jsonl', few)
+    here,more = _at(bs=32),_at(num_workers=2)
+    assert more.hash_of('wide')!=here.hash_of('wide')!=here.hash_of('narrow')
+    row = dict(kind='run', method='narrow', scores=dict.fromkeys(here.measures, .5))
+    here.write(dict(row, seed=0, plan=here.hash_of('narrow')))
+    for o in (_at('elsewhere/body.pth', bs=32, num_workers=3, device='cpu'), _at(bs=32, num_workers=0)): assert len(o.rows())==1
+    for kwargs in (dict(bs=64), dict(weights='other.pth', bs=32)):
+        with pytest.raises(ValueError, match="method 'narrow' with other settings"): _at(**kwargs)
+    settings = {k:o for k,o in here.settings('narrow').items() if k!='data'}
+    old = json.dumps(dict(settings=settings, space={}, search=dict(n_epoch=4, metric='map@r')), sort_keys=True)
+    here.write(dict(row, seed=1, plan=hashlib.sha256(old.encode()).hexdigest()[:8]))
+    assert len(_at(bs=32).rows())==2
+
+def test_whole_ends_of_a_number(few, tmp_path):
+    "They are the ends of a range of numbers, for a setting that need not be whole"
+    from dmlfast.study.tuning import distributions
+    plan = dict(settings=dict(fit=dict(n_epoch=1), loss=dict(name='triplet')), methods=dict(a=dict(
+        space={'loss.margin':dict(low=0, high=1), 'fit.lr':(1,2,'log'), 'model.emb_sz':(8,16), 'fit.wd':[0,1]})))
+    space = _exp(tmp_path, few, plan).space('a')
+    assert space=={'loss.margin':dict(low=0., high=1.), 'fit.lr':(1.,2.,'log'), 'model.emb_sz':(8,16), 'fit.wd':[0,1]}
+    assert [type(o).__name__[0] for o in distributions(space).values()]==['F','F','I','C']
+
 def test_more_trials_than_the_runs_were_chosen_by(few, tmp_path):
     plan = _plan(tmp_path)
     del plan['methods']['γ']
@@ -279,6 +306,14 @@ def test_networks_that_are_not_there(few, tmp_path):
     (dict(methods=dict(a=dict(space={'loss.margn':(.1,.2)}, loss=dict(name='triplet')))), 'loss.margin'),
     (dict(methods=dict(a=dict(fit=dict(n_epoch=None)))), 'how many epochs'),
     (dict(methods=dict(a=dict(fit=dict(patience=2)))), 'nothing to go by'),
+    (dict(methods=dict(a=dict(fit=dict(interpolate=True)))), '`fit.interpolate` has nothing to go by'),
+    (dict(methods=dict(a=dict(fit=dict(fmr=.1)))), '`fit.fmr` would not be looked at'),
+    (dict(settings=dict(fit=dict(n_epoch=1), batch=dict(valid='test'))), '`batch.valid` would not be looked at'),
+    (dict(methods=dict(a=dict(data=dict(size=16)))), "Method 'a': `data` would not be looked at, since all methods have one data set"),
+    (dict(methods=dict(a=dict(trainer='TOY:train', settings=dict(data=dict(size=16))))), '`data` would not be looked at'),
+    (dict(methods=dict(a=dict(loss=dict(name='ms'), space={'data.size':[16,32]}))), "Method 'a': 'data.size' cannot be searched for"),
+    (dict(methods=dict(a=dict(loss=dict(name='ms'), fit=dict(n_epoch=8, sched='step', steps=[5])))),
+        'a trial, which has 4 epochs by `search.n_epoch`, `fit.steps`'),
     (dict(methods=dict(a=dict(trainer='toy.py'))), 'file.py:function'), (dict(methods=dict(a=dict(trainer='no.py:train'))), 'no file'),
     (dict(methods=dict(a=dict(trainer='TOY:nothing'))), 'no function'), (dict(methods=dict(a=False)), 'leaves out a method of a base'),
     (dict(methods=dict(a=dict(lr=2.))), "is 'fit.lr' meant"),
@@ -460,6 +495,17 @@ def test_differences_of_any_two(few, tmp_path):
     with pytest.raises(ValueError, match='two seeds in common'): exp.plot_differences(pairs=[('louder','γ')])
     assert len(plt.get_fignums())==1
 
+def test_tables_and_pictures_without_recall(few, tmp_path):
+    "The first measure takes its place"
+    exp = _exp(tmp_path, few, {**_plan(tmp_path), 'measures':['map@r','recall@2']})
+    for method in ('a','γ'):
+        for seed in (0,1):
+            exp.write(dict(kind='run', method=method, seed=seed, scores={'map@r':.1*seed,'recall@2':.9}, seen={}, seconds=1.,
+                cpu_seconds=1.))
+    assert exp.difference('γ').tolist()==[0,0] and list(exp.differences().index)==['γ']
+    for o in (exp.plot(),exp.plot_differences()): assert 'map@r' in o.get_xlabel()
+    with pytest.raises(ValueError, match="does not measure 'recall@1'"): exp.plot('recall@1')
+
 # the features that methods with a trained body begin with
 
 @pytest.fixture(scope='module')
@@ -565,7 +611,7 @@ def test_features_do_not_change_what_methods_are(few, tmp_path, body):
     for name in ('cars','cub100'):
         exp = Experiment(root/f'{name}.toml', root/f'{name}.jsonl')
         assert exp.jobs()==[] and 'features' not in exp.table().index and len(exp.todo())==len(exp.methods)
-        assert {o['plan'] for o in exp.rows() if 'plan' in o and o['method']=='triplet'}<={exp.hash_of('triplet')}
+        assert any('plan' in o for o in exp.rows()) and all(exp.has(o) for o in exp.rows() if o['method']=='triplet')
     with pytest.raises(ValueError, match="No method can be called 'features'"):
         _exp(tmp_path, few, dict(methods=dict(features=dict(loss=dict(name='triplet')))))
     plan = _trained(body)

@@ -56,6 +56,7 @@ def test_every_unknown_name(path, near):
     ({'batch.bs':33}, 'multiple of'), ({'seed':-1}, '0 or more'), ({'seed':1.5}, 'whole number'),
     ({'fit.sched':'stp'}, "nearest is 'step'"), ({'fit.steps':[2]}, "for the schedule 'step'"),
     ({'fit.sched':'step', 'fit.steps':[2,1]}, 'greater than the one before'), ({'fit.factor':.5}, 'for the schedules'),
+    ({'fit.sched':'step', 'fit.steps':[1,3]}, 'a fit of 3 epochs never comes to a step after 3'),
     ({'fit.precision':'fp8'}, 'fp16'), ({'fit.patience':2, 'batch.valid':'none'}, 'measures on nothing'),
     ({'fit.monitor':'recall@1', 'batch.valid':'test'}, 'would choose an epoch'),
     ({'batch.device':'gpu'}, 'cpu'), ({'ssr':dict(p=2.)}, '0 to 1'), ({'ssr':dict(n=3, views=dict(n=3))}, 'set one of them'),
@@ -84,6 +85,15 @@ def test_steps_of_the_rate_in_a_fit(few):
     with learn.no_bar(), learn.no_logging(): fit_settings(learn, s)
     lrs = np.array(learn.recorder.lrs).reshape(3, -1)
     assert np.allclose(lrs, np.array([[6e-3],[3e-3],[1.5e-3]])*np.ones_like(lrs))
+
+def test_the_best_epoch_is_not_kept_among_the_images(few, tmp_path):
+    "It is in a temporary file, or where one says"
+    from dmlfast.study.runs import fit_settings, make_learner
+    s = _with({'fit.monitor':'map@r', 'fit.n_epoch':1})
+    learn,before = make_learner(s, few),{*few.path.rglob('*')}
+    for best in (None,tmp_path/'best'):
+        with learn.no_bar(), learn.no_logging(): fit_settings(learn, s, best=best)
+    assert {*few.path.rglob('*')}==before and [o.name for o in tmp_path.iterdir()]==['best.pth'] and learn.model_dir=='models'
 
 def test_settings_are_not_changed_by_their_use(few):
     from dmlfast.study.runs import make_learner

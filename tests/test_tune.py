@@ -119,6 +119,20 @@ def test_transactions_of_sqlite_do_not_overlap(few, tmp_path):
         one.exec_driver_sql('select * from trials')
         with pytest.raises(sqlite3.OperationalError, match='locked'): other.execute('begin immediate')
 
+def test_ctrl_c_while_the_tables_are_made(few, tmp_path, monkeypatch):
+    "Optuna would never make the index again without which a study is there twice; what its database does say is one sentence"
+    from sqlalchemy.schema import Index
+    def _index(*args, **kwargs): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr('sqlalchemy.sql.ddl.SchemaGenerator.visit_index', _index)
+        with pytest.raises(KeyboardInterrupt): _search(few, n=1, storage=tmp_path/'s.db')
+    with sqlite3.connect(tmp_path/'s.db') as db: assert db.execute("select name from sqlite_master where name='studies'").fetchall()
+    for n in (1,2,3): assert len(_search(few, n=n, storage=tmp_path/'s.db').trials)==n
+    def _lose(study, trial):
+        with sqlite3.connect(tmp_path/'s.db') as db: db.execute('drop table trials')
+    with pytest.raises(RuntimeError, match='^The database of the study, .* failed: no such table: trials$'):
+        _search(few, n=9, storage=tmp_path/'s.db', callbacks=[_lose])
+
 def test_first_settings_of_two_processes(few, tmp_path):
     "Both saw that nobody had tried them; they are tried once, and beside them as many others as asked for"
     import dmlfast.study.tuning as tune
@@ -210,6 +224,9 @@ def test_wrong_arguments(few, tmp_path):
     for o in ({'loss.margn':(.1,.5)}, {'loss.margin':['a','b']}, {'fit.lr':(-1.,1.)}, {'seed.x':(1,2)}):
         with pytest.raises(ValueError): check_space(s, o)
         with pytest.raises(ValueError): tune_settings(s, o, few)
+    for o,said in (({'data.size':[16,32]}, "'data.size' cannot be searched for"), ({'fit.n_epoch':(1,9)}, "'fit.n_epoch' cannot be")):
+        with pytest.raises(ValueError, match=said): tune_settings(s, o, few)
+    assert check_space(s, {'fit.n_epoch':(1,9)})=={'fit.n_epoch':(1,9)} # an experiment does as it says
 
 def test_a_column_that_is_not_there(few, tmp_path):
     "Names of metrics are checked before there is a study, and other columns before the first epoch"
@@ -227,6 +244,31 @@ def test_a_column_that_is_not_there(few, tmp_path):
     with pytest.raises(ValueError, match="The score is 'f1', and the columns are train_loss, valid_loss, recall@1"):
         learn.fit(1, 1e-3, cbs=TrialScore(print, 'f1'))
     assert not steps
+
+def test_two_whole_ends(few):
+    "Mean all numbers between them, where the setting is one"
+    from dmlfast.study.tuning import tune_settings
+    s = dict(batch=dict(bs=32, per_class=4, num_workers=0), model=dict(arch='test_resnet', pretrained=False, emb_sz=8),
+        loss=dict(name='triplet'))
+    made = []
+    tune_settings(s, {'loss.margin':(0,1), 'model.emb_sz':(4,8)}, few, folds=1, n_trials=2, n_epoch=1,
+        fit=lambda learn, n_epoch, cbs: (made.append((learn.loss_func.margin, learn.model.emb_sz)), setattr(cbs, 'value', .5)))
+    assert all(0<m<1 and m!=int(m) and n in range(4, 9) for m,n in made[1:]) and made[0][0]==.2
+
+def test_a_search_on_another_machine(few, tmp_path):
+    "What reads images and computes may be said there alone; and a study from before, which held None for it, goes on"
+    from dmlfast.study.tuning import make_study, tune_settings
+    s = dict(batch=dict(bs=32, per_class=4), model=dict(arch='test_resnet', pretrained=False, emb_sz=8), loss=dict(name='triplet'))
+    def _go(s): return tune_settings(s, {'fit.lr':[1e-3]}, few, folds=1, n_trials=1, n_epoch=1, storage=tmp_path/'s.db',
+        fit=lambda learn, n_epoch, cbs: setattr(cbs, 'value', .5))
+    _go(dict(s, batch=dict(s['batch'], num_workers=0)))
+    assert len(_go(s).trials)==len(_go(dict(s, data=dict(reader='folder', path='x'))).trials)==1
+    study = make_study(tmp_path/'s.db')
+    about = study.user_attrs['search']
+    old = {**about['settings'], 'data':None, 'batch':{**about['settings']['batch'], 'device':None}}
+    study.set_user_attr('search', {**about, 'settings':old})
+    _go(s)
+    with pytest.raises(ValueError, match='another search: its settings was'): _go(dict(s, seed=1))
 
 def test_paths_among_the_choices(few, tmp_path):
     "A database holds them as words, and another process finds them in it"

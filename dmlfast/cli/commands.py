@@ -84,11 +84,16 @@ def _as_options(func, msg):
     known,planned = _options(_parser(func)),'plan' in inspect.signature(func).parameters
     def _f(m):
         arg = f"{'no_' if m[2]=='=False' else ''}{m[1]}"
-        if (option := f"--{arg.replace('_', '-')}") in known: return f'`{option}`'
+        if (option := f"--{arg.replace('_', '-')}") in known: return f"`{option}{' none'*(m[2]=='=None')}`"
         if not planned or not m[2] or arg not in setting_args(): return m[0]
         return f"`{setting_args()[arg].path}{' = false' if m[2]=='=False' else ''}`"
-    if not planned and '--no-pretrained' not in known: msg = msg.replace(', or `pretrained=False` to begin with random ones', '')
-    return re.sub(r'`(resume|overwrite|weights|pretrained)(=\w*)?`', _f, msg)
+    for o,way in _ways.items():
+        if not planned and o not in known: msg = re.sub(way, '', msg)
+    return re.sub(r'`(resume|overwrite|weights|pretrained|valid)(=\w*)?`', _f, msg)
+
+# ways out that only commands with these options have
+_ways = {'--no-pretrained':', or `pretrained=False` to begin with random ones', '--valid':', or `valid=None` to measure on nothing',
+    '--min-classes':r': `min_classes=\d+` takes them all the same'}
 
 def run_command(
     func, # Function of a command
@@ -140,10 +145,11 @@ def stdout_for(
 def resume_with(
     command:str, # Its name in the shell
     out, # Its folder
-    n:int=None, # Processes; one if not given
+    **options # By name, as they were given: those that the folder does not hold
 )->str:
     "The command that continues interrupted work"
-    return f"`{command} --out {shlex.quote(str(out))} --resume{'' if n is None else f' --launch {n}'}`"
+    words = [f' --{k}'+('' if v is True else f' {shlex.quote(str(v))}') for k,v in options.items() if is_given(v)]
+    return f"`{command} --out {shlex.quote(str(out))} --resume{''.join(words)}`"
 
 def save_figure(
     fig, # Figure, or what has one

@@ -28,10 +28,14 @@ def _space(words):
         if not Path(words[0]).is_file(): raise ValueError(f"--space is name=low:high words or a TOML file; there is no file {words[0]!r}.")
         return _flat(read_toml(words[0]))
     def _range(v):
-        if ':' not in v: return [word_value(o) for o in v.split(',')]
+        if ',' in v or ':' not in v: return [word_value(o) for o in v.split(',')]
         lo,hi,*log = v.split(':')
         return (word_value(lo),word_value(hi),*log)
-    return {k:_range(v) for k,_,v in (o.partition('=') for o in words)}
+    res = {}
+    for k,_,v in (o.partition('=') for o in words):
+        if k in res: raise ValueError(f"--space: {k!r} is given twice.")
+        res[k] = _range(v)
+    return res
 
 def _flat(table, prefix=''):
     "Ranges by their path, from tables in tables"
@@ -110,18 +114,20 @@ def dmlfast_tune(
     "Search for the best settings on held-out training classes; the test classes are not used"
     with stdout_for(Json):
         from dmlfast.study.checks import absolute_paths, read_data, save_settings
-        from dmlfast.study.tuning import best_settings, check_space, n_folds, plot_study, run_space, tune_settings
+        from dmlfast.study.tuning import best_settings, check_space, has_study, n_folds, plot_study, run_space, tune_settings
         given = dict(trials=trials, epochs=epochs, folds=folds, metric=metric, storage=storage, name=name)
         out = Path(out)
         with refusing():
             _check_tune_folder(out, resume, overwrite)
             settings = resumed_settings(out, kwargs) if resume else run_settings(**kwargs)
             search = _search_args(out, {**given, 'space':_space(space)}, resume)
-            where = search['space'] = search['space'] or run_space(settings)
-            check_space(settings, where)
+            where = search['space'] = check_space(settings, search['space'] or run_space(settings), n_epoch=False)
             if search['folds'] is None: search['folds'] = n_folds(read_data(settings.get('data', {})))
             if search['trials']<1 or search['epochs']<1 or search['folds']<1:
                 raise ValueError("--trials, --epochs and --folds are 1 or more.")
+            if overwrite and search['storage'] and has_study(search['storage'], search['name']):
+                raise ValueError(f"--overwrite begins a search anew, and {str(search['storage'])!r}, which others may share, keeps its "
+                    f"study {search['name']!r}: give the new one another --name.")
         def _worth(): return (out/'best.toml').is_file()
         def _search():
             if overwrite: remove_files(out, _tune_files)

@@ -76,9 +76,9 @@ def _epochs_done(out):
     f = Path(out)/'history.csv'
     return max(0, len(f.read_text(encoding='utf-8').splitlines())-1) if f.is_file() else 0
 
-def _left_by_training(out, n=None):
+def _left_by_training(out, **options):
     "What was kept of an interrupted run, in a sentence"
-    file,again = Path(out)/'checkpoint'/'checkpoint.pt',resume_with('dmlfast-train', out, n)
+    file,again = Path(out)/'checkpoint'/'checkpoint.pt',resume_with('dmlfast-train', out, **options)
     if not (Path(out)/'settings.toml').is_file(): return 'Interrupted before anything was written.'
     if not file.is_file(): return f"Interrupted in the first epoch. {again} begins it again."
     return f"Interrupted after {_epochs_done(out)} epochs. The checkpoint is {str(file)!r}; {again} goes on with it."
@@ -94,8 +94,8 @@ def _fit(settings, out, tensorboard, Json=False, **kwargs):
     "The work of each training process"
     from dmlfast.study.runs import train_settings
     with stdout_for(Json):
-        cbs = [_tensorboard(tensorboard)] if tensorboard else []
-        return train_settings(settings, out, plain=not sys.stdout.isatty(), cbs=cbs, **kwargs)
+        fit_cbs = [_tensorboard(tensorboard)] if tensorboard else []
+        return train_settings(settings, out, plain=not sys.stdout.isatty(), fit_cbs=fit_cbs, **kwargs)
 
 def _train(n, how, Json):
     "Train in this process, or in several"
@@ -135,12 +135,15 @@ def dmlfast_train(
             settings = resumed_settings(out, kwargs) if resume else run_settings(**kwargs)
             if not (resume or plain): settings = _with_transfer(settings, kwargs)
             settings = _with_epochs(settings)
-            if tensorboard: _tensorboard(tensorboard)
+            if tensorboard:
+                check_folder(tensorboard, True, 'log')
+                _tensorboard(tensorboard)
+        again = dict(report=report, tensorboard=tensorboard, launch=launch)
         how = dict(settings=settings, out=str(out), tensorboard=tensorboard, resume=resume, overwrite=overwrite, report=report)
         try:
             with refusing(lambda: can_resume(out)): res = _train(launch, how, Json)
-        except KeyboardInterrupt: raise Interrupted(_left_by_training(out, launch)) from None
-        except LostProcess as e: raise RuntimeError(f'{e} {_left_by_training(out, launch)}') from None
+        except KeyboardInterrupt: raise Interrupted(_left_by_training(out, **again)) from None
+        except LostProcess as e: raise RuntimeError(f'{e} {_left_by_training(out, **again)}') from None
     if not is_first(): return res
     if Json: print(json.dumps({'out':str(out), **res}))
     else: print('\n'.join(_train_text(out, res)))

@@ -371,7 +371,7 @@ def _held_out(self:MetricDataset, valid):
     held = self.df[valid].astype(bool) if valid in self.subsets else self.df.split==valid
     if not seen.any(): raise ValueError(f"{self.name} has no training images.")
     if valid and not held.any():
-        raise ValueError(f"{self.name} has no split {valid!r} to measure on: take another one, or valid=None to measure on nothing.")
+        raise ValueError(f"{self.name} has no split {valid!r} to measure on: take another one, or `valid=None` to measure on nothing.")
     return seen & ~self.df.label.isin(self.df.label[held]),held
 
 # %% ../../nbs/api/data/01_tables.ipynb #486257a1

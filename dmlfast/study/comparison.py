@@ -36,6 +36,11 @@ class Results(Plan):
         self.name = self.plan.get('name', self.out.stem)
         self.check_rows()
 
+    @property
+    def measure(self):
+        "The measure of pictures and differences where none is named"
+        return 'recall@1' if 'recall@1' in self.measures else self.measures[0]
+
 @patch
 def rows(self:Results,
     kind:str=None, # `'trial'`, `'run'` or `'features'`; all if not given
@@ -92,9 +97,10 @@ def table(self:Results,
 def difference(self:Results,
     method:str, # Name of a method
     twin:str=None, # Another one, or `'features'`: those that it begins with; its twin if not given
-    measure:str='recall@1', # Name of a measure
+    measure:str=None, # Name of a measure; recall@1 if not given, or the first where that is not measured
 )->np.ndarray: # One number for each seed that both have, in points
     "Differences of runs with the same seed"
+    measure = measure or self.measure
     if (twin := twin or self.methods[method].get('twin')) is None: raise ValueError(f"Method {method!r} has no twin: name one.")
     a,b = self.values(method, measure),self._beside(method, twin, measure)
     return np.array([100*(a[o]-b[o]) for o in sorted(a) if o in b])
@@ -143,11 +149,12 @@ def seen(self:Results,
 # %% ../../nbs/api/study/05_comparison.ipynb #891803ea
 @patch
 def plot(self:Results,
-    measure:str='recall@1', # Name of a measure
+    measure:str=None, # Name of a measure; recall@1 if not given, or the first where that is not measured
     methods=None, # Names; all that have runs if not given
     ax:plt.Axes=None, # Where to; a new figure if not given
 )->plt.Axes:
     "Draw each run as a point, and mean and 95 % interval beside it; features are grey, with a line down to the methods"
+    measure = measure or self.measure
     names = [o for o in self._named(methods) if self.runs(o)]
     if not names: raise ValueError("There is nothing to draw yet: no run is finished.")
     theirs = [(k, [100*o['scores'][measure]], _grey) for k,o in self._baselines(names).items()]
@@ -160,11 +167,12 @@ def plot(self:Results,
 
 @patch
 def plot_differences(self:Results,
-    measure:str='recall@1', # Name of a measure
+    measure:str=None, # Name of a measure; recall@1 if not given, or the first where that is not measured
     pairs=None, # Pairs of names, the second may be `'features'`; each method with its twin if not given
     ax:plt.Axes=None, # Where to; a new figure if not given
 )->plt.Axes:
     "Draw each method minus another one: seeds, mean and 95 % interval; raises `ValueError` if no pair has two seeds in common"
+    measure = measure or self.measure
     if not (pairs := self.compared(pairs)):
         raise ValueError("There is nothing to draw: no two methods that are compared, a method with its `twin` if none are named, have "
             "two seeds in common.")
@@ -178,10 +186,11 @@ def plot_differences(self:Results,
 def plot_sweep(self:Results,
     path:str, # The setting, such as `'loss.gamma'`
     like:str, # Name of a method
-    measure:str='recall@1', # Name of a measure
+    measure:str=None, # Name of a measure; recall@1 if not given, or the first where that is not measured
     ax:plt.Axes=None, # Where to; a new figure if not given
 )->plt.Axes:
     "Plot a method and those like it against the setting in which they differ; raises `ValueError` if there are none"
+    measure = measure or self.measure
     x = {o:get_setting(self.chosen(o) or {}, path) for o,m in self.methods.items() if like in (o,m.get('like')) and self.runs(o)}
     x = dict(sorted(((o,v) for o,v in x.items() if v is not None), key=lambda o: o[1]))
     if not x:
@@ -269,7 +278,7 @@ def check_rows(self:Results):
             raise ValueError(f"{str(self.out)!r} holds runs of {k!r} that were not scored by {lack[0]!r}: leave it out of `measures`, or "
                 "give the results another file.")
     for o in self.rows():
-        if o['method'] in self.methods and o.get('plan', self.hash_of(o['method']))!=self.hash_of(o['method']):
+        if o['method'] in self.methods and not self.has(o):
             raise ValueError(f"{str(self.out)!r} holds results of a method {o['method']!r} with other settings than it has in the plan "
                 "now: give it another name, or the results another file.")
 

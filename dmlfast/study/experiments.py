@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from fastcore.all import *
 from fastai.torch_core import num_distrib
+from ..files.writing import *
 from ..retrieval.embedded import *
 from ..retrieval.metrics import *
 from ..models.bodies import *
@@ -275,6 +276,7 @@ def check(self:Experiment):
         raise ValueError(f"Method {own[0]!r} has a trainer of its own, which several processes cannot share: train in one.")
     self.check_data()
     self.check_models()
+    if self.jobs(): check_folder(self.out.parent, True, 'results')
 
 @patch
 def check_data(self:Experiment):

@@ -21,10 +21,10 @@ from ..train.doctor import *
 from ..train.export import *
 from .settings import get_setting
 from .checks import *
-from .checks import plain_settings, read_toml, recipe_of
+from .checks import movable, plain_settings, read_toml, recipe_of
 from .runs import *
 from .tuning import *
-from .tuning import check_count, check_metric, plain_space
+from .tuning import check_count, check_metric, number_space, plain_space
 
 # %% ../../nbs/api/study/04_plans.ipynb #e2f44a2a
 class Plan:
@@ -71,8 +71,10 @@ class Plan:
         method:str, # Name of a method
     )->dict: # Path of a setting to where to look
         "Search space of a method; empty for a method without a search"
-        m = self.methods[method]
-        return {} if 'like' in m else m['space'] if 'space' in m else settings_space(self.settings(method))
+        m,s = self.methods[method],self.settings(method)
+        if 'like' in m: return {}
+        if 'space' not in m: return settings_space(s)
+        return m['space'] if 'trainer' in m else number_space(s, m['space'])
 
     def __repr__(self): return f"{self.name}: {', '.join(self.methods)}"
 
@@ -81,10 +83,25 @@ class Plan:
 def hash_of(self:Plan,
     method:str, # Name of a method
 )->str: # 8 hexadecimal digits
-    "A hash of a method's settings and search space, to match lines of results with the plan"
-    what = dict(settings={k:o for k,o in self.settings(method).items() if k!='data'}, space=self.space(method),
-        search={k:self.search[k] for k in ('n_epoch','metric')})
+    "A hash of a method's settings and search space, wherever it is run, to match lines of results with the plan"
+    s = self.settings(method)
+    weights = get_setting(s, 'model.weights')
+    return self._hashed(movable(s), self.space(method), **(dict(weights=Path(weights).name) if weights else {}))
+
+@patch
+def _hashed(self:Plan, settings, space, **more):
+    what = dict(settings=settings, space=space, search={k:self.search[k] for k in ('n_epoch','metric')}, **more)
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+@patch
+def has(self:Plan,
+    row:dict, # Line of results of one of its methods
+)->bool:
+    "Does a line belong to its method as it is in the plan now? Older lines have no hash, or one of settings and space as they are written"
+    method = row['method']
+    if row.get('plan') in (None,self.hash_of(method)): return True
+    written = {k:o for k,o in self.settings(method).items() if k!='data'}
+    return row['plan']==self._hashed(written, self.methods[method].get('space', self.space(method)))
 
 # %% ../../nbs/api/study/04_plans.ipynb #a1ea0fe3
 def train_run(
@@ -162,7 +179,9 @@ def _body(settings):
 _top = 'name','seeds','search','measures','settings','methods','keep_models','keep_embeddings'
 _search = dict(n_trials=12, n_epoch=4, metric='map@r', seed=0)
 _words = 'twin','like','space','seeds','trainer','settings'
-_tables = 'data','batch','model','loss','ssr','fit'
+_tables = 'batch','model','loss','ssr','fit'
+_theirs = {'batch.valid':"trials are measured on 'val' and runs on 'test'",
+    'fit.fmr':"a run trains on all training classes, and none are left to calibrate a threshold on"}
 
 class _Methods(dict):
     "Methods by name"
@@ -214,14 +233,22 @@ def check_method(self:Plan,
         if ours:
             s = check_settings(self.settings(method))
             if n_epochs(s) is None: raise ValueError("nothing says for how many epochs to fit.")
-            for o in ('patience','monitor'):
+            for o in ('patience','monitor','interpolate'):
                 if get_setting(self.settings(method), f'fit.{o}'):
                     raise ValueError(f"`fit.{o}` has nothing to go by: a run trains on all training classes, to its end.")
+            for o,why in _theirs.items():
+                if get_setting(self.settings(method), o) is not None: raise ValueError(f"`{o}` would not be looked at: {why}.")
             if n_epochs(s) and not s.get('loss') and not s.get('recipe'): raise ValueError("nothing says with which `loss` to train.")
-            if space: check_space(self.settings(method), space)
+            if space: check_space(s, space)
+            if space and 'fit.n_epoch' not in space: _check_trial(s, self.search['n_epoch'])
         elif space: distributions(space)
     except ValueError as e: raise ValueError(f"Method {method!r}: {e}") from None
     if not ours: self.trainer(method)
+
+def _check_trial(settings, n_epoch):
+    "Raise `ValueError` for settings that make no sense with the epochs of a trial"
+    try: check_settings(with_settings(settings, {'fit.n_epoch':n_epoch}))
+    except ValueError as e: raise ValueError(f"in a trial, which has {n_epoch} epochs by `search.n_epoch`, {e}") from None
 
 # %% ../../nbs/api/study/04_plans.ipynb #76cc4d02
 def _check_plan(plan):
@@ -255,6 +282,9 @@ def _check_method(name, m, methods):
     _check_name(name)
     if m is False: raise ValueError(f"Method {name!r} is `false`, which leaves out a method of a base, and this plan has none.")
     if not isinstance(m, dict): raise ValueError(f"Method {name!r} is a table; got {m!r}.")
+    if 'data' in m or get_setting(m, 'settings.data') is not None:
+        raise ValueError(f"Method {name!r}: `data` would not be looked at, since all methods have one data set: put it into the `settings` "
+            "of the plan. The image size of a method is `batch.size`.")
     for k in m:
         if k in (*_words,*_tables): continue
         where = [f'{table}.{k}' for table,kinds in allowed_settings({}).items() if k in kinds]
