@@ -11,6 +11,7 @@ extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx.ext.linkcode']
 myst_enable_extensions = ['dollarmath', 'amsmath', 'attrs_inline', 'colon_fence']
 myst_heading_anchors = 3
 nb_render_markdown_format = 'myst' # tables that cells display
+nb_code_prompt_show,nb_code_prompt_hide = 'The code','The code'
 nb_execution_mode = 'off'  # outputs are stored in the notebooks; `make prepare` refreshes them
 smartquotes_action = 'qe' # `--resume` stays what one types
 suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type']
