@@ -121,7 +121,7 @@ _of_all = '__dict__','__weakref__','__module__','__signature__','__doc__','_abc_
 def _is_known(o):
     "Is it of a package that is installed? Its code is not read"
     top = (getattr(o, '__module__', None) or (o.__name__ if isinstance(o, ModuleType) else '')).split('.')[0]
-    file = getattr(sys.modules.get(top), '__file__', None) or ''
+    file = top!='__main__' and getattr(sys.modules.get(top), '__file__', None) or '' # a program that runs one's own code may be installed
     return top in sys.stdlib_module_names or top==__name__.split('.')[0] or '-packages' in file
 
 def _code_parts(f):
