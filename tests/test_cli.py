@@ -216,6 +216,12 @@ def test_training_on_a_table(trained, table, tmp_path):
     assert not (out/'report').exists()
     status,text,err = do(dmlfast_train, '--out', out, '--resume', '--report', '--json') # which was forgotten
     assert status==0 and json.loads(text)['scores']==trained['scores'] and (out/'report'/'index.html').stat().st_size>50_000, err
+    embedder = (out/'embedder'/'embedder.json').stat().st_mtime_ns
+    shutil.rmtree(out/'report')
+    (out/'checkpoint'/'checkpoint.pt').rename(tmp_path/'kept.pt')
+    assert 'its page needs it: `dmlfast-eval' in said(dmlfast_train, '--out', out, '--resume', '--report')
+    (tmp_path/'kept.pt').rename(out/'checkpoint'/'checkpoint.pt')
+    assert (out/'embedder'/'embedder.json').stat().st_mtime_ns==embedder
     assert '`fit` was' in said(dmlfast_train, '--out', out, '--resume', '--lr', .5)
     assert '--resume goes on' in said(dmlfast_train, '--out', out, '--resume', '--wd', 0) # 0 is said, and not left out
     status,_,err = do(dmlfast_train, '--data', table, *small, '--epochs', 1, '--seed', 2, '--out', out, '--overwrite', '--tensorboard',

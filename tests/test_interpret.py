@@ -280,7 +280,10 @@ def test_queries_search_the_gallery_only():
     assert h['pos_mean']==pytest.approx(same, abs=1e-6) and h['n_queries']==4
     # among all, whatever their roles
     assert {tuple(o) for o in r.label_noise(min_sim=np.cos(np.radians(1.5)))[['a','b']].values}=={(0,2),(2,3)}
-    for of,want in (([0],{(0,2)}), (torch.tensor([3]),{(2,3)}), ([2],{(0,2),(2,3)}), ([1],set())):
+    for of in ([9], [.5], [True,False]):
+        with pytest.raises(ValueError, match='`of` are indices of the'): r.label_noise(of=of)
+    mask = np.arange(len(r))==3
+    for of,want in (([0],{(0,2)}), (mask,{(2,3)}), (torch.tensor([3]),{(2,3)}), ([2],{(0,2),(2,3)}), ([1],set())):
         assert {tuple(o) for o in r.label_noise(min_sim=np.cos(np.radians(1.5)), of=of)[['a','b']].values}==want
 
 def test_labels_of_any_size():

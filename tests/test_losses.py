@@ -985,6 +985,10 @@ def test_rows_of_other_lengths_are_said_once():
         assert len(said)==1
     unit = normalize(x, dim=1)
     unit[3] = 0
+    late = SupConLoss()
+    late(x[:0], y[:0])
+    with pytest.warns(UserWarning, match='for embeddings of length 1') as said: late(x, y) # an empty batch says nothing
+    assert said[0].filename==__file__
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         for loss,o in ((SupConLoss(),unit), (SupConLoss(),unit.half()), (NPairLoss(),x), (OtherLoss(pml.SupConLoss()),x)): loss(o, y)
@@ -993,6 +997,7 @@ def test_a_miner_beside_each_batch_is_refused():
     "As PyTorch Metric Learning's losses take it"
     x,y = normalize(torch.randn(16, 8, generator=torch.manual_seed(0)), dim=1),torch.arange(16)%4
     with pytest.raises(ValueError, match='by its argument `miner`'): TripletLoss()(x, y, pml_miners.TripletMarginMiner()(x, y))
+    with pytest.raises(ValueError, match='in a function around it alone'): SupConLoss()(x, y, pml_miners.TripletMarginMiner()(x, y))
     for o in ((x,), (None,y)):
         with pytest.raises(ValueError, match='come together'): TripletLoss()(x, y, *o)
 

@@ -126,13 +126,15 @@ def test_a_plan_on_another_machine(few, tmp_path, body):
     "What reads images and computes, and where the file of the weights is, change no method; lines with the hash of what is written count"
     import hashlib
     from dmlfast.study.experiments import Experiment
-    def _at(weights=body, **batch):
-        return Experiment({**_trained(weights), 'settings':dict(_trained(weights)['settings'], batch=batch)}, tmp_path/'r.jsonl', few)
+    def _at(weights=body, file='r.jsonl', **batch):
+        return Experiment({**_trained(weights), 'settings':dict(_trained(weights)['settings'], batch=batch)}, tmp_path/file, few)
+    where = f'elsewhere/{Path(body).parent.name}/{Path(body).name}'
     here,more = _at(bs=32),_at(num_workers=2)
     assert more.hash_of('wide')!=here.hash_of('wide')!=here.hash_of('narrow')
     row = dict(kind='run', method='narrow', scores=dict.fromkeys(here.measures, .5))
     here.write(dict(row, seed=0, plan=here.hash_of('narrow')))
-    for o in (_at('elsewhere/body.pth', bs=32, num_workers=3, device='cpu'), _at(bs=32, num_workers=0)): assert len(o.rows())==1
+    for o in (_at(where, bs=32, num_workers=3, device='cpu'), _at(bs=32, num_workers=0)): assert len(o.rows())==1
+    assert _at('a/best.pth', 's').hash_of('narrow')!=_at('b/best.pth', 's').hash_of('narrow') # runs have one name for their weights
     for kwargs in (dict(bs=64), dict(weights='other.pth', bs=32)):
         with pytest.raises(ValueError, match="method 'narrow' with other settings"): _at(**kwargs)
     settings = {k:o for k,o in here.settings('narrow').items() if k!='data'}

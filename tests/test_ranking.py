@@ -356,6 +356,9 @@ def test_a_seed_repeats_a_run(make_learner):
         runs.append((learn.recorder.values, learn.self_supervised_ranking.ssr_losses[0]))
     assert runs[0]==runs[1] and runs[0][0]!=runs[2][0]
 
+def test_predictions_before_any_fit(make_learner):
+    assert make_learner(cbs=make_ssr()).get_preds()[0].isfinite().all()
+
 def test_a_search_for_a_rate_leaves_coin_and_views(make_learner):
     runs = []
     for find in (False,True):

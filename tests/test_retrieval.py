@@ -239,6 +239,16 @@ def test_equal_distances_are_exactly_equal():
         np.testing.assert_array_equal(i, np.argsort(d, axis=1, kind='stable')[:,:20])
         np.testing.assert_allclose(-s, np.take_along_axis(d, i.numpy(), 1), rtol=1e-5)
 
+def test_a_row_far_away_spoils_no_other():
+    "A query of zeros beside others that are far from the origin, and an item of zeros among many"
+    rng = torch.manual_seed(0)
+    g,q = torch.rand(500, 64, generator=rng)+1e5,torch.rand(20, 64, generator=rng)+1e5
+    want = (q.double()[:,None]-g.double()).norm(dim=2).argsort(dim=1, stable=True)[:,:5]
+    assert torch.equal(neighbours(torch.cat([q, torch.zeros(1, 64)]), g, k=5, metric='l2')[1][:20], want)
+    x = torch.rand(5000, 8, generator=rng)+1e5
+    x[0] = 0
+    assert torch.equal(neighbours(x, k=1, metric='l2', self_exclude=False)[1][:,0], torch.arange(5000))
+
 def test_l2_far_from_the_origin():
     "Without centring, float32 has no digits left for these distances"
     x = rand(60)+np.float32(3000)

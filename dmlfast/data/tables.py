@@ -128,14 +128,15 @@ def _files(self:MetricDataset):
 def _check_columns(self:MetricDataset):
     "Raise `ValueError` for missing columns or values"
     if missing := [c for c in (*_needed, *self.subsets) if c not in self.df]:
-        if len(missing)>1: missing = [o for o in missing if o!='split'] # which `from_df` makes
+        if 'label' in missing: missing = [o for o in missing if o!='split'] # which `from_df` makes of it
         raise ValueError(f"The table of {self.name} has no column {some_of(missing)}; it has {some_of(self.df.columns, 9)}.")
     if len(self)==0: raise ValueError(f"{self.name} has no images.")
     for c in _needed:
         none = self.df[c].isna() | (self.df[c].astype(object)=='')
         if none.any(): raise ValueError(f"{none.sum()} rows of the table of {self.name} have no {c}; the first is row {none.argmax()}.")
     if bad := [o for o in self.df.path if not isinstance(o, (str,os.PathLike))]:
-        raise ValueError(f"The column 'path' of {self.name} names files, and holds {some_of(bad)}: `columns=dict(path='file')` takes another.")
+        raise ValueError(f"The column 'path' of {self.name} names files, and holds {some_of(bad)}: `columns=dict(path='file')` takes "
+            "another.")
     for c in self.subsets:
         if not set(self.df[c])<={True,False}:
             raise ValueError(f"The subset {c!r} is a column of true and false; it holds {some_of(distinct_labels(self.df[c]))}.")
@@ -241,7 +242,8 @@ def from_folder(cls:MetricDataset,
             f"{path.absolute().name!r}. Move them into the folder of their class, or out of this one.", stacklevel=2)
     if merged := _merged(path, fns):
         what = ("They are divided again, whole classes at a time, since an embedding is measured on classes that it has not seen."
-            if {o.relative_to(path).parts[0].lower() for o in fns}<=_parts else "Rename folders of the same name that show different things.")
+            if {o.relative_to(path).parts[0].lower() for o in fns}<=_parts else
+            "Rename folders of the same name that show different things.")
         warnings.warn(f"{len(merged)} of {len(classes)} classes are merged from several folders: "
             f"{', '.join(merged[:3])}{' and others' if len(merged)>3 else ''}. {what}", stacklevel=2)
     split_of = _class_splits(classes, test_pct, val_pct, seed)

@@ -61,10 +61,11 @@ class MetricLoss(CheckedArgs, nn.Module):
         self.check_reduction(self.reduction)
         if (others is None)!=(other_labels is None):
             if isinstance(others, (tuple,list)):
-                raise ValueError(f"{type(self).__name__} takes what a miner chose by its argument `miner`, not with each batch.")
+                how = "by its argument `miner`" if 'miner' in inspect.signature(type(self)).parameters else "in a function around it alone"
+                raise ValueError(f"{type(self).__name__} takes what a miner chose {how}, not with each batch.")
             raise ValueError("`others` and `other_labels` come together.")
         embs,labels = check_batch(embs, labels)
-        if self.normalize_embs and not self.measured: self.check_lengths(embs)
+        if self.normalize_embs and not self.measured and len(embs): self.check_lengths(embs)
         with full_precision(embs):
             if not len(embs): res = self.of_nothing(embs)
             elif others is None or not len(others): res = self.compute(embs, labels)
@@ -78,7 +79,7 @@ class MetricLoss(CheckedArgs, nn.Module):
         lengths,self.measured = torch.linalg.vector_norm(embs.detach(), dim=1),True
         if not ((lengths>0)&((lengths-1).abs()>.1)).any(): return
         warnings.warn(f"{type(self).__name__} is defined for embeddings of length 1, and these are of others: "
-            "`F.normalize(embs)`, or a model that does so, such as those of `metric_learner`.", stacklevel=3)
+            "`F.normalize(embs)`, or a model that does so, such as those of `metric_learner`.", stacklevel=5)
 
     def check_reduction(self,
         reduction:str, # As given

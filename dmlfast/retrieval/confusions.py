@@ -86,7 +86,7 @@ def _top_pairs(self, min_sim, same, n, of):
     "Similarities and rows `a<b` of the nearest pairs, equal ones by row: those of one label are searched within it, others among all"
     y,last,least = self.labels,len(self),torch.tensor(min_sim, dtype=torch.float32)
     best = torch.zeros(0),torch.zeros(0, dtype=torch.int64),torch.zeros(0, dtype=torch.int64)
-    if of is not None: among = torch.zeros(len(self), dtype=torch.bool).index_fill_(0, torch.as_tensor(of, dtype=torch.int64), True)
+    if of is not None: among = torch.zeros(len(self), dtype=torch.bool).index_fill_(0, as_rows(of, len(self), 'of'), True)
     asked = None if of is None else among.nonzero()[:,0]
     for at in y.argsort(stable=True).split(y.unique(return_counts=True)[1].tolist()) if same else [torch.arange(len(self))]:
         if len(at)<2 or (of is not None and not len(asked)): continue

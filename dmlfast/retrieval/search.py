@@ -79,7 +79,7 @@ def prepare_(
     big = torch.maximum(big[0], big[-1])
     mean = gallery.div_(big).mean(0, dtype=torch.float64).float()
     if len(xs)==2: query.div_(big)
-    step = max(_power(x-mean) for x in xs)/64
+    step = _power((gallery-mean).abs_().mean(0)[None])/64 # by what is usual: one row far away makes it no coarser
     mean.div_(step).round_().mul_(step) # of few digits, so that whole numbers and codes stay exact, and so what is equally near
     scale = torch.stack([_power(x.sub_(mean)) for x in xs]).max()
     for x in xs: x.div_(scale)

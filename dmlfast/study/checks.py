@@ -59,7 +59,8 @@ def built(
     what:str, # Name for the error message
 ):
     "The result of `f` for some settings; raises `ValueError` if it fails"
-    ps = inspect.signature(f).parameters.values()
+    try: ps = inspect.signature(f).parameters.values()
+    except (TypeError,ValueError): ps = () # some of C have none
     if lack := [o.name for o in ps if o.default is o.empty and o.kind==o.POSITIONAL_OR_KEYWORD and o.name not in kwargs]:
         raise ValueError(f"{what} cannot be made without `{lack[0]}`, which is not set.")
     try: return f(**kwargs)
@@ -170,8 +171,8 @@ def _check_fit(settings):
         raise ValueError(f"`fit.factor` is for the schedules 'step' and 'exp', and this one is {sched!r}.")
     steps = list(fit.get('steps') or [1])
     if steps!=sorted(set(steps)): raise ValueError(f"`fit.steps` are numbers of epochs, each greater than the one before; got {steps}.")
-    if fit.get('steps') and (n := n_epochs(settings)) and steps[-1]>=n:
-        raise ValueError(f"`fit.steps` are before the last epoch: a fit of {n} epoch{'s'*(n>1)} never comes to a step after {steps[-1]}.")
+    if fit.get('steps') and (n := n_epochs(settings)) and steps[0]>=n:
+        raise ValueError(f"A fit of {n} epoch{'s'*(n>1)} comes to none of its `fit.steps`, the first of which is after epoch {steps[0]}.")
 
 # %% ../../nbs/api/study/01_checks.ipynb #a82a7d48
 def n_epochs(

@@ -86,7 +86,7 @@ def hash_of(self:Plan,
     "A hash of a method's settings and search space, wherever it is run, to match lines of results with the plan"
     s = self.settings(method)
     weights = get_setting(s, 'model.weights')
-    return self._hashed(movable(s), self.space(method), **(dict(weights=Path(weights).name) if weights else {}))
+    return self._hashed(movable(s), self.space(method), **(dict(weights=Path(weights).parts[-2:]) if weights else {}))
 
 @patch
 def _hashed(self:Plan, settings, space, **more):
@@ -240,15 +240,9 @@ def check_method(self:Plan,
                 if get_setting(self.settings(method), o) is not None: raise ValueError(f"`{o}` would not be looked at: {why}.")
             if n_epochs(s) and not s.get('loss') and not s.get('recipe'): raise ValueError("nothing says with which `loss` to train.")
             if space: check_space(s, space)
-            if space and 'fit.n_epoch' not in space: _check_trial(s, self.search['n_epoch'])
         elif space: distributions(space)
     except ValueError as e: raise ValueError(f"Method {method!r}: {e}") from None
     if not ours: self.trainer(method)
-
-def _check_trial(settings, n_epoch):
-    "Raise `ValueError` for settings that make no sense with the epochs of a trial"
-    try: check_settings(with_settings(settings, {'fit.n_epoch':n_epoch}))
-    except ValueError as e: raise ValueError(f"in a trial, which has {n_epoch} epochs by `search.n_epoch`, {e}") from None
 
 # %% ../../nbs/api/study/04_plans.ipynb #76cc4d02
 def _check_plan(plan):

@@ -135,8 +135,9 @@ def fit_settings(
     if not n_epoch:
         if head := ifnone(fit.get('head_epochs'), recipe_of(settings).fit.get('head_epochs')): learn.fit_head(head, fit.get('lr'))
         return learn
+    kept = next((o.folder/'best' for o in learn.cbs if isinstance(o, Checkpoint)), None) # for a process that goes on
     with tempfile.TemporaryDirectory() as tmp:
-        trackers,lora = _trackers(settings, best or Path(tmp)/'best'),fit.get('lora')
+        trackers,lora = _trackers(settings, best or kept or Path(tmp)/'best'),fit.get('lora')
         learn.fit_recipe(n_epoch, _lr(fit), _sched(settings, n_epoch), 0 if trackers else fit.get('patience'), L(cbs)+trackers,
             fit.get('head_epochs'), lora and dict(rank=lora), fit.get('interpolate'))
     return learn
@@ -244,9 +245,11 @@ def train_settings(
     "Train, measure, and write everything into a folder, or nothing if the first epoch fails; raises `FileExistsError` for an old run"
     out = Path(out)
     if is_first(): check_run_folder(out, resume, overwrite)
-    # a report that is asked for later is made as if the run had ended before it
-    if resume and (out/'results.json').is_file() and (not report or (out/'report').is_dir()):
-        return json.loads((out/'results.json').read_text(encoding='utf-8'))
+    if resume and (out/'results.json').is_file():
+        if not report or (out/'report').is_dir(): return json.loads((out/'results.json').read_text(encoding='utf-8'))
+        if not can_resume(out):
+            raise ValueError(f"The checkpoint of the finished run in {str(out)!r} is gone, and its page needs it: "
+                f"`dmlfast-eval {out} --out {out}-scores --report` writes one about its embedder.")
     if n_epochs(check_settings(settings)) is None:
         raise ValueError("Nothing says for how many epochs to fit: set `fit.n_epoch`, or a `recipe`.")
     check_nones(settings)
@@ -259,9 +262,12 @@ def train_settings(
         return _run(learn, settings, out, report, fit_cbs)
 
 def _run(learn, settings, out, report, cbs):
-    "Fit, measure and write"
+    "Fit, measure and write; of a run that was finished already, the page alone"
     learn.path,learn.model_dir = out,'.'
     fit_settings(learn, settings, cbs=L(cbs)+History(out/'history.csv'), plan=_plan(learn, settings, out), best=(out/'best').absolute())
+    if (done := out/'results.json').is_file():
+        learn.report(out/'report', overwrite=True)
+        return json.loads(done.read_text(encoding='utf-8'))
     learn.export_embedder(out/'embedder', overwrite=True, fmr=settings.get('fit', {}).get('fmr'))
     res = dict(**_scores(learn), **(dict(transfer=learn.transfer) if hasattr(learn, 'transfer') else dict(between=learn.between)
         if learn.between else {}), epochs=len(learn.recorder.__dict__.get('values', [])), seconds=round(learn.training_doctor.seconds, 1),

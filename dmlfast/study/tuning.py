@@ -207,7 +207,7 @@ def _same_search(study, about):
     if old is None: return study.set_user_attr('search', about)
     old = plain_settings(old) # older ones hold None for what is left out now
     for k in {**old, **about}:
-        if old.get(k)!=about.get(k):
+        if json.dumps(old.get(k), sort_keys=True)!=json.dumps(about.get(k), sort_keys=True): # 0 and 0.0 are two spaces
             raise ValueError(f"The study {study.study_name!r} is another search: its {k} was {old.get(k)} and is {about.get(k)} here. "
                 "Give this one another name.")
 

@@ -25,7 +25,7 @@ from ..files.writing import *
 class BridgedLearner(Learner):
     "fastai's `Learner` with the corrections and additions of this page"
     fitted = False # Did the last fit come to its end?
-    n_epochs = 0 # Number of epochs of all fits that came to their end
+    n_epochs = 0 # Number of epochs of the last fit that came to its end
 
 # %% ../../nbs/api/train/00_compat.ipynb #e424d695
 @patch
@@ -39,7 +39,7 @@ def fit(self:BridgedLearner, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
         raise
     self.fitted = True
     if L(cbs).filter(risinstance(LRFinder)): return
-    self.n_epochs += len(rec.values) if (rec := getattr(self, 'recorder', None)) else n_epoch
+    self.n_epochs = len(rec.values) if (rec := getattr(self, 'recorder', None)) else n_epoch
 
 # %% ../../nbs/api/train/00_compat.ipynb #d2a4387b
 def as_callbacks(
@@ -132,7 +132,7 @@ def validate(self:BridgedLearner,
 ):
     "As in fastai, but it is no epoch: trackers and loggers leave it out, and the recorder keeps what the fits gave"
     self.validating,rec = True,getattr(self, 'recorder', None)
-    kept = {o:getattr(rec, o) for o in rec._stateattrs} if rec and hasattr(rec, 'values') else {}
+    kept = {o:getattr(rec, o, []) for o in rec._stateattrs} if rec else {}
     try:
         with self.removed_cbs(self.cbs.filter(risinstance(TrackerCallback))+loggers(self.cbs)):
             return super(BridgedLearner, self).validate(ds_idx, dl, cbs)

@@ -419,7 +419,7 @@ def metric_learner(
     _check_names(kwargs)
     if not isinstance(dls, DataLoaders):
         raise ValueError(f"A learner takes data loaders, such as `ds.dataloaders()`; got a {type(dls).__name__}.")
-    if not all(isinstance(o, DataLoader) for o in dls.loaders):
+    if isinstance(dls.train, torch.utils.data.DataLoader):
         raise ValueError("A learner takes fastai's loaders, and these are PyTorch's: of the same data sets, make "
             "`DataLoaders(BalancedDL(train, labels=labels, shuffle=True), TfmdDL(valid))`.")
     check_target(dls.train.dataset)

@@ -69,6 +69,7 @@ class RankingLoss(nn.Module):
 class SelfSupervisedRanking(Callback):
     "Train the order of graded views in addition to the metric loss"
     order,run_valid = 5,False # before GradientAccumulation, at 6, divides the loss
+    before = None # State before a search for a rate
     def __init__(self,
         n:int=4, # Levels, 2 or more; those of `views`, if that is given
         m:int=20, # Images of a batch to make views of, 1 or more
@@ -150,6 +151,7 @@ def after_train(self:SelfSupervisedRanking):
 def after_fit(self:SelfSupervisedRanking):
     "Take the column away; a search for a rate leaves coin and views as they were"
     if self.before: self.load_state_dict(self.before)
+    self.before = None
     self.learn.metrics = L(self.learn.metrics).filter(lambda o: o is not self.column)
 
 # %% ../../nbs/api/train/05_ssr.ipynb #f1e71cda
