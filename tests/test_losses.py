@@ -980,7 +980,7 @@ def test_a_second_derivative_is_refused(name):
 
 def test_rows_of_other_lengths_are_said_once():
     x,y = 3*torch.randn(16, 8, generator=torch.manual_seed(0)),torch.arange(16)%4
-    for loss in (SupConLoss(), CombinedLoss([TripletLoss()])):
+    for loss in (SupConLoss(), CombinedLoss([CircleLoss()])):
         with pytest.warns(UserWarning, match='for embeddings of length 1') as said: loss(x, y), loss(x, y)
         assert len(said)==1
     unit = normalize(x, dim=1)
@@ -991,7 +991,7 @@ def test_rows_of_other_lengths_are_said_once():
     assert said[0].filename==__file__
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        for loss,o in ((SupConLoss(),unit), (SupConLoss(),unit.half()), (NPairLoss(),x), (OtherLoss(pml.SupConLoss()),x)): loss(o, y)
+        for loss,o in ((SupConLoss(),unit), (SupConLoss(),unit.half()), (NPairLoss(),x), (TripletLoss(),x), (OtherLoss(pml.SupConLoss()),x)): loss(o, y)
 
 def test_a_miner_beside_each_batch_is_refused():
     "As PyTorch Metric Learning's losses take it"

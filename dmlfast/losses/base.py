@@ -39,6 +39,7 @@ class MetricLoss(CheckedArgs, nn.Module):
     normalize_embs = True # Does it want unit rows?
     seen_only = False # Does it have weights for each training class, and so no value on others?
     repeatable = True # Can it be computed again without side effects? Not if it remembers batches
+    of_cosines = False # Is it defined for rows of length 1 alone? It warns of others
     measured = False # Has it looked at the lengths of a batch?
     short = None # Another name of it in settings and commands, such as `'ms'`
     dr_space = dict(gamma=(0.,.6)) # Where a search looks for the weight of direction regularisation; 0 is the plain loss
@@ -65,7 +66,7 @@ class MetricLoss(CheckedArgs, nn.Module):
                 raise ValueError(f"{type(self).__name__} takes what a miner chose {how}, not with each batch.")
             raise ValueError("`others` and `other_labels` come together.")
         embs,labels = check_batch(embs, labels)
-        if self.normalize_embs and not self.measured and len(embs): self.check_lengths(embs)
+        if self.of_cosines and not self.measured and len(embs): self.check_lengths(embs)
         with full_precision(embs):
             if not len(embs): res = self.of_nothing(embs)
             elif others is None or not len(others): res = self.compute(embs, labels)
@@ -324,9 +325,6 @@ class OtherLoss(MetricLoss):
         n = bisect.bisect_left(range(n_classes or 0), True, key=_lacks) # classes that it has weights for
         refuse_sizes(type(self.loss).__name__, n, n_classes, size, emb_sz)
 
-    def check_lengths(self, embs):
-        "Losses from elsewhere take what they take"
-
     def check_reduction(self,
         reduction:str, # As given
     ):
@@ -383,9 +381,6 @@ class CombinedLoss(MetricLoss):
     def compares(self): return all(o.compares for o in self.losses)
     @property
     def repeatable(self): return all(o.repeatable for o in self.losses)
-
-    def check_lengths(self, embs):
-        "The parts do"
 
     def active(self, embs, labels):
         "The share of the first part that reports one"

@@ -18,6 +18,7 @@ from .base import *
 @register_loss
 class SupConLoss(MetricLoss):
     "Softmax over the other images of the batch; all positives are its targets"
+    of_cosines = True
     space = dict(temperature=(.03,.3,'log'))
     ranges = dict(temperature='positive')
     def __init__(self,
@@ -59,6 +60,7 @@ def _masked_softmax(x, mask):
 @register_loss
 class CircleLoss(MetricLoss):
     "Pairs that are farther from their goal are moved faster"
+    of_cosines = True
     space = dict(margin=(.1,.5), scale=(16.,256.,'log'))
     ranges = dict(margin='finite', scale='positive')
     def __init__(self,

@@ -49,6 +49,7 @@ def log1p_sum_exp(
 @register_loss
 class MultiSimilarityLoss(MetricLoss):
     "Soft weights for the pairs that are hard relative to their anchor's other pairs"
+    of_cosines = True
     short = 'ms'
     space = dict(alpha=(1.,10.,'log'), beta=(10.,80.,'log'), lam=(.3,.9))
     ranges = dict(alpha='positive', beta='positive', lam='finite', eps='finite')

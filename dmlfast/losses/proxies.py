@@ -211,6 +211,7 @@ def proxy_cos(
 @register_loss
 class ProxyNCALoss(ProxyLoss):
     "Softmax over the distances to all proxies"
+    of_cosines = True
     space = dict(scale=(3.,30.,'log'), lr_mult=(10.,1000.,'log'))
     ranges = dict(scale='positive')
     def __init__(self,
@@ -273,6 +274,7 @@ class DRProxyNCALoss(ProxyNCALoss):
 @register_loss
 class ProxyAnchorLoss(ProxyLoss):
     "Each proxy pulls its class and pushes the others, the hardest most"
+    of_cosines = True
     reductions = 'mean','none'
     space = dict(margin=(0.,.4), alpha=(8.,64.,'log'), lr_mult=(10.,1000.,'log'))
     ranges = dict(margin='finite', alpha='positive')

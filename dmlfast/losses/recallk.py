@@ -19,6 +19,7 @@ from .base import *
 @register_loss
 class RecallAtKLoss(MetricLoss):
     "One minus a smooth recall@k, averaged over several k"
+    of_cosines = True
     short = 'recall'
     space = dict(t1=(.3,3.,'log'), t2=(.005,.1,'log'))
     ranges = dict(t1='positive', t2='positive')

@@ -40,6 +40,7 @@ class _OwnCos(torch.autograd.Function):
 @register_loss
 class NormFaceLoss(ProxyLoss):
     "Softmax over the cosines with a learned vector of each class"
+    of_cosines = True
     space = dict(scale=(8.,64.,'log'), lr_mult=(10.,1000.,'log'))
     ranges = dict(scale='positive', sample='share')
     def __init__(self,
