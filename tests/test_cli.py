@@ -1,5 +1,5 @@
 "The commands, as a shell runs them"
-import json, os, re, subprocess, sys
+import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 

@@ -99,7 +99,9 @@ def test_random_numbers_are_those_of_the_first_time():
     torch.set_rng_state(states.rng)
     z = torch.cat([ref(o) for o in x.split(8)])
     assert torch.equal(z.detach(), kept[0])
-    MultiSimilarityLoss()(z, y).backward()
+    loss = MultiSimilarityLoss()
+    loss.of_cosines = False # these rows are of any length
+    loss(z, y).backward()
     assert far({k:p.grad for k,p in ref.named_parameters()}, got)<1e-13
 
 class Net(nn.Module):
