@@ -98,7 +98,7 @@ def _top_pairs(self, min_sim, same, n, of):
         for rows in scores.blocks(len(who)):
             for s,a in zip(scores(rows).clamp_(max=1).split(few), who[rows].split(few)):
                 # what is as near as the last one of `n` comes before it only in an earlier row
-                keep = (s>torch.where((a<last)|(of is not None), least.nextafter(least-1), least)[:,None])&(at!=a[:,None])
+                keep = (s>torch.where((a<last)|(of is not None), least.nextafter(least-1), least)[:,None])
                 keep &= (at>a[:,None]) if of is None else (at>a[:,None])|~among[at] # a pair of two that are asked for comes once
                 if not same: keep &= y[at]!=y[a,None]
                 if not keep.any(): continue

@@ -234,10 +234,10 @@ def check_method(self:Plan,
             s = check_settings(self.settings(method))
             if n_epochs(s) is None: raise ValueError("nothing says for how many epochs to fit.")
             for o in ('patience','monitor','interpolate'):
-                if get_setting(self.settings(method), f'fit.{o}'):
+                if get_setting(s, f'fit.{o}'):
                     raise ValueError(f"`fit.{o}` has nothing to go by: a run trains on all training classes, to its end.")
             for o,why in _theirs.items():
-                if get_setting(self.settings(method), o) is not None: raise ValueError(f"`{o}` would not be looked at: {why}.")
+                if get_setting(s, o) is not None: raise ValueError(f"`{o}` would not be looked at: {why}.")
             if n_epochs(s) and not s.get('loss') and not s.get('recipe'): raise ValueError("nothing says with which `loss` to train.")
             if space: check_space(s, space)
         elif space: distributions(space)

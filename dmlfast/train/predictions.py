@@ -129,10 +129,9 @@ def _size_of(dl):
 def about_training(self:MetricLearner)->dict: # What JSON can hold
     "Facts about the model and its training, for `Embedded` and an exported embedder"
     model,source,settings = unwrapped(self.model),getattr(self.dls, 'source', None),_plain(getattr(self, 'settings', {}))
-    n = getattr(self, 'n_epochs', 0) if getattr(self, 'fitted', False) else 0
     res = dict(network=getattr(model, 'arch', type(model).__name__), embedding=getattr(model, 'emb_sz', self.out_sz),
         size=_size_of(self.dls.valid), loss=repr(self.loss_func), data=getattr(source, 'name', None),
-        train_classes=getattr(self.dls, 'n_train_classes', None), epochs=n or None,
+        train_classes=getattr(self.dls, 'n_train_classes', None), epochs=self.fitted and self.n_epochs or None,
         recipe=next((k for k,o in recipes.items() if o is getattr(self, 'recipe', None)), None), seed=settings.get('seed'),
         batch_seed=getattr(self.dls.train, 'seed', None), date=date.today().isoformat(),
         settings={k:o for k,o in settings.items() if k!='data'} or None)

@@ -25,16 +25,18 @@ def own_part()->tuple: # Number of this process, from 0, and how many there are
     "Number of this process among those that train together; `(0, 1)` without others"
     return (dist.get_rank(),dist.get_world_size()) if _state.together else (0,1)
 
+def _n_started(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
 def work_together(
     on:bool, # Do the processes divide their work from now on?
 ):
     "Start or end the shared work of several processes; does nothing in a single process"
-    _state.together = bool(on) and dist.is_available() and dist.is_initialized() and dist.get_world_size()>1
+    _state.together = bool(on) and _n_started()>1
 
 def check_together():
     "Raise `RuntimeError` where there are other processes, and nothing said that they work together"
-    if own_part()[1]>1 or _state.alone or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size()==1: return
-    raise RuntimeError(f"There are {dist.get_world_size()} processes, which share a batch within `together()` or `learn.distrib_ctx()` "
+    if _state.together or _state.alone or _n_started()==1: return
+    raise RuntimeError(f"There are {_n_started()} processes, which share a batch within `together()` or `learn.distrib_ctx()` "
         "alone: put the training into it.")
 
 class LostProcess(RuntimeError):
