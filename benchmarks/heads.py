@@ -294,11 +294,12 @@ def main():
     if args.plan: return print_plan(todo, rows(args.out), names, 5 if args.defaults else 75, f'rows of about {fits} fits each')
     if args.table: return print(table(rows(args.out), args.defaults))
     torch.set_num_threads(1)
-    held = {}
+    done,held = {key(o) for o in rows(args.out)},{}
+    graded = {o[1] for o in todo if o[4]==ranking and o not in done} # views take longer to read than all else, and only ranking needs them
     def _made(name, body, partition, start, loss):
         if (name,body,partition) not in held:
             if len(held)>=len(sets): held.clear()
-            held[name,body,partition] = parts_of(features(args.folder, args.weights, args.cache, name, body, viewed(body, ranking)), partition)
+            held[name,body,partition] = parts_of(features(args.folder, args.weights, args.cache, name, body, body in graded), partition)
         return measure(held[name,body,partition], start, loss, not args.defaults)
     work(todo, args.out, names, _made)
 

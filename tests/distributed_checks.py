@@ -307,12 +307,15 @@ def check_hung(few, n, out):
 
 def check_gpus(few, n, out):
     "On GPUs: running batch norm has the statistics of all"
+    seen = []
+    class Count(Callback):
+        def before_batch(self): seen.append(sum(isinstance(o, nn.SyncBatchNorm) for o in self.model.modules()))
     learn = small(few, out, freeze_bn=False).to_fp16()
     with learn.distrib_ctx():
-        learn.fit_one_cycle(2, 1e-2)
+        learn.fit_one_cycle(2, 1e-2, cbs=Count())
         device = str(next(learn.model.parameters()).device)
     return dict(weights={k:v.cpu() for k,v in weights(learn).items()}, values=[list(o) for o in learn.recorder.values], devices=device,
-        synced=sum(isinstance(o, nn.SyncBatchNorm) for o in learn.model.modules()))
+        synced=max(seen), left=sum(isinstance(o, nn.SyncBatchNorm) for o in learn.model.modules()))
 
 def main(data, out, *names):
     few = MetricDataset(pd.read_pickle(Path(data)/'few.pkl'), (Path(data)/'where').read_text(), 'few glyphs', size=None, flip=False)

@@ -6,6 +6,7 @@ from hypothesis import given, settings, strategies as st
 from fastai.vision.all import *
 from dmlfast.all import *
 from dmlfast.data.datasets import glyph_chars
+from dmlfast.retrieval.embedded import numbered
 
 @given(counts=st.lists(st.integers(1, 12), min_size=2, max_size=15), per_class=st.integers(1, 5), p=st.integers(1, 6),
     seed=st.integers(0, 2**31), epoch=st.integers(0, 5))
@@ -292,3 +293,11 @@ def test_rows_are_what_getters_get():
     theirs = []
     DataBlock(get_x=lambda r: theirs.append(r), get_y=noop).datasets(df)[3]
     assert type(seen[3]) is type(theirs[-1]) and seen[3].equals(theirs[-1])
+
+def test_one_name_as_text_and_as_a_number_is_refused(tmp_path):
+    from PIL import Image
+    for i in range(4): Image.new('L', (4,4), i).save(tmp_path/f'{i}.png')
+    df = pd.DataFrame(dict(path=[f'{i}.png' for i in range(4)], label=['1',1,'2','2']))
+    with pytest.raises(ValueError, match=r"'1' is there as both: make all of them text"): MetricDataset.from_df(df, tmp_path)
+    with pytest.raises(ValueError, match=r"'1' is there as both"): numbered(['1',1,'1',1])
+    with pytest.raises(ValueError, match=r"2 of 3 labels are missing"): numbered(['a',None,float('nan')])

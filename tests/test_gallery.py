@@ -718,3 +718,79 @@ def test_a_table_has_thresholds_and_no_second_look(folder, tmp_path):
         'compares an index': lambda: e.index_report(), "use 'vote' or 'nearest'": lambda: e.classify(q, how='prototype'),
         'at least 256 rows': lambda: e.index()}.items():
         with pytest.raises(ValueError, match=says): f()
+
+def test_an_array_that_is_filled_again_changes_nothing(empty):
+    "A gallery has its own numbers, whether they came as an array or as a tensor"
+    x = np.random.default_rng(0).random((8,d)).astype(np.float32)
+    for make in (np.empty,torch.empty):
+        buf,e = make((4,d), dtype=np.float32 if make is np.empty else torch.float32),stub(load_embedder(empty))
+        for i in range(2):
+            buf[:] = x[4*i:4*i+4] if make is np.empty else torch.from_numpy(x[4*i:4*i+4])
+            e.add_embs(buf, ['a']*4, [f'{4*i+j}' for j in range(4)])
+        assert [o[0].item for o in e.hits(x, 1)]==[*map(str, range(8))]
+
+@pytest.mark.parametrize('gone', [None,float('nan'),np.nan,np.float32('nan'),torch.tensor(float('nan'))])
+def test_a_missing_label_is_no_class(empty, gone):
+    e = stub(load_embedder(empty))
+    with pytest.raises(ValueError, match="1 of 3 labels are missing, the first that of '2'"): e.add_embs(np.eye(d)[:3], ['a',gone,'b'], list('123'))
+    with pytest.raises(ValueError, match='labels are missing'): e.add([*np.eye(d)], ['a','b','c',gone])
+    assert not len(e)
+
+def test_what_is_wrong_is_said_before_anything_is_embedded(empty):
+    e = load_embedder(empty)
+    e.embed = Mock(side_effect=AssertionError('embedded'))
+    for kw,says in ((dict(labels=['a']), '2 images, 1 labels'), (dict(labels=['a','b'], items=['1']), '1 names'),
+        (dict(labels='a', facts=dict(n=[1])), '1 facts'), (dict(labels='a', bad='drop'), "`bad` is 'skip' or None")):
+        with pytest.raises(ValueError, match=says): e.add([np.eye(d)]*2, **kw)
+
+def test_dates_of_every_unit_are_dates(empty):
+    import pandas as pd
+    e,days = stub(load_embedder(empty)),pd.date_range('2024-05-01', periods=4)
+    for unit in ('D','s','us','ns'):
+        e = stub(load_embedder(empty)).add([*np.eye(d)], 'a', list('1234'), facts=dict(day=days.values.astype(f'M8[{unit}]')))
+        assert [o[:10] for o in e.gallery.facts['day']]==['2024-05-01','2024-05-02','2024-05-03','2024-05-04']
+        assert len(e.search(np.ones(d), 4, filter=dict(day=lambda o: o<'2024-05-03')))==2
+    assert e.gallery.facts['day'][0]==days[0].isoformat() # the last are those of pandas
+    with pytest.raises(ValueError, match='a timedelta'): e.add([*np.eye(d)], 'a', facts=dict(took=np.arange(4).astype('m8[ns]')))
+    e = stub(load_embedder(empty)).add([*np.eye(d)], 'a', facts=dict(day=np.array(['2024-05-01','NaT']*2, dtype='M8[ns]')))
+    assert e.gallery.facts['day'][1] is None
+
+def test_embeddings_in_any_layout(empty):
+    "Backwards, in the other order of bytes, and in whole numbers"
+    x = np.random.default_rng(1).random((6,d)).astype(np.float32)
+    e = stub(load_embedder(empty)).add_embs(x, ['a']*6, [*map(str, range(6))])
+    for o in (x[::-1][::-1],np.flip(x, (0,1))[::-1,::-1],x.astype('>f4'),x.astype('>f8'),x.T.copy().T):
+        assert [h[0].item for h in e.hits(o, 1)]==[*map(str, range(6))]
+    assert [h[0].item for h in e.hits(x[::-1], 1)]==[*map(str, range(5, -1, -1))]
+    e.add_embs(x[:0], [], [])
+    assert len(e)==6
+
+@pytest.mark.parametrize('score', ['.5',float('nan'),[.5]])
+def test_a_least_score_is_a_number(empty, score):
+    e = stub(load_embedder(empty)).add([*np.eye(d)], 'a')
+    with pytest.raises(ValueError, match='`min_score` is a number'): e.search(np.ones(d), min_score=score)
+    assert e.search(np.eye(d)[0], min_score=np.float32(.5)) and e.search(np.eye(d)[0], min_score=1)
+
+def test_broken_images_can_be_left_out(empty, tmp_path):
+    "With their labels, names and facts; without `bad` nothing is added, and the sentence says what to do"
+    from PIL import Image
+    rng,fns = np.random.default_rng(0),[tmp_path/'ab'[i%2]/f'{i}.png' for i in range(6)]
+    for o in fns:
+        o.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (20,20,3), dtype=np.uint8)).save(o)
+    for o in fns[2:4]: o.write_bytes(o.read_bytes()[:200])
+    e = load_embedder(empty)
+    with pytest.raises(ValueError, match=r"2.png.* cannot be read.*Nothing was added: .*bad='skip'"): e.add(tmp_path)
+    assert not len(e)
+    with pytest.warns(UserWarning, match=r"2 of 6 images cannot be read, and are left out; the first is .*2.png"): e.add(tmp_path, bad='skip')
+    assert sorted(zip(e.gallery.labels, (Path(o).name for o in e.gallery.items)))==[('a','0.png'),('a','4.png'),('b','1.png'),('b','5.png')]
+    f = load_embedder(empty)
+    with pytest.warns(UserWarning, match='2 of 6'): f.add(fns, [*range(6)], facts=dict(n=np.arange(6)), bad='skip')
+    assert f.gallery.labels==[*'0145'] and f.gallery.facts['n']==[0,1,4,5]
+    for o in fns: assert (o in fns[2:4]) or e.search(o, 1)[0].item==str(o)
+
+def test_embeddings_are_no_image(empty):
+    e = load_embedder(empty).add([np.full((9,9), .5)], 'a')
+    embs = torch.nn.functional.normalize(torch.rand(3, d), dim=1)
+    with pytest.raises(ValueError, match='3×4 numbers is one of embeddings.*`finder.hits'): e.search(embs)
+    assert e.search(np.random.default_rng(0).random((3,d)), 1)

@@ -121,7 +121,7 @@ def dmlfast_tune(
             _check_tune_folder(out, resume, overwrite)
             settings = resumed_settings(out, kwargs) if resume else run_settings(**kwargs)
             search = _search_args(out, {**given, 'space':_space(space)}, resume)
-            where = search['space'] = check_space(settings, search['space'] or run_space(settings), n_epoch=False)
+            where = search['space'] = check_space(settings, search['space'] or run_space(settings), trials=True)
             if search['folds'] is None: search['folds'] = n_folds(read_data(settings.get('data', {})))
             if search['trials']<1 or search['epochs']<1 or search['folds']<1:
                 raise ValueError("--trials, --epochs and --folds are 1 or more.")

@@ -23,6 +23,7 @@ from fastai.vision.augment import CropPad, FlipItem, RandomResizedCrop, Resize
 from fastai.vision.data import ImageBlock
 from ..files.images import *
 from ..files.registry import nearest, printable
+from ..retrieval.embedded import refuse_twins
 from .batches import *
 from .batches import some_of, distinct_labels
 
@@ -107,6 +108,7 @@ def check(self:MetricDataset,
     if len(both := n_splits[n_splits>1].index):
         raise ValueError(f"{len(both)} classes are in two splits: {some_of(distinct_labels(both))}. All images of a class belong to one, "
             "and `from_df` divides the classes if there is no column 'split'.")
+    refuse_twins(set(df.label))
     if len(alike := [k for k,v in Counter(o.strip() for o in map(str, set(df.label))).items() if v>1]):
         warnings.warn(f"Classes of {self.name} differ by blanks alone: {some_of(alike)}.", stacklevel=4)
     self._check_roles()

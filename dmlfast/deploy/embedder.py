@@ -107,7 +107,9 @@ def embed(self:ImageEmbedder,
     progress=iter, # Function around the numbers of the batches that shows how far it has come, such as `progress_bar` of fastprogress
 )->Tensor: # `(emb_sz,)` for one image, and `(n,emb_sz)` for several; float32, on the CPU
     "Embeddings of images; raises `ValueError` for anything else"
-    if is_one(images): return self.embed([images])[0]
+    if is_one(images):
+        refuse_embs(images)
+        return self.embed([images])[0]
     check_images(images, bs)
     def _prepare(o): return o.float() if _is_input(o) else self.preprocess(o)
     return torch.cat([self.model(x.to(self.device)).float().cpu() for x in _opened(images, bs, num_workers, _prepare, progress)])

@@ -121,8 +121,10 @@ def add(self:MemoryGallery,
     facts=None, # Columns of facts, as `as_facts` takes them
 ):
     "Add items; raises `ValueError` if the numbers of embeddings, labels and names differ, or an embedding is not finite"
-    if len(embs): embs = as_embeddings(embs)
+    if not len(embs): return check_rows(embs, labels, items)
+    embs = as_embeddings(embs)
     check_rows(embs, labels, items, None if self.embs is None else self.embs.shape[1])
+    if self.embs is None: embs = embs.clone() # an array that is filled again would change what is here
     self.change('add', embs=embs, labels=as_texts(labels), items=as_texts(items), facts=as_facts(facts, len(embs), self.kinds))
 
 @patch

@@ -259,7 +259,7 @@ def known_labels(
     n_classes:int, # How many classes it has weights for
 )->tuple[Tensor,Tensor|None]: # Labels, 0 where unknown; which ones are unknown, None if none
     "Labels that the loss has no weights for: an error in training, marked in evaluation"
-    lo,hi = (o.item() for o in labels.aminmax()) if len(labels) else (0,0)
+    lo,hi = torch.stack(labels.aminmax()).tolist() if len(labels) else (0,0)
     if lo>=0 and hi<n_classes: return labels,None
     bad = (labels<0)|(labels>=n_classes)
     if loss.training: raise ValueError(f'{type(loss).__name__} was made for {n_classes} classes, 0 to {n_classes-1}, '

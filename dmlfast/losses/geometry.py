@@ -133,7 +133,7 @@ def first_derivative(
     def _backward(ctx, *grads):
         if torch.is_grad_enabled():
             raise RuntimeError("The losses of dmlfast have first derivatives alone: leave out `create_graph=True`.")
-        return backward(ctx, *grads)
+        with full_precision(next(o for o in grads if o is not None)): return backward(ctx, *grads) # autocast may be on here
     return _backward
 
 class _SqDist(torch.autograd.Function):

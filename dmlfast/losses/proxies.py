@@ -47,6 +47,7 @@ class ProxyLoss(MetricLoss):
     def start(self, embs, labels):
         "Set the proxy of each class to the mean of its embeddings; several proxies to the means of as many parts"
         if self.proxies is None: return
+        embs,labels = embs.detach().cpu(),labels.cpu()
         order,size = labels.argsort(stable=True),labels.bincount(minlength=self.n_classes)
         part = torch.empty_like(labels).index_copy_(0, order, torch.arange(len(labels))-(size.cumsum(0)-size)[labels[order]])%self.centers
         sums = torch.zeros(self.proxies.shape).index_add_(0, part*self.n_classes+labels, embs.float())

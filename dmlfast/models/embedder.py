@@ -129,7 +129,7 @@ class Embedder(nn.Module):
     ):
         super().__init__()
         store_attr('normalize,freeze_bn')
-        self.frozen = [] # names of the body's parameters that are not trained
+        self.frozen = self.unused = [] # names of the body's parameters that are not trained, and of those that make no feature
         self.body = timm_body(arch, pretrained, weights, **kwargs)
         self.arch,kwargs = built_as(arch, **kwargs)
         self.named = dict(pool=pool, head=head, model_kwargs=kwargs)
@@ -185,16 +185,27 @@ def _what_size(self:Embedder, x):
     return f"make them {n} pixels to a side, a multiple of its patches of {p}{also}"
 
 # %% ../../nbs/api/models/02_embedder.ipynb #7aa4618a
+def _reached(x):
+    "What a result was computed from, of all that has a gradient"
+    seen,todo = set(),[x.grad_fn]
+    while todo:
+        if (f := todo.pop()) is None or f in seen: continue
+        seen.add(f)
+        todo += [o for o,_ in f.next_functions]
+    return {id(f.variable) for f in seen if hasattr(f, 'variable')}
+
 @patch
-@torch.no_grad()
+@torch.enable_grad()
 def _width(self:Embedder, c, size):
-    "Width of `features`, by a run on an empty image"
+    "Width of `features`, by a run on an empty image, which also tells the weights that these do not depend on"
     self.eval()
     x = self.body_end(torch.zeros(1, c, *to_2tuple(size)))
     check_pool(self.arch, self.body, x, self.named['pool'])
-    n = self.pooled(x).shape[1]
+    res = self.pooled(x)
     self.train()
-    return n
+    used = _reached(res)
+    self.unused = [k for k,p in self.body.named_parameters() if id(p) not in used] if used else []
+    return res.shape[1]
 
 # %% ../../nbs/api/models/02_embedder.ipynb #354240ba
 @patch
@@ -207,9 +218,8 @@ def freeze_body(self:Embedder,
     if not (isinstance(n, int) and 0<=n<=len(stages)):
         raise ValueError(f"{self.arch!r} has {len(stages)} stages, so `frozen_stages` cannot be {n!r}.")
     affine = [f'{k}.{o}' for k,m in unwrapped(self.body).named_modules() if isinstance(m, _BatchNorm) for o,_ in m.named_parameters()]
-    unused = [] if self.own_pool else [o for o,_ in self.body.named_parameters() if o.startswith('attn_pool.')]
     for p in self.frozen_params(): p.requires_grad_(True)
-    self.frozen = list(dict.fromkeys(sum(stages[:n], []) + affine*(self.freeze_bn=='affine') + unused))
+    self.frozen = list(dict.fromkeys(sum(stages[:n], []) + affine*(self.freeze_bn=='affine') + self.unused))
     for p in self.frozen_params(): p.requires_grad_(False)
     self.train(self.training)
 

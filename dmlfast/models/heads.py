@@ -30,6 +30,7 @@ def top_vectors(
     return torch.from_numpy(vec).flip(1),torch.from_numpy(val).flip(0).clamp(min=0)
 
 def _centred(X):
+    X = X.detach().cpu() # of where LAPACK is
     mu = X.double().mean(0)
     return X.double()-mu,mu
 
@@ -54,7 +55,7 @@ class WithinClass:
     ):
         X,self.mu = _centred(X)
         self.d = d or X.shape[1]
-        c,y,n = torch.unique(labels, return_inverse=True, return_counts=True)
+        c,y,n = torch.unique(labels.cpu(), return_inverse=True, return_counts=True)
         means = torch.zeros(len(c), X.shape[1], dtype=X.dtype).index_add_(0, y, X)/n[:,None]
         self.total = X.T@X/len(X)
         self.within = self.total-(means*n[:,None]).T@means/len(X) # what is left without the class means: one large product and not two

@@ -126,7 +126,7 @@ def pairs_across(
     for p in dict.fromkeys(part):
         here,there = (torch.from_numpy(np.flatnonzero(o)) for o in (part==p, part!=p))
         if not len(there): continue
-        s,i = neighbours(embs[here], embs[there], min(k, len(there)))
+        s,i = (o.cpu() for o in neighbours(embs[here], embs[there], min(k, len(there))))
         at = (s>=min_sim).nonzero()
         found.append(pd.DataFrame(dict(a=here[at[:,0]], b=there[i[at[:,0],at[:,1]]], similarity=s[at[:,0],at[:,1]].numpy())))
     a,b,s = pd.concat(found).to_numpy().T if found else np.zeros((3,0))

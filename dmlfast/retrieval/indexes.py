@@ -78,6 +78,7 @@ class Index:
     ):
         self.embs = as_embeddings(embs)
         self.kind = index_kind(kind, *self.embs.shape)
+        if self.kind is not None: self.embs = self.embs.cpu() # where these indexes are
         self.fetch = 1 if _parts(self.kind)[0] in (None,*_float_kinds) else 4 # as many times more are scored again
         self._build(ready)
 
@@ -93,7 +94,7 @@ class Index:
         k:int=5, # How many; fewer where there are fewer
     )->tuple: # Cosines, `(q,k)` float32, $-\infty$ where nothing more was found; rows, `(q,k)` int64
         "The nearest rows that the index finds, nearest first; equal ones in their order"
-        q = as_embeddings(query, 'query')
+        q = as_embeddings(query, 'query').to(self.embs.device)
         if q.shape[1]!=self.embs.shape[1]: raise ValueError(f'query has {q.shape[1]} columns, gallery has {self.embs.shape[1]}')
         if not isinstance(k, Integral) or k<1: raise ValueError(f'k must be a whole number from 1, not {k!r}')
         k = min(int(k), len(self))
@@ -111,7 +112,7 @@ class Index:
         embs, # More embeddings, `(n,d)` float
     ):
         "Append rows to the index; what it learned from its rows is learned again when these have doubled, or new ones do not fit"
-        x = as_embeddings(embs)
+        x = as_embeddings(embs).to(self.embs.device)
         self.embs = torch.cat([self.embs,x])
         new = unit_(x.clone())
         if self.core.learns and len(self)>=2*self.built or not self.core.fits(new): self._build()

@@ -19,6 +19,8 @@ from .products import full_precision, multiply, product_of
 # %% ../../nbs/api/retrieval/02_search.ipynb #cd05871d
 def _tensor(x, name):
     "`x` as a plain tensor without a gradient"
+    if isinstance(x, np.ndarray) and (min(x.strides, default=0)<0 or not x.dtype.isnative): # which PyTorch does not take
+        x = x.astype(x.dtype.newbyteorder('='), order='C')
     try: return torch.as_tensor(np.array(x) if hasattr(x, 'to_numpy') else x).detach().as_subclass(Tensor)
     except (TypeError,ValueError,RuntimeError) as e: raise ValueError(f'{name} must be numbers in a tensor or an array: {e}') from None
 

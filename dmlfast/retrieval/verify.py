@@ -440,8 +440,8 @@ def open_set(
 )->OpenSet:
     "Recognition rates if some queries are of classes that are not in the gallery"
     q,g,own = matched(embs, gallery, self_exclude)
-    y = as_labels(labels, len(q), device=q.device)
-    gy = y if gallery is None else as_labels(gallery_labels, len(g), 'gallery_labels', q.device)
+    y = as_labels(labels, len(q), device='cpu')
+    gy = y if gallery is None else as_labels(gallery_labels, len(g), 'gallery_labels', 'cpu')
     ids = ignored(ignore, q, g, gallery is None)
     ours,theirs,said = torch.arange(len(q)),torch.arange(len(g)),''
     rng = np.random.default_rng(seed)
@@ -456,11 +456,11 @@ def open_set(
     if own is not None:
         at = torch.full((len(g)+1,), -1)
         at[theirs] = torch.arange(len(theirs))
-        own = at[own] # -1 takes the last, which is -1
+        own = at[own.cpu()] # -1 takes the last, which is -1
     if ids is not None: ids = ids[0][ours],ids[1][theirs]
     s,i = neighbours(q[ours], g[theirs], metric=metric, ignore=ids, self_exclude=False if own is None else own)
-    y,best = y[ours],gy[theirs][i[:,0]]
-    return OpenSet(s[:,0].cpu(), (best==y).cpu(), ~torch.isin(y, gy[theirs]).cpu(), y.cpu(), rates, n_boot, seed, said)
+    y,best = y[ours],gy[theirs][i[:,0].cpu()]
+    return OpenSet(s[:,0].cpu(), best==y, ~torch.isin(y, gy[theirs]), y, rates, n_boot, seed, said)
 
 def _held_out(y, share, rng):
     "Some of the classes"

@@ -388,17 +388,20 @@ def default_params(
         return defaults.lr if value is None and path=='fit.lr' and not settings.get('recipe') else value
     return {k:v for k in space if _fits(v := _value(k), space[k])}
 
+_last_epoch = {'fit.patience':0, 'fit.monitor':None, 'fit.transfer':None, 'fit.interpolate':None} # so a trial is scored by its last epoch
+
 def check_space(
     settings:dict, # Tables
     space:dict, # Path of a setting to where to look
-    n_epoch:bool=True, # May it hold the number of epochs?
+    trials:bool=False, # Refuse what `tune_settings` gives all trials alike: the number of epochs, and what chooses among them
 )->dict: # The space, its paths to files as words
     "Raise `ValueError` for a path that is unknown or cannot be searched for, or invalid values"
     distributions(space)
     for k,o in space.items():
         if k.partition('.')[0]=='data': raise ValueError(f"{k!r} cannot be searched for: the data set is read once for all trials.")
-        if k=='fit.n_epoch' and not n_epoch:
+        if trials and k=='fit.n_epoch':
             raise ValueError("'fit.n_epoch' cannot be searched for: all trials have the number of epochs that is given beside the space.")
+        if trials and k in _last_epoch: raise ValueError(f"{k!r} cannot be searched for: a trial is scored by its last epoch, without it.")
         for v in o if isinstance(o, list) else _range(k, o)[:2]: check_settings(with_settings(settings, {k:v}))
     return number_space(settings, plain_space(space))
 
@@ -424,9 +427,8 @@ def tune_settings(
 ): # `optuna.Study`
     "Search for the best settings of a run"
     check_settings(settings)
-    settings = with_settings(plain_settings(settings, none=True), {'batch.valid':'val', # and a trial is scored by its last epoch:
-        'fit.patience':0, 'fit.monitor':None, 'fit.transfer':None, 'fit.interpolate':None})
-    space = check_space(settings, ifnone(space, run_space(settings)), n_epoch=False)
+    settings = with_settings(plain_settings(settings, none=True), {'batch.valid':'val', **_last_epoch})
+    space = check_space(settings, ifnone(space, run_space(settings)), trials=True)
     ds = read_data(settings.get('data', {})) if ds is None else ds
     if folds is None: folds = n_folds(ds)
     check_metric(metric := kwargs.get('metric', 'map@r'))

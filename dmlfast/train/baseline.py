@@ -157,7 +157,6 @@ def start(self:HeadStart):
     if not len(self.learn.dls.train_ds): return
     if getattr(self.model, 'pending', None) is None: return self.start_loss()
     init,self.model.pending = self.model.pending,None # now, so that to embed is not to start again
-    self.learn.model.to(self.learn.dls.device)
     dl = measured_dl(self.learn.dls, self.n_images)
     X,y = body_features(self.model, dl, talks(self.learn) and hasattr(self.learn, 'progress'))
     self.said = start_head(self.model.head, X, y, init, getattr(dl.dataset, 'items', None))

@@ -14,6 +14,7 @@ from collections import Counter
 from fastcore.all import *
 from fastai.data.all import *
 from fastai.learner import *
+from fastai.optimizer import OptimWrapper
 from fastai.callback.all import *
 from .compat import *
 from .processes import *
@@ -46,7 +47,7 @@ def _set_random_states(d):
     random.setstate(_py_state(d['python']))
     np.random.set_state((d['numpy'][0], np.array(d['numpy'][1], dtype=np.uint32), *d['numpy'][2:]))
     torch.set_rng_state(d['torch'])
-    if 'cuda' in d and torch.cuda.is_available(): torch.cuda.set_rng_state_all(d['cuda'])
+    if 'cuda' in d and torch.cuda.is_available(): torch.cuda.set_rng_state_all(d['cuda'][:torch.cuda.device_count()])
 
 # %% ../../nbs/api/train/14_checkpoint.ipynb #bfa9da41
 def _loader_state(dl): return dict(rng=dl.rng.getstate()) | {k:getattr(dl, k) for k in ('seed','neighbours','near_share') if hasattr(dl, k)}
@@ -238,7 +239,8 @@ def restore(self:Checkpoint,
             f"{'are' if own_part()[1]>1 else 'is'} {own_part()[1]}: with as many as then it goes on.")
     state = state|parts[own_part()[0]]
     _load_weights(learn.model, state['model'], self.folder)
-    learn.opt.load_state_dict(to_device(state['opt'], next(learn.model.parameters()).device))
+    own = isinstance(learn.opt, OptimWrapper) # PyTorch's puts each number where it belongs, of which not all are beside the weights
+    learn.opt.load_state_dict(state['opt'] if own else to_device(state['opt'], next(learn.model.parameters()).device))
     if isinstance(getattr(learn.opt, 'hypers', None), list): learn.opt.hypers = L(learn.opt.hypers)
     for p,g in zip(learn.model.parameters(), state['grads'] or []): p.grad = None if g is None else g.to(p.device)
     if state['scaler'] and getattr(learn, 'scaler', None): learn.scaler.load_state_dict(state['scaler'])

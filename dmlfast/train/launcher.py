@@ -8,7 +8,7 @@ Docs: https://dmlfast.github.io/dmlfast/api/train/launcher.html.md"""
 __all__ = ['launch', 'run_part']
 
 # %% ../../nbs/api/train/21_launcher.ipynb #634793ad
-import builtins, importlib, json, logging, os, signal, sys, tempfile, threading, time, traceback, warnings
+import builtins, importlib, json, logging, os, signal, sys, tempfile, threading, time, torch, traceback, warnings
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from ..files.writing import *
@@ -70,6 +70,7 @@ def run_part(
     module,_,name = func.partition(':')
     threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.default_int_handler) # what a shell began in the background is deaf to Ctrl-C
+    if (own := int(os.environ['LOCAL_RANK']))<torch.cuda.device_count(): torch.cuda.set_device(own) # before anything is put on the first
     try:
         if not is_first(): warnings.simplefilter('ignore') # the first says it
         with nullcontext() if is_first() else open(os.devnull, 'w') as out, redirect_stdout(out or sys.stdout):

@@ -135,7 +135,8 @@ class MetricLearner(GroupedLearner):
 def start_head(self:MetricLearner,
     measure:bool=False, # Score features and start on the validation classes, too, before a fit?
 ):
-    "Fill the head from the training images, once, before the first embedding"
+    "Bring the model to the device of its loaders and, once, fill the head from the training images: before the first embedding"
+    if self.dls.device is not None: self.model.to(self.dls.device)
     for o in self.cbs.filter(risinstance(HeadStart)):
         o.start()
         if measure: o.measure()
@@ -230,12 +231,13 @@ def _check_tfms(dl):
 
 def _normalize(dls, cfg, first, trained=True):
     "Let `dls` normalise with a model's statistics; raises `ValueError` if it already has those of another trained model"
-    has,norm = _norm_of(dls.train),Normalize.from_stats(cfg['mean'], cfg['std'])
+    has,norm = _norm_of(dls.train),Normalize.from_stats(cfg['mean'], cfg['std'], cuda=False)
     norm.of_model = True # and not the user's own
     if has is None:
         if first().shape[1]!=len(cfg['mean']): return
         for o in dls.loaders: _check_tfms(o)
         dls.add_tfms([norm], 'after_batch')
+        if dls.device is not None: dls.device = dls.device # its numbers go where the images are
     elif trained and hasattr(has, 'of_model') and not _same(has, norm):
         raise ValueError("These data loaders normalise images for the first model that they were given to, and this one has other "
             "statistics: make data loaders of its own for it, or pass `normalize=False`.")

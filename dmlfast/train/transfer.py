@@ -53,7 +53,6 @@ def on_features(
     if not hasattr(unwrapped(learn.model), 'features'):
         raise ValueError("Features need a model that `metric_learner` makes by name: this one was given as it is.")
     learn.start_head()
-    learn.model.to(learn.dls.device)
     dls,opt,bar = learn.dls,learn.opt,talks(learn) and hasattr(learn, 'progress')
     learn.dls,learn.opt = feature_loaders(unwrapped(learn.model), dls, views, bar, **kwargs),None
     try:
