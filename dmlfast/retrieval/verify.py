@@ -91,6 +91,7 @@ class _Pairs:
         lo,hi = self.range
         middles = lo+(torch.arange(fine, dtype=torch.float64)+.5)*((hi-lo)/fine)
         below = torch.bucketize(middles, torch.as_tensor(edges, dtype=torch.float64), right=True).int().to(self.q.device)
+        self.block = max(self.block, min(n*(2*k+1), 2**23)) # each block costs as much as there are counts
         rows,columns = (torch.zeros(n*(2*k+1), dtype=torch.int64, device=self.q.device) for _ in range(2))
         for s,same,other,c,gc in self:
             at = below.index_select(0, _bins(s, lo, hi, fine).flatten()).view_as(s)
