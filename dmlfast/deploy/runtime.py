@@ -17,7 +17,29 @@ from ..files.described import max_emb, max_side
 from ..files.resizing import *
 
 # %% ../../nbs/api/deploy/07_runtime.ipynb #2af0178a
-def _unit(x): return x/np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+def _matrix(x, name):
+    "A copy of `x` as a finite float32 matrix; what is refused is refused in the words of the gallery in memory"
+    if hasattr(x, 'detach'): x = x.detach().float().cpu().numpy() # a tensor, without importing PyTorch
+    try:
+        with np.errstate(over='ignore'): x = np.array(x, dtype=np.float32, order='C')
+    except (TypeError,ValueError) as e: raise ValueError(f'{name} must be numbers in a tensor or an array: {e}') from None
+    if x.ndim!=2 or not x.size: raise ValueError(f'{name} must be a matrix with at least one row and one column, not {x.shape}')
+    bad = np.flatnonzero(~np.isfinite(x).all(1)).tolist()
+    if not bad: return x
+    raise ValueError(f'{len(bad)} of {len(x)} rows of {name} are not finite: rows {str(bad[:10])[1:-1]}' + ', ...'*(len(bad)>10))
+
+def _unit(x):
+    "Rows of length 1, whatever the size of their numbers; a row of zeros stays"
+    big = np.frexp(np.maximum(x.max(1, keepdims=True), -x.min(1, keepdims=True)))[1]
+    x = x/np.ldexp(np.float32(1), big.clip(-126, 126)) # by a power of two, so that no square is too large or too small
+    n = np.linalg.norm(x, axis=1, keepdims=True)
+    return np.divide(x, np.where(n==0, 1, n), out=x)
+
+def _queries(embs, gallery):
+    "Queries of length 1, as wide as the gallery"
+    q = _matrix(embs, 'query')
+    if q.shape[1]!=gallery.shape[1]: raise ValueError(f'query has {q.shape[1]} columns, gallery has {gallery.shape[1]}')
+    return _unit(q)
 
 class NumpyGallery(GalleryItems):
     "Embeddings in memory, as an array, with a label, a name and facts each"
@@ -31,10 +53,10 @@ class NumpyGallery(GalleryItems):
         items, # A name for each
         facts=None, # Columns of facts, as `as_facts` takes them
     ):
-        "Add items; raises `ValueError` if the numbers of embeddings, labels and names differ"
+        "Add items; raises `ValueError` if the numbers of embeddings, labels and names differ, or an embedding is not finite"
+        if len(embs): embs = _matrix(embs, 'embs')
         check_rows(embs, labels, items, None if self.embs is None else self.embs.shape[1])
         self.append(as_texts(labels), as_texts(items), as_facts(facts, len(embs), self.kinds))
-        embs = np.asarray(embs, dtype=np.float32)
         self.embs = embs if self.embs is None else np.concatenate([self.embs, embs])
 
     @property
@@ -44,14 +66,15 @@ class NumpyGallery(GalleryItems):
         return self._ready[1]
 
     def find(self,
-        embs, # `(q,emb_sz)` float32
+        embs, # `(q,emb_sz)` float
         k:int, # How many, at most as many as there are
         filter=None, # As `as_filter` takes it
     )->list: # For each query a list of `Hit`s, nearest first
         "The nearest items among those that match a filter, exactly"
         rows = np.arange(len(self)) if filter is None else np.array(self.rows(filter), dtype=int)
+        if not len(rows): return [[] for _ in embs]
         g = self.unit if filter is None else self.unit[rows]
-        return [[Hit(self.labels[i], self.items[i], s) for i,s in _nearest(g@q, rows, k)] for q in _unit(embs)]
+        return [[Hit(self.labels[i], self.items[i], s) for i,s in _nearest(g@q, rows, k)] for q in _queries(embs, g)]
 
     def prototypes(self)->tuple: # Labels, and normalised means of the classes' rows, `(c,emb_sz)` float32
         "The mean embedding of each class"
@@ -109,7 +132,7 @@ class OnnxFinder(Finder):
     )->list: # Of `Label`
         "The class whose prototype is nearest to each"
         names,means = self.gallery.prototypes()
-        return [Label(names[i], float(min(s[i], 1.))) for s in _unit(embs)@means.T for i in [int(s.argmax())]]
+        return [Label(names[i], float(np.clip(s[i], -1, 1))) for s in _queries(embs, means)@means.T for i in [int(s.argmax())]]
 
 # %% ../../nbs/api/deploy/07_runtime.ipynb #b0550d9c
 _rules = described | {'embedding': (lambda o: is_whole(o, 1, max_emb), f'a whole number from 1 to {max_emb:,}')}
@@ -149,7 +172,7 @@ def _rows(folder, d):
     except (ValueError,OSError,EOFError) as e: raise ValueError(f"'gallery.npy' in {str(folder)!r} is no array: {e}") from e
     ok = isinstance(res, np.ndarray) and res.dtype==np.float32 and res.ndim==2 and res.shape[1]==d and len(res)>0
     if not (ok and np.isfinite(res).all()): raise ValueError(f"'gallery.npy' in {str(folder)!r} must be finite float32 numbers, {d} a row.")
-    return np.array(res)
+    return res
 
 def load_onnx(
     folder, # Folder of `save_onnx`
