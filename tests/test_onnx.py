@@ -212,6 +212,27 @@ def test_embeddings_of_any_size():
     s = cosines(q, np.stack([unit[i::5].sum(0) for i in range(5)]))
     for i,o in enumerate(small.by_prototype(q)): assert o.label=='abcde'[s[i].argmax()] and o.score==pytest.approx(s[i].max(), abs=1e-5)
 
+def test_equal_rows_are_found_in_their_order():
+    "As the gallery in memory finds them: for every query, k and filter, also where more are equal than are found"
+    rng = np.random.RandomState(0)
+    for d,n in ((3,40),(8,200),(33,500),(128,1000)):
+        few = rng.randn(max(2, n//20), d).astype(np.float32)
+        of = rng.randint(len(few), size=n)
+        x,q = few[of]*2.**rng.randint(-3, 4, (n,1)).astype(np.float32),rng.randn(6, d).astype(np.float32)
+        q[0],x[of==1] = few[0],0 # zeros
+        s = cosines(q, few)
+        s[:,1] = 0
+        small,e = both(x, [f'{i%3}' for i in range(n)])
+        third = [i for i in range(n) if i%3==1]
+        for k in (1,2,7,n//3,n-1,n):
+            for filter,rows in ((None,range(n)), ('1',third)):
+                want = [[f'{i}' for i in sorted(rows, key=lambda i: -row[of[i]])[:k]] for row in s]
+                for o in (small,e): assert [[h.item for h in hits] for hits in o.hits(q, k, filter=filter)]==want, (d,k,filter)
+        scores = [{of[int(h.item)]:h.score for h in hits} for hits in small.hits(q, n)]
+        assert all(h.score==at[of[int(h.item)]] for hits,at in zip(small.hits(q, n), scores) for h in hits)
+    small,e = both(np.tile(few[:40], (2,1)), [f'{i//40*40+i%40:02}' for i in range(80)]) # two classes of each image
+    assert [o.label for o in small.by_prototype(few[:40])]==[o.label for o in e.by_prototype(few[:40])]==[f'{i:02}' for i in range(40)]
+
 def test_a_gallery_keeps_its_own_rows():
     "An array that is used again for the next batch does not change them"
     g,buf = NumpyGallery(),np.eye(3, dtype=np.float32)

@@ -35,17 +35,35 @@ def _unit(x):
     n = np.linalg.norm(x, axis=1, keepdims=True)
     return np.divide(x, np.where(n==0, 1, n), out=x)
 
+def _distinct(x):
+    "The rows of `x` that differ, and which of them each row is: equal rows are multiplied once, and so have one score"
+    sums = x.view(np.int64 if x.shape[1]%2==0 else np.int32).sum(1, dtype=np.int64)
+    _,inv,n = np.unique(sums, return_inverse=True, return_counts=True)
+    some,first = np.flatnonzero(n[inv]>1),np.arange(len(x))
+    if len(some): # that may be equal
+        _,at,inv = np.unique(x[some].view(f'V{x.itemsize*x.shape[1]}')[:,0], return_index=True, return_inverse=True)
+        first[some] = some[at[inv]]
+    rows,inv = np.unique(first, return_inverse=True)
+    return x if len(rows)==len(x) else x[rows],inv
+
 def _queries(embs, gallery):
     "Queries of length 1, as wide as the gallery"
     q = _matrix(embs, 'query')
     if q.shape[1]!=gallery.shape[1]: raise ValueError(f'query has {q.shape[1]} columns, gallery has {gallery.shape[1]}')
     return _unit(q)
 
+def _nearest(scores, k):
+    "Rows with the `k` highest scores and these, of equal ones the earlier"
+    k,best = min(k, len(scores)),np.arange(len(scores))
+    if 0<k<len(scores): best = np.flatnonzero(scores>=np.partition(scores, -k)[-k])
+    best = best[np.lexsort((best, -scores[best]))][:k]
+    return zip(best.tolist(), np.clip(scores[best], -1, 1).tolist())
+
 class NumpyGallery(GalleryItems):
     "Embeddings in memory, as an array, with a label, a name and facts each"
     def __init__(self):
         super().__init__()
-        self.embs,self._ready = None,(None,None) # `(n,emb_sz)` float32; and what they were when they were scaled to length 1
+        self.embs,self._ready = None,(None,None,None) # `(n,emb_sz)` float32; what they were when they were made ready, and what was made
 
     def add(self,
         embs, # `(n,emb_sz)` float
@@ -60,10 +78,16 @@ class NumpyGallery(GalleryItems):
         self.embs = embs if self.embs is None else np.concatenate([self.embs, embs])
 
     @property
+    def distinct(self):
+        "The embeddings that differ, scaled to length 1 once, and which of them each item has"
+        if self._ready[0] is not self.embs: self._ready = self.embs,*_distinct(_unit(self.embs))
+        return self._ready[1:]
+
+    @property
     def unit(self):
-        "The embeddings, scaled to length 1 once"
-        if self._ready[0] is not self.embs: self._ready = self.embs,_unit(self.embs)
-        return self._ready[1]
+        "The embeddings, scaled to length 1"
+        x,inv = self.distinct
+        return x if len(x)==len(inv) else x[inv]
 
     def find(self,
         embs, # `(q,emb_sz)` float
@@ -71,10 +95,13 @@ class NumpyGallery(GalleryItems):
         filter=None, # As `as_filter` takes it
     )->list: # For each query a list of `Hit`s, nearest first
         "The nearest items among those that match a filter, exactly"
-        rows = np.arange(len(self)) if filter is None else np.array(self.rows(filter), dtype=int)
-        if not len(rows): return [[] for _ in embs]
-        g = self.unit if filter is None else self.unit[rows]
-        return [[Hit(self.labels[i], self.items[i], s) for i,s in _nearest(g@q, rows, k)] for q in _queries(embs, g)]
+        rows = range(len(self)) if filter is None else self.rows(filter)
+        if not rows: return [[] for _ in embs]
+        g,inv = self.distinct
+        if filter is not None:
+            used,inv = np.unique(inv[rows], return_inverse=True)
+            g = g[used]
+        return [[Hit(self.labels[rows[i]], self.items[rows[i]], s) for i,s in _nearest((g@q)[inv], k)] for q in _queries(embs, g)]
 
     def prototypes(self)->tuple: # Labels, and normalised means of the classes' rows, `(c,emb_sz)` float32
         "The mean embedding of each class"
@@ -82,13 +109,6 @@ class NumpyGallery(GalleryItems):
         means = np.zeros((len(names), self.embs.shape[1]), dtype=np.float32)
         np.add.at(means, c, self.unit)
         return names.tolist(),_unit(means)
-
-def _nearest(scores, rows, k):
-    "The `k` rows with the highest scores, and their scores"
-    k = min(k, len(rows))
-    best = np.argpartition(-scores, k-1)[:k] if 0<k<len(rows) else np.arange(k)
-    best = best[np.lexsort((best, -scores[best]))]
-    return zip(rows[best].tolist(), np.clip(scores[best], -1, 1).tolist())
 
 # %% ../../nbs/api/deploy/07_runtime.ipynb #866d8d1c
 class OnnxFinder(Finder):
@@ -132,7 +152,8 @@ class OnnxFinder(Finder):
     )->list: # Of `Label`
         "The class whose prototype is nearest to each"
         names,means = self.gallery.prototypes()
-        return [Label(names[i], float(np.clip(s[i], -1, 1))) for s in _queries(embs, means)@means.T for i in [int(s.argmax())]]
+        g,inv = _distinct(means)
+        return [Label(names[i], s) for q in _queries(embs, g) for i,s in _nearest((g@q)[inv], 1)]
 
 # %% ../../nbs/api/deploy/07_runtime.ipynb #b0550d9c
 _rules = described | {'embedding': (lambda o: is_whole(o, 1, max_emb), f'a whole number from 1 to {max_emb:,}')}
