@@ -192,6 +192,9 @@ def test_it_refuses_what_the_gallery_in_memory_refuses():
         for f in ('hits','by_prototype'): assert [said(lambda: getattr(o, f)(bad)) for o in new]==[says]*2
     for o in both(x, list('aabb')): assert o.hits(x[:1], 1, filter='none')==[[]]
     for f in (OnnxFinder(None, None), ImageEmbedder(torch.nn.Identity(), None)): assert f.hits(x[:2], 1)==[[],[]]
+    for o in new:
+        for k in (0,-1,1.5):
+            with pytest.raises(ValueError, match=f'k must be a whole number .*, not {k}'): o.hits(x, k)
     with pytest.raises(ValueError, match='embs must be numbers in a tensor or an array'): new[0].add_embs([['x']], ['c'], [''])
 
 def test_embeddings_of_any_size():
@@ -215,11 +218,14 @@ def test_embeddings_of_any_size():
 def test_equal_rows_are_found_in_their_order():
     "As the gallery in memory finds them: for every query, k and filter, also where more are equal than are found"
     rng = np.random.RandomState(0)
-    for d,n in ((3,40),(8,200),(33,500),(128,1000)):
-        few = rng.randn(max(2, n//20), d).astype(np.float32)
+    for d,n in ((3,40),(8,200),(33,500),(128,1000),(0,300)):
+        few = rng.randn(max(2, n//20), d) if d else np.array([[*map(int, f'{i:08b}')] for i in range(20)])*2-1 # of all signs one sum
+        few = few.astype(np.float32)
+        d = few.shape[1]
         of = rng.randint(len(few), size=n)
         x,q = few[of]*2.**rng.randint(-3, 4, (n,1)).astype(np.float32),rng.randn(6, d).astype(np.float32)
-        q[0],x[of==1] = few[0],0 # zeros
+        x[of==1] = 0
+        if n!=300: q[0] = few[0] # of signs several are equally near it
         s = cosines(q, few)
         s[:,1] = 0
         small,e = both(x, [f'{i%3}' for i in range(n)])

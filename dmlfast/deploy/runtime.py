@@ -9,6 +9,7 @@ __all__ = ['NumpyGallery', 'OnnxFinder', 'load_onnx']
 
 # %% ../../nbs/api/deploy/07_runtime.ipynb #a4943b08
 import numpy as np
+from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from .finder import *
@@ -38,9 +39,11 @@ def _unit(x):
 def _distinct(x):
     "The rows of `x` that differ, and which of them each row is: equal rows are multiplied once, and so have one score"
     sums = x.view(np.int64 if x.shape[1]%2==0 else np.int32).sum(1, dtype=np.int64)
-    _,inv,n = np.unique(sums, return_inverse=True, return_counts=True)
-    some,first = np.flatnonzero(n[inv]>1),np.arange(len(x))
-    if len(some): # that may be equal
+    _,at,inv = np.unique(sums, return_index=True, return_inverse=True)
+    first = at[inv]
+    some = np.flatnonzero(first!=np.arange(len(x))) # that may be equal to an earlier one
+    some = some[(x[some]!=x[first[some]]).any(1)]
+    if len(some):
         _,at,inv = np.unique(x[some].view(f'V{x.itemsize*x.shape[1]}')[:,0], return_index=True, return_inverse=True)
         first[some] = some[at[inv]]
     rows,inv = np.unique(first, return_inverse=True)
@@ -97,6 +100,7 @@ class NumpyGallery(GalleryItems):
         "The nearest items among those that match a filter, exactly"
         rows = range(len(self)) if filter is None else self.rows(filter)
         if not rows: return [[] for _ in embs]
+        if not isinstance(k, Integral) or k<1: raise ValueError(f'k must be a whole number of 1 or more, not {k!r}')
         g,inv = self.distinct
         if filter is not None:
             used,inv = np.unique(inv[rows], return_inverse=True)
