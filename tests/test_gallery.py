@@ -368,6 +368,25 @@ def test_a_folder_that_changed(folder):
     assert whole.gallery.facts==dict(price=[1]) and whole.labels==['a']
     assert json.loads((folder.parent/'whole'/'embedder.json').read_text())['format']==2
 
+def test_a_folder_that_was_moved_or_removed(folder):
+    "A change is refused in a sentence, and makes no folder there; the gallery stays, here and where the folder is now"
+    e = stub(load_embedder(folder, write=True)).add([*np.eye(d)], list('aabb'), list('1234'))
+    moved = folder.rename(folder.with_name('moved'))
+    def refused():
+        for f in (lambda: e.add([np.ones(d)], 'c', '5'), lambda: e.remove('a'), lambda: e.rename('a', 'z'),
+            lambda: e.replace('1', np.ones(d))):
+            with pytest.raises(FileNotFoundError, match='no embedder in .* any more: the folder was moved or removed, so load') as err: f()
+            assert '\n' not in str(err.value) and repr(str(folder)) in str(err.value)
+            assert (e.labels, e.items)==(list('aabb'), list('1234')) and np.array_equal(e.embs, np.eye(d))
+    refused()
+    assert beside(folder)==['moved']
+    assert len(stub(load_embedder(moved, write=True)).add([np.ones(d)], 'c', '5'))==5
+    shutil.rmtree(moved)
+    folder.mkdir() # of something else
+    (folder/'notes.txt').write_text('mine')
+    refused()
+    assert [o.name for o in folder.iterdir()]==['notes.txt']
+
 def test_a_full_disk_leaves_what_was_there(folder, monkeypatch):
     e = stub(load_embedder(folder, write=True))
     e.add([np.ones(d)], 'a', 'x')
