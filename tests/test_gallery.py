@@ -368,6 +368,25 @@ def test_a_folder_that_changed(folder):
     assert whole.gallery.facts==dict(price=[1]) and whole.labels==['a']
     assert json.loads((folder.parent/'whole'/'embedder.json').read_text())['format']==2
 
+def test_a_folder_that_was_moved_or_removed(folder):
+    "A change is refused in a sentence, and makes no folder there; the gallery stays, here and where the folder is now"
+    e = stub(load_embedder(folder, write=True)).add([*np.eye(d)], list('aabb'), list('1234'))
+    moved = folder.rename(folder.with_name('moved'))
+    def refused():
+        for f in (lambda: e.add([np.ones(d)], 'c', '5'), lambda: e.remove('a'), lambda: e.rename('a', 'z'),
+            lambda: e.replace('1', np.ones(d))):
+            with pytest.raises(FileNotFoundError, match='no embedder in .* any more: the folder was moved or removed, so load') as err: f()
+            assert '\n' not in str(err.value) and repr(str(folder)) in str(err.value)
+            assert (e.labels, e.items)==(list('aabb'), list('1234')) and np.array_equal(e.embs, np.eye(d))
+    refused()
+    assert beside(folder)==['moved']
+    assert len(stub(load_embedder(moved, write=True)).add([np.ones(d)], 'c', '5'))==5
+    shutil.rmtree(moved)
+    folder.mkdir() # of something else
+    (folder/'notes.txt').write_text('mine')
+    refused()
+    assert [o.name for o in folder.iterdir()]==['notes.txt']
+
 def test_a_full_disk_leaves_what_was_there(folder, monkeypatch):
     e = stub(load_embedder(folder, write=True))
     e.add([np.ones(d)], 'a', 'x')
@@ -516,6 +535,71 @@ def test_a_table_finds_what_memory_finds(folder, tmp_path):
     e.to_lancedb(tmp_path/'g.lance')
     assert answers()==want and e.gallery.facts['i']==[1,2**53,None,2**60]
     assert len(e.remove(i=2**60).remove(b=0))==2
+
+def test_embeddings_of_any_size_are_found_in_a_table(folder, tmp_path):
+    "Of rows of zeros, and of numbers whose squares are no float32, with an index and without; what is in the table stays as it was given"
+    pytest.importorskip('lancedb')
+    rng = np.random.RandomState(0)
+    x,q = rng.randn(300,d).astype(np.float32),rng.randn(6,d).astype(np.float32)
+    for rows,by in ((slice(10,20),1e25), (slice(20,30),1e-25), (slice(30,35),1e13), (slice(35,40),1e-13)): x[rows]*=np.float32(by)
+    x[40:44],q[1],q[2],q[3] = 0,q[1]*np.float32(1e25),q[2]*np.float32(1e-25),0
+    def cosines(x):
+        x,z = (o.astype(np.float64)/np.maximum(np.linalg.norm(o.astype(np.float64), axis=1, keepdims=True), 1e-300) for o in (x,q))
+        return z@x.T
+    def check(o, x, k=12):
+        s = cosines(x)
+        for filter,rows in ((None,range(len(x))), ('1',range(1,len(x),3)), (dict(n=lambda n: 8<n<42),range(9,42))):
+            for a,hits in zip(s, o.hits(q, k, filter=filter)):
+                want = sorted(rows, key=lambda i: -a[i])[:k]
+                assert [h.item for h in hits]==[f'{i}' for i in want] and np.allclose([h.score for h in hits], a[want], atol=1e-5)
+                assert [h.label for h in hits]==[f'{i%3}' for i in want]
+    e,args = stub(load_embedder(folder)),([f'{i%3}' for i in range(300)], [f'{i}' for i in range(300)], dict(n=[*range(300)]))
+    check(e.add_embs(x, *args), x)
+    def again(): return stub(load_embedder(folder, gallery=tmp_path/'g.lance'))
+    e.to_lancedb(tmp_path/'g.lance') # all at once
+    for o in (e,again()): check(o, x)
+    t = stub(load_embedder(folder)).to_lancedb(tmp_path/'h.lance')
+    for i in range(0, 300, 150): t.add_embs(x[i:i+150], *(o[i:i+150] for o in args[:2]), dict(n=[*range(i, i+150)])) # arrays
+    check(t, x)
+    assert t.gallery.kinds==e.gallery.kinds==dict(n=float) and t.gallery.facts==args[2] and np.array_equal(t.embs.numpy(), x)
+    with pytest.raises(ValueError, match="no column 'odd-vector': the gallery has label, item, n.$"):
+        t.search(q[0], filter={'odd-vector':True})
+    y = x.copy()
+    y[5],y[6],y[15],y[41] = 0,x[6]*np.float32(1e25),x[7]+1,x[8]-1
+    for i in (5,6,15,41): e.replace(f'{i}', y[i])
+    check(again(), y)
+    e.index()
+    check(again(), y)
+    assert [o.label for o in e.classify([*q], how='nearest')]==[f'{i%3}' for i in cosines(y).argmax(1)]
+
+def test_a_table_answers_as_memory(folder, tmp_path):
+    "Arrays, what is refused, images of zeros, and more copies of an image than are found"
+    pytest.importorskip('lancedb')
+    def said(f):
+        with pytest.raises(ValueError) as e: f()
+        return str(e.value)
+    x = np.repeat(np.random.RandomState(0).randn(3,d), 40, axis=0)
+    memory,table = stub(load_embedder(folder)),stub(load_embedder(folder)).to_lancedb(tmp_path/'g.lance')
+    new = memory,table
+    for o in new: o.add_embs(x[::-1].copy(), ['b']*120, [f'{i}' for i in range(120)])
+    nan,inf = np.full((2,d), np.nan),np.array([[1]*d,[1,np.inf,0,0]])
+    for bad,says in ((nan,'2 of 2 rows of embs are not finite: rows 0, 1'), (inf,'1 of 2 rows of embs are not finite: rows 1'),
+        (np.ones((2,3)),'The gallery holds embeddings of 4 numbers, and not of 3.')):
+        assert [said(lambda: o.add_embs(bad, ['c']*2, ['']*2)) for o in new]==[says]*2
+    for bad,says in ((nan,'2 of 2 rows of query are not finite: rows 0, 1'), (np.ones((2,3)),'query has 3 columns, gallery has 4'),
+        (np.ones(d),'query must be a matrix with at least one row and one column, not (4,)')):
+        assert [said(lambda: o.hits(bad)) for o in new]==[says]*2
+    assert [said(lambda: o.replace('5', nan[0])) for o in new]==['1 of 1 rows of embs are not finite: rows 0']*2
+    assert 'embeddings of 4 numbers, and not of 3' in said(lambda: table.replace('5', np.ones(3)))
+    for k in (0,-1,1.5): assert all('k must be a whole number' in said(lambda: o.hits(x[:1], k)) for o in new)
+    for k in (1,5,39,40,41,60,120,200):
+        for i,at in ((0,80),(40,40),(80,0)): # the copies are the nearest, and come in their order
+            for o in new: assert [h.item for h in o.hits(x[i:i+1], k)[0][:40]]==[f'{at+j}' for j in range(min(k, 40))], (o,k)
+    for o in new:
+        assert o.hits(np.zeros((1,d)), 3)==[[('b',f'{i}',0.) for i in range(3)]] and o.hits(x[:1], 3, filter='none')==[[]]
+        assert o.classify(np.zeros(d), how='nearest')==o.classify(np.zeros(d))==('b',0.)
+        assert o.add([np.zeros(d)], 'black', 'night').search(-x[0]-x[40]-x[80], 1, filter='black')==[('black','night',0.)]
+    assert len(table)==len(memory)==121
 
 def test_what_a_table_cannot_hold_is_refused_before_anything_is_written(folder, tmp_path):
     lancedb = pytest.importorskip('lancedb')

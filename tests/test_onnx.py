@@ -5,7 +5,7 @@ from pathlib import Path
 from PIL import Image
 from dmlfast.deploy import *
 from dmlfast.deploy.embedder import Preprocess
-from dmlfast.deploy.runtime import NumpyGallery
+from dmlfast.deploy.runtime import NumpyGallery, OnnxFinder
 from dmlfast.files.described import hash_of
 from dmlfast.files.resizing import Resizing
 from dmlfast.models.embedder import Embedder
@@ -162,6 +162,89 @@ def test_a_gallery_of_many(tmp_path):
     names,means = g.prototypes()
     mean = (x/np.linalg.norm(x, axis=1, keepdims=True))[3::7].mean(0)
     assert names==[*'0123456'] and np.allclose(means[3], mean/np.linalg.norm(mean), atol=1e-6)
+
+def both(embs, labels):
+    "A finder on onnxruntime and one on PyTorch, with the same gallery; they have no network"
+    items = [f'{i}' for i in range(len(labels))]
+    return [o.add_embs(embs, labels, items) for o in (OnnxFinder(None, None), ImageEmbedder(torch.nn.Identity(), None))]
+
+def cosines(q, x):
+    "By hand, in float64, one pair at a time; 0 with a row of zeros"
+    def _cos(a, b): return a@b/(np.linalg.norm(a)*np.linalg.norm(b) or 1)
+    return np.array([[_cos(a, b) for b in x.astype(np.float64)] for a in q.astype(np.float64)])
+
+def test_it_refuses_what_the_gallery_in_memory_refuses():
+    "In the same sentences; nothing is added then"
+    def said(f):
+        with pytest.raises(ValueError) as e: f()
+        return str(e.value)
+    x,nan,inf = np.eye(4, dtype=np.float32),np.ones((12,4)),np.ones((2,4), np.float32)
+    nan[:11,1],inf[1,3] = np.nan,-np.inf
+    new,mine = both(x, list('aabb')),'1 of 2 rows of embs are not finite: rows 1'
+    for bad,says in ((inf,mine), (torch.tensor(inf, requires_grad=True),mine), (inf.astype(np.float64).clip(-1e300),mine),
+        (nan,'11 of 12 rows of embs are not finite: rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...'),
+        (np.ones(4),'embs must be a matrix with at least one row and one column, not (4,)'),
+        (np.ones((2,3)),'The gallery holds embeddings of 4 numbers, and not of 3.')):
+        assert [said(lambda: o.add_embs(bad, ['c']*len(bad), ['']*len(bad))) for o in new]==[says]*2 and [len(o) for o in new]==[4,4]
+    for bad,says in ((inf,mine.replace('embs', 'query')), (np.ones((2,3)),'query has 3 columns, gallery has 4'),
+        (x[0],'query must be a matrix with at least one row and one column, not (4,)'),
+        (x[:0],'query must be a matrix with at least one row and one column, not (0, 4)')):
+        for f in ('hits','by_prototype'): assert [said(lambda: getattr(o, f)(bad)) for o in new]==[says]*2
+    for o in both(x, list('aabb')): assert o.hits(x[:1], 1, filter='none')==[[]]
+    for f in (OnnxFinder(None, None), ImageEmbedder(torch.nn.Identity(), None)): assert f.hits(x[:2], 1)==[[],[]]
+    for o in new:
+        for k in (0,-1,1.5):
+            with pytest.raises(ValueError, match=f'k must be a whole number .*, not {k}'): o.hits(x, k)
+    with pytest.raises(ValueError, match='embs must be numbers in a tensor or an array'): new[0].add_embs([['x']], ['c'], [''])
+
+def test_embeddings_of_any_size():
+    "Cosines are those of directions, whatever the lengths; a row of zeros has the cosine 0 with every other"
+    rng = np.random.RandomState(0)
+    x,q = rng.randn(20,6).astype(np.float32),rng.randn(7,6).astype(np.float32)
+    x[3:6]*=np.float32(1e25)
+    x[6:9]*=np.float32(1e-25)
+    x[9],x[10],x[11:13],q[1],q[2],q[3] = 1e38,1e-42,0,q[1]*np.float32(1e25),q[2]*np.float32(1e-25),0
+    want,labels = cosines(q, x),[*'abcde'*4]
+    small,e = both(x, labels)
+    for o in (small,e):
+        for row,hits in zip(want, o.hits(q, 20)):
+            assert np.allclose([h.score for h in hits], [row[int(h.item)] for h in hits], atol=1e-5)
+            assert np.allclose([h.score for h in hits], np.sort(row)[::-1], atol=1e-5)
+        assert [h.item for h in o.hits(q[3:4], 4)[0]]==['0','1','2','3']
+    unit = x.astype(np.float64)/np.maximum(np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True), 1e-300)
+    s = cosines(q, np.stack([unit[i::5].sum(0) for i in range(5)]))
+    for i,o in enumerate(small.by_prototype(q)): assert o.label=='abcde'[s[i].argmax()] and o.score==pytest.approx(s[i].max(), abs=1e-5)
+
+def test_equal_rows_are_found_in_their_order():
+    "As the gallery in memory finds them: for every query, k and filter, also where more are equal than are found"
+    rng = np.random.RandomState(0)
+    for d,n in ((3,40),(8,200),(33,500),(128,1000),(0,300)):
+        few = rng.randn(max(2, n//20), d) if d else np.array([[*map(int, f'{i:08b}')] for i in range(20)])*2-1 # of all signs one sum
+        few = few.astype(np.float32)
+        d = few.shape[1]
+        of = rng.randint(len(few), size=n)
+        x,q = few[of]*2.**rng.randint(-3, 4, (n,1)).astype(np.float32),rng.randn(6, d).astype(np.float32)
+        x[of==1] = 0
+        if n!=300: q[0] = few[0] # of signs several are equally near it
+        s = cosines(q, few)
+        s[:,1] = 0
+        small,e = both(x, [f'{i%3}' for i in range(n)])
+        third = [i for i in range(n) if i%3==1]
+        for k in (1,2,7,n//3,n-1,n):
+            for filter,rows in ((None,range(n)), ('1',third)):
+                want = [[f'{i}' for i in sorted(rows, key=lambda i: -row[of[i]])[:k]] for row in s]
+                for o in (small,e): assert [[h.item for h in hits] for hits in o.hits(q, k, filter=filter)]==want, (d,k,filter)
+        scores = [{of[int(h.item)]:h.score for h in hits} for hits in small.hits(q, n)]
+        assert all(h.score==at[of[int(h.item)]] for hits,at in zip(small.hits(q, n), scores) for h in hits)
+    small,e = both(np.tile(few[:40], (2,1)), [f'{i//40*40+i%40:02}' for i in range(80)]) # two classes of each image
+    assert [o.label for o in small.by_prototype(few[:40])]==[o.label for o in e.by_prototype(few[:40])]==[f'{i:02}' for i in range(40)]
+
+def test_a_gallery_keeps_its_own_rows():
+    "An array that is used again for the next batch does not change them"
+    g,buf = NumpyGallery(),np.eye(3, dtype=np.float32)
+    g.add(buf, list('abc'), ['']*3)
+    buf[:] = 7
+    assert np.array_equal(g.embs, np.eye(3)) and g.find(np.eye(3), 1)==[[(o,'',1.)] for o in 'abc']
 
 script = '''
 import sys, json

@@ -111,7 +111,10 @@ class Journal:
     @property
     def _list(self): return self.folder/'embedder.json'
     def locked(self):
-        "Lock the folder while a change is written"
+        "Lock the folder while a change is written; raises `FileNotFoundError` if it is not there any more"
+        if not self._list.is_file(): # a lock would make the folder again
+            raise FileNotFoundError(f"There is no embedder in {str(self.folder)!r} any more: the folder was moved or removed, so load it "
+                "again from where it is now.")
         return filelock.FileLock(self.folder/'.writing', timeout=60)
 
     def _sweep(self):
@@ -127,7 +130,7 @@ class Journal:
         op:str, # Name of the change
         how:dict, # Its arguments
     ):
-        "Write a change; raises `ValueError` if another process has changed the gallery"
+        "Write a change; raises `ValueError` if another process has changed the gallery, and `FileNotFoundError` if the folder is gone"
         with self.locked():
             if self._list.read_text(encoding='utf-8')!=self.text:
                 raise ValueError(f"The gallery in {str(self.folder)!r} was changed by another process since it was read: load it again.")

@@ -8,10 +8,10 @@ Docs: https://dmlfast.github.io/dmlfast/api/deploy/lance.html.md"""
 __all__ = ['ranges_of', 'LanceGallery', 'open_lance']
 
 # %% ../../nbs/api/deploy/03_lance.ipynb #743a8699
-import datetime, json, math, numpy as np, os, torch
+import datetime, heapq, json, math, numpy as np, os, torch
 from fastcore.basics import patch
+from numbers import Integral
 from pathlib import Path
-from torch.nn.functional import normalize
 from .finder import *
 from .gallery import *
 from .embedder import *
@@ -19,6 +19,7 @@ from ..files.registry import printable
 from ..files.writing import check_folder, whole_folder
 from ..models.embedder import unwrapped
 from ..models.lora import weights_hash
+from ..retrieval.search import as_embeddings, unit_
 
 # %% ../../nbs/api/deploy/03_lance.ipynb #1ce8d4da
 _lance_env = dict(LANCE_LOG='error', # LanceDB warns of tables that are new
@@ -99,6 +100,8 @@ def _condition(col, want, values, kind=str):
     return _any_of([f'`{col}` IN ({some})']*bool(some) + [f'`{col}` IS NULL']*(None in want))
 
 # %% ../../nbs/api/deploy/03_lance.ipynb #b3b90c02
+_odd = 'odd-vector' # column that is true where LanceDB does not compute cosines; there if there are such rows; no fact has this name
+
 class LanceGallery:
     "Embeddings in a table of LanceDB, with a label, a name and facts each"
     journal = index_kind = None # every change is written as it is made, and the index is in the table
@@ -119,7 +122,7 @@ class LanceGallery:
     def kinds(self):
         "What each column of facts holds: `str`, `bool` or `float`"
         return {o.name:{'string':str, 'bool':bool}.get(str(o.type), float) for o in self.table.schema
-            if o.name not in ('seq','vector','label','item')}
+            if o.name not in ('seq','vector','label','item',_odd)}
 
     def batches(self,
         *columns, # Names of columns
@@ -160,7 +163,28 @@ def _vectors(batch):
     "Embeddings in rows of Arrow"
     col = batch.column('vector')
     col = col.combine_chunks() if hasattr(col, 'combine_chunks') else col
-    return torch.from_numpy(col.flatten().to_numpy(zero_copy_only=False).reshape(len(col), -1).copy())
+    return torch.from_numpy(col.flatten().to_numpy(zero_copy_only=False).reshape(len(col), col.type.list_size).copy())
+
+def _are_odd(x):
+    "Rows of zeros, and those whose squares are too large or too small for the cosines of LanceDB"
+    big = x.abs().amax(1)
+    return ~((big>2**-40)&(big<2**40))
+
+def _scored(rows, q):
+    "Rows in Arrow as (minus the score, place in the order of addition, label, name), which sort as hits do"
+    s = (unit_(_vectors(rows)).numpy()*q.numpy()).sum(1).clip(-1, 1) # equal rows have one score, as they may not have by `@`
+    return zip((-s).tolist(), *(rows.column(o).to_pylist() for o in ('seq','label','item')))
+
+def _nearest(table, q, k, where, probes, refine):
+    "The nearest by LanceDB, with all rows as near as the last"
+    n = k+1
+    while True:
+        s = table.search(q.numpy()).distance_type('cosine').limit(n).nprobes(probes).refine_factor(refine)
+        if where: s = s.where(where, prefilter=True)
+        got = s.select(['seq','label','item','vector','_distance']).to_arrow()
+        far = got['_distance'].to_numpy()
+        if len(got)<n or far[k-1]<far[-1]: return _scored(got, q)
+        n *= 4
 
 @patch
 def sql(self:LanceGallery,
@@ -181,21 +205,20 @@ def find(self:LanceGallery,
 )->list: # For each query a list of `Hit`s, nearest first
     "The nearest items among those that match a filter; exact without an index"
     if rerank is not None: raise ValueError("A table of LanceDB has no re-ranking: search it without `rerank`.")
-    where,res = self.sql(filter),[]
-    for q in embs.float():
-        s = self.table.search(q.numpy()).distance_type('cosine').limit(k).nprobes(probes).refine_factor(refine)
-        if where: s = s.where(where, prefilter=True)
-        try: got = s.select(['seq','label','item','vector','_distance']).to_arrow()
-        except (RuntimeError,OSError) as e:
-            raise ValueError(f"The table of LanceDB cannot be searched; one of its files may have changed: {str(e)[:200]!r}.") from e
-        if not len(got):
-            res.append([])
-            continue
-        scores = (normalize(_vectors(got), dim=1)@normalize(q, dim=0)).clamp(-1, 1)
-        order = np.lexsort((got['seq'].to_numpy(), -scores.numpy()))
-        labels,items = got['label'].to_pylist(),got['item'].to_pylist()
-        res.append([Hit(labels[i], items[i], scores[i].item()) for i in order])
-    return res
+    q = as_embeddings(embs, 'query').cpu()
+    if q.shape[1]!=self.width: raise ValueError(f'query has {q.shape[1]} columns, gallery has {self.width}')
+    where,odd = self.sql(filter),_odd in self.table.schema.names
+    if not isinstance(k, Integral) or k<1: raise ValueError(f'k must be a whole number of 1 or more, not {k!r}')
+    def _also(sql): return sql if where is None else f'{where} AND {sql}'
+    def _by_hand(q, where):
+        return heapq.nsmallest(k, (o for rows in self.batches('seq','label','item','vector', where=where) for o in _scored(rows, q)))
+    def _found(q):
+        if not q.any(): return _by_hand(q, where)
+        got = _nearest(self.table, q, k, _also(f'`{_odd}` IS NOT TRUE') if odd else where, probes, refine)
+        return heapq.nsmallest(k, [*got, *(_by_hand(q, _also(f'`{_odd}`')) if odd else ())])
+    try: return [[Hit(label, item, 0.-s) for s,_,label,item in _found(o)] for o in unit_(q.clone())]
+    except (RuntimeError,OSError) as e:
+        raise ValueError(f"The table of LanceDB cannot be searched; one of its files may have changed: {str(e)[:200]!r}.") from e
 
 # %% ../../nbs/api/deploy/03_lance.ipynb #2c6c7c67
 @patch
@@ -205,23 +228,31 @@ def add(self:LanceGallery,
     items, # A name for each
     facts=None, # Columns of facts, as `as_facts` takes them
 ):
-    "Add items; raises `ValueError` if the numbers of embeddings, labels and names differ"
+    "Add items; raises `ValueError` if the numbers of embeddings, labels and names differ, or an embedding is not finite"
     import pyarrow as pa
+    embs = as_embeddings(embs).cpu() if len(embs) else torch.zeros(0, self.width)
     check_rows(embs, labels, items, self.width)
-    if not embs.isfinite().all(): raise ValueError("The embeddings of a gallery must be finite, and these have nan or infinite numbers.")
     facts,types = as_facts(facts, len(embs), self.kinds),{str:'string', bool:'boolean'}
     new = {k:next((kind_of(o) for o in v if o is not None), float) for k,v in facts.items() if k not in self.kinds}
     texts = dict(label=as_texts(labels), item=as_texts(items))
     cols = _as_columns(texts|facts, dict.fromkeys(texts, str)|self.kinds|new)
+    odd = self._odd_ones(embs)
     if new: self.table.add_columns({k:f"cast(NULL as {types.get(t, 'double')})" for k,t in new.items()})
     if self._next is None: self._next = 1+max((o.column('seq').to_numpy().max() for o in self.batches('seq')), default=-1)
     seq,schema = np.arange(self._next, self._next+len(embs)),self.table.schema
-    cols = dict.fromkeys(self.kinds, [None]*len(embs))|cols|dict(seq=seq)
+    cols = dict.fromkeys(self.kinds, [None]*len(embs))|cols|dict(seq=seq)|odd
     cols = {k:pa.array(v, schema.field(k).type) for k,v in cols.items()}
-    cols['vector'] = pa.FixedSizeListArray.from_arrays(pa.array(embs.float().contiguous().numpy().ravel()), self.width)
+    cols['vector'] = pa.FixedSizeListArray.from_arrays(pa.array(embs.numpy().ravel()), self.width)
     self.table.add(pa.table({o.name:cols[o.name] for o in schema}))
     self._next += len(embs)
     self._tidy()
+
+@patch
+def _odd_ones(self:LanceGallery, embs):
+    "The column that tells which rows have no cosine by LanceDB, if it is there or needed"
+    odd = _are_odd(embs).tolist()
+    if any(odd) and _odd not in self.table.schema.names: self.table.add_columns({_odd:'cast(NULL as boolean)'})
+    return {_odd:odd} if _odd in self.table.schema.names else {}
 
 @patch
 def found(self:LanceGallery,
@@ -259,7 +290,9 @@ def replace(self:LanceGallery,
     "Replace the embedding of an item; raises `ValueError` unless exactly one item has the name"
     sql,n = self.found(dict(item=item))
     check_one(item, n)
-    self.table.update(where=sql, values=dict(vector=emb[0].float().tolist()))
+    emb = as_embeddings(emb).cpu()
+    check_rows(emb, [item], [item], self.width)
+    self.table.update(where=sql, values=dict(vector=emb[0].tolist(), **{k:v[0] for k,v in self._odd_ones(emb).items()}))
     self._tidy()
 
 @patch

@@ -9,6 +9,7 @@ __all__ = ['NumpyGallery', 'OnnxFinder', 'load_onnx']
 
 # %% ../../nbs/api/deploy/07_runtime.ipynb #a4943b08
 import numpy as np
+from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from .finder import *
@@ -17,13 +18,55 @@ from ..files.described import max_emb, max_side
 from ..files.resizing import *
 
 # %% ../../nbs/api/deploy/07_runtime.ipynb #2af0178a
-def _unit(x): return x/np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+def _matrix(x, name):
+    "A copy of `x` as a finite float32 matrix; what is refused is refused in the words of the gallery in memory"
+    if hasattr(x, 'detach'): x = x.detach().float().cpu().numpy() # a tensor, without importing PyTorch
+    try:
+        with np.errstate(over='ignore'): x = np.array(x, dtype=np.float32, order='C')
+    except (TypeError,ValueError) as e: raise ValueError(f'{name} must be numbers in a tensor or an array: {e}') from None
+    if x.ndim!=2 or not x.size: raise ValueError(f'{name} must be a matrix with at least one row and one column, not {x.shape}')
+    bad = np.flatnonzero(~np.isfinite(x).all(1)).tolist()
+    if not bad: return x
+    raise ValueError(f'{len(bad)} of {len(x)} rows of {name} are not finite: rows {str(bad[:10])[1:-1]}' + ', ...'*(len(bad)>10))
+
+def _unit(x):
+    "Rows of length 1, whatever the size of their numbers; a row of zeros stays"
+    big = np.frexp(np.maximum(x.max(1, keepdims=True), -x.min(1, keepdims=True)))[1]
+    x = x/np.ldexp(np.float32(1), big.clip(-126, 126)) # by a power of two, so that no square is too large or too small
+    n = np.linalg.norm(x, axis=1, keepdims=True)
+    return np.divide(x, np.where(n==0, 1, n), out=x)
+
+def _distinct(x):
+    "The rows of `x` that differ, and which of them each row is: equal rows are multiplied once, and so have one score"
+    sums = x.view(np.int64 if x.shape[1]%2==0 else np.int32).sum(1, dtype=np.int64)
+    _,at,inv = np.unique(sums, return_index=True, return_inverse=True)
+    first = at[inv]
+    some = np.flatnonzero(first!=np.arange(len(x))) # that may be equal to an earlier one
+    some = some[(x[some]!=x[first[some]]).any(1)]
+    if len(some):
+        _,at,inv = np.unique(x[some].view(f'V{x.itemsize*x.shape[1]}')[:,0], return_index=True, return_inverse=True)
+        first[some] = some[at[inv]]
+    rows,inv = np.unique(first, return_inverse=True)
+    return x if len(rows)==len(x) else x[rows],inv
+
+def _queries(embs, gallery):
+    "Queries of length 1, as wide as the gallery"
+    q = _matrix(embs, 'query')
+    if q.shape[1]!=gallery.shape[1]: raise ValueError(f'query has {q.shape[1]} columns, gallery has {gallery.shape[1]}')
+    return _unit(q)
+
+def _nearest(scores, k):
+    "Rows with the `k` highest scores and these, of equal ones the earlier"
+    k,best = min(k, len(scores)),np.arange(len(scores))
+    if 0<k<len(scores): best = np.flatnonzero(scores>=np.partition(scores, -k)[-k])
+    best = best[np.lexsort((best, -scores[best]))][:k]
+    return zip(best.tolist(), np.clip(scores[best], -1, 1).tolist())
 
 class NumpyGallery(GalleryItems):
     "Embeddings in memory, as an array, with a label, a name and facts each"
     def __init__(self):
         super().__init__()
-        self.embs,self._ready = None,(None,None) # `(n,emb_sz)` float32; and what they were when they were scaled to length 1
+        self.embs,self._ready = None,(None,None,None) # `(n,emb_sz)` float32; what they were when they were made ready, and what was made
 
     def add(self,
         embs, # `(n,emb_sz)` float
@@ -31,27 +74,38 @@ class NumpyGallery(GalleryItems):
         items, # A name for each
         facts=None, # Columns of facts, as `as_facts` takes them
     ):
-        "Add items; raises `ValueError` if the numbers of embeddings, labels and names differ"
+        "Add items; raises `ValueError` if the numbers of embeddings, labels and names differ, or an embedding is not finite"
+        if len(embs): embs = _matrix(embs, 'embs')
         check_rows(embs, labels, items, None if self.embs is None else self.embs.shape[1])
         self.append(as_texts(labels), as_texts(items), as_facts(facts, len(embs), self.kinds))
-        embs = np.asarray(embs, dtype=np.float32)
         self.embs = embs if self.embs is None else np.concatenate([self.embs, embs])
 
     @property
+    def distinct(self):
+        "The embeddings that differ, scaled to length 1 once, and which of them each item has"
+        if self._ready[0] is not self.embs: self._ready = self.embs,*_distinct(_unit(self.embs))
+        return self._ready[1:]
+
+    @property
     def unit(self):
-        "The embeddings, scaled to length 1 once"
-        if self._ready[0] is not self.embs: self._ready = self.embs,_unit(self.embs)
-        return self._ready[1]
+        "The embeddings, scaled to length 1"
+        x,inv = self.distinct
+        return x if len(x)==len(inv) else x[inv]
 
     def find(self,
-        embs, # `(q,emb_sz)` float32
+        embs, # `(q,emb_sz)` float
         k:int, # How many, at most as many as there are
         filter=None, # As `as_filter` takes it
     )->list: # For each query a list of `Hit`s, nearest first
         "The nearest items among those that match a filter, exactly"
-        rows = np.arange(len(self)) if filter is None else np.array(self.rows(filter), dtype=int)
-        g = self.unit if filter is None else self.unit[rows]
-        return [[Hit(self.labels[i], self.items[i], s) for i,s in _nearest(g@q, rows, k)] for q in _unit(embs)]
+        rows = range(len(self)) if filter is None else self.rows(filter)
+        if not rows: return [[] for _ in embs]
+        if not isinstance(k, Integral) or k<1: raise ValueError(f'k must be a whole number of 1 or more, not {k!r}')
+        g,inv = self.distinct
+        if filter is not None:
+            used,inv = np.unique(inv[rows], return_inverse=True)
+            g = g[used]
+        return [[Hit(self.labels[rows[i]], self.items[rows[i]], s) for i,s in _nearest((g@q)[inv], k)] for q in _queries(embs, g)]
 
     def prototypes(self)->tuple: # Labels, and normalised means of the classes' rows, `(c,emb_sz)` float32
         "The mean embedding of each class"
@@ -59,13 +113,6 @@ class NumpyGallery(GalleryItems):
         means = np.zeros((len(names), self.embs.shape[1]), dtype=np.float32)
         np.add.at(means, c, self.unit)
         return names.tolist(),_unit(means)
-
-def _nearest(scores, rows, k):
-    "The `k` rows with the highest scores, and their scores"
-    k = min(k, len(rows))
-    best = np.argpartition(-scores, k-1)[:k] if 0<k<len(rows) else np.arange(k)
-    best = best[np.lexsort((best, -scores[best]))]
-    return zip(rows[best].tolist(), np.clip(scores[best], -1, 1).tolist())
 
 # %% ../../nbs/api/deploy/07_runtime.ipynb #866d8d1c
 class OnnxFinder(Finder):
@@ -109,7 +156,8 @@ class OnnxFinder(Finder):
     )->list: # Of `Label`
         "The class whose prototype is nearest to each"
         names,means = self.gallery.prototypes()
-        return [Label(names[i], float(min(s[i], 1.))) for s in _unit(embs)@means.T for i in [int(s.argmax())]]
+        g,inv = _distinct(means)
+        return [Label(names[i], s) for q in _queries(embs, g) for i,s in _nearest((g@q)[inv], 1)]
 
 # %% ../../nbs/api/deploy/07_runtime.ipynb #b0550d9c
 _rules = described | {'embedding': (lambda o: is_whole(o, 1, max_emb), f'a whole number from 1 to {max_emb:,}')}
@@ -149,7 +197,7 @@ def _rows(folder, d):
     except (ValueError,OSError,EOFError) as e: raise ValueError(f"'gallery.npy' in {str(folder)!r} is no array: {e}") from e
     ok = isinstance(res, np.ndarray) and res.dtype==np.float32 and res.ndim==2 and res.shape[1]==d and len(res)>0
     if not (ok and np.isfinite(res).all()): raise ValueError(f"'gallery.npy' in {str(folder)!r} must be finite float32 numbers, {d} a row.")
-    return np.array(res)
+    return res
 
 def load_onnx(
     folder, # Folder of `save_onnx`
