@@ -816,7 +816,8 @@ def test_an_array_that_is_filled_again_changes_nothing(empty):
 @pytest.mark.parametrize('gone', [None,float('nan'),np.nan,np.float32('nan'),torch.tensor(float('nan'))])
 def test_a_missing_label_is_no_class(empty, gone):
     e = stub(load_embedder(empty))
-    with pytest.raises(ValueError, match="1 of 3 labels are missing, the first that of '2'"): e.add_embs(np.eye(d)[:3], ['a',gone,'b'], list('123'))
+    with pytest.raises(ValueError, match="1 of 3 labels are missing, the first that of '2'"):
+        e.add_embs(np.eye(d)[:3], ['a',gone,'b'], list('123'))
     with pytest.raises(ValueError, match='labels are missing'): e.add([*np.eye(d)], ['a','b','c',gone])
     assert not len(e)
 
@@ -866,7 +867,8 @@ def test_broken_images_can_be_left_out(empty, tmp_path):
     e = load_embedder(empty)
     with pytest.raises(ValueError, match=r"2.png.* cannot be read.*Nothing was added: .*bad='skip'"): e.add(tmp_path)
     assert not len(e)
-    with pytest.warns(UserWarning, match=r"2 of 6 images cannot be read, and are left out; the first is .*2.png"): e.add(tmp_path, bad='skip')
+    with pytest.warns(UserWarning, match=r"2 of 6 images cannot be read, and are left out; the first is .*2.png"):
+        e.add(tmp_path, bad='skip')
     assert sorted(zip(e.gallery.labels, (Path(o).name for o in e.gallery.items)))==[('a','0.png'),('a','4.png'),('b','1.png'),('b','5.png')]
     f = load_embedder(empty)
     with pytest.warns(UserWarning, match='2 of 6'): f.add(fns, [*range(6)], facts=dict(n=np.arange(6)), bad='skip')

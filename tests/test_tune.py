@@ -225,7 +225,8 @@ def test_wrong_arguments(few, tmp_path):
         with pytest.raises(ValueError): check_space(s, o)
         with pytest.raises(ValueError): tune_settings(s, o, few)
     for o,said in (({'data.size':[16,32]}, "'data.size' cannot be searched for"), ({'fit.n_epoch':(1,9)}, "'fit.n_epoch' cannot be"),
-        ({'fit.interpolate':[None,.5]}, "'fit.interpolate' cannot be .* last epoch"), ({'fit.monitor':['map@r']}, "'fit.monitor' cannot be")):
+        ({'fit.interpolate':[None,.5]}, "'fit.interpolate' cannot be .* last epoch"),
+        ({'fit.monitor':['map@r']}, "'fit.monitor' cannot be")):
         with pytest.raises(ValueError, match=said): tune_settings(s, o, few)
     assert check_space(s, {'fit.n_epoch':(1,9)})=={'fit.n_epoch':(1,9)} # an experiment does as it says
 
