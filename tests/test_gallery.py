@@ -880,3 +880,9 @@ def test_embeddings_are_no_image(empty):
     embs = torch.nn.functional.normalize(torch.rand(3, d), dim=1)
     with pytest.raises(ValueError, match='3×4 numbers is one of embeddings.*`finder.hits'): e.search(embs)
     assert e.search(np.random.default_rng(0).random((3,d)), 1)
+
+def test_the_mean_of_a_class_has_rows_of_any_size(empty):
+    "Each row counts once, however long it is, as the cosine counts it"
+    x = np.array([[1,0,0,0],[0,1,0,0],[0,0,1,0],[0,0,0,1]], dtype=np.float32)
+    e = stub(load_embedder(empty)).add_embs(x*np.float32([[1e25],[1],[1e-25],[1]]), list('aabb'), list('1234'))
+    assert e.prototypes[0]==['a','b'] and torch.allclose(e.prototypes[1], torch.tensor([[1,1,0,0],[0,0,1,1]])/2**.5)

@@ -194,7 +194,7 @@ def test_it_refuses_what_the_gallery_in_memory_refuses():
     for f in (OnnxFinder(None, None), ImageEmbedder(torch.nn.Identity(), None)): assert f.hits(x[:2], 1)==[[],[]]
     for o in new:
         for k in (0,-1,1.5):
-            with pytest.raises(ValueError, match=f'k must be a whole number .*, not {k}'): o.hits(x, k)
+            with pytest.raises(ValueError, match='k must be a whole number'): o.hits(x, k)
     with pytest.raises(ValueError, match='embs must be numbers in a tensor or an array'): new[0].add_embs([['x']], ['c'], [''])
 
 def test_embeddings_of_any_size():
@@ -236,8 +236,9 @@ def test_equal_rows_are_found_in_their_order():
                 for o in (small,e): assert [[h.item for h in hits] for hits in o.hits(q, k, filter=filter)]==want, (d,k,filter)
         scores = [{of[int(h.item)]:h.score for h in hits} for hits in small.hits(q, n)]
         assert all(h.score==at[of[int(h.item)]] for hits,at in zip(small.hits(q, n), scores) for h in hits)
-    small,e = both(np.tile(few[:40], (2,1)), [f'{i//40*40+i%40:02}' for i in range(80)]) # two classes of each image
-    assert [o.label for o in small.by_prototype(few[:40])]==[o.label for o in e.by_prototype(few[:40])]==[f'{i:02}' for i in range(40)]
+    few = rng.randn(40,16).astype(np.float32)
+    small,e = both(np.tile(few, (2,1)), [f'{i//40*40+i%40:02}' for i in range(80)]) # two classes of each image
+    assert [o.label for o in small.by_prototype(few)]==[o.label for o in e.by_prototype(few)]==[f'{i:02}' for i in range(40)]
 
 def test_a_gallery_keeps_its_own_rows():
     "An array that is used again for the next batch does not change them"

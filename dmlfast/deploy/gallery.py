@@ -12,7 +12,7 @@ import math, warnings, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from .finder import *
 from ..retrieval.embedded import *
-from ..retrieval.search import as_embeddings
+from ..retrieval.search import as_embeddings, unit_
 from ..retrieval.indexes import *
 
 # %% ../../nbs/api/deploy/01_gallery.ipynb #bf5508d5
@@ -186,7 +186,7 @@ def prototypes(self:MemoryGallery)->tuple: # Labels, and normalised means of the
     "The mean embedding of each class, computed again after a change"
     embs,labels,res = self._prototypes
     if embs is not self.embs or labels is not self.labels:
-        x,known = F.normalize(self.embs, dim=1),numbered(self.labels)
+        x,known = unit_(self.embs.clone()),numbered(self.labels)
         c = torch.tensor(known['labels'])
         res = known['vocab'],F.normalize(torch.zeros(len(known['vocab']), x.shape[1]).index_add_(0, c, x), dim=1)
         self._prototypes = self.embs,self.labels,res
