@@ -367,13 +367,13 @@ def test_it_is_below_after_it_went_on(make_learner, body, tmp_path):
             if self.epoch==1: raise KeyboardInterrupt
     sick = dict(weights=body, emb_sz=32, freeze_bn=False)
     def _make(): return make_learner(TripletLoss(), **sick, cbs=TrainingDoctor(every=2))
-    with pytest.raises(KeyboardInterrupt): _make().fit(2, .5, cbs=[Checkpoint(tmp_path/'cut'), Trip()])
+    lr = 1.5 # far too high, so that no rounding decides what is found
+    with pytest.raises(KeyboardInterrupt): _make().fit(2, lr, cbs=[Checkpoint(tmp_path/'cut'), Trip()])
     new = _make().resume(tmp_path/'cut')
-    new.fit(2, .5, cbs=Checkpoint(tmp_path/'cut'))
+    new.fit(2, lr, cbs=Checkpoint(tmp_path/'cut'))
     whole = _make()
-    whole.fit(2, .5)
-    assert new.training_doctor.findings==whole.training_doctor.findings
-    assert names(new)[0] in ('below','collapse') # at such a rate roundings of a processor decide which is said
+    whole.fit(2, lr)
+    assert new.training_doctor.findings==whole.training_doctor.findings and names(new)[0]=='below'
 
 # what is measured
 

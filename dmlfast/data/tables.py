@@ -48,14 +48,8 @@ def bad_images(
     max_workers:int=None, # Threads; as many as there are CPUs if not given
 )->list: # Those of `fns` that cannot be read, in order
     "The files among `fns` that are not complete images; each is read to its end"
-    ok = parallel(_readable, fns, n_workers=ifnone(max_workers, defaults.cpus), progress=False, chunksize=64, threadpool=True)
+    ok = are_read(fns, ValueError, ifnone(max_workers, defaults.cpus)) # fastai's `verify_image` accepts missing or short palettes
     return [f for f,o in zip(fns, ok) if not o]
-
-def _readable(fn):
-    "Can training open this image? fastai's `verify_image` accepts missing or short palettes"
-    try: NamedImage.create(fn)
-    except ValueError: return False
-    return True
 
 # %% ../../nbs/api/data/01_tables.ipynb #fedd1c7c
 _splits,_needed = ('train','val','test'),('path','label','split')

@@ -12,11 +12,10 @@ __all__ = ['Hit', 'Same', 'Label', 'is_one', 'check_images', 'refuse_embs', 'rea
 # %% ../../nbs/api/deploy/00_finder.ipynb #e1a6c738
 import math, numbers, numpy as np, os, warnings
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from PIL import Image
 from ..files.described import *
-from ..files.images import BadImage, image_files, open_image
+from ..files.images import BadImage, are_read, image_files
 from ..files.registry import is_missing, most_alike
 
 # %% ../../nbs/api/deploy/00_finder.ipynb #039c469a
@@ -60,15 +59,11 @@ def refuse_embs(
         raise ValueError(f"This array of {a.shape[0]}×{a.shape[1]} numbers is one of embeddings, of length 1 each, and no image: "
             "`finder.hits(embs, k=5)` searches for embeddings.")
 
-def _opens(o):
-    try: return open_image(o) is not None
-    except BadImage: return False
-
 def readable(
     images, # Several images
 )->list: # Numbers of those that can be read
     "Which images are whole? Each is read to its end; a warning names the others"
-    with ThreadPoolExecutor() as pool: ok = [*pool.map(_opens, images)]
+    ok = are_read(images)
     if all(ok): return [*range(len(ok))]
     first,n = next(o for o,k in zip(item_names(images), ok) if not k),len(ok)-sum(ok)
     warnings.warn(f"{n:,} of {len(ok):,} images cannot be read, and are left out; the first is {first!r}.", stacklevel=3)
