@@ -49,6 +49,14 @@ def make_learner(few, tmp_path):
         return learn
     return _make
 
+@pytest.fixture(scope='session')
+def harm():
+    "Callback that ruins a head after each epoch's training: one number is left, so that no processor's roundings decide what is found"
+    from fastai.callback.core import Callback
+    class Harm(Callback):
+        def after_train(self): self.learn.model.head.weight.data[1:] = self.learn.model.head.bias.data[1:] = 0
+    return Harm()
+
 def pytest_addoption(parser):
     parser.addoption('--save', action='store_true', help='store the outputs of the notebooks that pass')
 

@@ -360,19 +360,18 @@ def test_the_features_are_a_line(make_learner, body):
     assert _level(learn)==[learn.training_doctor.theirs]
     assert 'The grey line is the recall of the features' in learn.training_doctor.panels[-1][-1]
 
-def test_it_is_below_after_it_went_on(make_learner, body, tmp_path):
+def test_it_is_below_after_it_went_on(make_learner, body, harm, tmp_path):
     "A fit that was interrupted and goes on ends with the finding of one that was not"
     class Trip(Callback):
         def before_batch(self):
             if self.epoch==1: raise KeyboardInterrupt
     sick = dict(weights=body, emb_sz=32, freeze_bn=False)
     def _make(): return make_learner(TripletLoss(), **sick, cbs=TrainingDoctor(every=2))
-    lr = 1.5 # far too high, so that no rounding decides what is found
-    with pytest.raises(KeyboardInterrupt): _make().fit(2, lr, cbs=[Checkpoint(tmp_path/'cut'), Trip()])
+    with pytest.raises(KeyboardInterrupt): _make().fit(2, 1e-3, cbs=[Checkpoint(tmp_path/'cut'), harm, Trip()])
     new = _make().resume(tmp_path/'cut')
-    new.fit(2, lr, cbs=Checkpoint(tmp_path/'cut'))
+    new.fit(2, 1e-3, cbs=[Checkpoint(tmp_path/'cut'), harm])
     whole = _make()
-    whole.fit(2, lr)
+    whole.fit(2, 1e-3, cbs=harm)
     assert new.training_doctor.findings==whole.training_doctor.findings and names(new)[0]=='below'
 
 # what is measured

@@ -282,7 +282,7 @@ def test_the_curve_between_start_and_end(gained):
     assert level.get_ydata()[0]==gained[0].head_start.rows['features']['scores']['map@r'] and ax.get_ylabel()=='map@r, validation classes'
     assert len(_plot_between(gained[0], {0:.2,1:.3}, 0, 'r_precision').axes[0].lines)==2 # which the features were not scored by
 
-def test_training_that_did_harm(few, body, tmp_path, no_pictures):
+def test_training_that_did_harm(few, body, harm, tmp_path, no_pictures):
     "In red, with the doctor's finding, where names of arguments are code"
     set_seed(0)
     dls = few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0)
@@ -290,7 +290,7 @@ def test_training_that_did_harm(few, body, tmp_path, no_pictures):
         cbs=[TrainingDoctor(), Interpolate(at=(1,), say=False)])
     with learn.no_bar(), learn.no_logging():
         untrained = learn.report(tmp_path/'u')
-        learn.fit(1, 2.)
+        learn.fit(1, 1e-3, cbs=harm)
         harmed = learn.report(tmp_path/'h')
     p = Page(harmed)
     assert re.search('<p class="finding">From the features to the trained embedding, .*<code>freeze_bn=True</code>', p.html)

@@ -78,6 +78,23 @@ def test_new_loaders_of_the_same_images_keep_the_rows(quiet, few):
     learn.fit(1, 1e-7)
     assert learn.head_start.rows is rows and {*rows}=={'features','start'}
 
+def test_the_rows_of_a_head_that_is_trained_first(quiet):
+    "Above the first epoch on features, as above one on images, which writes them no second time; and of the original body"
+    learn,want = quiet(),quiet()
+    want.fit(1, 1e-7)
+    learn.fit_head(2, .01)
+    rows,was = learn.head_start.rows,want.head_start.rows
+    assert {*rows}=={'features','start'}
+    for k in rows: assert rows[k]['scores']==pytest.approx(was[k]['scores'], abs=1e-3)
+    learn.fit(1, 1e-7)
+    assert learn.head_start.rows is rows
+    moved,columns = quiet(),quiet().retrieval_metrics
+    moved.remove_cb(moved.retrieval_metrics)
+    moved.fit(1, .1)
+    moved.add_cb(columns).fit_head(1)
+    rows = moved.head_start.rows
+    assert {*rows}=={'features'} and rows['features']['scores']==pytest.approx(was['features']['scores'], abs=1e-3)
+
 def test_a_loss_that_takes_the_place_of_another_starts_from_the_data(quiet):
     "From the embeddings that there are, as the first would; and not where its weights were loaded"
     want,learn = quiet(ArcFaceLoss()),quiet()

@@ -237,10 +237,12 @@ def measure(self:HeadStart):
     "Score the features, and the start if the body is unchanged; once for a validation set, before a fit"
     learn,columns = self.learn,_columns(self.learn)
     dl = learn.dls.valid if len(learn.dls.loaders)>1 and len(learn.dls.valid.dataset) else None
-    if self.origin is None or columns is None or dl is None or hasattr(dl, 'features'): return
-    if self.rows and (self.measured is None or _same_images(self.measured, dl)): return
+    if self.origin is None or columns is None or dl is None: return
+    images = getattr(dl, 'images', dl) # where features are trained on
+    if self.rows and (self.measured is None or _same_images(self.measured, images)): return
+    if has_moved(self.model, self.origin): dl = images
     as_begun = not self.rows or self.head_is_start
-    self.rows,self.measured = {},dl
+    self.rows,self.measured = {},images
     self._add('features', dl, columns, lambda X: X)
     if self.rows and as_begun and not (has_moved(self.model, self.origin) or isinstance(self.model.head, torch.nn.Identity)):
         self._add('start', dl, columns, lambda X: head_embs(self.model, X))

@@ -377,6 +377,7 @@ def feature_loaders(
         res.append(FeatureDL(FeatureSet(Features(train.X[:1,:0], train.labels[:0]), dls.valid_ds, **about), bs=512, per_class=1,
             device=dls.device, num_workers=0))
     for o in res: o.source = getattr(dls, 'source', None)
+    for o,images in zip(res, dls.loaders): o.images = images
     return DataLoaders(*res, path=dls.path, device=dls.device)
 
 class _PlainFeatureDL(FeatureDL):

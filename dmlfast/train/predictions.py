@@ -58,7 +58,7 @@ def split_dl(self:MetricLearner,
                 "such as `dls.test_dl(items, with_labels=True)`.")
         if bad := [o for o in names if not source.items(o)]:
             raise ValueError(f"{source.name} has no split {bad[0]!r}; its splits are {', '.join(source.summary().index)}.")
-        return self.dls.test_dl(source.items(*names), with_labels=True)
+        dl = self.dls.test_dl(source.items(*names), with_labels=True)
     elif not isinstance(dl, DataLoader):
         raise ValueError("Items come from a loader, such as `dls.test_dl(items, with_labels=True)`, or a split's name; got a "
             f"{type(dl).__name__}.")
