@@ -1,5 +1,5 @@
 "Indexes: their recall against loops and exact search, how they grow, are saved, and are refused"
-import hashlib, json, pytest, sys, torch, warnings
+import hashlib, json, pytest, re, sys, torch, warnings
 import numpy as np
 from PIL import Image
 from dmlfast.deploy import ImageEmbedder, Preprocess, load_embedder
@@ -213,3 +213,14 @@ def test_parameters_of_an_index(tmp_path):
     own = 'exact','int8','bits','auto','hnsw','ivf','hnsw:efSearch=9','ivf:nprobe=9'
     assert all(map(room.is_own_kind, own)) and not any(map(room.is_own_kind, (None, 'SQ8', 'IVF8,SQ8:nprobe=2', 'ivf:nprobe=0',
         'ivf:efSearch=9', 'hnsw:efSearch=9999999999', 'int8:nprobe=9')))
+
+@pytest.mark.parametrize('kind', ['PQ12','IVF4,PQ12','PCA16,PQ8','PQ12,RFlat'])
+def test_a_product_quantiser_is_not_trained_for_a_search_that_is_not_made(kind):
+    "Polysemous codes are permuted ones, so distances and neighbours are those of faiss's own without them"
+    faiss,made = pytest.importorskip('faiss'),Index(points(300), kind)
+    index,x = made.core.index,torch.nn.functional.normalize(made.embs).numpy()
+    alone = faiss.index_factory(24, re.sub(r'(PQ\d+)', r'\1np', kind), faiss.METRIC_INNER_PRODUCT)
+    alone.train(x)
+    alone.add(x)
+    for a,b in zip(index.search(x[:20], 10), alone.search(x[:20], 10)): assert np.array_equal(a, b)
+    if kind=='PQ12': assert np.array_equal(faiss.vector_to_array(index.pq.centroids), faiss.vector_to_array(alone.pq.centroids))

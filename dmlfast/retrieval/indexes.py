@@ -163,6 +163,13 @@ class _Bits(_Core):
     def nbytes(self): return self.index.ntotal*self.index.code_size
     def search(self, q, k): return torch.from_numpy(self.index.search(self.coded(q), k)[1].astype(np.int64))
 
+def _no_polysemous(index):
+    "Do without a training of product quantisers that takes up to a minute and that a polysemous search alone needs"
+    while index is not None:
+        index = faiss_or_none().downcast_index(index)
+        if hasattr(index, 'do_polysemous_training'): index.do_polysemous_training = False
+        index = getattr(index, 'index', getattr(index, 'base_index', None)) # of a transform, or a refinement
+
 class _Faiss(_Core):
     def __init__(self, x, kind, ready):
         faiss,n = faiss_or_none(),len(x)
@@ -175,6 +182,7 @@ class _Faiss(_Core):
         if how: _set(self.index, how)
         self.learns = not isinstance(self.index, (faiss.IndexFlat,faiss.IndexHNSWFlat)) and (ready is None or is_own_kind(kind))
         if ready is not None: return
+        _no_polysemous(self.index)
         for does,says in ((self.index.train, 'are too few for'),(self.index.add, 'cannot be added to')):
             try: does(x.numpy())
             except RuntimeError as e:
