@@ -2,11 +2,12 @@
 (() => {
   const found = [], article = document.querySelector('article'), say = (kind, o) => found.push(`${kind}: ${o.trim().slice(0, 80)}`)
   document.head.insertAdjacentHTML('beforeend', '<style>* { transition: none !important }</style>')
-  const style = o => getComputedStyle(o), shown = o => o.getClientRects().length && style(o).visibility !== 'hidden'
+  const once = (f, known = new Map()) => o => known.has(o) ? known.get(o) : known.set(o, f(o)).get(o)
+  const style = once(o => getComputedStyle(o)), shown = once(o => o.getClientRects().length && style(o).visibility !== 'hidden')
   const html = document.documentElement
   if (html.scrollWidth > html.clientWidth) say('wider than the screen', `${html.scrollWidth}`)
   const right = article.getBoundingClientRect().right + 14 // headings reach a little beyond
-  const scrolls = o => o !== article && (style(o).overflowX !== 'visible' || scrolls(o.parentElement))
+  const scrolls = once(o => o !== article && (style(o).overflowX !== 'visible' || scrolls(o.parentElement)))
   for (const o of article.querySelectorAll('*:not(mjx-container *)'))
     if (o.getBoundingClientRect().width && o.getBoundingClientRect().right > right && !scrolls(o.parentElement))
       say('wider than the page', o.textContent)
@@ -18,14 +19,16 @@
   const numbers = s => s.match(/[\d.]+/g).map(Number), over = (a, b) => [0, 1, 2].map(i => a[i]*(a[3] ?? 1) + b[i]*(1 - (a[3] ?? 1)))
   const light = c => c.map(v => v/255)
     .map(v => v <= .03928 ? v/12.92 : ((v + .055)/1.055)**2.4).reduce((s, v, i) => s + v*[.2126, .7152, .0722][i], 0)
-  const back = o => o ? over(numbers(style(o).backgroundColor), back(o.parentElement)) : [255, 255, 255]
+  const back = once(o => o ? over(numbers(style(o).backgroundColor), back(o.parentElement)) : [255, 255, 255])
+  const pale = once(o => {
+    const b = back(o), ls = [light(over(numbers(style(o).color), b)), light(b)].sort((x, y) => y - x)
+    return (ls[0] + .05)/(ls[1] + .05) < (parseFloat(style(o).fontSize) >= 24 ? 3 : 4.5)
+  })
   const texts = document.createTreeWalker(article, NodeFilter.SHOW_TEXT), range = document.createRange()
   for (let t = texts.nextNode(); t; t = texts.nextNode()) {
     const o = t.parentElement
     if (!t.data.trim() || o.closest('script, style, mjx-container, .headerlink') || !shown(o)) continue
-    const b = back(o), big = parseFloat(style(o).fontSize) >= 24
-    const ls = [light(over(numbers(style(o).color), b)), light(b)].sort((x, y) => y - x)
-    if ((ls[0] + .05)/(ls[1] + .05) < (big ? 3 : 4.5)) say('too little contrast', t.data)
+    if (pale(o)) say('too little contrast', t.data)
     if (!o.closest('pre, code, .sig') && /\*\*|`|\]\(|^#+ |\|-|:::|\$\$|\{[a-z]+[:}]|&\w+;/.test(t.data)) say('markdown', t.data)
     if (o.closest('table code, .sig-name, .sig-prename')) for (const m of t.data.matchAll(/\w{2,}/g)) {
       range.setStart(t, m.index)
