@@ -349,3 +349,11 @@ def test_memory_is_that_of_a_block():
     r = RetrievalInterpretation(torch.randn(12_000, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12_000)//4)
     r.nearest(4), r.most_confused(), r.result, r.similarities(), r.label_noise()
     assert status('VmHWM')-before<350
+
+def test_names_of_classes_are_of_their_numbers():
+    "A dict has them by number, and a label below 0 has none"
+    from dmlfast.retrieval import Embedded
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    for vocab in ({0:'cat', 1:'dog'}, {'1':'dog', '0':'cat'}, ['cat','dog']): assert Embedded(x, [0,1,1,0], vocab=vocab).label(1)=='dog'
+    assert Embedded(x, [0,2,2,0], vocab={0:'cat', 2:'dog'}).label(1)=='dog'
+    with pytest.raises(ValueError, match='a label -1'): Embedded(x, [0,1,-1,0], vocab=['cat','dog'])

@@ -205,3 +205,9 @@ def test_refused():
     with pytest.raises(ValueError, match='have no ranking'): e.evaluate('nmi', rerank='qe')
     with pytest.raises(ValueError, match='`k` is 1 or more'): QueryExpansion(0)
     with pytest.raises(ValueError, match='`lam` 0 to 1'): KReciprocal(lam=2)
+
+def test_scores_of_pairs_have_no_ranking():
+    x,y = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)),torch.arange(40)//4
+    with pytest.raises(ValueError, match="'eer'.*which have no ranking"): Embedded(x, y).evaluate(['eer'], rerank='qe')
+    res = Embedded(x, y).evaluate(['recall@1','eer'], rerank='qe')
+    assert [*res.keys()]==['recall@1'] and 'which have no ranking: eer' in repr(res)

@@ -787,3 +787,34 @@ def test_labels_in_order():
     assert in_order(['b','a','b'])==['a','b'] and in_order([10,9,9])==[9,10] and in_order(['b',2,'a'])==[2,'a','b']
     assert numbered(['b','a','b'])==dict(labels=[1,0,1], vocab=['a','b']) and numbered(np.array([5,3]))==dict(labels=[1,0], vocab=[3,5])
     assert numbered(torch.tensor([5,3]), [3,4,5])==dict(labels=[2,0], vocab=[3,4,5])
+
+def test_nearest_items_of_ones_own_without_the_query():
+    "A search that finds each query first would be perfect"
+    g = torch.Generator().manual_seed(0)
+    x,y = torch.randn(40, 8, generator=g),torch.arange(40)//4
+    _,i = neighbours(x, x, 11, self_exclude=False)
+    with pytest.raises(ValueError, match='`found` has for 40 of 40 queries items that they do not see'): evaluate_retrieval(x, y, found=i)
+    _,i = neighbours(x, k=10)
+    assert evaluate_retrieval(x, y, found=i)['recall@1']==evaluate_retrieval(x, y)['recall@1']
+    ids = torch.zeros(40, dtype=torch.int64)
+    with pytest.raises(ValueError, match='`found` has for 40 of 40'): evaluate_retrieval(x, y, found=i, ignore=ids)
+    with pytest.raises(ValueError, match='for each of 40 queries'): evaluate_retrieval(x, y, found=i[:9])
+    assert evaluate_retrieval(x, y, x, y, found=neighbours(x, x, 11, self_exclude=False)[1])['recall@1']==1 # another gallery
+
+@pytest.mark.parametrize('metric', ['cosine','l2','dot'])
+def test_no_class_in_common(metric):
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    res = evaluate_retrieval(x, torch.zeros(9, dtype=torch.int64), x, torch.ones(9, dtype=torch.int64), metric=metric)
+    assert math.isnan(res['recall@1']) and res.n_left_out==9
+
+def test_a_block_of_a_file_that_holds_the_own_item_of_one_query_alone(tmp_path, monkeypatch):
+    "The nearest of the others are all found there"
+    g = torch.Generator().manual_seed(0)
+    x,q = torch.randn(40, 6, generator=g),torch.randn(3, 6, generator=g)
+    x[32:] = q[0]+.01*torch.randn(8, 6, generator=g) # the nearest ones of the first query are the last block
+    np.save(tmp_path/'g.npy', x.numpy())
+    monkeypatch.setattr(retrieval.Rows, 'blocks', lambda self: (slice(i, i+8) for i in range(0, 40, 8)))
+    own = torch.tensor([-1,35,-1])
+    for k in (8,12,39):
+        a,b = (neighbours(q, o, k, self_exclude=own) for o in (np.load(tmp_path/'g.npy', mmap_mode='r'),x))
+        assert torch.equal(a[1], b[1]) and torch.allclose(a[0], b[0], atol=1e-5) and a[1].shape==(3,k)

@@ -181,6 +181,7 @@ def test_every_page_looks_well(page, url, site):
     bad = {}
     for f in sorted(site.rglob('*.html')):
         where,found = f.relative_to(site).as_posix(),set()
+        page.look(1280)
         page.go(url+where)
         for width,dark in ((1280,False), (1280,True), (390,False)):
             page.look(width, dark=dark)

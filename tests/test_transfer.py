@@ -12,7 +12,9 @@ from dmlfast.models.embedder import mlp_head
 from dmlfast.models.heads import lda_head, pca_head
 from dmlfast.train.columns import is_fitting
 from dmlfast.train.features import body_features, measured_dl, train_features
+from dmlfast.data.batches import labels_of
 from dmlfast.train.baseline import choose_shrinkage, start_head
+from dmlfast.train.gain import narrow_head
 from dmlfast.train.export import preprocess_of
 from dmlfast.train.transfer import halves
 from dmlfast.study.checks import with_settings
@@ -94,6 +96,33 @@ def test_the_rows_of_a_head_that_is_trained_first(quiet):
     moved.add_cb(columns).fit_head(1)
     rows = moved.head_start.rows
     assert {*rows}=={'features'} and rows['features']['scores']==pytest.approx(was['features']['scores'], abs=1e-3)
+
+def test_a_data_set_may_have_images_and_features_of_its_own(quiet, few):
+    "Loaders pass on what is asked of them to their data sets"
+    class Own:
+        def __init__(self, ds): self.ds,self.images,self.features = ds,['a list'],[1,2]
+        def __len__(self): return len(self.ds)
+        def __getitem__(self, i): return self.ds[i]
+    usual = few.dataloaders(bs=32, per_class=4, seed=0, num_workers=0)
+    tfms = dict(num_workers=0, after_item=ToTensor(), after_batch=IntToFloatTensor())
+    train = BalancedDL(Own(usual.train_ds), bs=32, per_class=4, seed=0, shuffle=True, labels=labels_of(usual.train_ds), **tfms)
+    learn = quiet(dls=DataLoaders(train, TfmdDL(Own(usual.valid_ds), bs=32, **tfms)))
+    for i in range(2): learn.fit(1, 1e-7)
+    want = quiet()
+    want.fit(1, 1e-7)
+    rows = learn.head_start.rows
+    assert {*rows}=={'features','start'}
+    for k in rows: assert rows[k]['scores']==pytest.approx(want.head_start.rows[k]['scores'], abs=1e-3)
+
+def test_the_size_of_the_head_is_no_remedy_for_a_second_fit(quiet):
+    "Where the head was trained before, that the first one began low says nothing of this training"
+    learn = quiet(emb_sz=4)
+    learn.fit(1, 1e-7)
+    learn.head_start.rows = dict(features=dict(scores={'recall@1':.6}), start=dict(scores={'recall@1':.5}))
+    assert 'raise `emb_sz`' in narrow_head(learn, .55)
+    learn.fit_head(1, .01)
+    learn.fit(1, 1e-7)
+    assert learn.head_start.rows['start']['scores']['recall@1']==.5 and narrow_head(learn, .55) is None
 
 def test_a_loss_that_takes_the_place_of_another_starts_from_the_data(quiet):
     "From the embeddings that there are, as the first would; and not where its weights were loaded"

@@ -374,3 +374,47 @@ def test_trained_classes_calibrate_nothing(make_learner, tmp_path):
     learn = make_learner()
     learn.dls.n_train_classes = len(learn.dls.vocab)
     with pytest.raises(ValueError, match='not trained on'): learn.export_embedder(tmp_path/'e', fmr=.1, min_classes=2)
+
+@pytest.mark.parametrize('known,unknown', [(100,50),(50,100),(2000,40)])
+def test_intervals_of_an_open_set_have_all_their_samples(known, unknown, monkeypatch):
+    "However the draws come in blocks: against the definition with all of them at once"
+    from dmlfast.retrieval import verify
+    rng = np.random.default_rng(0)
+    y = np.r_[np.arange(known).repeat(2),known+np.arange(unknown).repeat(2)]
+    given = rng.normal(size=len(y))+(y<known),rng.random(len(y))<.8,y>=known,y
+    o = verify.OpenSet(*map(torch.from_numpy, given), n_boot=400)
+    s,draws = o.score,[next(class_draws(n, 400, i, 10**9)) for i,n in enumerate((known,unknown))]
+    res = []
+    for a,b in zip(*draws):
+        w = b[y[o.unknown]-known]
+        best = np.argsort(-s[o.unknown])
+        t = s[o.unknown][best][np.searchsorted(w[best].cumsum(), .1*w.sum())]
+        w = a[y[~o.unknown]]
+        res.append(w[o.right[~o.unknown]&(s[~o.unknown]>=t)].sum()/w.sum())
+    assert len(res)==400
+    spread = np.diff(np.percentile(res, [2.5,97.5]))
+    assert np.diff(o.interval(.1))==pytest.approx(spread, abs=1e-9)
+
+def test_known_queries_with_nothing_to_find_are_no_misses():
+    "Not itself, and not what is ignored: singletons and those whose mates are all hidden are left out, and it is said"
+    x = torch.nn.functional.normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)))
+    y = torch.arange(40)//4
+    y[:4] = torch.arange(100, 104) # each alone
+    kw = dict(unknown=.3, seed=1)
+    o = open_set(x, y, x, y, self_exclude=torch.arange(40), **kw)
+    kept = ~o.unknown
+    assert not np.isin(o.labels[kept], np.arange(100, 104)).any() and 'nothing of theirs to find' in o.said
+    ids = y.clone() # all of a class were seen together
+    ids[4:8] = torch.arange(50, 54)
+    o = open_set(x, y, x, y, self_exclude=torch.arange(40), ignore=(ids,ids), **kw)
+    assert {*o.labels[~o.unknown].tolist()}<={1}
+    other = open_set(x, y, x.clone(), y, **kw)
+    assert 'nothing of theirs' not in other.said and len(other.labels)==40
+
+def test_pairs_of_frames_and_of_any_layout():
+    import pandas as pd
+    rng = np.random.default_rng(0)
+    x,y = rng.normal(size=(60,6)),np.arange(60)//6
+    want = pair_scores(x, y)['eer']
+    same = (pd.DataFrame(x),y),(x[::-1],y[::-1]),(x.astype('>f8'),y),(np.asfortranarray(x),y)
+    for o,l in same: assert pair_scores(o, l)['eer']==want

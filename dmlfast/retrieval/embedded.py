@@ -63,7 +63,7 @@ class Embedded:
         embs, # Embeddings, `(n,d)` float
         labels=None, # Class of each item, `(n,)` integer; none if they are not known
         items=None, # What each item is called, such as its path, `(n,)`
-        vocab=None, # Name of each class, indexed by label; the labels themselves if not given
+        vocab=None, # Name of each class, indexed by label: a list, or a dict; the labels themselves if not given
         image=None, # Function from an index to an image: PIL or an array `(h,w)` or `(h,w,3)` of 0 to 255
         role=None, # Of each item `'query'`, `'gallery'` or `''` for both, `(n,)` str; all are both if not given
         ignore=None, # Ids, `(n,)` integer: a query does not see what has its id
@@ -77,9 +77,14 @@ class Embedded:
         self.labels = None if labels is None else as_labels(labels, n, device='cpu')
         self.role,self.ignore = None if role is None else np.asarray(role),None if ignore is None else as_labels(ignore, n, 'ignore', 'cpu')
         query_gallery(self.role, n)
+        if isinstance(vocab, dict):
+            vocab = {int(k):v for k,v in vocab.items()} # JSON has them as text
+            vocab = [vocab.get(i, i) for i in range(max(vocab, default=-1)+1)]
         self.items,self.vocab = (None if o is None else [str(a) for a in o] for o in (items,vocab))
-        if vocab is not None and self.labels is not None and (most := int(self.labels.max()))>=len(self.vocab):
-            raise ValueError(f"vocab names {len(self.vocab)} classes, and there is a label {most}: it has a name for each number from 0.")
+        if vocab is not None and self.labels is not None:
+            for o in map(int, (self.labels.min(),self.labels.max())):
+                if not 0<=o<len(self.vocab): raise ValueError(f"vocab names {len(self.vocab)} classes, and there is a label {o}: it has a "
+                    "name for each number from 0.")
         self.draw = image
         self.random_gallery,self.ks,self.facts = random_gallery,tuple(ks),dict(facts or {})
         self._found,self._once,self.indexed = None,{},None
@@ -283,8 +288,8 @@ def _reranked(self, metrics, dims, rerank, role=None, ignore=None, random_galler
     e._found,e._once = None,{}
     for k,v in given.items(): setattr(e, k, getattr(self, k) if v is None else v)
     plain = e.evaluate(metrics, **kwargs)
-    names = [o for o in metric_names(metrics, e.ks) if metric_of(o)[0].kind!='clusters']
-    if not names: raise ValueError(f"{metrics!r} are scores of clusters, which have no ranking.")
+    names = [o for o in metric_names(metrics, e.ks) if metric_of(o)[0].kind in ('query','curve')]
+    if not names: raise ValueError(f"{metrics!r} are scores of clusters or pairs, which have no ranking.")
     return RerankedResult(plain, _again(e, names, r, **kwargs), name)
 
 def _again(self, names, rerank, repeats=None, **kwargs):

@@ -12,6 +12,7 @@ import math, re, time, warnings, numpy as np, torch
 from fastcore.basics import patch
 from functools import cache
 from numbers import Integral
+from pathlib import Path
 from torch import Tensor
 from .search import *
 from .search import as_embeddings, faiss_or_none, unit_
@@ -127,7 +128,7 @@ class _Core:
 
 class _Exact(_Core):
     def __init__(self, x, kind, ready): self.gallery = Gallery(x)
-    def add(self, x): self.gallery = Gallery(torch.cat([self.gallery.all(),x]))
+    def fits(self, x): return False # made anew, as rows that were scaled twice would differ from their copies
     def nbytes(self): return self.gallery.all().nbytes
 
 # %% ../../nbs/api/retrieval/06_indexes.ipynb #fb0bb7d7
@@ -182,7 +183,7 @@ class _Faiss(_Core):
         if how: _set(self.index, how)
         self.learns = not isinstance(self.index, (faiss.IndexFlat,faiss.IndexHNSWFlat)) and (ready is None or is_own_kind(kind))
         if ready is not None: return
-        _no_polysemous(self.index)
+        if not re.search(r'\bht=', how): _no_polysemous(self.index)
         for does,says in ((self.index.train, 'are too few for'),(self.index.add, 'cannot be added to')):
             try: does(x.numpy())
             except RuntimeError as e:
@@ -245,7 +246,7 @@ def read_index(
     "Read an index; raises `ValueError` if it does not fit the embeddings"
     x,faiss = as_embeddings(embs),faiss_or_none()
     if faiss is None or index_kind(kind, *x.shape) is None: return Index(x, kind)
-    name = 'the index' if isinstance(file, Tensor) else repr(file.name)
+    name = 'the index' if isinstance(file, Tensor) else repr(Path(file).name)
     try: ready = faiss.deserialize_index(file.numpy()) if isinstance(file, Tensor) else faiss.read_index(str(file))
     except (RuntimeError,MemoryError) as e: raise ValueError(f"{name} cannot be read: it must be an index of faiss.") from e
     made = type(ready).__name__

@@ -318,9 +318,20 @@ class _InFile:
             yield self.rel.queries[a:b],counts.clamp_(max=most),keys>lowest(keys)
 
 # %% ../../nbs/api/retrieval/04_metrics.ipynb #83d5e301
+def _check_found(found, q, own, ids):
+    "`found` as a tensor; raises `ValueError` if it is not of these queries, or has items that they do not see"
+    found = torch.as_tensor(found).to(q.device)
+    if found.ndim!=2 or len(found)!=len(q):
+        raise ValueError(f'`found` is a row of indices for each of {len(q):,} queries, not of shape {tuple(found.shape)}.')
+    hidden = torch.zeros_like(found, dtype=torch.bool) if own is None else found==own[:,None]
+    if ids is not None: hidden |= ids[1][found.clamp(min=0)]==ids[0][:,None]
+    if n := int((hidden&(found>=0)).any(1).sum()):
+        raise ValueError(f'`found` has for {n:,} of {len(q):,} queries items that they do not see: leave out each query itself, and what '
+            'it ignores, as `neighbours` does.')
+    return found
+
 def _in_order_of(found, blocks, y, gy):
     "The same blocks, with the nearest items of each query as in `found`"
-    found = torch.as_tensor(found)
     m = found.shape[1]
     for rows,b,there in blocks:
         f,n = found[rows.to(found.device)].to(y.device),torch.arange(1, b.shape[1]+1, device=b.device, dtype=b.dtype)
@@ -382,6 +393,7 @@ def evaluate_retrieval(
     if (gallery is None)!=(gallery_labels is None): raise ValueError('gallery and gallery_labels come together')
     gy = y if gallery is None else as_labels(gallery_labels, len(g), 'gallery_labels', q.device)
     ids = ignored(ignore, q, g, gallery is None)
+    if found is not None: found = _check_found(found, q, own, ids)
     clu,pairs = ([o for o in names if metric_of(o)[0].kind==k] for k in ('clusters','pairs'))
     ranked = [o for o in names if o not in clu+pairs]
     vals,curve,whole,how = {},None,{},{}
@@ -390,10 +402,11 @@ def evaluate_retrieval(
             rel = _Relevant(y, gy)
             deep = _depth(ranked)
             if found is not None and deep: deep = max(deep, found.shape[1])
-            if isinstance(g, Rows): scores = blocks = _InFile(q, g, rel, metric, own, ids, deep, backend)
-            else: blocks = _ranking_blocks(scores := rel.scores(q, g, metric, own, ids, block, backend), rel, deep)
-            how['product'] = scores.product
-            if not len(rel.queries): blocks = []
+            blocks = []
+            if len(rel.queries):
+                if isinstance(g, Rows): scores = blocks = _InFile(q, g, rel, metric, own, ids, deep, backend)
+                else: blocks = _ranking_blocks(scores := rel.scores(q, g, metric, own, ids, block, backend), rel, deep)
+                how['product'] = scores.product
             if found is not None: blocks = _in_order_of(found, blocks, y, gy)
             vals,curve = _ranked_values(blocks, ranked, len(q))
         if clu:

@@ -202,7 +202,7 @@ class RerankedResult(RetrievalResult):
     def _notes(self):
         "Notes below the table"
         rest = [f'{k} {self.plain[k]:.4f}' for k in self.plain.keys() if k not in self.keys()]
-        return super()._notes()+[f"clusters, which have no ranking: {', '.join(rest)}"]*bool(rest)
+        return super()._notes()+[f"clusters or pairs, which have no ranking: {', '.join(rest)}"]*bool(rest)
 
     def to_dict(self)->dict:
         "Metrics of the new ranking, with those of the `plain` one and the `difference`, as plain numbers and strings"

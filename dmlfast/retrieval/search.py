@@ -17,7 +17,10 @@ from torch import Tensor
 from .products import full_precision, multiply, product_of
 
 # %% ../../nbs/api/retrieval/02_search.ipynb #cd05871d
-def _tensor(x, name):
+def plain_tensor(
+    x, # Numbers: a tensor, an array of any layout, a frame, nested lists
+    name:str, # What a message calls them
+)->Tensor: # Of the same type
     "`x` as a plain tensor without a gradient"
     if isinstance(x, np.ndarray) and (min(x.strides, default=0)<0 or not x.dtype.isnative): # which PyTorch does not take
         x = x.astype(x.dtype.newbyteorder('='), order='C')
@@ -29,7 +32,7 @@ def as_embeddings(
     name:str='embs', # What a message calls them
 )->Tensor: # `(n,d)` float32
     "`x` as a finite float32 matrix"
-    x = _tensor(x, name)
+    x = plain_tensor(x, name)
     if x.ndim!=2 or not x.numel(): raise ValueError(f'{name} must be a matrix with at least one row and one column, not {tuple(x.shape)}')
     x = x.float().contiguous()
     bad = (~(x.amin(1).isfinite() & x.amax(1).isfinite())).nonzero()[:,0].tolist()
@@ -44,7 +47,7 @@ def as_labels(
     device=None, # Where to put them; where they are if not given
 )->Tensor: # `(n,)` int64
     "`y` as `n` int64 labels"
-    y = _tensor(y, name).to(device)
+    y = plain_tensor(y, name).to(device)
     if y.ndim!=1 or len(y)!=n: raise ValueError(f'{name} must be one whole number for each of {n} rows, not of shape {tuple(y.shape)}')
     if y.is_floating_point() or y.is_complex(): raise ValueError(f'{name} must be whole numbers, not {y.dtype}')
     return y.long()
@@ -412,13 +415,12 @@ def _neighbours_in_file(q, rows, k, metric, own, ids, block, backend):
     best = q.new_empty(len(q), 0),torch.empty(len(q), 0, dtype=torch.int64)
     product = product_of(backend, q.numel()*len(rows), q.device)
     for o in rows.blocks():
-        here = None if own is None else torch.where((own>=o.start)&(own<o.stop), own-o.start, -1)
-        n = o.stop-o.start-int(here is not None and bool((here>=0).any()))
-        if not n: continue
-        s,i = neighbours(q, rows[o], min(k, n), metric, False if here is None else here, product, block, None if ids is None else
-            (ids[0],ids[1][o]))
+        n = min(k+(own is not None), o.stop-o.start) # one more, as a query's own may be among them
+        s,i = neighbours(q, rows[o], n, metric, False, product, block, None if ids is None else (ids[0],ids[1][o]))
+        i = i+o.start
+        if own is not None: s = s.masked_fill(i==own[:,None], -torch.inf)
         s,at = torch.cat([best[0],s], 1).sort(dim=1, descending=True, stable=True)
-        best = s[:,:k],torch.cat([best[1],i+o.start], 1).gather(1, at[:,:k])
+        best = s[:,:k],torch.cat([best[1],i], 1).gather(1, at[:,:k])
     return best
 
 # %% ../../nbs/api/retrieval/02_search.ipynb #e14c835c

@@ -15,7 +15,7 @@ from .results import *
 from .results import ScoreSample, as_html, as_text, class_draws, ends_of, percentiles, plain_number, too_few
 from .search import *
 from .products import full_precision
-from .search import Rows, as_labels, as_scores, ignored, in_parts, matched
+from .search import Rows, as_labels, as_scores, ignored, in_parts, matched, plain_tensor
 
 # %% ../../nbs/api/retrieval/03_verify.ipynb #efb71a0e
 def _bins(s, lo, hi, n):
@@ -342,7 +342,7 @@ def pair_scores(
 
 def _fine(x, like):
     "Embeddings in float64 if given so, otherwise in float32"
-    x = torch.as_tensor(x).detach().as_subclass(torch.Tensor)
+    x = plain_tensor(x, 'embs')
     return x if x.dtype==torch.float64 else like
 
 # %% ../../nbs/api/retrieval/03_verify.ipynb #b03c7b89
@@ -404,8 +404,8 @@ class OpenSet:
         k,total = np.where(hit, k, -np.inf),np.bincount(z)
         order = np.argsort(k)
         k,z,res = k[order],z[order],[]
-        draws = zip(*(class_draws(n, self.n_boot, self.seed+i, 2**16) for i,n in enumerate(self.n_classes)))
-        for a,b in ((a,b) for pair in draws for a,b in zip(*pair)):
+        draws = ((w for block in class_draws(n, self.n_boot, self.seed+i, 2**16) for w in block) for i,n in enumerate(self.n_classes))
+        for a,b in zip(*draws):
             w = b[c].cumsum()
             t = s[min(np.searchsorted(w, far*w[-1]), len(s)-1)]
             res.append(a[z[np.searchsorted(k, t):]].sum()/(a@total))
@@ -460,8 +460,25 @@ def open_set(
         own = at[own.cpu()] # -1 takes the last, which is -1
     if ids is not None: ids = ids[0][ours],ids[1][theirs]
     s,i = neighbours(q[ours], g[theirs], metric=metric, ignore=ids, self_exclude=False if own is None else own)
-    y,best = y[ours],gy[theirs][i[:,0].cpu()]
-    return OpenSet(s[:,0].cpu(), best==y, ~torch.isin(y, gy[theirs]), y, rates, n_boot, seed, said)
+    y,gy = y[ours],gy[theirs]
+    unknown,there = ~torch.isin(y, gy),_to_find(y, gy, own, ids)
+    if n := int((~unknown&~there).sum()):
+        said = '; '.join(filter(None, [said, f'{n:,} queries of known classes have nothing of theirs to find, and are left out']))
+    keep = unknown|there
+    return OpenSet(s[keep,0].cpu(), (gy[i[:,0].cpu()]==y)[keep], unknown[keep], y[keep], rates, n_boot, seed, said)
+
+def _to_find(y, gy, own, ids):
+    "Has the gallery an item of a query's class, other than its own and ignored ones?"
+    c = torch.cat([y,gy]).unique(return_inverse=True)[1]
+    a,b = c[:len(y)],c[len(y):]
+    n = torch.bincount(b, minlength=len(c))[a]
+    if ids is not None:
+        both = torch.stack([c,torch.cat(ids).cpu()], 1).unique(dim=0, return_inverse=True)[1]
+        n = n-torch.bincount(both[len(y):], minlength=len(c))[both[:len(y)]]
+    if own is not None:
+        mine = (own>=0)&(gy[own]==y)
+        n = n-(mine if ids is None else mine&(ids[0].cpu()!=ids[1].cpu()[own])).long()
+    return n>0
 
 def _held_out(y, share, rng):
     "Some of the classes"

@@ -115,6 +115,7 @@ class HeadStart(Callback):
     ):
         store_attr()
         self.rows,self.said,self.origin,self.kind,self.new,self.head_hash = {},'',None,None,False,''
+        self.fresh = False # did the last fit begin with the head that was filled?
         self.measured = None # the loader that the rows are of; None if they are of a resumed run, which has the same images
 
     @contextmanager
@@ -147,8 +148,8 @@ class HeadStart(Callback):
         "The embedder"
         return unwrapped(self.learn.model)
 
-    def state_dict(self): return dict(rows=self.rows, said=self.said, head_hash=self.head_hash)
-    def load_state_dict(self, d): self.rows,self.said,self.head_hash = d['rows'],d['said'],d['head_hash']
+    def state_dict(self): return dict(rows=self.rows, said=self.said, head_hash=self.head_hash, fresh=self.fresh)
+    def load_state_dict(self, d): self.rows,self.said,self.head_hash,self.fresh = d['rows'],d['said'],d['head_hash'],d.get('fresh', True)
 
 # %% ../../nbs/api/train/10_baseline.ipynb #e2a2f63f
 @patch
@@ -238,7 +239,7 @@ def measure(self:HeadStart):
     learn,columns = self.learn,_columns(self.learn)
     dl = learn.dls.valid if len(learn.dls.loaders)>1 and len(learn.dls.valid.dataset) else None
     if self.origin is None or columns is None or dl is None: return
-    images = getattr(dl, 'images', dl) # where features are trained on
+    images = getattr(dl, 'images', dl) if isinstance(dl, FeatureDL) else dl
     if self.rows and (self.measured is None or _same_images(self.measured, images)): return
     if has_moved(self.model, self.origin): dl = images
     as_begun = not self.rows or self.head_is_start
@@ -253,6 +254,7 @@ def before_fit(self:HeadStart):
     "Write the rows above the first epoch; the row of the start only above the first fit"
     self.run = is_fitting(self.learn)
     if not self.run: return
+    self.fresh = self.head_is_start
     self.measure() # where the columns came with the fit
     for k,row in self.rows.items():
         if self.new or k=='features': self._write(k, row)

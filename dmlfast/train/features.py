@@ -209,7 +209,7 @@ def body_features(
     bar:bool=False, # Show a progress bar?
 )->tuple: # Features `(n,d)` float32 and class ids `(n,)` int64, on the CPU
     "Pooled features of the items of a loader, computed once for the same body, items and transforms; changes no random state"
-    if hasattr(dl, 'features'): return dl.features.rows(range(len(dl.features))),dl.features.labels
+    if isinstance(dl, FeatureDL): return dl.features.rows(range(len(dl.features))),dl.features.labels
     items = items_key(dl)
     key = items and (body_key(model),items)
     if all(gather_objects(key in _kept)):

@@ -60,7 +60,7 @@ def narrow_head(
 )->str|None: # A sentence
     "The remedy if the head had too few dimensions from the start, and training did no harm"
     model,theirs,start = unwrapped(learn.model),at_first(learn, 'features'),at_first(learn, 'start')
-    if None in (recall,theirs,start) or not learn.head_start.said or model.emb_sz>=model.n_features: return
+    if None in (recall,theirs,start) or not learn.head_start.said or not learn.head_start.fresh or model.emb_sz>=model.n_features: return
     if recall>=start-tol and start<theirs-tol:
         return (f'Training did no harm, but the head began at {start:.3f}, with {model.emb_sz:,} numbers in place of '
             f'{model.n_features:,}: raise `emb_sz`.')

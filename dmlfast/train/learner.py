@@ -30,6 +30,7 @@ from .processes import *
 from .rates import *
 from .columns import *
 from .recipe import *
+from .features import *
 from .baseline import *
 
 # %% ../../nbs/api/train/11_learner.ipynb #47cdb4d1
@@ -246,7 +247,7 @@ def _normalize(dls, cfg, first, trained=True):
 @patch
 def _lacks(self:MetricLearner, dl):
     "The normalisation missing in `dl`; raises `ValueError` if `dl` has that of another model"
-    if any(hasattr(o, 'features') for o in (dl,self.dls.train)): return # no images, as while a head is fitted
+    if any(isinstance(o, FeatureDL) for o in (dl,self.dls.train)): return # no images, as while a head is fitted
     need,has = ifnone(_norm_of(self.dls.train), self.norm),_norm_of(dl)
     if has is None: return need
     if hasattr(has, 'of_model') and (need is None or not _same(has, need)):
