@@ -239,7 +239,7 @@ def train(*args, cwd, until=None, then=None):
     "Run `dmlfast-train`; when so many further epochs are written, do something to it. Its status, and what it printed"
     table,stored = cwd/'run'/'history.csv',cwd/'run'/'checkpoint'/'checkpoint.pt'
     def _epochs(): return len(table.read_text().splitlines())-1 if table.is_file() and stored.is_file() else 0
-    end,before,parts = time.monotonic()+150,_epochs(),[]
+    end,before,parts = time.monotonic()+400,_epochs(),[]
     with open(cwd/'out.txt', 'w') as out, open(cwd/'err.txt', 'w') as err:
         p = subprocess.Popen([Path(sys.executable).parent/'dmlfast-train', '--out', 'run', *map(str, args)], cwd=cwd, stdout=out,
             stderr=err, start_new_session=True)
@@ -313,7 +313,7 @@ def test_the_command_compares_methods_in_two_processes(few, tmp_path):
             f'[methods.a]\nloss = {{name = "triplet"}}\nspace = {{}}\n{more}')
     def _bench(*args):
         p = subprocess.run([Path(sys.executable).parent/'dmlfast-bench', 'p.toml', '--launch', '2', *args], cwd=tmp_path,
-            capture_output=True, text=True, timeout=280)
+            capture_output=True, text=True, timeout=500)
         return p.returncode,p.stdout,p.stderr.strip().splitlines()
     _plan()
     status,out,err = _bench('--json')

@@ -68,10 +68,10 @@ def run_part(
 ):
     "The work of each process of `launch`"
     module,_,name = func.partition(':')
-    threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.default_int_handler) # what a shell began in the background is deaf to Ctrl-C
     if (own := int(os.environ['LOCAL_RANK']))<torch.cuda.device_count(): torch.cuda.set_device(own) # before anything is put on the first
     try:
+        threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start() # which may interrupt at once
         if not is_first(): warnings.simplefilter('ignore') # the first says it
         with nullcontext() if is_first() else open(os.devnull, 'w') as out, redirect_stdout(out or sys.stdout):
             res = getattr(importlib.import_module(module), name)(**json.loads(kwargs))
