@@ -298,7 +298,7 @@ def test_evaluation(trained, folder, tmp_path, monkeypatch):
     assert status==0 and 'few, test' in text and 'recall@1' in text and 'nmi' not in text, err
     assert 'fnmr@fmr=0.001' in text and 'impostor pairs of' in text
     status,text,err = do(dmlfast_eval, run, '--workers', 0, '--metrics', 'map@r', 'nmi', '--rerank', 'qe')
-    assert status==0 and re.search(r'metric +plain +qe +difference', text) and 'which have no ranking: nmi' in text, err
+    assert status==0 and re.search(r'metric +plain +qe +difference', text) and 'clusters or pairs, which have no ranking: nmi' in text, err
     status,text,err = do(dmlfast_eval, run/'embedder', '--data', folder, '--workers', 0, '--out', tmp_path/'scores', '--report')
     assert status==0 and 'own, all' in text, err
     assert sorted(o.name for o in (tmp_path/'scores').iterdir())==['curves.png','neighbours.png','report','results.json','worst.png']

@@ -128,7 +128,7 @@ def page(browser):
     return browser
 
 @needs_browser
-def test_a_reader_finds_recall(page, url, site):
+def test_a_reader_finds_recall(page, url):
     "From the first page along the navigation, and by the search to the page of a metric"
     page.go(url)
     assert page.eval('document.querySelector("h1").textContent').startswith('dmlfast')
@@ -137,9 +137,8 @@ def test_a_reader_finds_recall(page, url, site):
     captions = page.eval('[...document.querySelectorAll(".sidebar-tree .caption-text")].map(o => o.textContent)')
     assert captions==['Tutorials','Decide','Look up','Understand','Reference','Project']
     links = page.eval('[...document.querySelectorAll(".sidebar-tree a.internal")].map(o => o.href)')
-    assert all((site/o.removeprefix(url).partition('#')[0]).is_file() for o in links)
     assert len(links)>=len(rooms)+len(list((root/'nbs'/'explanations').glob('*.ipynb')))
-    for link in links[::12]: # to all of them, whose pages the test of looks opens, would take minutes
+    for link in links:
         page.click(f'[...document.querySelectorAll(".sidebar-tree a.internal")].find(o => o.href==={link!r})')
         assert page.eval('location.href.split("#")[0]')==link.split('#')[0]
         assert page.eval('document.querySelector("article h1").textContent.length>2')
@@ -183,10 +182,9 @@ def test_every_page_looks_well(page, url, site):
         where,found = f.relative_to(site).as_posix(),set()
         page.look(1280)
         page.go(url+where)
-        for width,dark in ((1280,False), (1280,True), (390,False)):
+        for width,dark in ((1280,False), (1280,True), (390,False), (390,True)):
             page.look(width, dark=dark)
             found.update(page.eval(looks))
-        if where!='search.html' and not page.eval('document.querySelector("article h1")?.textContent.length>2'): found.add('no title')
         if found: bad[where] = sorted(found)
     assert bad=={} and page.faults==[]
 

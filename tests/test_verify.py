@@ -376,7 +376,7 @@ def test_trained_classes_calibrate_nothing(make_learner, tmp_path):
     with pytest.raises(ValueError, match='not trained on'): learn.export_embedder(tmp_path/'e', fmr=.1, min_classes=2)
 
 @pytest.mark.parametrize('known,unknown', [(100,50),(50,100),(2000,40)])
-def test_intervals_of_an_open_set_have_all_their_samples(known, unknown, monkeypatch):
+def test_intervals_of_an_open_set_have_all_their_samples(known, unknown):
     "However the draws come in blocks: against the definition with all of them at once"
     from dmlfast.retrieval import verify
     rng = np.random.default_rng(0)

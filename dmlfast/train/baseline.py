@@ -241,11 +241,11 @@ def measure(self:HeadStart):
     if self.origin is None or columns is None or dl is None: return
     images = getattr(dl, 'images', dl) if isinstance(dl, FeatureDL) else dl
     if self.rows and (self.measured is None or _same_images(self.measured, images)): return
-    if has_moved(self.model, self.origin): dl = images
+    if moved := has_moved(self.model, self.origin): dl = images
     as_begun = not self.rows or self.head_is_start
     self.rows,self.measured = {},images
     self._add('features', dl, columns, lambda X: X)
-    if self.rows and as_begun and not (has_moved(self.model, self.origin) or isinstance(self.model.head, torch.nn.Identity)):
+    if self.rows and as_begun and not (moved or isinstance(self.model.head, torch.nn.Identity)):
         self._add('start', dl, columns, lambda X: head_embs(self.model, X))
     self.new = True
 
